@@ -1,0 +1,177 @@
+"""Reverse-time solvers, each a pair (init, step) that one `lax.scan` drives.
+
+A step goes from level t to the cleaner level s. All coefficients depend on the grid alone, so `init` computes them
+in float64 for the whole grid before the scan. In the notation of the grid: a = sqrt(gamma), s = sqrt(1 - gamma),
+l = ln(a / s), half the log-SNR. Shape legend: N inference steps, y and y0 [B,H,W,C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr3_jax.diffusion.schedule import NoiseSchedule, log_snr64
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+"""(y [B,H,W,C], gamma scalar) -> the clipped estimate of y0 [B,H,W,C]."""
+
+
+class Carry(NamedTuple):
+    """What goes from step to step: the current y, and what the solver remembers of the steps before."""
+
+    y: jax.Array
+    memory: Any
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A sampling method.
+
+    Attributes:
+        init: (schedule, y_T) -> (carry, table); the table holds [N] arrays, one row a step, noisiest first.
+        step: (denoise, carry, z, row) -> carry; z is fresh unit noise [B,H,W,C].
+        stochastic: whether `step` reads z; the sampler draws none for solvers that don't.
+        spacing: the grid on which it does best at few steps.
+    """
+
+    init: Callable[[NoiseSchedule, jax.Array], tuple[Carry, Any]]
+    step: Callable[[Denoise, Carry, jax.Array | None, Any], Carry]
+    stochastic: bool
+    spacing: str = "log_snr"
+
+
+class LinearRow(NamedTuple):
+    """y_s = from_y0 * y0_hat + from_y * y_t + noise * z."""
+
+    gamma: np.ndarray
+    from_y0: np.ndarray
+    from_y: np.ndarray
+    noise: np.ndarray
+
+
+def _levels(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """gamma_t and gamma_s of the N steps in sampling order, float64; the last gamma_s is 1."""
+    descending = schedule.gamma64[::-1]
+    return descending[:-1], descending[1:]
+
+
+def _rows(row_type: type, *columns: np.ndarray) -> Any:
+    return row_type(*(jnp.asarray(column, jnp.float32) for column in columns))
+
+
+def _linear_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: LinearRow) -> Carry:
+    y0_hat = denoise(carry.y, row.gamma)
+    y = row.from_y0 * y0_hat + row.from_y * carry.y
+    return Carry(y if z is None else y + row.noise * z, carry.memory)
+
+
+def ancestral(variance: float = 1.0) -> Solver:
+    """The paper's sampler (Algorithm 2) on any grid.
+
+    Args:
+        variance: v in [0,1]; sigma^2 = posterior^(1-v) * beta^v, between the exact posterior's variance for a
+            known y0 (v=0) and the paper's 1 - alpha_t (v=1). At few steps it matters. The last step adds none.
+    """
+    if not 0.0 <= variance <= 1.0:
+        raise ValueError(f"variance must be in [0, 1], got {variance}")
+
+    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, LinearRow]:
+        gamma_t, gamma_s = _levels(schedule)
+        alpha = gamma_t / gamma_s
+        from_y0 = np.sqrt(gamma_s) * (1 - alpha) / (1 - gamma_t)
+        from_y = np.sqrt(alpha) * (1 - gamma_s) / (1 - gamma_t)
+        beta = 1 - alpha
+        ratio = (1 - gamma_s) / (1 - gamma_t)  # posterior variance / beta; 0 at the last step
+        noise = np.where(gamma_s == 1.0, 0.0, np.sqrt(beta) * ratio ** ((1 - variance) / 2))
+        return Carry(y, ()), _rows(LinearRow, gamma_t, from_y0, from_y, noise)
+
+    return Solver(init, _linear_step, stochastic=True)
+
+
+def ddim(eta: float = 0.0) -> Solver:
+    """DDIM (Song et al. 2020, Eq. 12): eta=0 deterministic, eta=1 the ancestral sampler with posterior variance."""
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+
+    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, LinearRow]:
+        gamma_t, gamma_s = _levels(schedule)
+        noise = eta * np.sqrt((1 - gamma_t / gamma_s) * (1 - gamma_s) / (1 - gamma_t))
+        # y_s = a_s y0 + sqrt(1 - gamma_s - noise^2) eps, with eps derived from y_t and the clipped y0.
+        from_y = np.sqrt(np.maximum(1 - gamma_s - noise**2, 0.0) / (1 - gamma_t))
+        from_y0 = np.sqrt(gamma_s) - from_y * np.sqrt(gamma_t)
+        return Carry(y, ()), _rows(LinearRow, gamma_t, from_y0, from_y, noise)
+
+    return Solver(init, _linear_step, stochastic=eta > 0)
+
+
+class MultistepRow(NamedTuple):
+    """y_s = from_y0 * (y0_hat + extrapolate * (y0_hat - previous)) + from_y * y_t."""
+
+    gamma: np.ndarray
+    from_y0: np.ndarray
+    from_y: np.ndarray
+    extrapolate: np.ndarray
+
+
+def dpmpp_2m() -> Solver:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, one evaluation a step, deterministic."""
+
+    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, MultistepRow]:
+        gamma_t, gamma_s = _levels(schedule)
+        half_t, half_s = log_snr64(gamma_t) / 2, log_snr64(gamma_s) / 2  # the last half_s is +inf
+        width = half_s - half_t
+        from_y = np.sqrt((1 - gamma_s) / (1 - gamma_t))  # 0 at the last step, which returns y0_hat
+        from_y0 = -np.sqrt(gamma_s) * np.expm1(-width)
+        # The first step has no history, and the last one is infinitely wide: both are first order.
+        extrapolate = np.zeros_like(width)
+        extrapolate[1:-1] = width[1:-1] / (2 * width[:-2])
+        return Carry(y, jnp.zeros_like(y)), _rows(MultistepRow, gamma_t, from_y0, from_y, extrapolate)
+
+    def step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: MultistepRow) -> Carry:
+        y0_hat = denoise(carry.y, row.gamma)
+        slope = y0_hat - carry.memory
+        y = row.from_y0 * (y0_hat + row.extrapolate * slope) + row.from_y * carry.y
+        return Carry(y, y0_hat)
+
+    return Solver(init, step, stochastic=False)
+
+
+class HeunRow(NamedTuple):
+    """One step in EDM's variables sigma = s / a and x = y / a."""
+
+    gamma_t: np.ndarray
+    gamma_s: np.ndarray
+    sigma_t: np.ndarray
+    sigma_s: np.ndarray
+
+
+def heun() -> Solver:
+    """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1 without churn): 2N - 1 evaluations.
+
+    The best grid for it is `respace(..., 'karras')`.
+    """
+
+    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, HeunRow]:
+        gamma_t, gamma_s = _levels(schedule)
+        sigma_t, sigma_s = np.sqrt((1 - gamma_t) / gamma_t), np.sqrt((1 - gamma_s) / gamma_s)
+        return Carry(y, ()), _rows(HeunRow, gamma_t, gamma_s, sigma_t, sigma_s)
+
+    def step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: HeunRow) -> Carry:
+        x = carry.y / jnp.sqrt(row.gamma_t)
+        slope = (x - denoise(carry.y, row.gamma_t)) / row.sigma_t
+        euler = x + (row.sigma_s - row.sigma_t) * slope
+        y_euler = jnp.sqrt(row.gamma_s) * euler
+
+        def correct(y_euler: jax.Array) -> jax.Array:
+            slope_s = (euler - denoise(y_euler, row.gamma_s)) / row.sigma_s
+            return jnp.sqrt(row.gamma_s) * (x + (row.sigma_s - row.sigma_t) * (slope + slope_s) / 2)
+
+        # At sigma_s = 0 the slope is 0/0, and the Euler step already lands on y0_hat.
+        return Carry(jax.lax.cond(row.sigma_s > 0, correct, lambda y: y, y_euler), carry.memory)
+
+    return Solver(init, step, stochastic=False, spacing="karras")
