@@ -1,0 +1,161 @@
+"""The parts of the U-Net: residual block, attention, resampling, normalisation, embeddings.
+
+Shape legend: B batch, H height, W width, C channels, E width of the embedding. Activations are in the compute dtype;
+normalisation, softmax and everything in the embedding are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LOG_SNR_LIMIT = 20.0
+RESIDUAL_SCALE = 1.0 / math.sqrt(2.0)  # keeps the variance of x + h at that of x (paper section 2.3)
+zeros = nn.initializers.zeros_init()
+
+
+def space_to_depth(x: jax.Array, factor: int) -> jax.Array:
+    """[B,H,W,C] -> [B,H/factor,W/factor,factor^2 C]: no information is lost."""
+    if factor == 1:
+        return x
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
+
+
+def depth_to_space(x: jax.Array, factor: int) -> jax.Array:
+    """The inverse of `space_to_depth`."""
+    if factor == 1:
+        return x
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, factor, factor, c // (factor * factor))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // (factor * factor))
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """[B,H,W,C] -> [B,H/2,W/2,C]: the mean of each 2x2 square."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def nearest_upsample(x: jax.Array) -> jax.Array:
+    """[B,H,W,C] -> [B,2H,2W,C]: each pixel becomes a 2x2 square."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def sinusoidal(value: jax.Array, width: int, low: float, high: float) -> jax.Array:
+    """[B] -> [B,width]: cosines and sines at width/2 frequencies from `low` to `high` radians a unit."""
+    frequencies = jnp.asarray(np.geomspace(low, high, width // 2), jnp.float32)
+    angle = value.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
+
+
+def log_snr_features(gamma: jax.Array, width: int) -> jax.Array:
+    """[B] gamma -> [B,width] features of the log-SNR ln(gamma / (1 - gamma)), clipped to [-20, 20].
+
+    The paper leaves the embedding of gamma open. gamma itself hardly moves at either end of the schedule, where its
+    sinusoids would be all alike; the log-SNR is monotone in gamma and moves evenly.
+    """
+    log_snr = jnp.log(gamma) - jnp.log1p(-gamma)  # +inf at gamma = 1, which the clip takes care of
+    return sinusoidal(jnp.clip(log_snr, -LOG_SNR_LIMIT, LOG_SNR_LIMIT), width, 0.1, 20.0)
+
+
+class Norm(nn.Module):
+    """Normalises in float32, with a learned scale (and, for groups, offset).
+
+    Attributes:
+        kind: 'group', the paper's GroupNorm: statistics over the whole picture, so a picture's size and content
+            far away change a pixel's value. 'pixel': the root mean square over the channels of each pixel; what
+            the network does to a pixel then depends on its receptive field alone, at any picture size.
+        affine: whether scale and offset are learned here (not when FiLM gives them).
+    """
+
+    kind: str
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.kind == "pixel":
+            return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, use_scale=self.affine)(x).astype(x.dtype)
+        channels = x.shape[-1]
+        # 32 groups as in DDPM, of 4 channels or more: with fewer a group is too small to normalise.
+        groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
+        norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, use_scale=self.affine, use_bias=self.affine)
+        return norm(x).astype(x.dtype)
+
+
+def conv(channels: int, kernel: int, dtype: jnp.dtype, init: Callable | None = None, name: str | None = None) -> nn.Conv:
+    """A stride-1 convolution that keeps the size; float32 weights, computed in `dtype`."""
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        dtype=dtype,
+        kernel_init=init or nn.initializers.lecun_normal(),
+        name=name,
+    )
+
+
+class ResidualBlock(nn.Module):
+    """BigGAN's residual block under an embedding (paper section 2.3).
+
+    Attributes:
+        channels: of the output.
+        resample: 'up' or 'down' by 2 before the first convolution, on both branches; None keeps the size.
+        film: the embedding scales and shifts the second norm, rather than being added before it.
+        dropout: rate before the second convolution, in training.
+    """
+
+    channels: int
+    norm: str
+    dtype: jnp.dtype
+    resample: str | None = None
+    film: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
+        h = nn.swish(Norm(self.norm)(x))
+        if self.resample is not None:
+            change = {"up": nearest_upsample, "down": average_pool}[self.resample]
+            x, h = change(x), change(h)
+        h = conv(self.channels, 3, self.dtype)(h)
+        width = 2 * self.channels if self.film else self.channels
+        condition = nn.Dense(width, name="embedding")(nn.swish(embedding))[:, None, None, :].astype(self.dtype)
+        if self.film:
+            scale, shift = jnp.split(condition, 2, axis=-1)
+            h = Norm(self.norm)(h) * (1 + scale) + shift
+        else:
+            h = Norm(self.norm)(h + condition)
+        h = nn.Dropout(self.dropout)(nn.swish(h), deterministic=not train)
+        h = conv(self.channels, 3, self.dtype, zeros)(h)
+        if x.shape[-1] != self.channels:
+            x = conv(self.channels, 1, self.dtype, name="skip")(x)
+        return (x + h) * RESIDUAL_SCALE
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, with a residual sum; softmax in float32.
+
+    Attributes:
+        head_channels: channels of a head; 0 for a single head, as in DDPM.
+    """
+
+    norm: str
+    dtype: jnp.dtype
+    head_channels: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        heads = c // self.head_channels if self.head_channels else 1
+        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(Norm(self.norm)(x))
+        query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, 3, heads, c // heads), 2, 0)
+        attended = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
+        out = nn.Dense(c, dtype=self.dtype, kernel_init=zeros, name="out")(attended)
+        return (x + out) * RESIDUAL_SCALE

@@ -1,0 +1,176 @@
+"""The U-Net of SR3 (paper section 2.3) and its faster relative: fields in, prediction out.
+
+Shape legend: B batch, H height, W width, C channels. Level i works at 1 / (patch * 2^i) of the image's size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sr3_jax.aliases import Conditioning, Image, NoiseLevel
+from sr3_jax.nn.blocks import (
+    Attention,
+    Norm,
+    ResidualBlock,
+    conv,
+    depth_to_space,
+    log_snr_features,
+    sinusoidal,
+    space_to_depth,
+    zeros,
+)
+
+
+class UNet(nn.Module):
+    """Predicts eps, v or y0 from a noisy image, its noise level and the condition.
+
+    Attributes:
+        channels: width of level 0; level i is `channels * multipliers[i]` wide.
+        num_blocks: residual blocks of each level on the way down, one number a level.
+        attention_levels: levels whose blocks are each followed by self-attention.
+        mid_attention: self-attention between the two blocks at the bottom.
+        head_channels: of an attention head; 0 for one head.
+        layout: 'biggan', the paper's: resampling inside residual blocks, a skip connection from every block, one
+            block more a level on the way up. 'efficient', after Imagen's Efficient U-Net: a 2x2 convolution
+            before the blocks of a level on the way down, its mirror after them on the way up, one skip a level;
+            put most blocks at the low levels.
+        patch: space-to-depth factor of input and output, 1, 2 or 4; a factor of 4 makes level 0 16 times cheaper.
+        norm: 'group' or 'pixel'; see `Norm`.
+        film: the embedding scales and shifts rather than being added (equal quality, paper section 2.3).
+        dropout: rate in the residual blocks.
+        num_classes: 0, or the number of labels; label `num_classes` then means "no label".
+        augment: take cond['augment'], the strength [B] in [0,1] of the condition's augmentation.
+        remat: recompute each block's activations in the backward pass rather than keep them.
+        dtype: 'float32' or 'bfloat16': of activations; weights, norms, softmax and last conv are float32.
+        out_channels: of the prediction.
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 8, 8)
+    num_blocks: tuple[int, ...] = (3, 3, 3, 3, 3)
+    attention_levels: tuple[int, ...] = ()
+    mid_attention: bool = True
+    head_channels: int = 0
+    layout: str = "biggan"
+    patch: int = 1
+    norm: str = "group"
+    film: bool = False
+    dropout: float = 0.0
+    num_classes: int = 0
+    augment: bool = False
+    remat: bool = False
+    dtype: str = "float32"
+    out_channels: int = 3
+
+    @property
+    def stride(self) -> int:
+        """Height and width of the input must be multiples of this."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @nn.compact
+    def __call__(
+        self, y_t: Image, gamma: NoiseLevel, cond: Conditioning, train: bool = False
+    ) -> jax.Array:
+        """[B,H,W,C] float32 prediction from y_t [B,H,W,C], gamma [B] and cond; `train` turns dropout on.
+
+        cond['upsampled'] [B,H,W,C], when there, is concatenated to y_t on the channels.
+        """
+        if y_t.shape[1] % self.stride or y_t.shape[2] % self.stride:
+            raise ValueError(
+                f"image height and width must be multiples of {self.stride}, got {y_t.shape[1]}x{y_t.shape[2]}; "
+                "pad the image or use fewer levels"
+            )
+        dtype = jnp.dtype(self.dtype)
+        embedding = self._embed(gamma, cond)
+        fields = [y_t, cond["upsampled"]] if "upsampled" in cond else [y_t]
+        x = jnp.concatenate([space_to_depth(field, self.patch) for field in fields], axis=-1)
+        x = conv(self.channels, 3, dtype, name="input")(x.astype(dtype))
+
+        body = self._biggan if self.layout == "biggan" else self._efficient
+        x = body(x, embedding, train)
+
+        x = nn.swish(Norm(self.norm, name="output_norm")(x.astype(jnp.float32)))
+        x = conv(self.out_channels * self.patch**2, 3, jnp.float32, zeros, name="output")(x)
+        return depth_to_space(x, self.patch)
+
+    def _embed(self, gamma: NoiseLevel, cond: Conditioning) -> jax.Array:
+        """[B,4*channels] from the noise level, the label and the strength of augmentation."""
+        width = 4 * self.channels
+        x = nn.Dense(width, name="noise_in")(log_snr_features(gamma, self.channels))
+        x = nn.Dense(width, name="noise_out")(nn.swish(x))
+        if self.num_classes:
+            if "label" not in cond:
+                raise ValueError(
+                    f"the network has num_classes={self.num_classes} but the condition has no label; give labels, "
+                    f"or {self.num_classes} for 'no label'"
+                )
+            x = x + nn.Embed(self.num_classes + 1, width, name="label")(cond["label"])
+        if self.augment:
+            strength = cond.get("augment", jnp.zeros_like(gamma))
+            y = nn.Dense(width, name="augment_in")(sinusoidal(strength, self.channels, 0.5, 200.0))
+            x = x + nn.Dense(width, name="augment_out")(nn.swish(y))
+        return x
+
+    def _block(self, channels: int, name: str, resample: str | None = None) -> Any:
+        module = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
+        return module(
+            channels, self.norm, jnp.dtype(self.dtype), resample, self.film, self.dropout, name=name
+        )
+
+    def _attention(self, name: str) -> Any:
+        module = nn.remat(Attention) if self.remat else Attention
+        return module(self.norm, jnp.dtype(self.dtype), self.head_channels, name=name)
+
+    def _stage(self, x: jax.Array, embedding: jax.Array, train: bool, level: int, name: str) -> jax.Array:
+        """One residual block of a level, with attention where the level has it."""
+        x = self._block(self.channels * self.multipliers[level], name)(x, embedding, train)
+        return self._attention(f"{name}_attention")(x) if level in self.attention_levels else x
+
+    def _mid(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
+        x = self._block(x.shape[-1], "mid_0")(x, embedding, train)
+        if self.mid_attention:
+            x = self._attention("mid_attention")(x)
+        return self._block(x.shape[-1], "mid_1")(x, embedding, train)
+
+    def _biggan(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
+        last = len(self.multipliers) - 1
+        skips = [x]
+        for level, blocks in enumerate(self.num_blocks):
+            for index in range(blocks):
+                x = self._stage(x, embedding, train, level, f"down_{level}_{index}")
+                skips.append(x)
+            if level < last:
+                x = self._block(x.shape[-1], f"down_{level}", "down")(x, embedding, train)
+                skips.append(x)
+        x = self._mid(x, embedding, train)
+        for level in range(last, -1, -1):
+            for index in range(self.num_blocks[level] + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = self._stage(x, embedding, train, level, f"up_{level}_{index}")
+            if level > 0:
+                x = self._block(x.shape[-1], f"up_{level}", "up")(x, embedding, train)
+        return x
+
+    def _efficient(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
+        dtype = jnp.dtype(self.dtype)
+        skips = []
+        for level, blocks in enumerate(self.num_blocks):
+            if level > 0:
+                width = self.channels * self.multipliers[level]
+                x = conv(width, 1, dtype, name=f"down_{level}")(space_to_depth(x, 2))
+            for index in range(blocks):
+                x = self._stage(x, embedding, train, level, f"down_{level}_{index}")
+            skips.append(x)
+        x = self._mid(x, embedding, train)
+        for level in range(len(self.multipliers) - 1, -1, -1):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            for index in range(self.num_blocks[level]):
+                x = self._stage(x, embedding, train, level, f"up_{level}_{index}")
+            if level > 0:
+                width = self.channels * self.multipliers[level - 1]
+                x = depth_to_space(conv(4 * width, 1, dtype, name=f"up_{level}")(x), 2)
+        return x
