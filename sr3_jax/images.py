@@ -26,17 +26,18 @@ def to_unit(image: jax.Array | np.ndarray) -> Image:
 
 
 def to_uint8(image: jax.Array | np.ndarray) -> jax.Array:
-    """[-1,1] -> uint8: clipped, rounded to the nearest level (a NaN has no level: its result is undefined)."""
+    """[-1,1] -> uint8: clipped, rounded to the nearest level (for a NaN the result is undefined)."""
     levels = (jnp.asarray(image).astype(jnp.float32) + 1.0) * 127.5
     return jnp.clip(jnp.round(levels), 0.0, 255.0).astype(jnp.uint8)
 
 
 def resize_bicubic(x: jax.Array | np.ndarray, height: int, width: int) -> Image:
-    """Resize [B,H,W,C] of any float dtype to [B,height,width,C] float32, as Pillow's BICUBIC does, up or down.
+    """Resize floats [B,H,W,C] to float32 [B,height,width,C] as Pillow's BICUBIC does, up or down.
 
     Keys' cubic with a = -0.5, widened by the ratio when shrinking (anti-aliased). Pixel centres lie at
-    half-integers, so the outer edges of both images coincide; taps outside the image are dropped and the rest sum
-    to one again, so a flat image stays flat. Within 0.01/255 of Pillow in its float mode. Overshoot is not clipped.
+    half-integers, so the outer edges of both images coincide; taps outside the image are dropped and the rest
+    sum to one again, so a flat image stays flat. Overshoot is not clipped. Within 0.01/255 of Pillow's float
+    mode (0.1/255 at odd ratios of sides above 1000, where float32 positions lack digits; never at whole ratios).
     Raises ValueError for integer pixels (take `to_unit` first), for another rank, and for a size below 1.
     """
     x = jnp.asarray(x)
@@ -65,7 +66,7 @@ def degrade(image: jax.Array | np.ndarray, scale: int) -> Image:
 
 
 def upsample(low_res: jax.Array | np.ndarray, scale: int) -> Image:
-    """Low-res [B,h,w,C] -> [B,h*scale,w*scale,C] float32, bicubic, not clipped or rounded: the network's condition."""
+    """Low-res [B,h,w,C] -> [B,h*scale,w*scale,C] float32: the network's condition, not clipped."""
     height, width = low_res.shape[1:3]
     return resize_bicubic(low_res, height * scale, width * scale)
 
@@ -83,8 +84,8 @@ def picture_grid(
     """Lay out uint8 cells [H,W,C] (C 1 or 3; sizes may differ) as one titled picture uint8 [H,W,3] on white.
 
     Within a row each cell is enlarged by nearest neighbour, keeping its aspect, until it touches the row's
-    largest height or width: a 16x16 low-res beside its 64x64 original shows its pixels. Titles are wrapped to the
-    width of their column, which grows where a single word is wider; missing titles and short rows leave white.
+    largest height or width: a 16x16 low-res beside its 64x64 original shows its pixels. Titles are wrapped to
+    the width of their column, which grows where a word is wider; missing titles and short rows leave white.
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     line = FONT_SIZE + 3
