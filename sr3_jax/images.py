@@ -37,7 +37,7 @@ def resize_bicubic(x: jax.Array | np.ndarray, height: int, width: int) -> Image:
     Keys' cubic with a = -0.5, widened by the ratio when shrinking (anti-aliased). Pixel centres lie at
     half-integers, so the outer edges of both images coincide; taps outside the image are dropped and the rest
     sum to one again, so a flat image stays flat. Overshoot is not clipped. Within 0.01/255 of Pillow's float
-    mode (0.1/255 at odd ratios of sides above 1000, where float32 positions lack digits; never at whole ratios).
+    mode at whole ratios of any size; at odd ratios of sides above 1000, float32 positions cost up to 0.1/255.
     Raises ValueError for integer pixels (take `to_unit` first), for another rank, and for a size below 1.
     """
     x = jnp.asarray(x)

@@ -1,8 +1,8 @@
 """How near an output is to its original (PSNR, SSIM) and to its low-res input (consistency, mean colour).
 
-Shape legend: B batch, H height, W width, C channels. Every function is pure jax, takes uint8 pictures [B,H,W,C]
-(quantise first, as a picture file does) and returns float32 [B], one figure per example. Whoever averages over a
-set does it in the metric's own unit: PSNR in dB. Wrong dtypes and shapes raise ValueError.
+Shape legend: B batch, H height, W width, C channels. Every function is pure jax, takes uint8 pictures
+[B,H,W,C] (quantise first, as a picture file does) and returns float32 [B], one figure per example. Whoever
+averages over a set does it in the metric's own unit: PSNR in dB. Wrong dtypes and shapes raise ValueError.
 
 Two protocols, 1-2 dB apart, never to be mixed in a table:
   psnr, ssim             RGB, levels 0..255, no border crop (SR3 and most diffusion papers)
@@ -39,7 +39,8 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """Structural similarity (Wang et al. 2004), at most 1: mean over channels and over whole 11x11 windows.
 
     Gaussian window of sigma 1.5, K1 0.01, K2 0.03, population covariance: what scikit-image computes with
-    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255`. ValueError for a side under 11.
+    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255`. ValueError if a side is
+    under 11 pixels.
     """
     return _ssim(*_levels(a, b))
 
@@ -65,12 +66,13 @@ def ssim_luma(a: jax.Array, b: jax.Array, *, crop: int) -> jax.Array:
 def consistency(output: jax.Array, low_res: jax.Array) -> jax.Array:
     """Mean squared error of the output, shrunk to the low-res size, to low_res; levels in [0,1], unit 1e-5.
 
-    Shrunk by the anti-aliased bicubic that made low_res, clipped to the range that a picture holds, not rounded:
-    so the original itself scores 0.13, the rounding error of low_res. The paper's SR3 has 2.68 on faces 16->128.
+    Shrunk by the anti-aliased bicubic that made low_res, clipped to the range that a picture holds, not
+    rounded: so the original itself scores 0.13, the rounding error of low_res. The paper's SR3 has 2.68 on
+    faces 16->128.
     Raises ValueError unless output is a whole multiple of low_res, the same both ways.
     """
     output, low_res = _pair(output, low_res)
-    # The kernel of images.resize_bicubic (a test holds them equal): rooms of one floor do not import each other.
+    # The kernel of images.resize_bicubic, as a test checks: rooms of one floor do not import each other.
     precision = jax.lax.Precision.HIGHEST
     shrunk = jax.image.resize(output, low_res.shape, "cubic", antialias=True, precision=precision)
     return 1e5 / PEAK**2 * _mean(jnp.square(jnp.clip(shrunk, 0.0, PEAK) - low_res))
@@ -78,7 +80,7 @@ def consistency(output: jax.Array, low_res: jax.Array) -> jax.Array:
 
 @jax.jit
 def mean_colour_error(output: jax.Array, low_res: jax.Array) -> jax.Array:
-    """Largest shift of a channel's mean from low_res to output, in levels (1/255): the hue shift users see."""
+    """Largest shift of a channel's mean from low_res to output, in levels (1/255): the hue shift seen."""
     output, low_res = _pair(output, low_res)
     shift = jnp.mean(output, axis=2).mean(axis=1) - jnp.mean(low_res, axis=2).mean(axis=1)  # [B,C]
     return jnp.max(jnp.abs(shift), axis=1)
@@ -113,7 +115,7 @@ def _float(image: jax.Array) -> jax.Array:
 
 
 def _mean(x: jax.Array) -> jax.Array:
-    """[B,H,W,C] -> [B]. Rows first, lest accuracy hang on how a backend orders one float32 sum over millions."""
+    """[B,H,W,C] -> [B]. Rows first, lest accuracy hang on how a backend orders a sum over millions."""
     return jnp.mean(jnp.mean(x, axis=(2, 3)), axis=1)
 
 
@@ -136,7 +138,7 @@ def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """float32 levels [B,H,W,C] -> [B]."""
     if min(a.shape[1:3]) < WINDOW:
         raise ValueError(f"SSIM needs at least {WINDOW}x{WINDOW} pixels, got {a.shape[1]}x{a.shape[2]}")
-    # A variance is a difference of squares: around the picture's own mean these are small and lose few digits.
+    # A variance is a difference of squares: around the picture's own mean they are small and lose few digits.
     shift_a, shift_b = (jnp.round(jnp.mean(x, axis=(1, 2), keepdims=True)) for x in (a, b))  # [B,1,1,C]
     a, b = a - shift_a, b - shift_b
     mean_a, mean_b, aa, bb, ab = jnp.split(_blur(jnp.concatenate([a, b, a * a, b * b, a * b])), 5)
@@ -147,11 +149,13 @@ def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _blur(x: jax.Array) -> jax.Array:
-    """Gaussian-weighted means of the 11x11 windows that lie inside: [B,H,W,C] -> [B,H-10,W-10,C]."""
+    """Gaussian-weighted means of the 11x11 windows that lie inside: [B,H,W,C] -> [B,H-10,W-10,C].
+
+    Sums of shifted slices: on a CPU six times as fast as a convolution of one channel.
+    """
     weights = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
-    taps = jnp.asarray(weights / weights.sum(), jnp.float32)
-    batch, height, width, channels = x.shape
-    x = jnp.moveaxis(x, 3, 1).reshape(batch * channels, 1, height, width)
-    for kernel in (taps.reshape(1, 1, WINDOW, 1), taps.reshape(1, 1, 1, WINDOW)):
-        x = jax.lax.conv(x, kernel, (1, 1), "VALID", precision=jax.lax.Precision.HIGHEST)
-    return jnp.moveaxis(x.reshape(batch, channels, height - WINDOW + 1, width - WINDOW + 1), 1, 3)
+    taps = [float(weight) for weight in weights / weights.sum()]
+    height, width = x.shape[1] - WINDOW + 1, x.shape[2] - WINDOW + 1
+    columns = sum(tap * x[:, i : i + height] for i, tap in enumerate(taps))
+    columns = jax.lax.optimization_barrier(columns)  # or XLA fuses both passes into one of 121 taps
+    return sum(tap * columns[:, :, i : i + width] for i, tap in enumerate(taps))
