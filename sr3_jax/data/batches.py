@@ -1,0 +1,188 @@
+"""Batches of random crops, each a pure function of (seed, step), made by threads ahead of time.
+
+Shape legend: B batch over all processes, b rows of this process. Position p = step * B + row counts every crop
+ever drawn; which photograph, which corner and whether mirrored follow from (seed, p) alone. So a resumed run and
+any number of processes see the same data.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sr3_jax.aliases import UserError
+from sr3_jax.data.sources import SmallPicture, Source, check_side
+from sr3_jax.pictures import PictureError
+
+_log = logging.getLogger("sr3_jax")
+_MAX_REJECTIONS = 100  # in a row
+_NO_LAST_STEP = 2**62
+_EPOCHS = 2**63  # positions stay below, numbers of epochs are put above: one family of streams for each
+
+
+def batches(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    crop: int,
+    first_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches {'image': uint8 [b,crop,crop,3], 'label': int32 [b] if the source has labels}.
+
+    Every epoch is a new permutation of the photographs; each gives one crop, mirrored half of the time.
+
+    Args:
+      batch_size: B, over all processes; this process gets rows [k*B/n, (k+1)*B/n) with k = process_index,
+        n = process_count, and decodes no others.
+      first_step: the step of the first batch; no earlier one is made.
+      threads: each makes whole batches; 0 makes them in the caller.
+      prefetch: batches made ahead.
+
+    Raises:
+      UserError: `batch_size` does not divide; while iterating, 100 unusable pictures in a row.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size={batch_size} does not divide by {process_count} processes: use a multiple of {process_count}"
+        )
+    import grain  # takes most of a second
+
+    rows = range(
+        process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
+    )
+    draw = _Draw(source, seed=seed, crop=crop)
+    steps = grain.MapDataset.range(first_step, _NO_LAST_STEP)
+    pipeline = steps.map(lambda step: _stack([draw(int(step) * batch_size + row) for row in rows]))
+    return iter(
+        pipeline.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    )
+
+
+def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarray]:
+    """The centre crops of `count` photographs spread evenly over the source: the same ones every time.
+
+    Returns one batch as `batches` gives them. An unusable picture is replaced by the next usable one; with fewer
+    than `count` usable ones there are fewer rows, and a message.
+
+    Raises:
+      UserError: no picture can be used.
+    """
+    start = [index * len(source) // count for index in range(min(count, len(source)))]
+    start = start if count <= len(source) else list(range(len(source)))
+    taken: dict[int, dict[str, Any]] = {}
+    tried: set[int] = set()
+    rejections = _Rejections(source)
+    for first in start:
+        for index in ((first + offset) % len(source) for offset in range(len(source))):
+            if index in tried:
+                continue
+            tried.add(index)
+            if (item := rejections.usable(index, crop)) is not None:
+                height, width = item["image"].shape[:2]
+                top, left = (height - crop) // 2, (width - crop) // 2
+                taken[index] = item | {"image": item["image"][top : top + crop, left : left + crop]}
+                break
+    if not taken:
+        raise UserError(
+            f"no picture of {source.name} can be used with crop={crop}: use smaller crops or other data"
+        )
+    if len(taken) < count:
+        _log.warning("%s gives only %d of %d pictures with crop=%d", source.name, len(taken), count, crop)
+    return _stack([taken[index] for index in sorted(taken)])
+
+
+class _Draw:
+    """The crop at a position."""
+
+    def __init__(self, source: Source, *, seed: int, crop: int) -> None:
+        self._source = source
+        self._seed = seed % 2**64
+        self._crop = crop
+        self._rejections = _Rejections(source)
+        # Grain's own shuffle walks a cycle of 2^16: 0.6 ms an index where there are only 32 photographs.
+        self._order = functools.lru_cache(maxsize=4)(self._new_order)
+
+    def _new_order(self, epoch: int) -> np.ndarray:
+        # Raw Philox words, not Generator.permutation: NumPy keeps the former the same over its versions.
+        return np.argsort(self._words(_EPOCHS + epoch).random_raw(len(self._source)), kind="stable").astype(
+            np.uint32
+        )
+
+    def _words(self, stream: int) -> np.random.Philox:
+        return np.random.Philox(key=np.array([self._seed, stream], np.uint64))
+
+    def __call__(self, position: int) -> dict[str, Any]:
+        words = self._words(position)
+        down, right, mirror = (int(word) for word in words.random_raw(3))
+        epoch, place = divmod(position, len(self._source))
+        index = int(self._order(epoch)[place])
+        for _ in range(_MAX_REJECTIONS):
+            if (item := self._rejections.usable(index, self._crop)) is not None:
+                break
+            index = int(words.random_raw()) % len(self._source)
+        else:
+            raise UserError(
+                f"{_MAX_REJECTIONS} pictures of {self._source.name} in a row are of no use with crop={self._crop}: "
+                "use smaller crops or other data"
+            )
+        height, width = item["image"].shape[:2]
+        top, left = down % (height - self._crop + 1), right % (width - self._crop + 1)
+        image = item["image"][top : top + self._crop, left : left + self._crop]
+        return item | {"image": image[:, ::-1] if mirror & 1 else image}
+
+
+class _Rejections:
+    """Pictures found to be unusable: remembered, and told once each (damaged ones) or by number (small ones)."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._bad: set[int] = set()
+        self._small = 0
+        self._lock = threading.Lock()
+
+    def usable(self, index: int, crop: int) -> dict[str, Any] | None:
+        """The picture, or None if it is damaged or too small for the crop."""
+        if index in self._bad:
+            return None
+        try:
+            item = self._source[index]
+            check_side(item["image"].shape[:2], crop)
+            return item
+        except PictureError as error:
+            self._tell(index, error, crop)
+            return None
+
+    def _tell(self, index: int, error: PictureError, crop: int) -> None:
+        with self._lock:
+            if index in self._bad:
+                return
+            self._bad.add(index)
+            if not isinstance(error, SmallPicture):
+                _log.warning("left out: %s", error)
+                return
+            self._small += 1
+            if str(self._small).strip("0") == "1":  # at 1, 10, 100, ...
+                _log.warning(
+                    "left out so far for a short side under %d pixels: %d of the %d pictures of %s",
+                    crop,
+                    self._small,
+                    len(self._source),
+                    self._source.name,
+                )
+
+
+def _stack(items: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    batch = {"image": np.stack([item["image"] for item in items])}
+    if "label" in items[0]:
+        batch["label"] = np.array([item["label"] for item in items], np.int32)
+    return batch

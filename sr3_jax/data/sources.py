@@ -1,0 +1,314 @@
+"""A data set by name: random access to photographs as uint8 arrays, decoded ones kept in memory.
+
+Shape legend: H height, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sr3_jax.aliases import UserError
+from sr3_jax.data import store
+from sr3_jax.pictures import PICTURE_SUFFIXES, PictureError, read_rgb, read_size
+
+_log = logging.getLogger("sr3_jax")
+_NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH"
+_LISTED = 100  # unreadable files named in one message; the rest are counted
+
+
+class SmallPicture(PictureError):
+    """A picture whose short side is under the least that was asked for."""
+
+
+class Source:
+    """Random access to a data set: source[i] is {'image': uint8 [H,W,3], 'label': int if it has labels}.
+
+    Arrays are read-only and shared. Decoded pictures stay in memory until `cache_mb` are full, and then those
+    stay: in epochs of random order that serves more reads than dropping the oldest. Thread-safe.
+    Reading raises PictureError ('NAME: reason') for a picture that can't be used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[int], dict[str, Any]],
+        count: int,
+        *,
+        describe: Callable[[int], str] = "record {}".format,
+        min_side: int = 0,
+        cache_mb: int = 1024,
+    ) -> None:
+        self.name = name
+        self.describe = describe
+        self._load = load
+        self._count = count
+        self._min_side = min_side
+        self._free = cache_mb * 2**20
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._count:
+            raise IndexError(f"{self.name} has {self._count} pictures, no number {index}")
+        kept = self._kept.get(index)
+        if kept is not None:
+            return dict(kept)
+        try:
+            item = self._load(index)
+            check_side(item["image"].shape[:2], self._min_side)
+        except PictureError as error:
+            raise type(error)(f"{self.describe(index)}: {error}") from error
+        item["image"].flags.writeable = False
+        with self._lock:
+            if index not in self._kept and item["image"].nbytes <= self._free:
+                self._free -= item["image"].nbytes
+                self._kept[index] = item
+        return dict(item)
+
+
+def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source:
+    """Open a data set: `photos:train`, `photos:test`, `tfds:NAME[/CONFIG][:VERSION]:SPLIT` or `folder:PATH`.
+
+    Args:
+      min_side: pictures with a shorter short side, in pixels, are no use. In a folder they are counted and left
+        out here; in a TFDS data set reading one raises SmallPicture, since looking at each would take too long.
+      cache_mb: memory for decoded pictures.
+
+    Raises:
+      UserError: there is no such data set or split, it has no images, or none can be used.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "photos" and rest in ("train", "test"):
+        return _open_photos(name, rest, min_side, cache_mb)
+    if kind == "tfds" and rest:
+        return _open_tfds(name, rest, min_side, cache_mb)
+    if kind == "folder" and rest:
+        return _open_folder(name, Path(rest).expanduser(), min_side, cache_mb)
+    raise UserError(f"no data source is called '{shown(name)}': use {_NAMES}")
+
+
+def check_side(size: tuple[int, int], min_side: int) -> None:
+    """Raises SmallPicture if the short side of a (height, width) is under `min_side`."""
+    if min(size) < min_side:
+        raise SmallPicture(f"is {size[1]}x{size[0]} pixels, with a short side under {min_side}")
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as text that can always be printed: bytes of it that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+# -- TFDS data sets ---------------------------------------------------------------------------------------------
+
+
+def _open_photos(name: str, split: str, min_side: int, cache_mb: int) -> Source:
+    from sr3_jax.data.photos.builder import Sr3Photos
+
+    version = str(Sr3Photos.VERSION)
+    if store.find(Sr3Photos.name, version=version, where=[str(store.data_dir())]) is None:
+        store.build(Sr3Photos, store.data_dir())
+    folder = store.find(Sr3Photos.name, version=version, where=[str(store.data_dir())])
+    return _read_tfds(name, folder, split, min_side, cache_mb)
+
+
+def _open_tfds(name: str, rest: str, min_side: int, cache_mb: int) -> Source:
+    match = re.fullmatch(r"([\w/.-]+)(?::(\d+\.\d+\.\d+))?:([^:]*\w[^/]*)", rest)
+    if match is None:
+        raise UserError(
+            f"'{name}' does not name a TFDS data set and its split: write tfds:NAME[/CONFIG]:SPLIT"
+        )
+    data_set, version, split = match.groups()
+    folder = store.find(data_set, version=version)
+    if folder is None:
+        raise UserError(_not_found(data_set, version))
+    return _read_tfds(name, folder, split, min_side, cache_mb)
+
+
+def _not_found(data_set: str, version: str | None) -> str:
+    import tensorflow_datasets as tfds
+
+    for place in store.search_path():
+        folder = tfds.core.Path(place) / data_set
+        if not folder.exists():
+            continue
+        children = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        if configs := [child for child in children if store.find(f"{data_set}/{child}", where=[place])]:
+            return f"the data set '{data_set}' has configs: write tfds:{data_set}/CONFIG:SPLIT, with {' or '.join(configs)}"
+        if version is not None and (found := store.find(data_set, where=[place])):
+            return f"the data set '{data_set}' is there as version {found.name}, not as {version}: leave the version out"
+    return (
+        f"the data set '{data_set}' is not prepared in {' or '.join(store.search_path())}: make it from a folder "
+        f"of pictures with `sr3 prepare PATH --name {data_set}`, or name its data dir with SR3_DATA_DIR"
+    )
+
+
+def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int) -> Source:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(folder))
+    features = builder.info.features
+    if not isinstance(features, tfds.features.FeaturesDict) or "image" not in features:
+        raise UserError(
+            f"the data set of '{name}' has no 'image' feature, only {_words(features)}: use another"
+        )
+    wanted = {"image": features["image"]}
+    encoded = isinstance(features["image"], tfds.features.Image)
+    if not (encoded or _is_array_image(features["image"])) or features["image"].np_dtype == np.float32:
+        raise UserError(
+            f"the 'image' of '{name}' is {features['image']}, not a picture of 8 bits a channel: use another data set"
+        )
+    if "label" in features and _is_integer(features["label"]):
+        wanted["label"] = features["label"]
+    try:
+        # Raw, so that no other feature (masks, boxes) is decoded; the two wanted ones are parsed below.
+        records = builder.as_data_source(
+            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+    except NotImplementedError as error:
+        raise UserError(
+            f"the data set of '{name}' is stored as {builder.info.file_format.value}, which has no random access: "
+            "prepare it again with `tfds build --file_format=array_record`, or its pictures with `sr3 prepare`"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"the data set of '{name}' has no split '{split}': use one of {_words(builder.info.splits)}"
+        ) from error
+    if not len(records):
+        raise UserError(f"the split '{split}' of '{name}' is empty: use one of {_words(builder.info.splits)}")
+    parser = tfds.features.FeaturesDict(wanted)
+    decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
+
+    def load(index: int) -> dict[str, Any]:
+        example = parser.deserialize_example_np(records[index], decoders=decoders)
+        image = example["image"]
+        if encoded:
+            if min_side:
+                check_side(read_size(image), min_side)  # the header is enough to tell
+            image = read_rgb(image)
+        item = {"image": _three_channels(image)}
+        return item | {"label": int(example["label"])} if "label" in wanted else item
+
+    return Source(name, load, len(records), min_side=min_side, cache_mb=cache_mb)
+
+
+def _is_array_image(feature: Any) -> bool:
+    shape = getattr(feature, "shape", None)
+    return (
+        feature.np_dtype == np.uint8
+        and shape is not None
+        and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)))
+    )
+
+
+def _is_integer(feature: Any) -> bool:
+    return getattr(feature, "shape", None) == () and np.issubdtype(feature.np_dtype, np.integer)
+
+
+def _three_channels(image: np.ndarray) -> np.ndarray:
+    image = image[:, :, None] if image.ndim == 2 else image
+    return np.ascontiguousarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[:, :, :3])
+
+
+def _words(names: Any) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds: pictures whose headers are good, in sorted order, and (file, reason) for the others."""
+
+    pictures: list[Path]
+    sizes: list[tuple[int, int]]  # (height, width) of each picture
+    rejected: list[tuple[Path, str]]
+
+
+def scan_folder(root: Path, *, threads: int = 16) -> Scan:
+    """Read the header of every file under `root`, hidden ones excepted; links to folders are followed.
+
+    Raises:
+      UserError: `root` is no folder, or can't be listed.
+    """
+    if not root.is_dir():
+        raise UserError(f"'{shown(root)}' is not a folder: name one that holds pictures")
+    files = sorted(_files(root), key=lambda path: os.fsencode(path))
+
+    def look(path: Path) -> tuple[int, int] | str:
+        try:
+            return read_size(path)
+        except PictureError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        looks = list(pool.map(look, files))
+    good = [(path, size) for path, size in zip(files, looks, strict=True) if not isinstance(size, str)]
+    bad = [(path, reason) for path, reason in zip(files, looks, strict=True) if isinstance(reason, str)]
+    return Scan([path for path, _ in good], [size for _, size in good], bad)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()  # a link back up the tree must not be followed for ever
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"the folder '{shown(error.filename)}' can't be read ({error.strerror}): mend that or leave it out"
+        )
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
+    scan = scan_folder(root)
+    if scan.rejected:
+        listed = [f"  {shown(path)}: {reason}" for path, reason in scan.rejected[:_LISTED]]
+        more = len(scan.rejected) - len(listed)
+        listed += [f"  and {more} more"] if more else []
+        _log.warning("%d files of %s are left out:\n%s", len(scan.rejected), shown(name), "\n".join(listed))
+    paths = [path for path, size in zip(scan.pictures, scan.sizes, strict=True) if min(size) >= min_side]
+    if small := len(scan.pictures) - len(paths):
+        _log.warning(
+            "%d of %d pictures of %s have a short side under %d pixels and are left out",
+            small,
+            len(scan.pictures),
+            shown(name),
+            min_side,
+        )
+    if not paths:
+        raise UserError(
+            f"'{shown(root)}' holds no picture that can be used ({len(scan.rejected)} files could not be read, {small} "
+            f"are under {min_side} pixels): put pictures there ({', '.join(sorted(PICTURE_SUFFIXES))}) or ask for smaller crops"
+        )
+
+    def load(index: int) -> dict[str, Any]:
+        return {"image": read_rgb(paths[index])}
+
+    return Source(
+        name,
+        load,
+        len(paths),
+        describe=lambda index: shown(paths[index]),
+        min_side=min_side,
+        cache_mb=cache_mb,
+    )
