@@ -1,0 +1,139 @@
+"""The pixels of a Pillow picture of any mode as 8-bit arrays. Pillow and numpy alone; no files.
+
+Shape legend: H height, W width. Pillow's own conversions clip deep pixels (65535 and 256 both become 255) and
+forget which grey level stands for transparent, so grey, deep and float modes are converted here.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+_DEEP_NOTE = "16 bits a channel reduced to 8"
+
+
+class OddPixels(ValueError):
+    """Pixels that have no meaning as an 8-bit picture; the message is the whole reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """rgb uint8 [H,W,3] (equal channels when grey), alpha uint8 [H,W] or None, and what was changed."""
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None
+    grey: bool
+    notes: tuple[str, ...]
+
+
+def raw_mode(picture: Image.Image) -> str:
+    """How the file packs its pixels, as Pillow calls it ('RGB;16B', 'LA;16B', 'L;2', ...).
+
+    To be asked before `load`, which forgets it; '' where the decoder does not say.
+    """
+    for tile in getattr(picture, "tile", ()):
+        args = tile[3]
+        name = args[0] if isinstance(args, tuple) and args else args
+        if isinstance(name, str):
+            return name
+    return ""
+
+
+def to_pixels(picture: Image.Image, raw: str) -> Pixels:
+    """The loaded `picture` as 8-bit arrays; `raw` is its `raw_mode` from before loading.
+
+    Raises OddPixels where the values cannot be shown, and whatever Pillow raises.
+    """
+    mode = picture.mode
+    if mode == "I" or mode == "F" or mode.startswith("I;16"):
+        return _deep_grey(picture)
+    deep = picture.format in ("PNG", "TIFF") and ";16" in raw  # Pillow has already taken the high bytes
+    notes = (_DEEP_NOTE,) if deep else ()
+    if mode in ("1", "L"):
+        level = np.asarray(picture.convert("L"))
+        return Pixels(_three(level), _keyed_grey(level, picture, raw), True, notes)
+    if mode in ("LA", "La") or raw.startswith("LA"):
+        both = np.asarray(picture.convert("LA" if mode != "La" else "RGBA"))
+        return Pixels(_three(both[..., 0]), both[..., -1].copy(), True, notes)
+    if mode == "CMYK":
+        rgb, how = _from_cmyk(picture)
+        return Pixels(rgb, None, False, (*notes, how))
+    if mode == "RGB" and isinstance(picture.info.get("transparency"), tuple):
+        rgb = np.array(picture)
+        colour = np.asarray(picture.info["transparency"][:3], np.int64) >> (8 if deep else 0)
+        alpha = np.where((rgb == colour).all(axis=-1), 0, 255).astype(np.uint8)
+        return Pixels(rgb, alpha, False, notes)
+    if picture.has_transparency_data:
+        both = np.asarray(picture.convert("RGBA"))
+        return Pixels(np.ascontiguousarray(both[..., :3]), both[..., 3].copy(), False, notes)
+    try:
+        return Pixels(np.array(picture.convert("RGB")), None, False, notes)
+    except ValueError as error:
+        raise OddPixels(f"has colours of kind {mode}, which cannot be turned into RGB") from error
+
+
+def _three(level: np.ndarray) -> np.ndarray:
+    return np.repeat(level[..., None], 3, axis=-1)  # [H,W,3]
+
+
+def _keyed_grey(level: np.ndarray, picture: Image.Image, raw: str) -> np.ndarray | None:
+    """Alpha of a grey picture in which one level means transparent (PNG's tRNS), else None."""
+    key = picture.info.get("transparency")
+    if not isinstance(key, int):
+        return None
+    key *= {"L;2": 85, "L;4": 17}.get(raw, 1)  # the key counts in the file's levels, the pixels in 8 bits
+    return np.where(level == key, 0, 255).astype(np.uint8)
+
+
+def _deep_grey(picture: Image.Image) -> Pixels:
+    """Grey of more than 8 bits, scaled by the white of its kind.
+
+    Integers of known depth by 2^bits - 1; 32-bit integers by 65535 if they fit there; floats by 1 if they lie
+    in [0,1], by 255 if they lie in [0,255]. What fits none of these has no known white: least to greatest.
+    """
+    values = np.asarray(picture).astype(np.float64)  # [H,W]
+    if not np.isfinite(values).all():
+        raise OddPixels("holds pixels that are not finite numbers")
+    tags = getattr(picture, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    least, greatest = float(values.min()), float(values.max())
+    black, alpha = 0.0, None
+    if picture.mode.startswith("I;16"):
+        white, note = float(2 ** min(int(bits), 16) - 1), _DEEP_NOTE
+        key = picture.info.get("transparency")
+        if isinstance(key, int):
+            alpha = np.where(values == key, 0, 255).astype(np.uint8)
+    elif least >= 0 and picture.mode == "I" and greatest <= 65535:
+        white, note = 65535.0, _DEEP_NOTE
+    elif least >= 0 and picture.mode == "F" and greatest <= 255:
+        white, note = (1.0 if greatest <= 1 else 255.0), "floating-point pixels rounded to 8 bits"
+    else:
+        black, white = least, max(greatest, least + 1e-30)
+        note = f"values {least:g} to {greatest:g} stretched over 8 bits"
+    unit = (values - black) / (white - black)
+    if tags.get(_PHOTOMETRIC) == 0:  # TIFF's white-is-zero, which Pillow inverts for 8 bits alone
+        unit = 1.0 - unit
+    level = np.rint(np.clip(unit, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return Pixels(_three(level), alpha, True, (note,))
+
+
+def _from_cmyk(picture: Image.Image) -> tuple[np.ndarray, str]:
+    """Ink to RGB [H,W,3], by the picture's own colour profile where it has a usable one."""
+    profile = picture.info.get("icc_profile")
+    if profile:
+        try:
+            from PIL import ImageCms
+
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            rgb = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
+            pass  # a broken profile, or one that is not for ink: the plain way below
+        else:
+            if rgb is not None:
+                return np.array(rgb), "CMYK converted to RGB by its colour profile"
+    return np.array(picture.convert("RGB")), "CMYK converted to RGB"
