@@ -1,0 +1,174 @@
+"""What a run tells about itself: metrics.jsonl, TensorBoard, sample PNGs and a progress bar.
+
+Only process 0 of a run reports: the others pass `enabled=False`, and then nothing is created or printed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import SupportsFloat
+
+import numpy as np
+from PIL import Image as PillowImage
+from tqdm import tqdm
+
+from sr3_jax.aliases import UserError
+
+PLAIN_SECONDS = 30.0  # between two progress lines where stderr is a file or a pipe
+
+
+class Report:
+    """The books of one training run, kept in `workdir`; a context manager, or call `close`.
+
+    On creation the lines of metrics.jsonl with `step` > first_step are dropped, for the run writes those steps
+    again, and so is a last line that a kill has cut in half. With `minutes` the run also ends by the clock,
+    counted from creation, and the time left is the lesser of the two. UserError if workdir cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        enabled: bool = True,
+        minutes: float | None = None,
+    ) -> None:
+        self.workdir = Path(workdir)
+        self.total_steps = total_steps
+        self.enabled = enabled
+        self._minutes = minutes
+        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the step and time of the first progress
+        self._last_line = -math.inf
+        self._bar: tqdm | None = None
+        if not enabled:
+            return
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            _drop_later_lines(self.workdir / "metrics.jsonl", first_step)
+            self._lines = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"workdir {workdir} cannot be written ({error.strerror}): choose another"
+            ) from error
+        from tensorboardX import SummaryWriter  # here, because only process 0 needs it
+
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # else a NaN is a warning at every step
+        # TensorBoard hides what an earlier run wrote at purge_step and after.
+        purge = first_step + 1 if first_step else None
+        self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=purge, flush_secs=30)
+        if sys.stderr.isatty():
+            shape = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
+            self._bar = tqdm(total=1.0, bar_format=shape, miniters=0, dynamic_ncols=True, file=sys.stderr)
+
+    def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """One line {"step": step, name: value, ...} in metrics.jsonl, flushed, and the same in TensorBoard.
+
+        JSON has no NaN or infinity: they are written as null. TensorBoard gets them as they are.
+        """
+        if not self.enabled:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": int(step)} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, int(step))
+
+    def images(self, step: int, name: str, image: np.ndarray) -> None:
+        """uint8 [H,W,3] as WORKDIR/samples/NAME_0001000.png (whole or not at all) and in TensorBoard."""
+        if not self.enabled:
+            return
+        folder = self.workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}_{int(step):07d}.png"
+        partial = path.with_suffix(".png.partial")
+        PillowImage.fromarray(np.asarray(image)).save(partial, format="PNG")
+        os.replace(partial, path)
+        self._board.add_image(name, np.asarray(image), int(step), dataformats="HWC")
+
+    def progress(
+        self, step: int, *, loss: float | None = None, images_per_second: float | None = None
+    ) -> None:
+        """Show that `step` steps are done: a bar in a terminal, else a line every 30 s and at the last."""
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        title = f"step {step}" if self._minutes else f"step {step}/{self.total_steps}"
+        parts = [] if loss is None else [f"loss {float(loss):.4f}"]
+        parts += [] if images_per_second is None else [f"{float(images_per_second):.1f} images/s"]
+        left = self._seconds_left(step, now)
+        parts += [] if left is None else [f"{tqdm.format_interval(left)} left"]
+        if self._bar is not None:
+            self._bar.set_description_str(title, refresh=False)
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+            self._bar.update(self._share_done(step, now) - self._bar.n)
+        elif now - self._last_line >= PLAIN_SECONDS or step >= self.total_steps:
+            self._last_line = now
+            print(", ".join([title, *parts]), file=sys.stderr, flush=True)
+
+    def message(self, text: str) -> None:
+        """A line on stderr, above the bar where there is one."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        if self._bar is not None:
+            self._bar.refresh()  # tqdm draws at most ten times a second: show the last step too
+            self._bar.close()
+        self._lines.close()
+        self._board.close()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """By the clock and by the mean pace since the first progress (which compilation has not slowed)."""
+        ends = [] if self._minutes is None else [self._started + 60 * self._minutes - now]
+        if self._first is not None and step > self._first[0]:
+            ends.append((self.total_steps - step) * (now - self._first[1]) / (step - self._first[0]))
+        return max(0.0, min(ends)) if ends else None
+
+    def _share_done(self, step: int, now: float) -> float:
+        by_clock = (now - self._started) / (60 * self._minutes) if self._minutes else 0.0
+        return min(1.0, max(by_clock, step / max(self.total_steps, 1)))
+
+
+def _drop_later_lines(path: Path, first_step: int) -> None:
+    """Keep, byte for byte, the whole lines of a metrics.jsonl that belong to steps <= first_step."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= first_step]
+    if len(kept) < len(lines):
+        partial = path.with_suffix(".jsonl.partial")
+        partial.write_bytes(b"".join(kept))
+        os.replace(partial, path)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinity for what is not such a line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
