@@ -27,8 +27,8 @@ PLAIN_SECONDS = 30.0  # between two progress lines where stderr is a file or a p
 class Report:
     """The books of one training run, kept in `workdir`; a context manager, or call `close`.
 
-    On creation the lines of metrics.jsonl with `step` > first_step are dropped, for the run writes those steps
-    again, and so is a last line that a kill has cut in half. With `minutes` the run also ends by the clock,
+    On creation the lines of metrics.jsonl with `step` > first_step are dropped (the run writes those steps
+    again), and so is a last line that a kill has cut in half. With `minutes` the run also ends by the clock,
     counted from creation, and the time left is the lesser of the two. UserError if workdir cannot be written.
     """
 
@@ -66,8 +66,10 @@ class Report:
         purge = first_step + 1 if first_step else None
         self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=purge, flush_secs=30)
         if sys.stderr.isatty():
-            shape = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
-            self._bar = tqdm(total=1.0, bar_format=shape, miniters=0, dynamic_ncols=True, file=sys.stderr)
+            width = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 in some containers
+            form = "{desc} {percentage:3.0f}% {bar}{postfix}"
+            fit = {"dynamic_ncols": True} if width else {"ncols": 80}
+            self._bar = tqdm(total=1.0, bar_format=form, miniters=0, file=sys.stderr, **fit)
 
     def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """One line {"step": step, name: value, ...} in metrics.jsonl, flushed, and the same in TensorBoard.
