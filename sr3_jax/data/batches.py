@@ -1,8 +1,8 @@
 """Batches of random crops, each a pure function of (seed, step), made by threads ahead of time.
 
-Shape legend: B batch over all processes, b rows of this process. Position p = step * B + row counts every crop
-ever drawn; which photograph, which corner and whether mirrored follow from (seed, p) alone. So a resumed run and
-any number of processes see the same data.
+Shape legend: B batch over all processes, b rows of this process. Position p = step * B + row counts every
+crop ever drawn; which photograph, which corner and whether mirrored follow from (seed, p) alone. So a resumed
+run sees the same data, and so does any number of processes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def batches(
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"batch_size={batch_size} does not divide by {process_count} processes: use a multiple of {process_count}"
+            f"batch_size={batch_size} does not divide by {process_count} processes: use a multiple of that"
         )
     import grain  # takes most of a second
 
@@ -71,18 +71,17 @@ def batches(
 def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarray]:
     """The centre crops of `count` photographs spread evenly over the source: the same ones every time.
 
-    Returns one batch as `batches` gives them. An unusable picture is replaced by the next usable one; with fewer
-    than `count` usable ones there are fewer rows, and a message.
+    Returns one batch as `batches` gives them. The next usable picture takes the place of an unusable one;
+    with fewer than `count` usable ones there are fewer rows, and a message.
 
     Raises:
       UserError: no picture can be used.
     """
-    start = [index * len(source) // count for index in range(min(count, len(source)))]
-    start = start if count <= len(source) else list(range(len(source)))
+    count_here = min(count, len(source))
     taken: dict[int, dict[str, Any]] = {}
     tried: set[int] = set()
     rejections = _Rejections(source)
-    for first in start:
+    for first in (number * len(source) // count_here for number in range(count_here)):
         for index in ((first + offset) % len(source) for offset in range(len(source))):
             if index in tried:
                 continue
@@ -132,8 +131,8 @@ class _Draw:
             index = int(words.random_raw()) % len(self._source)
         else:
             raise UserError(
-                f"{_MAX_REJECTIONS} pictures of {self._source.name} in a row are of no use with crop={self._crop}: "
-                "use smaller crops or other data"
+                f"{_MAX_REJECTIONS} pictures of {self._source.name} in a row are of no use with "
+                f"crop={self._crop}: use smaller crops or other data"
             )
         height, width = item["image"].shape[:2]
         top, left = down % (height - self._crop + 1), right % (width - self._crop + 1)
@@ -142,7 +141,7 @@ class _Draw:
 
 
 class _Rejections:
-    """Pictures found to be unusable: remembered, and told once each (damaged ones) or by number (small ones)."""
+    """Pictures found unusable: remembered, and told once each if damaged, by their number if small."""
 
     def __init__(self, source: Source) -> None:
         self._source = source

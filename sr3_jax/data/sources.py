@@ -6,10 +6,9 @@ Shape legend: H height, W width.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from sr3_jax.aliases import UserError
 from sr3_jax.data import store
+from sr3_jax.data.folders import shown, walk
 from sr3_jax.pictures import PICTURE_SUFFIXES, PictureError, read_rgb, read_size
 
 _log = logging.getLogger("sr3_jax")
@@ -83,8 +83,8 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
     """Open a data set: `photos:train`, `photos:test`, `tfds:NAME[/CONFIG][:VERSION]:SPLIT` or `folder:PATH`.
 
     Args:
-      min_side: pictures with a shorter short side, in pixels, are no use. In a folder they are counted and left
-        out here; in a TFDS data set reading one raises SmallPicture, since looking at each would take too long.
+      min_side: least short side in pixels. Smaller pictures of a folder are counted and left out here; in a
+        TFDS data set reading one raises SmallPicture, since looking at each first would take too long.
       cache_mb: memory for decoded pictures.
 
     Raises:
@@ -92,7 +92,7 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
     """
     kind, _, rest = name.partition(":")
     if kind == "photos" and rest in ("train", "test"):
-        return _open_photos(name, rest, min_side, cache_mb)
+        return _read_tfds(name, _photos(), rest, min_side, cache_mb)
     if kind == "tfds" and rest:
         return _open_tfds(name, rest, min_side, cache_mb)
     if kind == "folder" and rest:
@@ -106,53 +106,23 @@ def check_side(size: tuple[int, int], min_side: int) -> None:
         raise SmallPicture(f"is {size[1]}x{size[0]} pixels, with a short side under {min_side}")
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path as text that can always be printed: bytes of it that are not UTF-8 become \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-# -- TFDS data sets ---------------------------------------------------------------------------------------------
-
-
-def _open_photos(name: str, split: str, min_side: int, cache_mb: int) -> Source:
-    from sr3_jax.data.photos.builder import Sr3Photos
-
-    version = str(Sr3Photos.VERSION)
-    if store.find(Sr3Photos.name, version=version, where=[str(store.data_dir())]) is None:
-        store.build(Sr3Photos, store.data_dir())
-    folder = store.find(Sr3Photos.name, version=version, where=[str(store.data_dir())])
-    return _read_tfds(name, folder, split, min_side, cache_mb)
-
-
 def _open_tfds(name: str, rest: str, min_side: int, cache_mb: int) -> Source:
-    match = re.fullmatch(r"([\w/.-]+)(?::(\d+\.\d+\.\d+))?:([^:]*\w[^/]*)", rest)
+    match = re.fullmatch(r"([\w/.-]+)(?::(\d+\.\d+\.\d+))?:([^:/]*(?:\[[^/]*\])?[^:/]*)", rest)
     if match is None:
         raise UserError(
-            f"'{name}' does not name a TFDS data set and its split: write tfds:NAME[/CONFIG]:SPLIT"
+            f"'{shown(name)}' does not name a data set and a split: write tfds:NAME[/CONFIG]:SPLIT"
         )
     data_set, version, split = match.groups()
-    folder = store.find(data_set, version=version)
-    if folder is None:
-        raise UserError(_not_found(data_set, version))
-    return _read_tfds(name, folder, split, min_side, cache_mb)
+    return _read_tfds(name, store.require(data_set, version=version), split, min_side, cache_mb)
 
 
-def _not_found(data_set: str, version: str | None) -> str:
-    import tensorflow_datasets as tfds
+def _photos() -> Any:
+    """The folder of the default data set, prepared if this is its first use."""
+    from sr3_jax.data.photos.builder import Sr3Photos
 
-    for place in store.search_path():
-        folder = tfds.core.Path(place) / data_set
-        if not folder.exists():
-            continue
-        children = sorted(child.name for child in folder.iterdir() if child.is_dir())
-        if configs := [child for child in children if store.find(f"{data_set}/{child}", where=[place])]:
-            return f"the data set '{data_set}' has configs: write tfds:{data_set}/CONFIG:SPLIT, with {' or '.join(configs)}"
-        if version is not None and (found := store.find(data_set, where=[place])):
-            return f"the data set '{data_set}' is there as version {found.name}, not as {version}: leave the version out"
-    return (
-        f"the data set '{data_set}' is not prepared in {' or '.join(store.search_path())}: make it from a folder "
-        f"of pictures with `sr3 prepare PATH --name {data_set}`, or name its data dir with SR3_DATA_DIR"
-    )
+    version, where = str(Sr3Photos.VERSION), store.data_dir()
+    found = store.find(Sr3Photos.name, version=version, where=[str(where)])
+    return found or store.build(Sr3Photos, where)
 
 
 def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int) -> Source:
@@ -161,33 +131,29 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
     builder = tfds.builder_from_directory(str(folder))
     features = builder.info.features
     if not isinstance(features, tfds.features.FeaturesDict) or "image" not in features:
-        raise UserError(
-            f"the data set of '{name}' has no 'image' feature, only {_words(features)}: use another"
-        )
+        raise UserError(f"the data set of '{name}' has no feature 'image', only {features}: use another")
     wanted = {"image": features["image"]}
-    encoded = isinstance(features["image"], tfds.features.Image)
-    if not (encoded or _is_array_image(features["image"])) or features["image"].np_dtype == np.float32:
+    encoded = isinstance(wanted["image"], tfds.features.Image) and wanted["image"].np_dtype != np.float32
+    if not encoded and not _is_array_image(wanted["image"]):
         raise UserError(
-            f"the 'image' of '{name}' is {features['image']}, not a picture of 8 bits a channel: use another data set"
+            f"the 'image' of '{name}' is {wanted['image']}, not a picture of 8 bits a channel: use another"
         )
-    if "label" in features and _is_integer(features["label"]):
+    if "label" in features and _is_class(features["label"]):
         wanted["label"] = features["label"]
+    splits = store.quoted(builder.info.splits)
     try:
-        # Raw, so that no other feature (masks, boxes) is decoded; the two wanted ones are parsed below.
-        records = builder.as_data_source(
-            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
+        # Raw, so that no other feature (masks, boxes) is decoded; the wanted ones are parsed below.
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        records = builder.as_data_source(split=split, deserialize_method=raw)
     except NotImplementedError as error:
         raise UserError(
-            f"the data set of '{name}' is stored as {builder.info.file_format.value}, which has no random access: "
-            "prepare it again with `tfds build --file_format=array_record`, or its pictures with `sr3 prepare`"
+            f"the data set of '{name}' is stored as {builder.info.file_format.value}, without random access: run "
+            "`tfds build` with --file_format=array_record, or `sr3 prepare` on its pictures"
         ) from error
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"the data set of '{name}' has no split '{split}': use one of {_words(builder.info.splits)}"
-        ) from error
+        raise UserError(f"the data set of '{name}' has no split '{split}': use one of {splits}") from error
     if not len(records):
-        raise UserError(f"the split '{split}' of '{name}' is empty: use one of {_words(builder.info.splits)}")
+        raise UserError(f"the split '{split}' of '{name}' is empty: use one of {splits}")
     parser = tfds.features.FeaturesDict(wanted)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
 
@@ -206,14 +172,12 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
 
 def _is_array_image(feature: Any) -> bool:
     shape = getattr(feature, "shape", None)
-    return (
-        feature.np_dtype == np.uint8
-        and shape is not None
-        and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)))
-    )
+    if shape is None or feature.np_dtype != np.uint8:
+        return False
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
 
 
-def _is_integer(feature: Any) -> bool:
+def _is_class(feature: Any) -> bool:
     return getattr(feature, "shape", None) == () and np.issubdtype(feature.np_dtype, np.integer)
 
 
@@ -222,16 +186,9 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[:, :, :3])
 
 
-def _words(names: Any) -> str:
-    return ", ".join(f"'{name}'" for name in names)
-
-
-# -- folders ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: pictures whose headers are good, in sorted order, and (file, reason) for the others."""
+    """What a folder holds: pictures whose headers are good, in order, and (file, reason) for what is not."""
 
     pictures: list[Path]
     sizes: list[tuple[int, int]]  # (height, width) of each picture
@@ -239,14 +196,12 @@ class Scan:
 
 
 def scan_folder(root: Path, *, threads: int = 16) -> Scan:
-    """Read the header of every file under `root`, hidden ones excepted; links to folders are followed.
+    """Read the header of every file under `root`, as `folders.walk` finds them.
 
     Raises:
       UserError: `root` is no folder, or can't be listed.
     """
-    if not root.is_dir():
-        raise UserError(f"'{shown(root)}' is not a folder: name one that holds pictures")
-    files = sorted(_files(root), key=lambda path: os.fsencode(path))
+    files, rejected = walk(root)
 
     def look(path: Path) -> tuple[int, int] | str:
         try:
@@ -258,55 +213,28 @@ def scan_folder(root: Path, *, threads: int = 16) -> Scan:
         looks = list(pool.map(look, files))
     good = [(path, size) for path, size in zip(files, looks, strict=True) if not isinstance(size, str)]
     bad = [(path, reason) for path, reason in zip(files, looks, strict=True) if isinstance(reason, str)]
-    return Scan([path for path, _ in good], [size for _, size in good], bad)
-
-
-def _files(root: Path) -> Iterator[Path]:
-    seen: set[tuple[int, int]] = set()  # a link back up the tree must not be followed for ever
-
-    def refuse(error: OSError) -> None:
-        raise UserError(
-            f"the folder '{shown(error.filename)}' can't be read ({error.strerror}): mend that or leave it out"
-        )
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        about = os.stat(folder)
-        if (about.st_dev, about.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((about.st_dev, about.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+    return Scan([path for path, _ in good], [size for _, size in good], rejected + bad)
 
 
 def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
     scan = scan_folder(root)
-    if scan.rejected:
-        listed = [f"  {shown(path)}: {reason}" for path, reason in scan.rejected[:_LISTED]]
-        more = len(scan.rejected) - len(listed)
-        listed += [f"  and {more} more"] if more else []
-        _log.warning("%d files of %s are left out:\n%s", len(scan.rejected), shown(name), "\n".join(listed))
     paths = [path for path, size in zip(scan.pictures, scan.sizes, strict=True) if min(size) >= min_side]
-    if small := len(scan.pictures) - len(paths):
-        _log.warning(
-            "%d of %d pictures of %s have a short side under %d pixels and are left out",
-            small,
-            len(scan.pictures),
-            shown(name),
-            min_side,
-        )
+    bad, small = len(scan.rejected), len(scan.pictures) - len(paths)
+    if bad:
+        listed = [f"  {shown(path)}: {reason}" for path, reason in scan.rejected[:_LISTED]]
+        listed += [f"  and {bad - _LISTED} more"] if bad > _LISTED else []
+        _log.warning("%d left out of %s:\n%s", bad, shown(name), "\n".join(listed))
+    if small:
+        told = f"{small} of {len(scan.pictures)} pictures of {shown(name)}"
+        _log.warning("%s left out: their short side is under %d pixels", told, min_side)
     if not paths:
         raise UserError(
-            f"'{shown(root)}' holds no picture that can be used ({len(scan.rejected)} files could not be read, {small} "
-            f"are under {min_side} pixels): put pictures there ({', '.join(sorted(PICTURE_SUFFIXES))}) or ask for smaller crops"
+            f"'{shown(root)}' holds no picture that can be used ({bad} could not be read, {small} are under "
+            f"{min_side} pixels): put pictures there ({' '.join(sorted(PICTURE_SUFFIXES))}) or ask for smaller"
         )
-
-    def load(index: int) -> dict[str, Any]:
-        return {"image": read_rgb(paths[index])}
-
     return Source(
         name,
-        load,
+        lambda index: {"image": read_rgb(paths[index])},
         len(paths),
         describe=lambda index: shown(paths[index]),
         min_side=min_side,

@@ -15,13 +15,12 @@ _HERE = Path(__file__).parent
 
 
 class Sr3Photos(tfds.core.GeneratorBasedBuilder):
-    """Photographs of 352 pixels on the short side: {'image': JPEG, [H,W,3] when decoded, 'file_name': text}."""
+    """{'image': JPEG, 352 pixels on the short side, 'file_name': text}."""
 
     # A prepared copy of an older version is not read: raise this when a picture changes.
     VERSION = tfds.core.Version("1.0.0")
     # TFDS 4.9.10 finds this by importlib_resources, which it does not depend on from Python 3.9.
     code_path = tfds.core.Path(__file__)
-    RELEASE_NOTES = {"1.0.0": "32 training and 8 test photographs."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
