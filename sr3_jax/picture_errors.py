@@ -51,3 +51,9 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
     if "truncated" in text.lower():
         return "is truncated"
     return f"is damaged ({text or type(error).__name__})"
+
+
+def printable(path: object) -> str:
+    """A path as one line for any terminal: bytes that are no text, and control characters, escaped."""
+    text = str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)

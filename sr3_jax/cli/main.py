@@ -1,0 +1,141 @@
+"""The door: `sr3 COMMAND ...` to the module of that name in this folder."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import sr3_jax.cli
+from sr3_jax import __version__
+
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells have it
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+
+class _Plain(logging.Handler):
+    """Log lines as plain sentences on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(record.getMessage(), file=sys.stderr)
+
+
+def commands() -> dict[str, str]:
+    """Every command's name and one-line help, read from the files of this folder without running them."""
+    found = {}
+    for module in pkgutil.iter_modules(sr3_jax.cli.__path__):
+        if module.name != "main" and not module.name.startswith("_"):
+            spec = importlib.util.find_spec(f"{sr3_jax.cli.__name__}.{module.name}")
+            source = spec.loader.get_source(spec.name) if spec and spec.loader else ""  # type: ignore[attr-defined]
+            lines = (ast.get_docstring(ast.parse(source or "")) or "").splitlines()
+            found[module.name.replace("_", "-")] = lines[0] if lines else ""
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name) and return its exit code.
+
+    0 done, 1 done in part, 2 a mistake of the user (one sentence on stderr), 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name need not be text
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse: --help, and mistakes, which it has printed
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # `sr3 ... | head`: nobody reads on, and the flush at exit must not say so again
+        with contextlib.suppress(OSError, ValueError):  # stdout may be no real file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    known = commands()
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help(known), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"sr3 {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`sr3 --help` lists the commands."
+        kind = "option" if name.startswith("-") else "command"
+        print(f"sr3: unknown {kind} '{name}': {hint}", file=sys.stderr)
+        return 2
+    _quiet()
+    from sr3_jax.aliases import UserError  # imports jax, which --help need not wait for
+
+    module = importlib.import_module(f"{sr3_jax.cli.__name__}.{name.replace('-', '_')}")
+    parser = _Parser(prog=f"sr3 {name}", description=module.__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    if getattr(module, "PASS_UNKNOWN", False):
+        parsed, unknown = parser.parse_known_intermixed_args(rest)
+        parsed.rest = unknown
+    else:
+        parsed = parser.parse_intermixed_args(rest)
+    try:
+        return module.run(parsed)
+    except UserError as error:
+        print(f"sr3 {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def _help(known: dict[str, str]) -> str:
+    width = max((len(name) for name in known), default=0)
+    lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in sorted(known.items()))
+    return (
+        "SR3 in JAX: image super-resolution by iterative refinement.\n\nusage: sr3 COMMAND ...\n\n"
+        f"commands:\n{lines}\n\n`sr3 COMMAND --help` says more. `sr3 --version` tells the version."
+    )
+
+
+def _quiet() -> None:
+    """Our own sentences on stderr, and of other libraries only what matters."""
+    for variable, value in {
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "GRPC_VERBOSITY": "ERROR",
+        "GLOG_minloglevel": "2",
+    }.items():
+        os.environ.setdefault(variable, value)
+    try:
+        from absl import logging as absl_logging
+
+        absl_logging.set_verbosity(absl_logging.ERROR)
+    except ImportError:
+        pass
+    logger = logging.getLogger("sr3_jax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not any(isinstance(handler, _Plain) for handler in logger.handlers):
+        logger.addHandler(_Plain())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

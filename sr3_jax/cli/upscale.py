@@ -1,0 +1,114 @@
+"""Upscale pictures and folders of pictures with a model.
+
+Folders are mirrored under OUT; results that are there already are skipped, so an interrupted run goes on
+where it stopped. Exit code 1 if a picture could not be done; each such picture is named with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not a seed: choose one of 0 to {2**32 - 1}")
+    return value
+
+
+def _megapixels(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a size: it must be above 0")
+    return value
+
+
+_count.__name__, _seed.__name__, _megapixels.__name__ = "whole number", "whole number", "number"  # in errors
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a picture or a folder")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="OUT",
+        help="the folder for the results; for a single picture also the result's name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", default="photo_4x", metavar="PATH_OR_NAME",
+        help="a shipped model's name, an exported .safetensors file or a workdir (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default: the model's)")
+    parser.add_argument("--solver", metavar="NAME", help="sampling method (default: the model's)")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="S", help="same seed, same bytes (default: 0)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_count, default=1, metavar="B",
+        help="pictures done at once; above 1 pays for many pictures of one size on a GPU (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="do finished pictures again")
+    parser.add_argument(
+        "--max-megapixels", type=_megapixels, default=64.0, metavar="N",
+        help="refuse larger pictures, before memory is taken (default: 64)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from sr3_jax.aliases import UserError
+    from sr3_jax.picture_errors import printable
+    from sr3_jax.upscale import Job, Outcome, find_pictures, split_finished, upscale_files
+
+    found = find_pictures(args.inputs, args.output)
+    if not found.jobs and not found.failed:
+        raise UserError(
+            f"no pictures in {', '.join(printable(path) for path in args.inputs)}: name other inputs"
+        )
+    for path, failure in found.failed:
+        print(f"{printable(path)}: {failure}", file=sys.stderr)
+    to_do, finished = split_finished(found.jobs, overwrite=args.overwrite)
+    outcome = Outcome((), tuple(job.target for job in finished), (), ())
+    if to_do:  # else the model need not be loaded
+        from sr3_jax import model as models
+
+        model = models.load(args.model)
+        with tqdm(total=len(to_do), unit="picture", disable=None, file=sys.stderr) as bar:
+
+            def tell(job: Job, failure: str | None) -> None:
+                if failure is not None:
+                    tqdm.write(f"{printable(job.source)}: {failure}", file=sys.stderr)
+                bar.update()
+
+            outcome = upscale_files(
+                model,
+                found.jobs,
+                steps=args.steps,
+                solver=args.solver,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                overwrite=args.overwrite,
+                max_megapixels=args.max_megapixels,
+                on_result=tell,
+            )
+    by_note: dict[str, list[Path]] = defaultdict(list)
+    for path, notes in outcome.notes:
+        for note in notes:
+            by_note[note].append(path)
+    for note, paths in by_note.items():
+        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        print(f"note: {printable(paths[0])}{others}: {note}")
+    if found.ignored:
+        print(f"{found.ignored} files that are no pictures were left alone")
+    failed = len(outcome.failed) + len(found.failed)
+    print(f"{len(outcome.done)} done, {len(outcome.skipped)} skipped (already there), {failed} failed")
+    return 1 if failed else 0
