@@ -1,0 +1,223 @@
+"""The objective at networks whose loss is known, its weights by formula, and what each example sees."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr3_jax.diffusion.loss import denoising_loss, min_snr
+from sr3_jax.diffusion.process import KINDS, diffuse, target, to_eps
+from sr3_jax.diffusion.schedule import from_gamma, linear
+from sr3_jax.diffusion.space import image, residual
+
+# Far enough from 0 and 1 that float32 conversions between the kinds are exact to 1e-5.
+MILD = from_gamma(np.array([1.0, 0.95, 0.7, 0.4, 0.1, 0.05]))
+SHAPE = (6, 32, 32, 3)
+
+
+def photographs(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> jax.Array:
+    return jax.random.uniform(jax.random.key(seed), shape, minval=-1.0, maxval=1.0)
+
+
+def along(gamma: jax.Array) -> jax.Array:
+    return gamma.reshape(-1, 1, 1, 1)
+
+
+def recorded(network, seen: dict):
+    """The network, leaving what it was given in `seen` (run without jit)."""
+
+    def call(y_t, gamma, cond):
+        seen.update(y_t=y_t, gamma=gamma, cond=cond)
+        return network(y_t, gamma, cond)
+
+    return call
+
+
+def zero(y_t, gamma, cond):
+    return jnp.zeros_like(y_t)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", [image(), residual(4.0)], ids=["image", "residual"])
+def test_a_perfect_network_has_no_loss(kind, norm, space):
+    y0, cond = photographs(), {"upsampled": photographs(1)}
+
+    def perfect(y_t, gamma, cond):
+        z0 = space.encode(y0, cond)
+        return target(z0, to_eps(z0, y_t, gamma), gamma, kind)
+
+    loss = denoising_loss(
+        perfect, jax.random.key(2), y0, cond, schedule=MILD, kind=kind, norm=norm, space=space
+    )
+    assert loss.shape == (6,) and loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, np.zeros(6), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm, expected", [("l2", 1.0), ("l1", (2 / np.pi) ** 0.5)])
+def test_a_zero_network_predicting_noise_has_the_noises_own_size(norm, expected):
+    loss = denoising_loss(zero, jax.random.key(3), photographs(), {}, schedule=linear(), norm=norm)
+    np.testing.assert_allclose(loss, np.full(6, expected), atol=5 * (2 / 3072) ** 0.5)
+
+
+def test_a_zero_network_predicting_the_image_has_the_images_size():
+    y0 = photographs()
+    loss = denoising_loss(zero, jax.random.key(3), y0, {}, schedule=linear(), kind="y0", norm="l2")
+    np.testing.assert_allclose(loss, np.mean(np.square(y0), axis=(1, 2, 3)), rtol=1e-5)
+
+
+def test_a_zero_network_predicting_velocity_mixes_both_by_its_own_gamma():
+    seen: dict = {}
+    y0 = jnp.full(SHAPE, 0.6)
+    loss = denoising_loss(
+        recorded(zero, seen), jax.random.key(3), y0, {}, schedule=linear(), kind="v", norm="l2"
+    )
+    gamma = np.asarray(seen["gamma"])
+    assert np.ptp(gamma) > 0.5
+    np.testing.assert_allclose(loss, gamma + (1 - gamma) * 0.6**2, atol=5 * (3 / 3072) ** 0.5)
+
+
+@pytest.mark.parametrize("norm, power", [("l1", 1), ("l2", 2)])
+def test_a_constant_error_counts_by_its_norm(norm, power):
+    loss = denoising_loss(
+        lambda y_t, gamma, cond: photographs() - 0.3,
+        jax.random.key(0),
+        photographs(),
+        {},
+        schedule=MILD,
+        kind="y0",
+        norm=norm,
+    )
+    np.testing.assert_allclose(loss, np.full(6, 0.3**power), rtol=1e-4)
+
+
+def test_the_loss_of_an_example_is_its_own():
+    def loss(y0):
+        return denoising_loss(
+            lambda y_t, gamma, cond: 0.5 * y_t, jax.random.key(1), y0, {}, schedule=MILD, kind="y0"
+        )
+
+    y0 = photographs()
+    changed = loss(y0.at[2].add(0.5)) != loss(y0)
+    np.testing.assert_array_equal(changed, np.arange(6) == 2)
+
+
+@pytest.mark.parametrize("space", [image(), residual(4.0)], ids=["image", "residual"])
+def test_the_network_sees_its_own_gamma_the_diffused_variable_and_the_condition(space):
+    seen: dict = {}
+    y0, cond = photographs(), {"upsampled": photographs(1), "label": jnp.arange(6)}
+    denoising_loss(recorded(zero, seen), jax.random.key(4), y0, cond, schedule=MILD, space=space)
+    assert seen["cond"] is cond
+    gamma = np.asarray(seen["gamma"])
+    assert gamma.shape == (6,) and len(np.unique(gamma)) == 6
+    assert gamma.min() >= MILD.gamma[-1] and gamma.max() <= 1
+    np.testing.assert_array_equal(  # one in each of six slices, here unequal ones of the five steps
+        np.sort(np.floor(np.interp(gamma, MILD.gamma[::-1], np.arange(6.0)[::-1]) * 6 / 5)), np.arange(6)
+    )
+    # y_t less its signal is noise of variance 1 - gamma, whatever the space.
+    z0 = space.encode(y0, cond)
+    noise = np.asarray(seen["y_t"] - jnp.sqrt(along(seen["gamma"])) * z0)
+    np.testing.assert_allclose(noise.mean(axis=(1, 2, 3)), np.zeros(6), atol=5 / 3072**0.5)
+    np.testing.assert_allclose(noise.var(axis=(1, 2, 3)), 1 - gamma, rtol=5 * (2 / 3072) ** 0.5)
+    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1  # and each example's is its own
+
+
+def test_the_key_alone_decides_the_draw():
+    loss = functools.partial(denoising_loss, zero, y0=photographs(), cond={}, schedule=linear())
+    np.testing.assert_array_equal(loss(jax.random.key(5)), loss(jax.random.key(5)))
+    assert not np.any(loss(jax.random.key(5)) == loss(jax.random.key(6)))
+
+
+def test_min_snr_weights_are_the_papers_formulas():
+    gamma = np.array([1e-4, 0.2, 0.5, 5 / 6, 0.9, 0.9999], np.float32)
+    snr = gamma.astype(np.float64) / (1 - gamma.astype(np.float64))
+    clamped = np.minimum(snr, 5.0)
+    for kind, expected in {"y0": clamped, "eps": clamped / snr, "v": clamped / (snr + 1)}.items():
+        np.testing.assert_allclose(min_snr()(jnp.asarray(gamma), kind), expected, rtol=1e-5)
+    np.testing.assert_allclose(min_snr(2.0)(jnp.asarray([0.9]), "y0"), [2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weights_are_finite_at_both_ends(kind):
+    weights = min_snr()(jnp.asarray([1.0, linear().gamma[-1]]), kind)
+    assert np.all(np.isfinite(weights)) and np.all(weights >= 0)
+
+
+def test_min_snr_weighs_one_estimate_alike_whatever_the_kind():
+    """The same wrong estimate of y0, told as eps, v or y0, costs the same under the squared error."""
+    y0 = photographs()
+
+    def network(kind, y_t, gamma, cond):
+        estimate = 0.3 * y_t + 0.2
+        return target(estimate, to_eps(estimate, y_t, gamma), gamma, kind)
+
+    losses = {
+        kind: denoising_loss(
+            functools.partial(network, kind),
+            jax.random.key(7),
+            y0,
+            {},
+            schedule=MILD,
+            kind=kind,
+            norm="l2",
+            weighting=min_snr(),
+        )
+        for kind in KINDS
+    }
+    np.testing.assert_allclose(losses["eps"], losses["y0"], rtol=1e-4)
+    np.testing.assert_allclose(losses["v"], losses["y0"], rtol=1e-4)
+
+
+def test_a_weighting_multiplies_each_example_by_its_own_gammas_weight():
+    seen: dict = {}
+    arguments = dict(schedule=MILD, kind="v", norm="l1")
+    y0 = photographs()
+    plain = denoising_loss(recorded(zero, seen), jax.random.key(8), y0, {}, **arguments)
+
+    def weighting(gamma, kind):
+        assert kind == "v"
+        return 10.0 * gamma
+
+    weighted = denoising_loss(zero, jax.random.key(8), y0, {}, weighting=weighting, **arguments)
+    np.testing.assert_allclose(weighted, plain * 10.0 * seen["gamma"], rtol=1e-6)
+
+
+def test_the_gradient_descends_to_the_posterior_mean():
+    """For y0 ~ N(m, s^2) the best affine network is the closed form; the mean loss has no slope there."""
+    mean, std = 0.3, 0.2
+    schedule = from_gamma(np.array([1.0, 0.5]))
+    y0 = mean + std * jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
+
+    def network(shift, y_t, gamma, cond):
+        gamma = along(gamma)
+        gain = jnp.sqrt(gamma) * std**2 / (gamma * std**2 + 1 - gamma)
+        return mean + shift[0] + (1 + shift[1]) * gain * (y_t - jnp.sqrt(gamma) * mean)
+
+    def objective(shift):
+        denoiser = functools.partial(network, shift)
+        return denoising_loss(
+            denoiser, jax.random.key(1), y0, {}, schedule=schedule, kind="y0", norm="l2"
+        ).mean()
+
+    slope = jax.jit(jax.grad(objective))
+    np.testing.assert_allclose(slope(jnp.zeros(2)), np.zeros(2), atol=3e-3)
+    off = slope(jnp.array([0.1, 1.0]))
+    assert off[0] > 0.1 and off[1] > 0.01
+
+
+def test_an_unknown_norm_or_kind_is_named():
+    for wrong, message in [({"norm": "huber"}, "'l1' or 'l2', got 'huber'"), ({"kind": "score"}, "got 'score'")]:
+        with pytest.raises(ValueError, match=message):
+            denoising_loss(zero, jax.random.key(0), photographs(), {}, schedule=MILD, **wrong)
+
+
+def test_recorded_y_t_is_the_diffused_image():
+    """With known noise the whole of Eq. 6 can be written out: y_t, the target and the error."""
+    seen: dict = {}
+    y0 = photographs()
+    loss = denoising_loss(recorded(zero, seen), jax.random.key(9), y0, {}, schedule=MILD, norm="l1")
+    eps = to_eps(y0, seen["y_t"], seen["gamma"])
+    np.testing.assert_allclose(diffuse(y0, eps, seen["gamma"]), seen["y_t"], atol=1e-5)
+    np.testing.assert_allclose(loss, np.mean(np.abs(eps), axis=(1, 2, 3)), rtol=1e-4)
