@@ -9,8 +9,9 @@ from sr3_jax.aliases import UserError
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    r"""A path as text that can always be printed: bytes of it that are not UTF-8 become \xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""A path as one line that can always be printed: \xNN for bytes that are not UTF-8, \n for newlines."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sort_key(path: str | os.PathLike[str]) -> bytes:

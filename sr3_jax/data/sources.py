@@ -130,15 +130,18 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
 
     builder = tfds.builder_from_directory(str(folder))
     features = builder.info.features
-    if not isinstance(features, tfds.features.FeaturesDict) or "image" not in features:
-        raise UserError(f"the data set of '{name}' has no feature 'image', only {features}: use another")
+    names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    if "image" not in names:
+        raise UserError(
+            f"the data set of '{name}' has no feature 'image' among {names}: use another data set"
+        )
     wanted = {"image": features["image"]}
     encoded = isinstance(wanted["image"], tfds.features.Image) and wanted["image"].np_dtype != np.float32
     if not encoded and not _is_array_image(wanted["image"]):
         raise UserError(
-            f"the 'image' of '{name}' is {wanted['image']}, not a picture of 8 bits a channel: use another"
+            f"the 'image' of '{name}' is {wanted['image']}, not a picture of 8 bits a channel: use another data set"
         )
-    if "label" in features and _is_class(features["label"]):
+    if "label" in names and _is_class(features["label"]):
         wanted["label"] = features["label"]
     splits = store.quoted(builder.info.splits)
     try:
@@ -147,13 +150,12 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
         records = builder.as_data_source(split=split, deserialize_method=raw)
     except NotImplementedError as error:
         raise UserError(
-            f"the data set of '{name}' is stored as {builder.info.file_format.value}, without random access: run "
-            "`tfds build` with --file_format=array_record, or `sr3 prepare` on its pictures"
+            f"the data set of '{name}' is stored as {builder.info.file_format.value}, without random access: "
+            "run `tfds build` with --file_format=array_record, or `sr3 prepare` on its pictures"
         ) from error
     except (ValueError, KeyError) as error:
-        raise UserError(f"the data set of '{name}' has no split '{split}': use one of {splits}") from error
-    if not len(records):
-        raise UserError(f"the split '{split}' of '{name}' is empty: use one of {splits}")
+        sentence = f"the data set of '{name}' has no split '{split}', or nothing in it: use one of {splits}"
+        raise UserError(sentence) from error
     parser = tfds.features.FeaturesDict(wanted)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
 
@@ -230,7 +232,7 @@ def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
     if not paths:
         raise UserError(
             f"'{shown(root)}' holds no picture that can be used ({bad} could not be read, {small} are under "
-            f"{min_side} pixels): put pictures there ({' '.join(sorted(PICTURE_SUFFIXES))}) or ask for smaller"
+            f"{min_side} pixels): put pictures there ({' '.join(sorted(PICTURE_SUFFIXES))}), or crop smaller"
         )
     return Source(
         name,

@@ -1,0 +1,226 @@
+"""A folder of pictures made into a TFDS data set: every file read to its last pixel, bad ones listed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sr3_jax.aliases import UserError
+from sr3_jax.data import store
+from sr3_jax.data.folders import shown, sort_key
+from sr3_jax.data.sources import scan_folder
+from sr3_jax.pictures import PictureError, read_rgb
+
+_VERSION = "1.0.0"
+_PER_SHARD = 10_000  # pictures in one ArrayRecord file: about a gigabyte of photographs
+_AT_ONCE = 64  # pictures between two writes
+_ORIENTATION = 274  # EXIF tag
+
+
+class NothingPrepared(UserError):
+    """No data set was made; `rejected` has (file, reason) for each that could not be read."""
+
+    def __init__(self, sentence: str, rejected: list[tuple[Path, str]]) -> None:
+        super().__init__(sentence)
+        self.rejected = rejected
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` has made: examples by split, class names (or none), and (file, reason) left out."""
+
+    folder: Path
+    examples: dict[str, int]
+    labels: list[str]
+    rejected: list[tuple[Path, str]]
+
+
+def prepare(
+    root: Path,
+    *,
+    name: str,
+    data_dir: Path,
+    test_count: int = 0,
+    test_fraction: float = 0.0,
+    overwrite: bool = False,
+    threads: int = 4,
+    progress: Callable[[int], None] = lambda total: None,
+) -> Prepared:
+    """Write the pictures under `root` as the data set DATA_DIR/NAME with the split 'train', maybe 'test'.
+
+    Each example has 'image', 'file_name' (below `root`), and 'label' when every picture lies exactly one
+    folder deep and there are two such folders or more. Plain RGB files, JPEG or PNG, go in as they are,
+    others as PNG of the same pixels. Which pictures are for testing follows from a hash of their names. The
+    data set appears when all is written; a killed run leaves nothing under its name.
+
+    Args:
+      test_count, test_fraction: pictures for the split 'test', at most one of the two.
+      progress: called with the number of pictures after each one.
+
+    Raises:
+      UserError: the name is taken, or can't be one.
+      NothingPrepared: no picture can be read, or none is left to train on.
+    """
+    _require_free(name, data_dir, overwrite)
+    scan = scan_folder(root)
+    pictures, rejected = scan.pictures, list(scan.rejected)
+    if not pictures:
+        raise NothingPrepared(f"'{shown(root)}' holds no picture: name a folder with some", rejected)
+    if test_fraction:
+        test_count = max(1, round(test_fraction * len(pictures)))
+    if test_count >= len(pictures):
+        sentence = (
+            f"{test_count} pictures for testing leave none of {len(pictures)} to train on: ask for fewer"
+        )
+        raise NothingPrepared(sentence, rejected)
+    labels = _labels(root, pictures)
+    splits = {"test": test_count} if test_count else {}
+    left = pictures
+    with store.appears_whole(data_dir, name, _VERSION, overwrite=overwrite) as work:
+        writer = _Writer(work, name, labels, ["train", *splits])
+        for split, most in (splits | {"train": len(pictures)}).items():
+            done: set[Path] = set()
+            candidates = left if split == "train" else sorted(left, key=lambda path: _hash(path, root))
+            with ThreadPoolExecutor(threads) as pool:
+                for path, data in _in_order(_checked, candidates, pool, ahead=4 * threads):
+                    if writer.examples[split] == most:
+                        break
+                    done.add(path)
+                    progress(len(pictures))
+                    if isinstance(data, PictureError):
+                        rejected.append((path, str(data)))
+                    else:
+                        writer.add(split, path.relative_to(root), data)
+            left = [path for path in left if path not in done]
+        if not all(writer.examples.values()):
+            sentence = (
+                f"'{shown(root)}' holds too few pictures that can be read: mend those listed, or add some"
+            )
+            raise NothingPrepared(sentence, rejected)
+        writer.close()
+    rejected.sort(key=lambda one: sort_key(one[0]))
+    return Prepared(data_dir / name / _VERSION, writer.examples, labels, rejected)
+
+
+def _require_free(name: str, data_dir: Path, overwrite: bool) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"name '{shown(name)}' is no TFDS name: use small letters, digits and underscores")
+    taken = store.find(name, where=[str(data_dir)])
+    if taken is not None and taken.name != _VERSION:
+        raise UserError(f"the data set '{name}' in {data_dir} was not made by sr3 prepare: take another name")
+    if taken is not None and not overwrite:
+        raise UserError(f"the data set '{name}' exists in {data_dir}: take another name, or add --overwrite")
+
+
+def _hash(path: Path, root: Path) -> bytes:
+    return hashlib.sha256(sort_key(path.relative_to(root))).digest()
+
+
+def _labels(root: Path, pictures: list[Path]) -> list[str]:
+    parts = [path.relative_to(root).parts for path in pictures]
+    folders = sorted({part[0] for part in parts}, key=sort_key)
+    one_deep = all(len(part) == 2 for part in parts)
+    return [shown(folder) for folder in folders] if one_deep and len(folders) > 1 else []
+
+
+def _checked(path: Path) -> bytes | PictureError:
+    """The bytes to store: the file's own if it is plain, else a PNG of its pixels."""
+    try:
+        data = path.read_bytes()
+        rgb = read_rgb(data)
+        if _is_plain(data, rgb):
+            return data
+        file = io.BytesIO()
+        Image.fromarray(rgb).save(file, "PNG")
+        return file.getvalue()
+    except PictureError as error:
+        return error
+    except OSError as error:
+        return PictureError((error.strerror or str(error)).lower())
+
+
+def _is_plain(data: bytes, rgb: np.ndarray) -> bool:
+    """Whether any reader makes these pixels of the file: RGB of 8 bits, upright, opaque, one frame."""
+    with Image.open(io.BytesIO(data)) as header:
+        if (
+            header.mode != "RGB"
+            or header.size != rgb.shape[1::-1]
+            or header.getexif().get(_ORIENTATION, 1) != 1
+        ):
+            return False
+        if header.format == "PNG":  # bit depth; EXIF may stand behind the pixels, where Pillow has not looked
+            return data[24] == 8 and not any(chunk in data for chunk in (b"eXIf", b"tRNS", b"acTL"))
+        return header.format in ("JPEG", "MPO")  # MPO: a JPEG with more pictures behind it
+
+
+def _in_order(
+    work: Callable[[Path], Any], paths: Iterable[Path], pool: ThreadPoolExecutor, *, ahead: int
+) -> Iterator[tuple[Path, Any]]:
+    """(path, work(path)) in the order of `paths`, with at most `ahead` results waiting in memory."""
+    waiting: deque[tuple[Path, Future[Any]]] = deque()
+    try:
+        for path in paths:
+            waiting.append((path, pool.submit(work, path)))
+            if len(waiting) > ahead:
+                path, future = waiting.popleft()
+                yield path, future.result()
+        while waiting:
+            path, future = waiting.popleft()
+            yield path, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+class _Writer:
+    """Appends examples to the splits of a new data set."""
+
+    def __init__(self, data_dir: Path, name: str, labels: list[str], splits: list[str]) -> None:
+        import tensorflow_datasets as tfds
+
+        folder = data_dir / name / _VERSION
+        folder.mkdir(parents=True)
+        features: dict[str, Any] = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "file_name": tfds.features.Text(),
+        }
+        if labels:
+            features["label"] = tfds.features.ClassLabel(names=labels)
+        identity = tfds.core.DatasetIdentity(
+            name=name, version=tfds.core.Version(_VERSION), data_dir=str(folder), module_name=__name__
+        )
+        info = tfds.core.DatasetInfo(
+            builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+        self._writer = tfds.core.SequentialWriter(info, _PER_SHARD, file_format="array_record")
+        self._writer.initialize_splits(splits)
+        self._labels = labels
+        self._waiting: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+        self.examples = dict.fromkeys(splits, 0)
+
+    def add(self, split: str, file_name: Path, data: bytes) -> None:
+        example: dict[str, Any] = {"image": data, "file_name": shown(file_name)}
+        if self._labels:
+            example["label"] = shown(file_name.parts[0])
+        self._waiting[split].append(example)
+        self.examples[split] += 1
+        if len(self._waiting[split]) == _AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.add_examples(self._waiting)
+        self._waiting = {split: [] for split in self._waiting}
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close_all()

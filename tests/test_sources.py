@@ -1,0 +1,357 @@
+"""Data sets by name: every kind opens, reads the pixels that were stored, and says what is wrong."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sr3_jax.aliases import UserError
+from sr3_jax.data import photos, store
+from sr3_jax.data.folders import shown
+from sr3_jax.data.sources import SmallPicture, Source, open_source
+from sr3_jax.pictures import PictureError
+
+PHOTOS = Path(photos.__file__).parent
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "data"
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sr3_jax"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="sr3_jax")
+
+
+def picture(path, size=(40, 30), seed=0, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, "PNG")
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def write_tfds(data_dir, name, features, examples, *, version="1.0.0"):
+    """A TFDS data set written by TFDS itself; returns its folder."""
+    import tensorflow_datasets as tfds
+
+    folder = data_dir / name / version
+    folder.mkdir(parents=True)
+    identity = tfds.core.DatasetIdentity(
+        name=name.split("/")[0], version=tfds.core.Version(version), data_dir=str(folder), module_name="tests"
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+    writer = tfds.core.SequentialWriter(info, 100, file_format="array_record")
+    writer.initialize_splits(["train"])
+    writer.add_examples({"train": examples})
+    writer.close_all()
+    return folder
+
+
+# -- the default photographs
+
+
+def test_photos_are_prepared_on_first_use_and_read_with_their_pixels(data_dir):
+    for split, count in (("train", 32), ("test", 8)):
+        source = open_source(f"photos:{split}")
+        files = sorted((PHOTOS / split).glob("*.jpg"))
+        assert len(source) == len(files) == count
+        assert source.name == f"photos:{split}"
+        for index in (0, count // 2, count - 1):
+            item = source[index]
+            assert set(item) == {"image"}
+            np.testing.assert_array_equal(item["image"], np.asarray(Image.open(files[index])))
+    assert [path.name for path in data_dir.iterdir()] == ["sr3_photos"]  # nothing temporary is left
+
+
+def test_photographs_hold_the_largest_crop_of_the_default_data():
+    for path in PHOTOS.glob("t*/*.jpg"):
+        assert min(Image.open(path).size) >= 352, path
+
+
+def test_every_photograph_is_attributed():
+    text = (PHOTOS / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    files = list(PHOTOS.glob("t*/*.jpg"))
+    assert len(files) == 40
+    assert all(f"| {path.parent.name}/{path.name} |" in text for path in files)
+
+
+def test_several_processes_prepare_at_once(data_dir):
+    code = "from sr3_jax.data.sources import open_source as o; print(o('photos:train')[31]['image'].sum())"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    results = [run.communicate(timeout=120) for run in runs]
+    expected = np.asarray(Image.open(sorted((PHOTOS / "train").glob("*.jpg"))[31])).sum()
+    assert [out for out, _ in results] == [f"{expected}\n"] * 3, results
+    assert [err for _, err in results] == [""] * 3  # and TFDS is silent
+    assert os.listdir(data_dir) == ["sr3_photos"]
+    assert os.listdir(data_dir / "sr3_photos") == ["1.0.0"]
+
+
+def test_the_second_of_two_keeps_the_data_set_of_the_first(tmp_path):
+    def make(work, text):
+        (work / "cats" / "1.0.0").mkdir(parents=True)
+        (work / "cats" / "1.0.0" / "who").write_text(text)
+
+    with store.appears_whole(tmp_path, "cats", "1.0.0") as slow:
+        make(slow, "slow")
+        with store.appears_whole(tmp_path, "cats", "1.0.0") as fast:
+            make(fast, "fast")
+        assert slow.exists()  # work in progress is no leftover
+    assert (tmp_path / "cats" / "1.0.0" / "who").read_text() == "fast"
+    with store.appears_whole(tmp_path, "cats", "1.0.0", overwrite=True) as third:
+        make(third, "third")
+    assert (tmp_path / "cats" / "1.0.0" / "who").read_text() == "third"
+    assert os.listdir(tmp_path) == ["cats"]
+
+
+def test_an_error_while_preparing_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), store.appears_whole(tmp_path, "cats", "1.0.0") as work:
+        (work / "cats" / "1.0.0").mkdir(parents=True)
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_data_dir_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"file can't be written to .*SR3_DATA_DIR"):
+        open_source("photos:train")
+
+
+# -- TFDS data sets
+
+
+def test_tfds_image_and_label(data_dir, tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+        # What we do not use must not be decoded: these bytes are no picture.
+        "mask": tfds.features.Image(shape=(None, None, 1)),
+        "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature()}),
+    }
+    pixels = [picture(tmp_path / f"{index}.png", seed=index) for index in range(3)]
+    box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+    examples = [
+        {
+            "image": (tmp_path / f"{index}.png").read_bytes(),
+            "label": index % 2,
+            "mask": b"no picture",
+            "objects": [{"bbox": box}] * index,
+        }
+        for index in range(3)
+    ]
+    write_tfds(data_dir, "pets", features, examples)
+    source = open_source("tfds:pets:train")
+    assert len(source) == 3
+    for index in range(3):
+        item = source[index]
+        np.testing.assert_array_equal(item["image"], pixels[index])
+        assert item["label"] == index % 2 and type(item["label"]) is int
+    assert len(open_source("tfds:pets:train[:2]")) == 2
+    assert len(open_source("tfds:pets:1.0.0:train")) == 3
+
+
+def test_tfds_grey_and_raw_arrays_become_three_channels(data_dir, tmp_path):
+    import tensorflow_datasets as tfds
+
+    grey = picture(tmp_path / "grey.png", mode="L")
+    write_tfds(
+        data_dir,
+        "grey",
+        {"image": tfds.features.Image(shape=(None, None, 1)), "label": tfds.features.Text()},
+        [{"image": (tmp_path / "grey.png").read_bytes(), "label": "a word"}],
+    )
+    item = open_source("tfds:grey:train")[0]
+    assert set(item) == {"image"}  # a label that is no number is none
+    np.testing.assert_array_equal(item["image"], grey)
+    for name, channels in (("raw1", 1), ("raw3", 3), ("raw4", 4)):
+        array = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
+        feature = tfds.features.Tensor(shape=(5, 7, channels), dtype=np.uint8)
+        write_tfds(data_dir, name, {"image": feature}, [{"image": array}])
+        image = open_source(f"tfds:{name}:train")[0]["image"]
+        assert image.shape == (5, 7, 3) and image.dtype == np.uint8
+        np.testing.assert_array_equal(image, np.repeat(array, 3, -1) if channels == 1 else array[..., :3])
+
+
+def test_the_newest_version_is_read(data_dir):
+    import tensorflow_datasets as tfds
+
+    feature = tfds.features.Tensor(shape=(1, 1, 3), dtype=np.uint8)
+    for version, value in (("9.0.0", 9), ("10.0.0", 10)):
+        example = {"image": np.full((1, 1, 3), value, np.uint8)}
+        write_tfds(data_dir, "two", {"image": feature}, [example], version=version)
+    assert open_source("tfds:two:train")[0]["image"].max() == 10
+    assert open_source("tfds:two:9.0.0:train")[0]["image"].max() == 9
+    with pytest.raises(UserError, match=r"'two' is there as version 10\.0\.0, not 3\.0\.0"):
+        open_source("tfds:two:3.0.0:train")
+
+
+def test_tfds_mistakes_are_told_with_the_way_out(data_dir, tmp_path):
+    import tensorflow_datasets as tfds
+
+    array = {"image": np.zeros((4, 4, 3), np.uint8)}
+    feature = tfds.features.Tensor(shape=(4, 4, 3), dtype=np.uint8)
+    write_tfds(data_dir, "plain", {"image": feature}, [array])
+    write_tfds(data_dir, "many/small", {"image": feature}, [array])
+    write_tfds(data_dir, "many/large", {"image": feature}, [array])
+    write_tfds(data_dir, "words", {"text": tfds.features.Text()}, [{"text": "a"}])
+    depth = tfds.features.Tensor(shape=(4, 4, 1), dtype=np.float32)
+    write_tfds(data_dir, "depth", {"image": depth}, [{"image": np.zeros((4, 4, 1), np.float32)}])
+    old = write_tfds(data_dir, "old", {"image": feature}, [array])
+    info = json.loads((old / "dataset_info.json").read_text())
+    (old / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    for file in old.glob("*array_record*"):
+        file.rename(old / file.name.replace("array_record", "tfrecord"))
+    assert len(open_source("tfds:many/small:train")) == 1
+    for name, message in {
+        "tfds:none:train": r"'none' is not prepared in .*data.* `sr3 prepare PATH --name none`",
+        "tfds:plain:validation": r"no split 'validation', .* use one of 'train'",
+        "tfds:plain:train[:0]": r"no split 'train\[:0\]', or nothing in it",
+        "tfds:many:train": r"has configs: write tfds:many/CONFIG:SPLIT, with CONFIG one of 'large', 'small'",
+        "tfds:words:train": r"no feature 'image' among \['text'\]",
+        "tfds:depth:train": r"not a picture of 8 bits",
+        "tfds:old:train": r"stored as tfrecord, without random access: run `tfds build` .*sr3 prepare",
+        "tfds:plain": r"write tfds:NAME",
+        "photos:validation": r"no data source is called 'photos:validation': use photos:train",
+        "pictures": r"no data source is called 'pictures'",
+        "folder:": r"no data source",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            open_source(name)
+        assert "\n" not in str(error.value)
+
+
+def test_small_pictures_of_a_tfds_data_set_are_refused_when_read(data_dir, tmp_path):
+    import tensorflow_datasets as tfds
+
+    picture(tmp_path / "small.png", size=(40, 30))
+    picture(tmp_path / "large.png", size=(40, 32))
+    examples = [{"image": (tmp_path / name).read_bytes()} for name in ("small.png", "large.png")]
+    write_tfds(data_dir, "sizes", {"image": tfds.features.Image(shape=(None, None, 3))}, examples)
+    source = open_source("tfds:sizes:train", min_side=32)
+    with pytest.raises(SmallPicture, match=r"record 0: is 40x30 pixels, with a short side under 32"):
+        source[0]
+    assert source[1]["image"].shape == (32, 40, 3)
+
+
+# -- folders
+
+
+def test_folder_reads_in_sorted_order_and_lists_what_it_cannot_read(tmp_path, caplog):
+    pixels = {
+        name: picture(tmp_path / name, seed=seed) for seed, name in enumerate(["b/2.png", "a.png", "b/1.png"])
+    }
+    picture(tmp_path / ".hidden.png")
+    picture(tmp_path / ".cache" / "x.png")
+    picture(tmp_path / "small.png", size=(30, 12))
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "b" / "up").symlink_to(tmp_path)  # a loop
+    source = open_source(f"folder:{tmp_path}", min_side=20)
+    assert len(source) == 3
+    for index, name in enumerate(["a.png", "b/1.png", "b/2.png"]):
+        np.testing.assert_array_equal(source[index]["image"], pixels[name])
+    (listing, small) = [record.getMessage() for record in caplog.records]
+    assert listing.startswith("3 left out of folder:")
+    assert all(f"{tmp_path}/{name}: " in listing for name in ("notes.txt", "empty.jpg", "gone.png"))
+    assert "1 of 4 pictures" in small and "under 20 pixels" in small
+
+
+def test_folder_with_names_that_are_not_text(tmp_path, caplog):
+    good, bad = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/caf\xe9.png", b"/\xff.png"))
+    pixels = picture(good)
+    bad.write_bytes(b"x")
+    source = open_source(f"folder:{tmp_path}")
+    np.testing.assert_array_equal(source[0]["image"], pixels)
+    assert source.describe(0).endswith(r"caf\xe9.png")
+    assert r"\xff.png: " in caplog.text
+    caplog.text.encode()  # would fail on a half character
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "caf\u00e9"])
+def test_names_are_shown_on_one_line(name):
+    assert shown(name).isprintable()
+    assert shown("caf\u00e9/x.png") == "caf\u00e9/x.png"
+
+
+def test_folder_mistakes(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        open_source(f"folder:{tmp_path}/nowhere")
+    with pytest.raises(UserError, match="holds no picture that can be used"):
+        open_source(f"folder:{tmp_path}")
+    picture(tmp_path / "small.png", size=(30, 12))
+    with pytest.raises(UserError, match=r"\(0 could not be read, 1 are under 13 pixels\)"):
+        open_source(f"folder:{tmp_path}", min_side=13)
+
+
+def test_a_picture_found_truncated_when_read_is_named(tmp_path):
+    picture(tmp_path / "cut.png", size=(100, 100))
+    data = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    source = open_source(f"folder:{tmp_path}")  # the header is good
+    with pytest.raises(PictureError, match=r"cut\.png: is truncated"):
+        source[0]
+
+
+# -- what all sources share
+
+
+def test_decoded_pictures_are_kept_within_the_memory_given():
+    reads = []
+
+    def load(index):
+        reads.append(index)
+        return {"image": np.full((512, 512, 3), index, np.uint8)}  # 3/4 MiB
+
+    source = Source("fake", load, 4, cache_mb=2)
+    for _ in range(3):
+        for index in range(4):
+            assert source[index]["image"].max() == index
+    assert sorted(reads) == [0, 1, 2, 2, 2, 3, 3, 3]  # two fit, and they stay
+
+
+def test_kept_pictures_cannot_be_changed():
+    source = Source("fake", lambda index: {"image": np.zeros((4, 4, 3), np.uint8)}, 1)
+    with pytest.raises(ValueError, match="read-only"):
+        source[0]["image"][:] = 1
+    source[0]["label"] = 3
+    assert "label" not in source[0]
+    with pytest.raises(IndexError):
+        source[1]
+
+
+def test_threads_may_read_at_once():
+    source = Source("fake", lambda index: {"image": np.full((256, 256, 3), index, np.uint8)}, 16, cache_mb=1)
+    wrong = []
+
+    def read(seed):
+        for index in np.random.default_rng(seed).integers(0, 16, 200):
+            if (source[int(index)]["image"] != index).any():
+                wrong.append(index)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert source._free >= 0
