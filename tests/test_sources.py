@@ -227,7 +227,7 @@ def test_tfds_mistakes_are_told_with_the_way_out(data_dir, tmp_path):
         "tfds:plain:train[:0]": r"no split 'train\[:0\]', or nothing in it",
         "tfds:many:train": r"has configs: write tfds:many/CONFIG:SPLIT, with CONFIG one of 'large', 'small'",
         "tfds:words:train": r"no feature 'image' among \['text'\]",
-        "tfds:depth:train": r"not a picture of 8 bits",
+        "tfds:depth:train": r"is Tensor.*not of 8 bits",
         "tfds:old:train": r"stored as tfrecord, without random access: run `tfds build` .*sr3 prepare",
         "tfds:plain": r"write tfds:NAME",
         "photos:validation": r"no data source is called 'photos:validation': use photos:train",

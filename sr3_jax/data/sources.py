@@ -139,7 +139,7 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
     encoded = isinstance(wanted["image"], tfds.features.Image) and wanted["image"].np_dtype != np.float32
     if not encoded and not _is_array_image(wanted["image"]):
         raise UserError(
-            f"the 'image' of '{name}' is {wanted['image']}, not a picture of 8 bits a channel: use another data set"
+            f"the 'image' of '{name}' is {wanted['image']}, not of 8 bits a channel: use another data set"
         )
     if "label" in names and _is_class(features["label"]):
         wanted["label"] = features["label"]

@@ -1,0 +1,230 @@
+"""Batches: pure in (seed, step), the same for any number of processes, true crops of true photographs."""
+
+import itertools
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from sr3_jax.aliases import UserError
+from sr3_jax.data.batches import batches, center_crops
+from sr3_jax.data.sources import Source
+from sr3_jax.pictures import PictureError
+
+CROP = 5
+
+
+def image(index, height=9, width=12):
+    """Every pixel tells its picture, row and column."""
+    down, right = np.mgrid[:height, :width]
+    return np.stack([np.full_like(down, index), down, right], -1).astype(np.uint8)
+
+
+def source(count=7, *, bad=(), small=(), labels=False, reads=None):
+    def load(index):
+        if reads is not None:
+            reads.append(index)
+        if index in bad:
+            raise PictureError("is truncated")
+        size = (CROP - 1, 12) if index in small else (9 + index % 3, 12)
+        return {"image": image(index, *size)} | ({"label": index + 100} if labels else {})
+
+    return Source("fake", load, count, cache_mb=0 if reads is not None else 16)
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def equal(some, others):
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_shape_and_type():
+    (batch,) = take(batches(source(labels=True), seed=0, batch_size=6, crop=CROP), 1)
+    assert batch["image"].shape == (6, CROP, CROP, 3) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (6,) and batch["label"].dtype == np.int32
+    (batch,) = take(batches(source(), seed=0, batch_size=6, crop=CROP), 1)
+    assert set(batch) == {"image"}
+
+
+def test_a_batch_follows_from_seed_and_step_alone():
+    """Neither threads nor prefetch nor what was read before matter."""
+    expected = take(batches(source(), seed=3, batch_size=6, crop=CROP, threads=0), 20)
+    for threads, prefetch in ((1, 1), (4, 4), (8, 2)):
+        made = batches(source(), seed=3, batch_size=6, crop=CROP, threads=threads, prefetch=prefetch)
+        equal(take(made, 20), expected)
+    other = take(batches(source(), seed=4, batch_size=6, crop=CROP), 20)
+    assert sum((a["image"] != b["image"]).any() for a, b in zip(expected, other, strict=True)) == 20
+    images = [batch["image"].tobytes() for batch in expected]
+    assert len(set(images)) == 20  # and no step repeats another
+
+
+def test_these_very_crops_are_drawn_for_ever():
+    """A checkpoint resumed under a later version must see the data of the earlier one."""
+    (batch,) = take(batches(source(), seed=3, batch_size=8, crop=CROP, first_step=1000), 1)
+    assert batch["image"][:, 0, 0].tolist() == [
+        [0, 0, 8],
+        [6, 0, 4],
+        [5, 6, 7],
+        [0, 4, 7],
+        [4, 3, 0],
+        [1, 0, 8],
+        [2, 0, 7],
+        [3, 3, 5],
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_union_over_processes_is_the_batch_of_one(count):
+    whole = take(batches(source(labels=True), seed=1, batch_size=8, crop=CROP), 10)
+    parts = [
+        take(
+            batches(
+                source(labels=True), seed=1, batch_size=8, crop=CROP, process_index=index, process_count=count
+            ),
+            10,
+        )
+        for index in range(count)
+    ]
+    assert parts[0][0]["image"].shape[0] == 8 // count
+    union = [
+        {name: np.concatenate([part[step][name] for part in parts]) for name in ("image", "label")}
+        for step in range(10)
+    ]
+    equal(union, whole)
+
+
+def test_a_process_reads_only_its_own_rows():
+    reads = []
+    made = batches(
+        source(count=64, reads=reads),
+        seed=0,
+        batch_size=8,
+        crop=CROP,
+        process_index=1,
+        process_count=4,
+        threads=0,
+    )
+    take(made, 3)
+    assert len(reads) == 3 * 2
+
+
+def test_first_step_is_the_tail_of_the_run_from_zero_and_reads_nothing_before():
+    whole = take(batches(source(labels=True), seed=9, batch_size=6, crop=CROP), 30)
+    for first in (1, 13, 29):
+        tail = batches(source(labels=True), seed=9, batch_size=6, crop=CROP, first_step=first)
+        equal(take(tail, 30 - first), whole[first:])
+    reads = []
+    take(batches(source(reads=reads), seed=9, batch_size=6, crop=CROP, first_step=10**12, threads=0), 1)
+    assert len(reads) == 6
+
+
+def test_crops_lie_in_the_photograph_and_are_mirrored_half_of_the_time():
+    made = source()
+    mirrored, corners = 0, set()
+    for batch in take(batches(made, seed=5, batch_size=16, crop=CROP), 40):
+        for crop in batch["image"]:
+            flip = crop[0, 0, 2] > crop[0, -1, 2]
+            crop = crop[:, ::-1] if flip else crop
+            index, top, left = (int(value) for value in crop[0, 0])
+            whole = made[index]["image"]
+            np.testing.assert_array_equal(crop, whole[top : top + CROP, left : left + CROP])
+            mirrored += int(flip)
+            corners.add((index, top, left))
+    assert 0.43 < mirrored / 640 < 0.57
+    heights = [9 + index % 3 for index in range(7)]
+    possible = {
+        (index, top, left)
+        for index in range(7)
+        for top in range(heights[index] - CROP + 1)
+        for left in range(12 - CROP + 1)
+    }
+    assert corners <= possible
+    assert len(corners) > 0.75 * len(possible)  # 332 corners, 640 draws: 1 - e^-1.9
+    assert {top for index, top, _ in corners if index == 2} == set(range(7))  # both edges reached
+    assert {left for _, _, left in corners} == set(range(8))
+
+
+def test_an_epoch_holds_every_photograph_once_and_each_is_in_another_order():
+    crops = np.concatenate([b["image"] for b in take(batches(source(), seed=2, batch_size=3, crop=CROP), 14)])
+    order = crops[:42, 0, 0, 0].reshape(6, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in order.tolist())
+    assert len({tuple(epoch) for epoch in order.tolist()}) == 6
+
+
+def test_unusable_pictures_are_replaced_and_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sr3_jax"), "propagate", True)
+    arguments = {"seed": 0, "batch_size": 4, "crop": CROP}
+    made = take(batches(source(bad=(1, 4), small=(2,)), **arguments), 30)
+    seen = {int(index) for batch in made for index in batch["image"][:, 0, 0, 0]}
+    assert seen == {0, 3, 5, 6}
+    told = [record.getMessage() for record in caplog.records]
+    assert sorted(told) == [
+        f"left out so far for a short side under {CROP} pixels: 1 of the 7 pictures of fake",
+        "left out: record 1: is truncated",
+        "left out: record 4: is truncated",
+    ]
+    # Still pure: the good rows stay as they were, and a resumed run draws the same substitutes.
+    equal(take(batches(source(bad=(1, 4), small=(2,)), first_step=17, **arguments), 13), made[17:])
+    for batch, clean in zip(made, take(batches(source(), **arguments), 30), strict=True):
+        for crop, clean_crop in zip(batch["image"], clean["image"], strict=True):
+            if clean_crop[0, 0, 0] not in (1, 2, 4):
+                np.testing.assert_array_equal(crop, clean_crop)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_nothing_usable_ends_with_a_sentence(threads):
+    with pytest.raises(UserError, match=r"100 pictures of fake in a row are of no use with crop=50"):
+        next(batches(source(), seed=0, batch_size=2, crop=50, threads=threads))
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(UserError, match="batch_size=6 does not divide by 4 processes"):
+        batches(source(), seed=0, batch_size=6, crop=CROP, process_count=4)
+
+
+def test_batches_are_made_ahead_in_threads():
+    """While the caller computes, the next batches are made: the device need not wait."""
+    started = []
+
+    def load(index):
+        started.append(threading.get_ident())
+        time.sleep(0.05)
+        return {"image": image(index)}
+
+    made = batches(
+        Source("slow", load, 7, cache_mb=0), seed=0, batch_size=2, crop=CROP, threads=4, prefetch=4
+    )
+    next(made)
+    time.sleep(0.5)  # a training step
+    before = time.monotonic()
+    take(made, 4)  # 8 reads of 50 ms, had they not been done
+    assert time.monotonic() - before < 0.2
+    assert threading.get_ident() not in started and len(set(started)) > 1
+
+
+def test_centre_crops_are_spread_evenly_and_always_the_same():
+    batch = center_crops(source(8, labels=True), crop=CROP, count=4)
+    assert batch["label"].tolist() == [100, 102, 104, 106]
+    for crop, index in zip(batch["image"], (0, 2, 4, 6), strict=True):
+        height = 9 + index % 3
+        top = (height - CROP) // 2
+        np.testing.assert_array_equal(crop, image(index, height)[top : top + CROP, 3 : 3 + CROP])
+
+
+def test_centre_crops_pass_over_the_unusable(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sr3_jax"), "propagate", True)
+    batch = center_crops(source(8, bad=(2,), small=(3,)), crop=CROP, count=4)
+    assert batch["image"][:, 0, 0, 0].tolist() == [0, 4, 5, 6]
+    batch = center_crops(source(8, bad=(2,), small=(3, 7)), crop=CROP, count=99)
+    assert batch["image"][:, 0, 0, 0].tolist() == [0, 1, 4, 5, 6]
+    assert "fake gives only 5 of 99 pictures" in caplog.text
+    with pytest.raises(UserError, match="no picture of fake can be used with crop=50"):
+        center_crops(source(), crop=50, count=4)
