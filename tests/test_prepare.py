@@ -1,0 +1,251 @@
+"""`sr3 prepare`: a folder in, a TFDS data set out, every bad file named, nothing half done."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sr3_jax.cli.main import main
+from sr3_jax.data import store
+from sr3_jax.data.sources import open_source
+from sr3_jax.pictures import read_rgb
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "data"
+
+
+def pixels(seed, size=(24, 16)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def save(path, seed=0, *, mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = pixels(seed).convert(mode)
+    with path.open("wb") as file:
+        picture.save(
+            file, options.pop("format", None) or Image.registered_extensions()[path.suffix], **options
+        )
+    return path
+
+
+def records(name, split):
+    """The data set as plain TFDS reads it: (file name, encoded bytes, label or None) in order."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(store.data_dir() / name / "1.0.0"))
+    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    return [(one["file_name"].decode(), one["image"], one.get("label")) for one in source]
+
+
+def test_round_trip_with_classes_and_a_test_split(tmp_path, capsys):
+    folder = tmp_path / "pets"
+    files = [
+        save(folder / kind / f"{n}.png", n) for n, kind in enumerate(["dog", "cat", "dog", "cat", "eel"])
+    ]
+    (folder / "README.md").write_text("no picture, but no reason to have no classes either")
+    assert main(["prepare", str(folder), "--name", "pets", "--test-count", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert "tfds:pets:train  3 pictures, 3 classes" in out and "tfds:pets:test  2 pictures" in out
+    assert f"1 left out:\n  {folder}/README.md: is not a picture" in err
+    train, test = records("pets", "train"), records("pets", "test")
+    assert len(train) == 3 and len(test) == 2
+    assert {name: data for name, data, _ in train + test} == {
+        str(file.relative_to(folder)): file.read_bytes() for file in files
+    }
+    assert [name for name, _, _ in train] == sorted(name for name, _, _ in train)
+    kinds = ["cat", "dog", "eel"]
+    assert all(kinds[label] == name.split("/")[0] for name, _, label in train + test)
+    source = open_source("tfds:pets:train")
+    for index, (_, data, label) in enumerate(train):
+        item = source[index]
+        np.testing.assert_array_equal(item["image"], np.asarray(Image.open(io.BytesIO(data))))
+        assert item["label"] == label
+
+
+def test_plain_tfds_decodes_it(tmp_path):
+    import tensorflow_datasets as tfds
+
+    save(tmp_path / "in" / "a.png", 1)
+    assert main(["prepare", str(tmp_path / "in"), "--name", "one"]) == 0
+    image = tfds.data_source("one", split="train", data_dir=store.data_dir(), download=False)[0]["image"]
+    np.testing.assert_array_equal(image, np.asarray(pixels(1)))
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["a.png", "b/1.png", "c/2.png"],
+        ["b/1.png", "b/2.png"],
+        ["b/1.png", "c/d/2.png"],
+        ["b/x/1.png", "c/x/2.png"],
+    ],
+)
+def test_no_classes_unless_each_picture_is_one_of_several_folders_deep(tmp_path, paths):
+    for path in paths:
+        save(tmp_path / "in" / path)
+    assert main(["prepare", str(tmp_path / "in"), "--name", "some"]) == 0
+    assert "label" not in open_source("tfds:some:train")[0]
+    assert len(open_source("tfds:some:train")) == len(paths)
+
+
+def test_plain_files_are_kept_and_others_become_png_of_the_same_pixels(tmp_path):
+    folder = tmp_path / "in"
+    turned = Image.Exif()
+    turned[274] = 6
+    upright = Image.Exif()
+    upright[274] = 1
+    kept = [
+        save(folder / "rgb.png"),
+        save(folder / "rgb.jpg"),
+        save(folder / "upright.jpg", exif=upright),
+        save(folder / "wrong_suffix.jpg", format="PNG"),
+    ]
+    changed = [
+        save(folder / "grey.jpg", mode="L"),
+        save(folder / "grey.png", mode="L"),
+        save(folder / "palette.png", mode="P"),
+        save(folder / "alpha.png", mode="RGBA"),
+        save(folder / "cmyk.jpg", mode="CMYK"),
+        save(folder / "turned.jpg", exif=turned),
+        save(folder / "turned.png", exif=turned),
+        save(folder / "a.webp"),
+        save(folder / "a.tif"),
+        save(folder / "a.gif", mode="P"),
+        save(folder / "keyed.png", transparency=(1, 2, 3)),
+        save(folder / "bit.png", mode="1"),
+    ]
+    assert main(["prepare", str(folder), "--name", "kinds"]) == 0
+    stored = {name: data for name, data, _ in records("kinds", "train")}
+    for file in kept:
+        assert stored[file.name] == file.read_bytes()
+    for file in changed:
+        again = Image.open(io.BytesIO(stored[file.name]))
+        assert stored[file.name] != file.read_bytes() and (again.format, again.mode) == ("PNG", "RGB"), file
+        np.testing.assert_array_equal(np.asarray(again), read_rgb(file))
+    assert np.asarray(Image.open(io.BytesIO(stored["turned.jpg"]))).shape == (24, 16, 3)
+
+
+def test_every_bad_file_is_listed_with_its_reason_and_the_good_are_done(tmp_path, capsys):
+    folder = tmp_path / "in"
+    save(folder / "good.png")
+    bad_name = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    save(bad_name, 1)
+    whole = save(tmp_path / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("words")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe.png")  # would block whoever opens it
+    assert main(["prepare", str(folder), "--name", "mixed"]) == 1
+    out, err = capsys.readouterr()
+    assert "tfds:mixed:train  2 pictures\n" in out
+    listed = [line for line in err.splitlines() if line.startswith("  ")]
+    assert [line.split(": ")[0].split("/")[-1] for line in listed] == [
+        "cut.jpg",
+        "empty.png",
+        "gone.png",
+        "pipe.png",
+        "text.png",
+    ]
+    assert "is truncated" in listed[0] and "is empty" in listed[1]
+    assert {name for name, _, _ in records("mixed", "train")} == {"good.png", r"caf\xe9.png"}
+    assert "Traceback" not in err
+
+
+def test_bad_files_do_not_count_for_the_test_split(tmp_path):
+    folder = tmp_path / "in"
+    for index in range(12):
+        path = save(folder / f"{index}.png", index)
+        if index % 2:
+            path.write_bytes(path.read_bytes()[:-200])
+    assert main(["prepare", str(folder), "--name", "half", "--test-count", "5"]) == 1
+    train, test = records("half", "train"), records("half", "test")
+    assert (len(train), len(test)) == (1, 5)
+    assert {name for name, _, _ in train + test} == {f"{index}.png" for index in range(0, 12, 2)}
+
+
+def test_test_pictures_follow_from_names_alone(tmp_path):
+    for index in range(20):
+        save(tmp_path / "in" / f"{index}.png", index)
+        save(tmp_path / "moved" / f"{index}.png", 99 - index)
+    for name in ("in", "moved"):
+        assert main(["prepare", str(tmp_path / name), "--name", name, "--test-fraction", "0.2"]) == 0
+    tests = [[name for name, _, _ in records(data_set, "test")] for data_set in ("in", "moved")]
+    assert tests[0] == tests[1] and len(tests[0]) == 4
+    assert set(tests[0]) != {"0.png", "1.png", "10.png", "11.png"}  # nor are they just the first
+
+
+def test_nothing_to_do_is_code_2(tmp_path, capsys, data_dir):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "cut.png").write_bytes(save(tmp_path / "whole.png").read_bytes()[:-200])
+    for arguments, message in [
+        ([str(tmp_path / "nowhere"), "--name", "n"], "is not a folder"),
+        ([str(tmp_path / "home"), "--name", "n"], "is not a folder"),
+        ([str(folder), "--name", "Bad-Name"], "name 'Bad-Name' is no TFDS name"),
+        ([str(folder), "--name", "n"], "holds too few pictures that can be read"),
+        ([str(folder), "--name", "n", "--test-count", "1"], "leave none of 1 to train on"),
+        ([str(folder), "--name", "n", "--test-count", "-1"], "--test-count=-1 is negative"),
+        ([str(folder), "--name", "n", "--test-fraction", "1.5"], "--test-fraction=1.5"),
+    ]:
+        assert main(["prepare", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert message in err and "Traceback" not in err
+        if "too few" in message:
+            assert f"{folder}/cut.png: is truncated" in err
+    assert not data_dir.exists() or os.listdir(data_dir) == []
+
+
+def test_a_taken_name(tmp_path, capsys, data_dir):
+    save(tmp_path / "one" / "a.png", 1)
+    save(tmp_path / "two" / "b.png", 2)
+    assert main(["prepare", str(tmp_path / "one"), "--name", "mine"]) == 0
+    assert main(["prepare", str(tmp_path / "two"), "--name", "mine"]) == 2
+    assert "'mine' exists in" in (err := capsys.readouterr().err) and "--overwrite" in err
+    assert records("mine", "train")[0][0] == "a.png"
+    assert main(["prepare", str(tmp_path / "two"), "--name", "mine", "--overwrite"]) == 0
+    assert [name for name, _, _ in records("mine", "train")] == ["b.png"]
+    (data_dir / "mine" / "1.0.0").rename(data_dir / "mine" / "2.0.0")
+    assert main(["prepare", str(tmp_path / "two"), "--name", "mine", "--overwrite"]) == 2
+    assert "was not made by sr3 prepare" in capsys.readouterr().err
+
+
+def test_another_data_dir(tmp_path, capsys, monkeypatch):
+    save(tmp_path / "in" / "a.png", 1)
+    elsewhere = tmp_path / "elsewhere"
+    assert main(["prepare", str(tmp_path / "in"), "--name", "mine", "--data-dir", str(elsewhere)]) == 0
+    assert f"set SR3_DATA_DIR={elsewhere}" in capsys.readouterr().out
+    monkeypatch.setenv("SR3_DATA_DIR", str(elsewhere))
+    assert len(open_source("tfds:mine:train")) == 1
+
+
+def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_clears_up(tmp_path, data_dir):
+    for index in range(8):
+        save(tmp_path / "in" / f"{index}.png", index)
+    code = f"""
+import os, signal
+from sr3_jax.data import prepare
+write = prepare._Writer.close
+prepare._Writer.close = lambda self: (write(self), os.kill(os.getpid(), signal.SIGKILL))
+from sr3_jax.cli.main import main
+main(["prepare", {str(tmp_path / "in")!r}, "--name", "mine"])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    (left,) = os.listdir(data_dir)  # it was killed at the last moment, when all was written
+    assert left.startswith(".incomplete-mine-")
+    assert store.find("mine") is None
+    assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 0
+    assert os.listdir(data_dir) == ["mine"]
+    assert len(open_source("tfds:mine:train")) == 8
