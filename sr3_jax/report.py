@@ -131,9 +131,7 @@ class Report:
         """Flush and close everything; a second call does nothing."""
         if not self.enabled:
             return
-        self.enabled = False
         if self._bar is not None:
-            self._bar.refresh()  # tqdm draws at most ten times a second: show the last step too
             self._bar.close()
         self._lines.close()
         self._board.close()

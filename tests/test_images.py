@@ -134,15 +134,15 @@ def test_grid_holds_every_cell_enlarged_by_nearest():
 
 
 def test_grid_titles_have_room_and_ink():
-    cell = np.full((24, 24, 3), 128, np.uint8)
+    cell = np.zeros((24, 120, 3), np.uint8) + np.array([10, 200, 30], np.uint8)
     bare = images.picture_grid([[cell, cell]], column_titles=["", ""])
     titled = images.picture_grid(
         [[cell, cell]], column_titles=["low-res", "shipped model"], row_titles=["coffee"]
     )
     assert titled.shape[0] > bare.shape[0] and titled.shape[1] > bare.shape[1]
-    grey = (titled == 128).all(axis=2)
-    rows, columns = np.nonzero(grey)
-    assert grey.sum() >= 2 * 24 * 24  # no title is written over a cell
+    green = (titled == cell[0, 0]).all(axis=2)
+    rows, columns = np.nonzero(green)
+    assert green.sum() == 2 * 24 * 120  # no title or cell lies over another
     assert (titled[: rows.min()] < 64).any()  # column titles above
     assert (titled[:, : columns.min()] < 64).any()  # row titles at the left
 
@@ -160,5 +160,11 @@ def test_grid_takes_rows_of_any_shape():
     grid = images.picture_grid(rows, column_titles=["a\nb", "", "c", "d", "e"], row_titles=["Ł", ""])
     assert grid.ndim == 3 and grid.shape[2] == 3
     assert images.picture_grid([], column_titles=[]).ndim == 3
-    with pytest.raises(ValueError, match="float32"):
-        images.picture_grid([[np.zeros((4, 4, 3), np.float32)]], column_titles=["a"])
+
+
+@pytest.mark.parametrize(
+    "cell", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)]
+)
+def test_grid_names_a_cell_that_is_no_picture(cell):
+    with pytest.raises(ValueError, match=f"{cell.dtype} .*{cell.shape[-1]}"):
+        images.picture_grid([[cell]], column_titles=["a"])

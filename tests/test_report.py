@@ -22,7 +22,7 @@ def lines(workdir):
 
 
 def board(workdir):
-    """The values in a workdir's TensorBoard files, (tag, step, number or None for a picture), and its purges."""
+    """The values in a workdir's TensorBoard files, (tag, step, number; None for a picture), and its purges."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     values, purges = [], []
@@ -200,7 +200,8 @@ def test_it_needs_no_torch_and_closes_twice(tmp_path):
     books.close()
     code = (
         "import sys, sr3_jax.report; books = sr3_jax.report.Report(sys.argv[1], total_steps=1)\n"
-        "books.scalars(1, {'a': 1}); books.close(); print([m for m in ('torch', 'tensorflow', 'matplotlib') if m in sys.modules])"
+        "books.scalars(1, {'a': 1}); books.close()\n"
+        "print([m for m in ('torch', 'tensorflow', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
