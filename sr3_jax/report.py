@@ -54,7 +54,8 @@ class Report:
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             _drop_later_lines(self.workdir / "metrics.jsonl", first_step)
-            self._lines = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+            # Open as long as the run: closed by `close`, and every line is flushed.
+            self._lines = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise UserError(
                 f"workdir {workdir} cannot be written ({error.strerror}): choose another"

@@ -22,7 +22,7 @@ def lines(workdir):
 
 
 def board(workdir):
-    """The values in a workdir's TensorBoard files, (tag, step, number; None for a picture), and its purges."""
+    """The values in the TensorBoard files, (tag, step, number; None for a picture), and the purges."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     values, purges = [], []
