@@ -16,6 +16,17 @@ from sr3_jax.pictures import PictureError
 CROP = 5
 
 
+@pytest.fixture
+def said(monkeypatch):
+    """Our messages. (caplog hears them twice once a command has set up logging.)"""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("sr3_jax"), "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger("sr3_jax"), "level", logging.INFO)
+    return messages
+
+
 def image(index, height=9, width=12):
     """Every pixel tells its picture, row and column."""
     down, right = np.mgrid[:height, :width]
@@ -159,14 +170,12 @@ def test_an_epoch_holds_every_photograph_once_and_each_is_in_another_order():
     assert len({tuple(epoch) for epoch in order.tolist()}) == 6
 
 
-def test_unusable_pictures_are_replaced_and_told(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sr3_jax"), "propagate", True)
+def test_unusable_pictures_are_replaced_and_told(said):
     arguments = {"seed": 0, "batch_size": 4, "crop": CROP}
     made = take(batches(source(bad=(1, 4), small=(2,)), **arguments), 30)
     seen = {int(index) for batch in made for index in batch["image"][:, 0, 0, 0]}
     assert seen == {0, 3, 5, 6}
-    told = [record.getMessage() for record in caplog.records]
-    assert sorted(told) == [
+    assert sorted(said) == [
         f"left out so far for a short side under {CROP} pixels: 1 of the 7 pictures of fake",
         "left out: record 1: is truncated",
         "left out: record 4: is truncated",
@@ -177,6 +186,18 @@ def test_unusable_pictures_are_replaced_and_told(caplog, monkeypatch):
         for crop, clean_crop in zip(batch["image"], clean["image"], strict=True):
             if clean_crop[0, 0, 0] not in (1, 2, 4):
                 np.testing.assert_array_equal(crop, clean_crop)
+
+
+def test_threads_that_find_the_same_bad_picture_tell_it_once(said):
+
+    def load(index):
+        time.sleep(0.05)
+        if index == 0:
+            raise PictureError("is truncated")
+        return {"image": image(index)}
+
+    take(batches(Source("slow", load, 2), seed=0, batch_size=2, crop=CROP, threads=8, prefetch=8), 8)
+    assert said == ["left out: record 0: is truncated"]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -219,12 +240,11 @@ def test_centre_crops_are_spread_evenly_and_always_the_same():
         np.testing.assert_array_equal(crop, image(index, height)[top : top + CROP, 3 : 3 + CROP])
 
 
-def test_centre_crops_pass_over_the_unusable(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sr3_jax"), "propagate", True)
+def test_centre_crops_pass_over_the_unusable(said):
     batch = center_crops(source(8, bad=(2,), small=(3,)), crop=CROP, count=4)
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 4, 5, 6]
     batch = center_crops(source(8, bad=(2,), small=(3, 7)), crop=CROP, count=99)
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 1, 4, 5, 6]
-    assert "fake gives only 5 of 99 pictures" in caplog.text
+    assert "fake gives only 5 of 99 pictures" in said[-1]
     with pytest.raises(UserError, match="no picture of fake can be used with crop=50"):
         center_crops(source(), crop=50, count=4)

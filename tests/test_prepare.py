@@ -103,6 +103,8 @@ def test_plain_files_are_kept_and_others_become_png_of_the_same_pixels(tmp_path)
     folder = tmp_path / "in"
     turned = Image.Exif()
     turned[274] = 6
+    upside_down = Image.Exif()
+    upside_down[274] = 3
     upright = Image.Exif()
     upright[274] = 1
     kept = [
@@ -119,6 +121,7 @@ def test_plain_files_are_kept_and_others_become_png_of_the_same_pixels(tmp_path)
         save(folder / "cmyk.jpg", mode="CMYK"),
         save(folder / "turned.jpg", exif=turned),
         save(folder / "turned.png", exif=turned),
+        save(folder / "upside_down.jpg", exif=upside_down),
         save(folder / "a.webp"),
         save(folder / "a.tif"),
         save(folder / "a.gif", mode="P"),
