@@ -71,7 +71,7 @@ def posterior(
     """
     gamma_t, gamma_s = along(gamma_t, y0), along(gamma_s, y0)
     alpha = gamma_t / gamma_s
-    mean = (
-        jnp.sqrt(gamma_s) * (1.0 - alpha) * y0 + jnp.sqrt(alpha) * (1.0 - gamma_s) * y_t
-    ) / (1.0 - gamma_t)
+    mean = (jnp.sqrt(gamma_s) * (1.0 - alpha) * y0 + jnp.sqrt(alpha) * (1.0 - gamma_s) * y_t) / (
+        1.0 - gamma_t
+    )
     return mean, (1.0 - gamma_s) * (1.0 - alpha) / (1.0 - gamma_t)

@@ -36,7 +36,9 @@ class NoiseSchedule:
         if gamma[0] != 1.0:
             raise ValueError(f"gamma must start at 1 (no noise), got {gamma[0]}")
         if not (np.all(np.diff(gamma) < 0) and gamma[-1] > 0):
-            raise ValueError("gamma must be strictly decreasing and stay above 0; make the betas larger than 0")
+            raise ValueError(
+                "gamma must be strictly decreasing and stay above 0; make the betas larger than 0"
+            )
         gamma.flags.writeable = False
 
     @property
@@ -110,7 +112,9 @@ def respace(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "log_snr
     total = schedule.num_steps
     if spacing == "uniform":
         if num_steps > total:
-            raise ValueError(f"uniform spacing has at most the {total} training steps, got num_steps={num_steps}")
+            raise ValueError(
+                f"uniform spacing has at most the {total} training steps, got num_steps={num_steps}"
+            )
         return from_gamma(schedule.gamma64[np.linspace(0, total, num_steps + 1).round().astype(int)])
     first, last = log_snr64(schedule.gamma64[[1, -1]])
     if num_steps == 1:

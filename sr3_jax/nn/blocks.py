@@ -86,11 +86,15 @@ class Norm(nn.Module):
         channels = x.shape[-1]
         # 32 groups as in DDPM, of 4 channels or more: with fewer a group is too small to normalise.
         groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
-        norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, use_scale=self.affine, use_bias=self.affine)
+        norm = nn.GroupNorm(
+            groups, epsilon=1e-5, dtype=jnp.float32, use_scale=self.affine, use_bias=self.affine
+        )
         return norm(x).astype(x.dtype)
 
 
-def conv(channels: int, kernel: int, dtype: jnp.dtype, init: Callable | None = None, name: str | None = None) -> nn.Conv:
+def conv(
+    channels: int, kernel: int, dtype: jnp.dtype, init: Callable | None = None, name: str | None = None
+) -> nn.Conv:
     """A stride-1 convolution that keeps the size; float32 weights, computed in `dtype`."""
     return nn.Conv(
         channels,
@@ -126,7 +130,9 @@ class ResidualBlock(nn.Module):
             x, h = change(x), change(h)
         h = conv(self.channels, 3, self.dtype)(h)
         width = 2 * self.channels if self.film else self.channels
-        condition = nn.Dense(width, name="embedding")(nn.swish(embedding))[:, None, None, :].astype(self.dtype)
+        condition = nn.Dense(width, name="embedding")(nn.swish(embedding))[:, None, None, :].astype(
+            self.dtype
+        )
         if self.film:
             scale, shift = jnp.split(condition, 2, axis=-1)
             h = Norm(self.norm)(h) * (1 + scale) + shift

@@ -72,9 +72,7 @@ class UNet(nn.Module):
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
     @nn.compact
-    def __call__(
-        self, y_t: Image, gamma: NoiseLevel, cond: Conditioning, train: bool = False
-    ) -> jax.Array:
+    def __call__(self, y_t: Image, gamma: NoiseLevel, cond: Conditioning, train: bool = False) -> jax.Array:
         """[B,H,W,C] float32 prediction from y_t [B,H,W,C], gamma [B] and cond; `train` turns dropout on.
 
         cond['upsampled'] [B,H,W,C], when there, is concatenated to y_t on the channels.

@@ -1,0 +1,188 @@
+"""Checkpoints of a training run through Orbax, and one-file exports through safetensors. The only room that knows either.
+
+A workdir holds `config.json` and `checkpoints/STEP/`. A step directory holds two items: 'ema', the weights that
+sampling uses, and 'train', the rest of the state; a model is used without reading the second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sr3_jax.aliases import Params, UserError
+from sr3_jax.train.state import TrainState
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+FORMAT = "sr3_jax.1"
+
+
+def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json` atomically."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / (CONFIG_FILE + ".partial")
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, workdir / CONFIG_FILE)
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The run's config.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = workdir / CONFIG_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{workdir} has no {CONFIG_FILE}, so it is not a run's workdir; give one that sr3 train made"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore it from a copy, or train in a new workdir"
+        ) from None
+
+
+class Checkpoints:
+    """The checkpoints of a workdir: a context manager, so that a save in flight is finished at the end.
+
+    Args:
+        workdir: the run's folder.
+        keep: how many of the latest are kept.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int = 3) -> None:
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            (workdir / CHECKPOINTS).absolute(),
+            preservation_policy=policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint; half-written ones are never among them."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, *, wait: bool = False) -> None:
+        """Save under the state's own step; returns when the arrays have left the device unless `wait`."""
+        step = int(state.step)
+        if self.latest_step == step:
+            return
+        train = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+        items = {"ema": state.ema_params, "train": train}
+        response = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        if wait and response is not None:
+            response.result()
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest state, onto the shardings of `abstract`, whatever mesh it was saved from.
+
+        Raises:
+            UserError: it is damaged or of another network. Training never starts afresh over it.
+        """
+        step = self.latest_step
+        train = {"step": abstract.step, "params": abstract.params, "opt_state": abstract.opt_state}
+        try:
+            items = self._checkpointer.load_checkpointables(
+                step, {"ema": abstract.ema_params, "train": train}
+            )
+        except Exception as error:  # Orbax and TensorStore raise many kinds for one fact: it can't be read.
+            raise UserError(
+                f"checkpoint {self._checkpointer.directory / str(step)} cannot be restored ({_first_line(error)}); "
+                "delete that folder to go on from the one before it, or give a new workdir"
+            ) from error
+        return TrainState(
+            items["train"]["step"], items["train"]["params"], items["ema"], items["train"]["opt_state"]
+        )
+
+
+def load_ema(workdir: Path) -> tuple[Params, int]:
+    """The moving-average weights of the newest checkpoint, as float32 on the default device, and its step.
+
+    Raises:
+        UserError: there is no checkpoint, or it cannot be read.
+    """
+    folder = (workdir / CHECKPOINTS).absolute()
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet; train it first, or wait for its first one")
+    step = max(steps)
+    try:
+        metadata = ocp.checkpointables_metadata(folder / str(step)).metadata["ema"]
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata
+        )
+        return ocp.load_checkpointables(folder / str(step), {"ema": abstract})["ema"], step
+    except Exception as error:  # as in `restore`
+        raise UserError(f"checkpoint {folder / str(step)} cannot be read ({_first_line(error)})") from error
+
+
+def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str = "float32") -> None:
+    """Write weights and config as one safetensors file, atomically.
+
+    Args:
+        dtype: 'float32', or 'bfloat16' for half the size and about three significant digits.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    flat = {
+        ".".join(key.key for key in keys): np.ascontiguousarray(
+            np.asarray(leaf).astype(jax.numpy.dtype(dtype))
+        )
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(flat, partial, metadata={"format": FORMAT, "config": json.dumps(config, sort_keys=True)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
+    """The float32 weights and the config of an exported file.
+
+    Raises:
+        UserError: it is not a safetensors file, or not one of ours.
+    """
+    params: dict[str, Any] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"{path} is a safetensors file but not an sr3_jax model; make one with sr3 export"
+                )
+            for name in file.keys():  # noqa: SIM118, it is no dict
+                *parents, leaf = name.split(".")
+                branch = params
+                for parent in parents:
+                    branch = branch.setdefault(parent, {})
+                branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a model ({_first_line(error)})") from None
+    return params, json.loads(metadata["config"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

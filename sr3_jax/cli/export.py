@@ -1,0 +1,27 @@
+"""Write a run's averaged weights and config as one file: sr3 export WORKDIR -o MODEL.safetensors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A workdir (or another export, to change its precision) and the file to write."""
+    parser.add_argument("model", help="a workdir of sr3 train, or another exported file")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="the .safetensors file to write")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, write, say what was written."""
+    from sr3_jax.aliases import UserError
+    from sr3_jax.checkpoint import export
+    from sr3_jax.model import load
+
+    if args.output.suffix != ".safetensors":
+        raise UserError(f"-o {args.output} must end in .safetensors")
+    model = load(args.model)
+    export(args.output, model.params, model.config, dtype=args.dtype)
+    print(f"{model.name} written to {args.output}, {args.output.stat().st_size / 1e6:.2f} MB")
+    return 0

@@ -1,0 +1,233 @@
+"""A trained model as one value: network, weights, schedule and space, ready to upscale.
+
+Shape legend: B batch, h x w the low-res picture, s the scale, C = 3 channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr3_jax.aliases import Conditioning, Denoiser, Key, Params, UserError
+from sr3_jax.checkpoint import CONFIG_FILE, load_ema, read_config, read_export
+from sr3_jax.diffusion import schedule as schedules
+from sr3_jax.diffusion import solvers
+from sr3_jax.diffusion import space as spaces
+from sr3_jax.diffusion.process import Kind
+from sr3_jax.diffusion.sampler import sample
+from sr3_jax.diffusion.schedule import NoiseSchedule, respace
+from sr3_jax.diffusion.solvers import Solver
+from sr3_jax.diffusion.space import Space
+from sr3_jax.diffusion.tiling import tiled
+from sr3_jax.images import to_uint8, to_unit
+from sr3_jax.nn.unet import UNet
+from sr3_jax.train.step import condition
+
+SHIPPED = Path(__file__).parent / "models"
+SOLVERS = ("ancestral", "ddim", "dpmpp_2m", "heun")
+TILE, OVERLAP = 1024, 64  # high-res pixels; about 1 GB of activations at the shipped model's width
+
+
+@functools.cache
+def solver_named(name: str) -> Solver:
+    """The solver of that name at its default settings; the same value each time, so that jit compiles once."""
+    if name not in SOLVERS:
+        raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}")
+    return getattr(solvers, name)()
+
+
+@functools.cache
+def inference_grid(schedule: NoiseSchedule, steps: int, solver: str) -> NoiseSchedule:
+    """The grid of a sampler with that many steps, of the solver's own spacing."""
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    return respace(schedule, steps, solver_named(solver).spacing)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network with weights and all that its use needs.
+
+    Attributes:
+        name: where it came from.
+        params: float32 weights (the moving average of training).
+        scale: s, the super-resolution factor.
+        steps, solver: the sampler used when none is asked for.
+        config: the config it was trained with, as plain values.
+    """
+
+    name: str
+    network: UNet
+    params: Params
+    schedule: NoiseSchedule
+    space: Space
+    kind: Kind
+    scale: int
+    steps: int
+    solver: str
+    config: Mapping[str, Any]
+
+    def denoiser(self) -> Denoiser:
+        """The network with its weights, as the diffusion core takes it."""
+        return functools.partial(_denoise, self.network, self.params)
+
+    def upscale(
+        self,
+        images: np.ndarray | jax.Array,
+        key: Key,
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+    ) -> np.ndarray:
+        """uint8 [B,h,w,3] -> uint8 [B,s*h,s*w,3], one draw from p(y0 | x) each.
+
+        Any size: the picture is padded by its edge pixels to one of a few sizes, so that a folder of many sizes
+        compiles a few times, and worked through in tiles where it is large.
+
+        Args:
+            key: one key, or [B] keys, which make each output independent of its batch.
+            steps: N of the sampler; None for the model's own default.
+            solver: 'ancestral', 'ddim', 'dpmpp_2m' or 'heun'; None for the model's own default.
+
+        Raises:
+            UserError: `steps` or `solver` is out of range.
+            ValueError: the images are not uint8 [B,h,w,3].
+        """
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 [B,h,w,3], got {images.dtype} {images.shape}")
+        height, width = images.shape[1:3]
+        unit = max(1, self.network.stride // self.scale)
+        padding = [(0, _bucket(side, unit) - side) for side in (height, width)]
+        padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
+        name = self.solver if solver is None else solver
+        schedule = inference_grid(self.schedule, self.steps if steps is None else steps, name)
+        output = _upscale(
+            self.params,
+            padded,
+            key,
+            network=self.network,
+            schedule=schedule,
+            solver=solver_named(name),
+            kind=self.kind,
+            space=self.space,
+            scale=self.scale,
+        )
+        return np.asarray(output)[:, : height * self.scale, : width * self.scale]
+
+
+def _denoise(
+    network: UNet, params: Params, y_t: jax.Array, gamma: jax.Array, cond: Conditioning
+) -> jax.Array:
+    return network.apply({"params": params}, y_t, gamma, cond)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "schedule", "solver", "kind", "space", "scale"))
+def _upscale(
+    params: Params,
+    images: jax.Array,
+    key: Key,
+    *,
+    network: UNet,
+    schedule: NoiseSchedule,
+    solver: Solver,
+    kind: Kind,
+    space: Space,
+    scale: int,
+) -> jax.Array:
+    cond = condition(to_unit(images), scale)
+    denoiser = tiled(functools.partial(_denoise, network, params), tile=TILE, overlap=OVERLAP)
+    shape = cond["upsampled"].shape
+    samples = sample(
+        denoiser, key, cond, shape=shape, schedule=schedule, solver=solver, kind=kind, space=space
+    )
+    return to_uint8(samples.image)
+
+
+def _bucket(side: int, unit: int) -> int:
+    """The low-res side to pad to: a multiple of `unit`, and of a power of two that keeps the padding under an eighth."""
+    step = max(unit, 8, 1 << max(0, side.bit_length() - 4))
+    step = -(-step // unit) * unit
+    return -(-side // step) * step
+
+
+def build_network(section: Mapping[str, Any]) -> UNet:
+    """A UNet from its fields as plain values; lists are taken for tuples, as JSON has none."""
+    return UNet(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+    )
+
+
+def build_schedule(section: Mapping[str, Any]) -> NoiseSchedule:
+    """The training schedule of a config's `diffusion` section."""
+    steps, name = section["num_steps"], section["schedule"]
+    if name == "cosine":
+        return schedules.cosine(steps)
+    ends = {"beta_start": section["beta_start"], "beta_end": section["beta_end"]}
+    if name in ("linear", "quadratic"):
+        return getattr(schedules, name)(steps, **ends)
+    raise UserError(f"config.diffusion.schedule must be linear, quadratic or cosine, got {name!r}")
+
+
+def build_space(section: Mapping[str, Any]) -> Space:
+    """The space of a config's `diffusion` section."""
+    if section["space"] == "image":
+        return spaces.image()
+    if section["space"] == "residual":
+        return spaces.residual(section["residual_scale"])
+    raise UserError(f"config.diffusion.space must be image or residual, got {section['space']!r}")
+
+
+def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:
+    """A model from weights and the config that a run or an export carries."""
+    try:
+        diffusion = config["diffusion"]
+        return Model(
+            name=name,
+            network=build_network(config["model"]),
+            params=params,
+            schedule=build_schedule(diffusion),
+            space=build_space(diffusion),
+            kind=diffusion["kind"],
+            scale=config["data"]["scale"],
+            steps=config["eval"]["steps"],
+            solver=config["eval"]["solver"],
+            config=config,
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the config of model {name} does not fit this version of sr3_jax ({error}); use the version that wrote it"
+        ) from None
+
+
+def load(path_or_name: str | Path) -> Model:
+    """A model from a workdir, an exported .safetensors file, or the name of a shipped one.
+
+    Raises:
+        UserError: there is no such model, or it can't be read; the sentence says what was looked for.
+    """
+    path = Path(path_or_name)
+    shipped = SHIPPED / f"{path_or_name}.safetensors"
+    if path.is_dir():
+        if not (path / CONFIG_FILE).is_file():
+            raise UserError(f"model folder {path} has no {CONFIG_FILE}; give a workdir of sr3 train")
+        config = read_config(path)
+        params, step = load_ema(path)
+        return from_config(config, params, name=f"{path} at step {step}")
+    if path.is_file():
+        params, config = read_export(path)
+        return from_config(config, params, name=path.name)
+    if shipped.is_file():
+        params, config = read_export(shipped)
+        return from_config(config, params, name=str(path_or_name))
+    names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors"))) or "none"
+    raise UserError(
+        f"no model {str(path_or_name)!r}: give a workdir, a .safetensors file, or a shipped name ({names})"
+    )

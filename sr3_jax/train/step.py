@@ -1,0 +1,121 @@
+"""One training step and one held-out loss: degrade on the device, loss, gradients, update, moving average.
+
+Shape legend: B batch, A accumulation, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sr3_jax.aliases import Conditioning, Image, Key, Params
+from sr3_jax.diffusion.loss import Norm, Weighting, denoising_loss
+from sr3_jax.diffusion.process import Kind
+from sr3_jax.diffusion.schedule import NoiseSchedule
+from sr3_jax.diffusion.space import Space
+from sr3_jax.images import degrade, to_unit, upsample
+from sr3_jax.nn.unet import UNet
+from sr3_jax.train.state import TrainState, update_ema
+
+Batch = dict[str, jax.Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What the network is trained to do; all of it fixed at trace time.
+
+    Attributes:
+        scale: of the super-resolution: the low-res image is made from the crop by the one bicubic.
+    """
+
+    network: UNet
+    schedule: NoiseSchedule
+    space: Space
+    kind: Kind
+    norm: Norm
+    weighting: Weighting | None
+    scale: int
+
+
+def condition(low_res: Image, scale: int, label: jax.Array | None = None) -> Conditioning:
+    """What the network is told: low_res [B,h,w,C] in [-1,1], upsampled to [B,h*scale,w*scale,C], and the label [B]."""
+    cond = {"upsampled": upsample(low_res, scale)}
+    return cond if label is None else {**cond, "label": label}
+
+
+def make_pair(batch: Batch, scale: int) -> tuple[Image, Conditioning]:
+    """uint8 crops -> the target in [-1,1] and the condition made from it."""
+    image = to_unit(batch["image"])
+    return image, condition(degrade(image, scale), scale, batch.get("label"))
+
+
+def batch_loss(params: Params, batch: Batch, key: Key, *, objective: Objective, train: bool) -> jax.Array:
+    """The mean denoising loss of a batch; dropout is on when `train`."""
+    image, cond = make_pair(batch, objective.scale)
+    loss_key, dropout_key = jax.random.split(key)
+
+    def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
+        return objective.network.apply(
+            {"params": params}, y_t, gamma, cond, train=train, rngs={"dropout": dropout_key}
+        )
+
+    losses = denoising_loss(
+        denoiser,
+        loss_key,
+        image,
+        cond,
+        schedule=objective.schedule,
+        kind=objective.kind,
+        norm=objective.norm,
+        weighting=objective.weighting,
+        space=objective.space,
+    )
+    return jnp.mean(losses)
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Batch, Key], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, batch of uint8 crops, the run's key) -> (state, {'loss', 'grad_norm'}).
+
+    Step k draws from fold_in(key, k), so it is a pure function of the state, the batch and the run's seed.
+    With accumulation A the batch is worked through in A parts, whose gradients are averaged: memory of B/A.
+    """
+
+    def gradients(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Params]:
+        return jax.value_and_grad(lambda p: batch_loss(p, batch, key, objective=objective, train=True))(
+            params
+        )
+
+    def accumulated(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Params]:
+        def add(total: Any, part: tuple[Batch, Key]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+
+        # Part a takes every A-th row: contiguous parts would each lie on a few of the devices alone.
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1),
+            batch,
+        )
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulation)))
+        return jax.tree.map(lambda x: x / accumulation, total)
+
+    def train_step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, dict[str, jax.Array]]:
+        whole = gradients if accumulation == 1 else accumulated
+        loss, grads = whole(state.params, batch, jax.random.fold_in(key, state.step))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = update_ema(state.ema_params, params, state.step, ema_decay)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    return train_step
