@@ -208,7 +208,10 @@ def test_the_gradient_descends_to_the_posterior_mean():
 
 
 def test_an_unknown_norm_or_kind_is_named():
-    for wrong, message in [({"norm": "huber"}, "'l1' or 'l2', got 'huber'"), ({"kind": "score"}, "got 'score'")]:
+    for wrong, message in [
+        ({"norm": "huber"}, "'l1' or 'l2', got 'huber'"),
+        ({"kind": "score"}, "got 'score'"),
+    ]:
         with pytest.raises(ValueError, match=message):
             denoising_loss(zero, jax.random.key(0), photographs(), {}, schedule=MILD, **wrong)
 

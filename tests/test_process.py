@@ -43,7 +43,7 @@ def test_single_steps_compose_to_the_marginal():
     schedule = respace(linear(), 12)
     alphas = schedule.gamma64[1:] / schedule.gamma64[:-1]
     np.testing.assert_allclose(schedule.beta, 1 - alphas, rtol=1e-6)
-    # Pixel 0 carries y0 and pixel t the noise of step t: the steps are linear, so each ends as its coefficient.
+    # Pixel 0 carries y0 and pixel t the noise of step t: each ends as its coefficient.
     units = jnp.eye(13).reshape(13, 1, 13, 1, 1)
     y = units[0]
     for alpha, eps in zip(alphas, units[1:], strict=True):
@@ -76,7 +76,9 @@ def test_a_wrong_prediction_gives_the_y0_that_would_have_made_it(kind):
     y, prediction = pair(3)
     gamma = jnp.asarray(GAMMAS)
     y0 = to_y0(prediction, y, gamma, kind)
-    np.testing.assert_allclose(target(y0, to_eps(y0, y, gamma), gamma, kind), prediction, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        target(y0, to_eps(y0, y, gamma), gamma, kind), prediction, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_v_is_the_velocity_of_y_along_the_angle_of_the_noise():

@@ -37,7 +37,9 @@ def test_the_residual_is_scaled_and_signed():
     """z = scale * (image - upsampled): nothing to add where the upsampled image is right."""
     cond = condition()
     np.testing.assert_array_equal(residual(8.0).encode(cond["upsampled"], cond), np.zeros(SHAPE))
-    np.testing.assert_allclose(residual(8.0).encode(cond["upsampled"] + 0.25, cond), np.full(SHAPE, 2.0), rtol=1e-5)
+    np.testing.assert_allclose(
+        residual(8.0).encode(cond["upsampled"] + 0.25, cond), np.full(SHAPE, 2.0), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", SPACES)
