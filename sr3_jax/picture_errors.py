@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 from PIL import Image, UnidentifiedImageError
 
@@ -43,7 +44,9 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
     if isinstance(error, MemoryError):
         return "needs more memory than there is"
     if isinstance(error, Image.DecompressionBombError):
-        return f"is over the limit of {max_megapixels:g} megapixels"
+        count = re.search(r"(\d+) pixels", text)
+        size = f"has {int(count[1]) / 1e6:.0f} megapixels" if count else "has too many pixels"
+        return f"{size}, over the limit of {max_megapixels:g}"
     if isinstance(error, UnidentifiedImageError):
         return f"is a damaged {claimed} file" if claimed else "is not a picture of a kind that we read"
     if isinstance(error, OSError) and error.errno is not None:

@@ -49,7 +49,7 @@ def exif(picture: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
 def profile(picture: Image.Image, grey: bool) -> tuple[bytes | None, tuple[str, ...]]:
     """The ICC profile if it is one for the RGB or grey pixels that we hand out, and what there is to tell."""
     data = picture.info.get("icc_profile")
-    if not data or picture.mode == "CMYK":  # ink's profile has done its work in the conversion
+    if not data or picture.mode in ("CMYK", "LAB"):  # done with: the pixels are converted
         return None, ()
     # ICC.1 section 7.2: size in bytes 0-3, colour space in 16-19, 'acsp' in 36-39.
     sound = isinstance(data, bytes) and len(data) >= 128 and data[36:40] == b"acsp"

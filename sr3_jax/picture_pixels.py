@@ -10,7 +10,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 _DEEP_NOTE = "16 bits a channel reduced to 8"
@@ -56,11 +56,11 @@ def to_pixels(picture: Image.Image, raw: str) -> Pixels:
     if mode in ("1", "L"):
         level = np.asarray(picture.convert("L"))
         return Pixels(_three(level), _keyed_grey(level, picture, raw), True, notes)
-    if mode in ("LA", "La") or raw.startswith("LA"):
+    if mode in ("LA", "La") or raw.split(";")[0] == "LA":  # Pillow opens 16-bit LA as RGBA
         both = np.asarray(picture.convert("LA" if mode != "La" else "RGBA"))
         return Pixels(_three(both[..., 0]), both[..., -1].copy(), True, notes)
-    if mode == "CMYK":
-        rgb, how = _from_cmyk(picture)
+    if mode in ("CMYK", "LAB"):
+        rgb, how = _by_profile(picture)
         return Pixels(rgb, None, False, (*notes, how))
     if mode == "RGB" and isinstance(picture.info.get("transparency"), tuple):
         rgb = np.array(picture)
@@ -70,10 +70,7 @@ def to_pixels(picture: Image.Image, raw: str) -> Pixels:
     if picture.has_transparency_data:
         both = np.asarray(picture.convert("RGBA"))
         return Pixels(np.ascontiguousarray(both[..., :3]), both[..., 3].copy(), False, notes)
-    try:
-        return Pixels(np.array(picture.convert("RGB")), None, False, notes)
-    except ValueError as error:
-        raise OddPixels(f"has colours of kind {mode}, which cannot be turned into RGB") from error
+    return Pixels(np.array(picture.convert("RGB")), None, False, notes)
 
 
 def _three(level: np.ndarray) -> np.ndarray:
@@ -113,27 +110,26 @@ def _deep_grey(picture: Image.Image) -> Pixels:
     elif least >= 0 and picture.mode == "F" and greatest <= 255:
         white, note = (1.0 if greatest <= 1 else 255.0), "floating-point pixels rounded to 8 bits"
     else:
-        black, white = least, max(greatest, least + 1e-30)
+        black, white = least, greatest
         note = f"values {least:g} to {greatest:g} stretched over 8 bits"
-    unit = (values - black) / (white - black)
+    unit = (values - black) / ((white - black) or 1.0)
     if tags.get(_PHOTOMETRIC) == 0:  # TIFF's white-is-zero, which Pillow inverts for 8 bits alone
         unit = 1.0 - unit
     level = np.rint(np.clip(unit, 0.0, 1.0) * 255.0).astype(np.uint8)
     return Pixels(_three(level), alpha, True, (note,))
 
 
-def _from_cmyk(picture: Image.Image) -> tuple[np.ndarray, str]:
-    """Ink to RGB [H,W,3], by the picture's own colour profile where it has a usable one."""
-    profile = picture.info.get("icc_profile")
-    if profile:
-        try:
-            from PIL import ImageCms
-
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            rgb = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
-            pass  # a broken profile, or one that is not for ink: the plain way below
-        else:
-            if rgb is not None:
-                return np.array(rgb), "CMYK converted to RGB by its colour profile"
-    return np.array(picture.convert("RGB")), "CMYK converted to RGB"
+def _by_profile(picture: Image.Image) -> tuple[np.ndarray, str]:
+    """Ink or Lab to RGB [H,W,3]: ink by the picture's own colour profile where it has a usable one."""
+    try:
+        profile = picture.info.get("icc_profile") or b""
+        source = ImageCms.createProfile("LAB") if picture.mode == "LAB" else io.BytesIO(profile)
+        target = ImageCms.createProfile("sRGB")
+        rgb = ImageCms.profileToProfile(picture, source, target, outputMode="RGB")
+        return np.array(rgb), f"{picture.mode} converted to RGB by its colour profile"
+    except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        pass  # no profile, a broken one, or one that is not for ink
+    try:
+        return np.array(picture.convert("RGB")), f"{picture.mode} converted to RGB"
+    except ValueError as error:
+        raise OddPixels(f"has {picture.mode} colours, which cannot be turned into RGB here") from error
