@@ -1,6 +1,8 @@
-"""Faces 16x16 -> 128x128: the paper's 550M-parameter network.
+r"""Faces 16x16 -> 128x128: the paper's 550M-parameter network.
 
-sr3 train --config=configs/faces_16_128.py --workdir=out/faces_16_128 --config.data.source=tfds:ffhq:train --config.data.eval_source=tfds:celeb_a_hq/128:train
+sr3 train --config=configs/faces_16_128.py --workdir=out/faces_16_128 \
+    --config.data.source=tfds:ffhq:train \
+    --config.data.eval_source=tfds:celeb_a_hq/128:train
 
 Paper (16x16 -> 128x128, FFHQ to CelebA-HQ): PSNR 23.04 dB, SSIM 0.65, consistency 2.68e-5 after 1M steps of batch 256.
 """

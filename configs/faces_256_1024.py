@@ -1,6 +1,8 @@
-"""Faces 256x256 -> 1024x1024: the paper's 150M-parameter network, last stage of its face cascade.
+r"""Faces 256x256 -> 1024x1024: the paper's 150M-parameter network, last stage of its face cascade.
 
-sr3 train --config=configs/faces_256_1024.py --workdir=out/faces_256_1024 --config.data.source=tfds:ffhq:train --config.data.eval_source=tfds:celeb_a_hq/1024:train
+sr3 train --config=configs/faces_256_1024.py --workdir=out/faces_256_1024 \
+    --config.data.source=tfds:ffhq:train \
+    --config.data.eval_source=tfds:celeb_a_hq/1024:train
 
 The paper gives pictures and a cascade's FID for this task, no PSNR.
 """

@@ -1,6 +1,8 @@
-"""Faces 64x64 -> 512x512: the paper's 625M-parameter network.
+r"""Faces 64x64 -> 512x512: the paper's 625M-parameter network.
 
-sr3 train --config=configs/faces_64_512.py --workdir=out/faces_64_512 --config.data.source=tfds:ffhq:train --config.data.eval_source=tfds:celeb_a_hq/512:train
+sr3 train --config=configs/faces_64_512.py --workdir=out/faces_64_512 \
+    --config.data.source=tfds:ffhq:train \
+    --config.data.eval_source=tfds:celeb_a_hq/512:train
 
 The paper gives pictures and human fool rates for this task, no PSNR.
 """

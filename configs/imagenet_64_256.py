@@ -1,6 +1,8 @@
-"""ImageNet 64x64 -> 256x256: the paper's 625M-parameter network.
+r"""ImageNet 64x64 -> 256x256: the paper's 625M-parameter network.
 
-sr3 train --config=configs/imagenet_64_256.py --workdir=out/imagenet_64_256 --config.data.source=tfds:imagenet2012:train --config.data.eval_source=tfds:imagenet2012:validation
+sr3 train --config=configs/imagenet_64_256.py --workdir=out/imagenet_64_256 \
+    --config.data.source=tfds:imagenet2012:train \
+    --config.data.eval_source=tfds:imagenet2012:validation
 
 Paper (ImageNet validation): FID 5.2, IS 180.1, PSNR 26.4 dB, SSIM 0.762 after 1M steps of batch 256.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run through Orbax, and one-file exports through safetensors. The only room that knows either.
+"""Checkpoints of a training run through Orbax, and one-file exports through safetensors.
 
 A workdir holds `config.json` and `checkpoints/STEP/`. A step directory holds two items: 'ema', the weights that
 sampling uses, and 'train', the rest of the state; a model is used without reading the second.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,114 +16,10 @@ from ml_collections import ConfigDict
 from sr3_jax import model as models
 from sr3_jax.aliases import Conditioning, Key, Params, UserError
 from sr3_jax.diffusion.loss import min_snr
-from sr3_jax.diffusion.process import KINDS
+from sr3_jax.fields import DEFAULTS, check_ranges, parse, refuse, typed
 from sr3_jax.nn.unet import UNet
 from sr3_jax.train import optim
 from sr3_jax.train.step import Objective
-
-DEFAULTS: Mapping[str, Any] = {
-    "model": {
-        "channels": 128,
-        "multipliers": (1, 2, 4, 8, 8),
-        "num_blocks": (3, 3, 3, 3, 3),  # one number a level, on the way down
-        "attention_levels": (),
-        "mid_attention": True,
-        "head_channels": 0,  # 0: one head
-        "layout": "biggan",  # or efficient
-        "patch": 1,  # space-to-depth: 1, 2 or 4
-        "norm": "group",  # or pixel
-        "film": False,
-        "dropout": 0.0,
-        "num_classes": 0,
-        "augment": False,
-        "remat": False,
-        "dtype": "float32",  # or bfloat16
-    },
-    "diffusion": {
-        "space": "image",  # or residual
-        "residual_scale": 1.0,
-        "kind": "eps",  # or v, y0
-        "norm": "l1",  # or l2
-        "weighting": "none",  # or min_snr
-        "schedule": "linear",  # or quadratic, cosine
-        "num_steps": 2000,  # T
-        "beta_start": 1e-6,
-        "beta_end": 1e-2,
-    },
-    "data": {
-        "source": "photos:train",  # or tfds:NAME/CONFIG:SPLIT, folder:PATH
-        "eval_source": "photos:test",
-        "crop": 128,
-        "scale": 4,
-        "threads": 4,
-        "cache_mb": 1024,  # decoded pictures kept in memory
-    },
-    "optim": {
-        "learning_rate": 1e-4,
-        "warmup_steps": 10_000,
-        "decay": "constant",  # or cosine
-        "clip_norm": 1.0,  # 0: no clipping
-        "b1": 0.9,
-        "b2": 0.999,
-        "ema_decay": 0.9999,
-    },
-    "train": {
-        "num_steps": 1_000_000,
-        "minutes": 0.0,  # stop after that long; 0: no limit
-        "batch_size": 256,
-        "accumulation": 1,
-        "seed": 0,
-        "log_every": 50,
-        "init_from": "",  # a model whose weights to start from
-    },
-    "eval": {
-        "every": 5000,
-        "num_images": 8,
-        "steps": 25,  # of the sampler; also the model's default
-        "solver": "dpmpp_2m",
-    },
-    "checkpoint": {"every": 5000, "keep": 3},
-    "mesh": {"data": -1, "fsdp": 1},
-}
-
-
-CHOICES = (
-    ("diffusion", "space", ("image", "residual")),
-    ("diffusion", "kind", KINDS),
-    ("diffusion", "norm", ("l1", "l2")),
-    ("diffusion", "weighting", ("none", "min_snr")),
-    ("diffusion", "schedule", ("linear", "quadratic", "cosine")),
-    ("optim", "decay", ("constant", "cosine")),
-    ("eval", "solver", models.SOLVERS),
-    ("model", "layout", ("biggan", "efficient")),
-    ("model", "patch", (1, 2, 4)),
-    ("model", "norm", ("group", "pixel")),
-    ("model", "dtype", ("float32", "bfloat16")),
-)
-POSITIVE = (
-    ("diffusion", "residual_scale"),
-    ("diffusion", "beta_start"),
-    ("data", "crop"),
-    ("data", "scale"),
-    ("data", "threads"),
-    ("optim", "learning_rate"),
-    ("train", "num_steps"),
-    ("train", "batch_size"),
-    ("train", "accumulation"),
-    ("train", "log_every"),
-    ("eval", "every"),
-    ("eval", "num_images"),
-    ("eval", "steps"),
-    ("checkpoint", "every"),
-    ("checkpoint", "keep"),
-)
-NOT_NEGATIVE = (
-    ("data", "cache_mb"),
-    ("optim", "warmup_steps"),
-    ("optim", "clip_norm"),
-    ("train", "minutes"),
-    ("train", "seed"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +108,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             raise UserError(
                 f"{override!r} is not understood; override a field as --config.SECTION.FIELD=VALUE"
             )
-        config[section] = config.get(section, {}) | {field: _parse(section, field, text)}
+        config[section] = config.get(section, {}) | {field: parse(section, field, text)}
     return config
 
 
@@ -224,53 +118,12 @@ def complete(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     config = {section: dict(fields) for section, fields in DEFAULTS.items()}
     for section, fields in values.items():
         for field, value in fields.items():
-            config.get(section, {})[field] = _typed(section, field, value)
+            config.get(section, {})[field] = typed(section, field, value)
     return config
 
 
 def _plain(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return given.to_dict() if isinstance(given, ConfigDict) else dict(given)
-
-
-def _default(section: str, field: str) -> Any:
-    if section not in DEFAULTS:
-        raise UserError(f"config has no section {section!r}{_nearest(section, DEFAULTS)}")
-    if field not in DEFAULTS[section]:
-        raise UserError(f"config.{section} has no field {field!r}{_nearest(field, DEFAULTS[section])}")
-    return DEFAULTS[section][field]
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-
-
-def _typed(section: str, field: str, value: Any) -> Any:
-    """The value, if it has its default's type; ints pass for floats and lists for tuples."""
-    default = _default(section, field)
-    kind = type(default)
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is tuple and isinstance(value, list | tuple) and all(type(item) is int for item in value):
-        return tuple(value)
-    if type(value) is not kind or kind is tuple:
-        wanted = {tuple: "a tuple of whole numbers", int: "a whole number", float: "a number"}
-        raise UserError(
-            f"config.{section}.{field} must be {wanted.get(kind, {bool: 'true or false', str: 'text'}.get(kind))}, "
-            f"got {value!r}; the default is {default!r}"
-        )
-    return value
-
-
-def _parse(section: str, field: str, text: str) -> Any:
-    if isinstance(_default(section, field), str):
-        return text
-    try:
-        value = {"true": True, "false": False}.get(text.lower(), None)
-        value = ast.literal_eval(text) if value is None else value
-    except (ValueError, SyntaxError):
-        value = text
-    return _typed(section, field, value)
 
 
 def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
@@ -282,27 +135,19 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
     config = complete(given)
     model, diffusion, data = config["model"], config["diffusion"], config["data"]
     network = build_network(model)
-    for section, field, choices in CHOICES:
-        if config[section][field] not in choices:
-            _refuse(section, field, config[section][field], f"be one of {', '.join(map(str, choices))}")
-    for section, field in POSITIVE:
-        if not config[section][field] > 0:
-            _refuse(section, field, config[section][field], "be above 0")
-    for section, field in NOT_NEGATIVE:
-        if config[section][field] < 0:
-            _refuse(section, field, config[section][field], "be 0 or more")
+    check_ranges(config)
     if not 0 <= config["optim"]["ema_decay"] < 1:
-        _refuse("optim", "ema_decay", config["optim"]["ema_decay"], "be at least 0 and under 1")
+        refuse("optim", "ema_decay", config["optim"]["ema_decay"], "be at least 0 and under 1")
     multiple = math.lcm(network.stride, data["scale"])
     if data["crop"] % multiple:
-        _refuse(
+        refuse(
             "data",
             "crop",
             data["crop"],
             f"be a multiple of {multiple}, for the network's stride and the scale",
         )
     if diffusion["num_steps"] < 2:
-        _refuse("diffusion", "num_steps", diffusion["num_steps"], "be at least 2")
+        refuse("diffusion", "num_steps", diffusion["num_steps"], "be at least 2")
     objective = Objective(
         network=network,
         schedule=models.build_schedule(diffusion),
@@ -331,33 +176,29 @@ def check_batch(config: Mapping[str, Any], *, devices: int, processes: int) -> N
         )
 
 
-def _refuse(section: str, field: str, value: Any, rule: str) -> None:
-    raise UserError(f"config.{section}.{field} must {rule}, got {value!r}")
-
-
 def _check_network(network: UNet) -> None:
     levels = len(network.multipliers)
     if levels == 0 or min(network.multipliers) < 1:
-        _refuse("model", "multipliers", network.multipliers, "hold one whole number above 0 for each level")
+        refuse("model", "multipliers", network.multipliers, "hold one whole number above 0 for each level")
     if len(network.num_blocks) != levels or min(network.num_blocks) < 1:
-        _refuse(
+        refuse(
             "model",
             "num_blocks",
             network.num_blocks,
             f"hold {levels} numbers above 0, one for each multiplier",
         )
     if any(not 0 <= level < levels for level in network.attention_levels):
-        _refuse("model", "attention_levels", network.attention_levels, f"hold levels from 0 to {levels - 1}")
+        refuse("model", "attention_levels", network.attention_levels, f"hold levels from 0 to {levels - 1}")
     if network.channels < 4 or network.channels % 4:
-        _refuse("model", "channels", network.channels, "be a multiple of 4")
+        refuse("model", "channels", network.channels, "be a multiple of 4")
     if not 0 <= network.dropout < 1:
-        _refuse("model", "dropout", network.dropout, "be at least 0 and under 1")
+        refuse("model", "dropout", network.dropout, "be at least 0 and under 1")
     if network.num_classes < 0:
-        _refuse("model", "num_classes", network.num_classes, "be 0 or the number of labels")
+        refuse("model", "num_classes", network.num_classes, "be 0 or the number of labels")
     attended = {network.multipliers[level] for level in network.attention_levels}
     attended |= {network.multipliers[-1]} if network.mid_attention else set()
     heads = network.head_channels
     if heads < 0 or (heads and any(network.channels * multiplier % heads for multiplier in attended)):
-        _refuse(
+        refuse(
             "model", "head_channels", heads, "be 0 (one head) or divide the channels of each attention level"
         )

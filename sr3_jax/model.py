@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sr3_jax.aliases import Conditioning, Denoiser, Key, Params, UserError
@@ -152,7 +151,7 @@ def _upscale(
 
 
 def _bucket(side: int, unit: int) -> int:
-    """The low-res side to pad to: a multiple of `unit`, and of a power of two that keeps the padding under an eighth."""
+    """The low-res side to pad to: a multiple of `unit`, and of a power of two: padding under an eighth."""
     step = max(unit, 8, 1 << max(0, side.bit_length() - 4))
     step = -(-step // unit) * unit
     return -(-side // step) * step

@@ -46,6 +46,7 @@ FLOORS = {
     "train/optim.py": 2,
     "train/step.py": 3,
     "checkpoint.py": 3,
+    "fields.py": 4,
     "model.py": 4,
     "train/heldout.py": 5,
     "cascade.py": 5,
@@ -91,7 +92,7 @@ def _floor(path: str) -> int | None:
 
 
 def _imports(path: str, source: str) -> list[tuple[int, str, str | None]]:
-    """(line, module, name) for each `import module` (name None) and `from module import name`, made absolute."""
+    """(line, module, name) of `import module` (name None) and of `from module import name`, made absolute."""
     found: list[tuple[int, str, str | None]] = []
     for node in ast.walk(ast.parse(source, path)):
         if isinstance(node, ast.Import):

@@ -29,7 +29,7 @@ def diffuse(y0: jax.Array, eps: jax.Array, gamma: NoiseLevel) -> jax.Array:
 
 
 def target(y0: jax.Array, eps: jax.Array, gamma: NoiseLevel, kind: Kind) -> jax.Array:
-    """What a network of this kind should predict from y_t: eps (the paper), y0, or v = sqrt(gamma) eps - sqrt(1-gamma) y0."""
+    """What a network of this kind predicts: eps (the paper), y0, or v = sqrt(gamma) eps - sqrt(1 - gamma) y0."""
     if kind == "eps":
         return eps
     if kind == "y0":

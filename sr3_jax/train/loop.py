@@ -192,9 +192,9 @@ def _finite(pending: tuple[int, Mapping[str, jax.Array]], workdir: Path) -> tupl
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise UserError(
-            f"the loss of step {step} is {loss} and its gradient's norm {grad_norm}: stopped without saving it; the last "
-            f"good checkpoint is in {workdir}. Lower config.optim.learning_rate, raise config.optim.warmup_steps or set "
-            "config.optim.clip_norm, in a new workdir"
+            f"the loss of step {step} is {loss} and its gradient's norm {grad_norm}: stopped without saving it; "
+            f"the last good checkpoint is in {workdir}. Lower config.optim.learning_rate, raise "
+            "config.optim.warmup_steps or set config.optim.clip_norm, in a new workdir"
         )
     return step, loss, grad_norm
 
@@ -237,7 +237,7 @@ class _Window:
         self.rate = len(self._losses) * self._batch_size / max(seconds, 1e-9)
 
     def summary(self) -> dict[str, float]:
-        """Means of the window; `data_wait` is the share of time spent waiting for batches, while the device worked."""
+        """Means of the window; `data_wait` is the share of time spent waiting for batches."""
         count, seconds = max(1, len(self._losses)), max(time.monotonic() - self._start, 1e-9)
         values = {
             "loss": sum(self._losses) / count,

@@ -1,0 +1,183 @@
+"""The fields of a config: their defaults, types and ranges, and how a value given as text is read."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from sr3_jax.aliases import UserError
+
+DEFAULTS: Mapping[str, Any] = {
+    "model": {
+        "channels": 128,
+        "multipliers": (1, 2, 4, 8, 8),
+        "num_blocks": (3, 3, 3, 3, 3),  # one number a level, on the way down
+        "attention_levels": (),
+        "mid_attention": True,
+        "head_channels": 0,  # 0: one head
+        "layout": "biggan",  # or efficient
+        "patch": 1,  # space-to-depth: 1, 2 or 4
+        "norm": "group",  # or pixel
+        "film": False,
+        "dropout": 0.0,
+        "num_classes": 0,
+        "augment": False,
+        "remat": False,
+        "dtype": "float32",  # or bfloat16
+    },
+    "diffusion": {
+        "space": "image",  # or residual
+        "residual_scale": 1.0,
+        "kind": "eps",  # or v, y0
+        "norm": "l1",  # or l2
+        "weighting": "none",  # or min_snr
+        "schedule": "linear",  # or quadratic, cosine
+        "num_steps": 2000,  # T
+        "beta_start": 1e-6,
+        "beta_end": 1e-2,
+    },
+    "data": {
+        "source": "photos:train",  # or tfds:NAME/CONFIG:SPLIT, folder:PATH
+        "eval_source": "photos:test",
+        "crop": 128,
+        "scale": 4,
+        "threads": 4,
+        "cache_mb": 1024,  # decoded pictures kept in memory
+    },
+    "optim": {
+        "learning_rate": 1e-4,
+        "warmup_steps": 10_000,
+        "decay": "constant",  # or cosine
+        "clip_norm": 1.0,  # 0: no clipping
+        "b1": 0.9,
+        "b2": 0.999,
+        "ema_decay": 0.9999,
+    },
+    "train": {
+        "num_steps": 1_000_000,
+        "minutes": 0.0,  # stop after that long; 0: no limit
+        "batch_size": 256,
+        "accumulation": 1,
+        "seed": 0,
+        "log_every": 50,
+        "init_from": "",  # a model whose weights to start from
+    },
+    "eval": {
+        "every": 5000,
+        "num_images": 8,
+        "steps": 25,  # of the sampler; also the model's default
+        "solver": "dpmpp_2m",
+    },
+    "checkpoint": {"every": 5000, "keep": 3},
+    "mesh": {"data": -1, "fsdp": 1},
+}
+
+
+CHOICES = (
+    ("diffusion", "space", ("image", "residual")),
+    ("diffusion", "kind", ("eps", "v", "y0")),
+    ("diffusion", "norm", ("l1", "l2")),
+    ("diffusion", "weighting", ("none", "min_snr")),
+    ("diffusion", "schedule", ("linear", "quadratic", "cosine")),
+    ("optim", "decay", ("constant", "cosine")),
+    ("eval", "solver", ("ancestral", "ddim", "dpmpp_2m", "heun")),
+    ("model", "layout", ("biggan", "efficient")),
+    ("model", "patch", (1, 2, 4)),
+    ("model", "norm", ("group", "pixel")),
+    ("model", "dtype", ("float32", "bfloat16")),
+)
+POSITIVE = (
+    ("diffusion", "residual_scale"),
+    ("diffusion", "beta_start"),
+    ("data", "crop"),
+    ("data", "scale"),
+    ("data", "threads"),
+    ("optim", "learning_rate"),
+    ("train", "num_steps"),
+    ("train", "batch_size"),
+    ("train", "accumulation"),
+    ("train", "log_every"),
+    ("eval", "every"),
+    ("eval", "num_images"),
+    ("eval", "steps"),
+    ("checkpoint", "every"),
+    ("checkpoint", "keep"),
+)
+NOT_NEGATIVE = (
+    ("data", "cache_mb"),
+    ("optim", "warmup_steps"),
+    ("optim", "clip_norm"),
+    ("train", "minutes"),
+    ("train", "seed"),
+)
+
+TYPES = {
+    tuple: "a tuple of whole numbers",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+}
+
+
+def check_ranges(config: Mapping[str, Mapping[str, Any]]) -> None:
+    """That each field on its own has a value that can work.
+
+    Raises:
+        UserError: the first that has not.
+    """
+    for section, field, choices in CHOICES:
+        if config[section][field] not in choices:
+            refuse(section, field, config[section][field], f"be one of {', '.join(map(str, choices))}")
+    for section, field in POSITIVE:
+        if not config[section][field] > 0:
+            refuse(section, field, config[section][field], "be above 0")
+    for section, field in NOT_NEGATIVE:
+        if config[section][field] < 0:
+            refuse(section, field, config[section][field], "be 0 or more")
+
+
+def refuse(section: str, field: str, value: Any, rule: str) -> NoReturn:
+    """Raise the one sentence about a field."""
+    raise UserError(f"config.{section}.{field} must {rule}, got {value!r}")
+
+
+def _default(section: str, field: str) -> Any:
+    if section not in DEFAULTS:
+        raise UserError(f"config has no section {section!r}{_nearest(section, DEFAULTS)}")
+    if field not in DEFAULTS[section]:
+        raise UserError(f"config.{section} has no field {field!r}{_nearest(field, DEFAULTS[section])}")
+    return DEFAULTS[section][field]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def typed(section: str, field: str, value: Any) -> Any:
+    """The value, if it has its default's type; ints pass for floats and lists for tuples."""
+    default = _default(section, field)
+    kind = type(default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is tuple and isinstance(value, list | tuple) and all(type(item) is int for item in value):
+        return tuple(value)
+    if type(value) is not kind or kind is tuple:
+        raise UserError(
+            f"config.{section}.{field} must be {TYPES[kind]}, got {value!r}; the default is {default!r}"
+        )
+    return value
+
+
+def parse(section: str, field: str, text: str) -> Any:
+    if isinstance(_default(section, field), str):
+        return text
+    try:
+        value = {"true": True, "false": False}.get(text.lower())
+        value = ast.literal_eval(text) if value is None else value
+    except (ValueError, SyntaxError):
+        value = text
+    return typed(section, field, value)
