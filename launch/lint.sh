@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Format, lint, types and shell scripts, in the .venv that launch/setup_venv.sh test makes: bash launch/lint.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bin=.venv/bin
+[[ -x $bin/shellcheck ]] || {
+    echo "The tools are not installed: run 'bash launch/setup_venv.sh test' first." >&2
+    exit 2
+}
+
+step() { # step NAME COMMAND...
+    local started=$SECONDS name=$1
+    shift
+    echo "== $name"
+    "$@"
+    echo "   $((SECONDS - started)) s"
+}
+
+step "format" "$bin/python" -m ruff format --check .
+step "lint" "$bin/python" -m ruff check .
+step "types" "$bin/python" -m mypy sr3_jax/diffusion
+step "shell" "$bin/shellcheck" launch/*.sh .ci/run
