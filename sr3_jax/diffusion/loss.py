@@ -25,7 +25,8 @@ def min_snr(clamp: float = 5.0) -> Weighting:
 
     def weight(gamma: NoiseLevel, kind: Kind) -> jax.Array:
         snr = gamma / (1.0 - gamma)
-        return jnp.minimum(snr, clamp) / {"y0": 1.0, "eps": snr, "v": snr + 1.0}[kind]
+        scale = {"y0": jnp.ones_like(snr), "eps": snr, "v": snr + 1.0}[kind]
+        return jnp.minimum(snr, clamp) / scale
 
     return weight
 

@@ -48,10 +48,10 @@ class Solver:
 class LinearRow(NamedTuple):
     """y_s = from_y0 * y0_hat + from_y * y_t + noise * z."""
 
-    gamma: np.ndarray
-    from_y0: np.ndarray
-    from_y: np.ndarray
-    noise: np.ndarray
+    gamma: jax.Array
+    from_y0: jax.Array
+    from_y: jax.Array
+    noise: jax.Array
 
 
 def _levels(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
@@ -112,10 +112,10 @@ def ddim(eta: float = 0.0) -> Solver:
 class MultistepRow(NamedTuple):
     """y_s = from_y0 * (y0_hat + extrapolate * (y0_hat - previous)) + from_y * y_t."""
 
-    gamma: np.ndarray
-    from_y0: np.ndarray
-    from_y: np.ndarray
-    extrapolate: np.ndarray
+    gamma: jax.Array
+    from_y0: jax.Array
+    from_y: jax.Array
+    extrapolate: jax.Array
 
 
 def dpmpp_2m() -> Solver:
@@ -144,10 +144,10 @@ def dpmpp_2m() -> Solver:
 class HeunRow(NamedTuple):
     """One step in EDM's variables sigma = s / a and x = y / a."""
 
-    gamma_t: np.ndarray
-    gamma_s: np.ndarray
-    sigma_t: np.ndarray
-    sigma_s: np.ndarray
+    gamma_t: jax.Array
+    gamma_s: jax.Array
+    sigma_t: jax.Array
+    sigma_s: jax.Array
 
 
 def heun() -> Solver:
