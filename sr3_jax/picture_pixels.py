@@ -82,8 +82,9 @@ def _keyed_grey(level: np.ndarray, picture: Image.Image, raw: str) -> np.ndarray
     key = picture.info.get("transparency")
     if not isinstance(key, int):
         return None
-    key *= {"L;2": 85, "L;4": 17}.get(raw, 1)  # the key counts in the file's levels, the pixels in 8 bits
-    return np.where(level == key, 0, 255).astype(np.uint8)
+    # The key counts in the file's levels (except 1 bit in a recent Pillow), the pixels in 8 bits.
+    key *= {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
+    return np.where(level == min(key, 255), 0, 255).astype(np.uint8)
 
 
 def _deep_grey(picture: Image.Image) -> Pixels:

@@ -176,7 +176,7 @@ def _good() -> dict[str, bytes]:
         "bilevel.tif": encode(rgb.convert("1"), "TIFF", compression="group4"),
         "cmyk.jpg": encode(rgb.convert("CMYK"), "JPEG"), "cmyk.tif": encode(rgb.convert("CMYK"), "TIFF"),
         "cmyk_profile.jpg": encode(rgb.convert("CMYK"), "JPEG", icc_profile=srgb()),
-        "lab.tif": encode(_lab(rgb), "TIFF"), "ycbcr.tif": encode(rgb.convert("YCbCr"), "TIFF"),
+        "lab.tif": encode(_lab(rgb), "TIFF"), "ycbcr.tif": encode(rgb.convert("YCbCr"), "TIFF", compression="jpeg"),
         "lzw.tif": encode(rgb,
         "TIFF", compression="tiff_lzw"),
         "jpeg_in.tif": encode(rgb, "TIFF", compression="jpeg"),
