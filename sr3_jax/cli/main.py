@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import sr3_jax.cli
 from sr3_jax import __version__
+from sr3_jax.picture_errors import printable
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells have it
 
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see `{self.prog} --help`)\n")
 
 
 class _Plain(logging.Handler):
@@ -86,7 +87,7 @@ def _dispatch(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`sr3 --help` lists the commands."
         kind = "option" if name.startswith("-") else "command"
-        print(f"sr3: unknown {kind} '{name}': {hint}", file=sys.stderr)
+        print(f"sr3: unknown {kind} '{printable(name)}': {hint}", file=sys.stderr)
         return 2
     _quiet()
     from sr3_jax.aliases import UserError  # imports jax, which --help need not wait for
@@ -96,10 +97,12 @@ def _dispatch(arguments: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
     if getattr(module, "PASS_UNKNOWN", False):
-        parsed, unknown = parser.parse_known_intermixed_args(rest)
+        parsed, unknown = parser.parse_known_args(rest)
         parsed.rest = unknown
+    elif "--" in rest:  # which argparse, when intermixed, drops and forgets
+        parsed = parser.parse_args(rest)
     else:
-        parsed = parser.parse_intermixed_args(rest)
+        parsed = parser.parse_intermixed_args(rest)  # `sr3 upscale a.png -o out b.png`
     try:
         return module.run(parsed)
     except UserError as error:

@@ -1,0 +1,69 @@
+"""A hundred hostile inputs and more through the commands: no traceback, no lost good file, each bad one named."""
+
+from __future__ import annotations
+
+import os
+
+import hostile
+import pytest
+from stand_in import StandIn
+
+from sr3_jax import model
+from sr3_jax.cli.main import main
+from sr3_jax.picture_errors import printable
+from sr3_jax.pictures import read_picture
+from sr3_jax.upscale import find_pictures
+
+# As sr3_jax.pictures itself asks for on import, which pytest undoes.
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile") / "in"
+    return folder, hostile.make(folder)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_upscale(made, tmp_path, monkeypatch, capsys, batch_size):
+    folder, files = made
+    assert len(files.good) + len(files.bad) > 200
+    monkeypatch.setattr(model, "load", lambda name: StandIn())
+    out = tmp_path / "out"
+    arguments = ["upscale", str(folder), "-o", str(out), "--batch-size", str(batch_size)]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    closing = f"{len(files.good)} done, 0 skipped (already there), {len(files.bad)} failed"
+    assert captured.out.splitlines()[-1] == closing
+    assert f"{len(files.ignored)} files that are no pictures" in captured.out
+    named = captured.err.splitlines()
+    for path, why in files.bad.items():
+        lines = [line for line in named if line.startswith(f"{printable(path)}: ")]
+        assert len(lines) == 1, path
+        assert why in lines[0]
+    jobs = {job.source: job.target for job in find_pictures([folder], out).jobs}
+    for path, (height, width) in files.good.items():
+        before, after = read_picture(path), read_picture(jobs[path])
+        assert after.rgb.shape == (2 * height, 2 * width, 3), path
+        assert (after.alpha is None) == (before.alpha is None), path
+        assert after.grey == before.grey, path
+    written = {os.path.join(at, name) for at, _, names in os.walk(out) for name in names}
+    assert written == {str(jobs[path]) for path in files.good}, "something is left behind"
+    assert main(arguments) == 1
+    closing = f"0 done, {len(files.good)} skipped (already there), {len(files.bad)} failed"
+    assert capsys.readouterr().out.splitlines()[-1] == closing
+
+
+def test_upscale_of_each_file_named_by_hand(made, tmp_path, monkeypatch, capsys):
+    """What a shell's `*` gives: one call, every file an argument."""
+    folder, files = made
+    monkeypatch.setattr(model, "load", lambda name: StandIn())
+    monkeypatch.chdir(folder / "names")
+    names = sorted(path.name for path in files.good if path.parent.name == "names")
+    assert main(["upscale", "-o", str(tmp_path / "out"), "--", *names]) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    assert main(["upscale", *map(str, files.ignored), "-o", str(tmp_path / "none")]) == 1
+    failed = capsys.readouterr().err.splitlines()
+    assert len(failed) == len(files.ignored)
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,389 @@
+"""Files and folders through a stand-in model: which files, which bytes, and what happens when some fail."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile import encode, exif, pixels, srgb
+from PIL import Image
+from stand_in import StandIn
+
+from sr3_jax.aliases import UserError
+from sr3_jax.pictures import PictureError, read_picture, read_rgb
+from sr3_jax.upscale import Job, find_pictures, upscale_files
+
+
+def put(path: Path, data: bytes | np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else encode(data, "PNG"))
+    return path
+
+
+def nearest(rgb: np.ndarray, scale: int = 2) -> np.ndarray:
+    return rgb.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def targets(found) -> dict[str, str]:
+    return {str(job.source): str(job.target) for job in found.jobs}
+
+
+# --- find_pictures
+
+
+def test_a_tree_is_mirrored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/b.png", "in/a.JPG", "in/deep/er/c.tif", "in/.hidden/d.webp"):
+        put(Path(name), pixels())
+    put(Path("in/text.txt"), b"hello")
+    put(Path("in/._a.jpg"), b"hello")
+    Path("in/empty").mkdir()
+    found = find_pictures([Path("in")], Path("out"))
+    assert targets(found) == {
+        "in/b.png": "out/b.png",
+        "in/a.JPG": "out/a.JPG.png",  # it is a PNG, which may have alpha
+        "in/deep/er/c.tif": "out/deep/er/c.tif",
+        "in/.hidden/d.webp": "out/.hidden/d.webp",
+    }
+    assert (found.ignored, found.failed) == (2, ())
+    assert not Path("out").exists()
+
+
+def test_names_of_targets(tmp_path, monkeypatch):
+    """The suffix stays if it can be written and can hold what is inside; else one more is appended."""
+    monkeypatch.chdir(tmp_path)
+    jpeg = encode(pixels(), "JPEG")
+    sources = {
+        "a.jpeg": jpeg, "b.PNG": jpeg, "c.gif": b"GIF89a", "c.png": jpeg, "d": jpeg, "e.dat": encode(pixels(), "WEBP"),
+        "f.bmp": b"", "g.jpg": b"", "h.jpg": encode(pixels(), "TIFF"), "n" * 251 + ".gif": b"GIF89a",
+    }  # fmt: skip
+    for name, data in sources.items():
+        put(Path("in") / name, data)
+    found = targets(find_pictures([Path("in")], Path("out")))
+    assert {Path(source).name: Path(target).name for source, target in found.items()} == {
+        "a.jpeg": "a.jpeg", "b.PNG": "b.PNG", "c.gif": "c.gif.png", "c.png": "c.png", "d": "d.jpg",
+        "e.dat": "e.dat.webp", "f.bmp": "f.bmp.png", "g.jpg": "g.jpg", "h.jpg": "h.jpg.tif",
+        "n" * 251 + ".gif": "n" * 251 + ".png",
+    }  # fmt: skip
+
+
+def test_a_single_file_goes_to_a_folder_or_to_a_name(tmp_path):
+    source = put(tmp_path / "a.png", pixels())
+    assert find_pictures([source], tmp_path / "out").jobs == (Job(source, tmp_path / "out" / "a.png"),)
+    assert find_pictures([source], tmp_path / "b.jpg").jobs == (Job(source, tmp_path / "b.jpg"),)
+    (tmp_path / "folder.png").mkdir()
+    assert (
+        find_pictures([source], tmp_path / "folder.png").jobs[0].target == tmp_path / "folder.png" / "a.png"
+    )
+
+
+def test_a_file_named_by_the_user_counts_whatever_it_is(tmp_path):
+    source = put(tmp_path / "notes.txt", b"hello")
+    assert len(find_pictures([source], tmp_path / "out").jobs) == 1
+
+
+def test_a_file_given_twice_is_done_once(tmp_path, monkeypatch):
+    put(tmp_path / "in" / "a.png", pixels())
+    monkeypatch.chdir(tmp_path)
+    found = find_pictures([Path("in"), Path("in/a.png"), Path("./in/../in")], Path("out"))
+    assert targets(found) == {"in/a.png": "out/a.png"}
+
+
+def test_the_output_folder_is_no_input(tmp_path):
+    put(tmp_path / "a.png", pixels())
+    put(tmp_path / "out" / "old.png", pixels())
+    found = find_pictures([tmp_path], tmp_path / "out")
+    assert [job.source.name for job in found.jobs] == ["a.png"]
+
+
+def test_links_are_followed_but_not_for_ever(tmp_path):
+    put(tmp_path / "in" / "z" / "a.png", pixels())
+    put(tmp_path / "elsewhere" / "b.png", pixels())
+    for name, target in {
+        "in/again": "z", "in/up": "..", "in/z/self": ".", "in/far": "../elsewhere", "in/gone": "nowhere",
+        "elsewhere/back": "../in", "elsewhere/self": ".",
+    }.items():  # fmt: skip
+        (tmp_path / name).symlink_to(target)
+    found = find_pictures([tmp_path / "in"], tmp_path / "out")
+    assert [str(job.source.relative_to(tmp_path)) for job in found.jobs] == ["in/far/b.png", "in/z/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "sentence"),
+    [
+        (["absent.png"], "out", "'absent.png' does not exist"),
+        ([], "out", "no input"),
+        (["in", "other"], "out", "'in/a.png' and 'other/a.png' would both become 'out/a.png'"),
+        (["in"], "in", "'in/a.png' is an input too"),
+        (["in/a.png"], "in/a.png", "'in/a.png' is an input too"),
+        (["in/a.png"], "link/a.png", "'link/a.png' is an input too"),
+        (["in/b.png", "other"], "in", "is an input too"),
+        (["in"], "out.png", "names one picture"),
+        (["in/a.png", "in/b.png"], "out.png", "names one picture"),
+        (["in/a.png"], "out.gif", "cannot be written as .gif"),
+        (["in"], "file", "is a file"),
+        (["in"], "file/deeper", "'file' is not a folder"),
+        (["in/a.png"], "file/x.png", "'file' is not a folder"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch, inputs, output, sentence):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.png", "in/b.png", "other/a.png"):
+        put(Path(name), pixels())
+    put(Path("file"), b"")
+    Path("link").symlink_to("in")
+    with pytest.raises(UserError) as caught:
+        find_pictures([Path(path) for path in inputs], Path(output))
+    assert sentence in str(caught.value)
+    assert not isinstance(caught.value, PictureError)
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
+    put(tmp_path / "in" / "a.png", pixels())
+    put(tmp_path / "in" / "closed" / "b.png", pixels())
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_pictures([tmp_path / "in"], tmp_path / "out")
+    assert [job.source.name for job in found.jobs] == ["a.png"]
+    assert found.failed == ((tmp_path / "in" / "closed", "permission denied"),)
+
+
+# --- upscale_files
+
+
+def jobs_of(folder: Path, pictures: dict[str, np.ndarray | bytes], out: str = "out") -> list[Job]:
+    return [Job(put(folder / "in" / name, data), folder / out / name) for name, data in pictures.items()]
+
+
+def test_pixels_grey_alpha_and_metadata_arrive(tmp_path):
+    rgb, alpha = pixels(), pixels(seed=1)[..., 0]
+    (job, grey_job, turned), model = (
+        jobs_of(
+            tmp_path,
+            {
+                "a.png": encode(np.dstack([rgb, alpha]), "PNG", icc_profile=srgb()),
+                "g.png": rgb[..., 0],
+                "t.tif": encode(rgb, "TIFF", exif=exif(6)),
+            },
+        ),
+        StandIn(),
+    )
+    outcome = upscale_files(model, [job, grey_job, turned], steps=7, solver="ddim")
+    assert (len(outcome.done), outcome.skipped, outcome.failed) == (3, (), ())
+    assert {call[1:] for call in model.calls} == {(7, "ddim")}
+    after = read_picture(job.target)
+    np.testing.assert_array_equal(after.rgb, nearest(rgb))
+    height, width = rgb.shape[:2]
+    smooth = Image.fromarray(alpha).resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(after.alpha, np.asarray(smooth))
+    assert after.icc_profile == srgb()
+    grey = read_picture(grey_job.target)
+    assert grey.grey
+    np.testing.assert_array_equal(grey.rgb[..., 0], nearest(rgb[..., 0]))
+    upright = read_picture(turned.target)
+    np.testing.assert_array_equal(upright.rgb, nearest(np.rot90(rgb, -1)))
+    assert b"Maker" in (upright.exif or b"")
+
+
+def test_grey_is_the_luma_of_what_the_model_gives(tmp_path):
+    class Tinted(StandIn):
+        def upscale(self, images, key, **options):
+            return super().upscale(images, key, **options) // 2 + np.array([100, 0, 40], np.uint8)
+
+    (job,) = jobs_of(tmp_path, {"g.png": np.full((4, 4), 100, np.uint8)})
+    upscale_files(Tinted(), [job])
+    luma = round(0.299 * 150 + 0.587 * 50 + 0.114 * 90)
+    assert (read_rgb(job.target) == luma).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_result_depends_on_the_picture_and_the_seed_alone(tmp_path, batch_size):
+    """Not on the order, the neighbours, the file's name, or what was done before."""
+    pictures = {f"{i}.png": pixels(8 + i % 2, 9, seed=i) for i in range(8)}
+    model = StandIn(noise=30)
+    options = {"batch_size": batch_size, "seed": 5}
+    upscale_files(model, jobs_of(tmp_path, pictures, "all"), **options)
+    upscale_files(model, jobs_of(tmp_path, pictures, "reverse")[::-1], **options)
+    some = jobs_of(tmp_path, pictures, "some")
+    upscale_files(model, some[3:5], **options)
+    upscale_files(model, some, **options)
+    for name in pictures:
+        first = (tmp_path / "all" / name).read_bytes()
+        assert (tmp_path / "reverse" / name).read_bytes() == first
+        assert (tmp_path / "some" / name).read_bytes() == first
+    renamed = jobs_of(tmp_path, {"renamed.png": pictures["4.png"]})
+    upscale_files(model, renamed, **options)
+    assert renamed[0].target.read_bytes() == (tmp_path / "all" / "4.png").read_bytes()
+    other = jobs_of(tmp_path, pictures, "other")[:1]
+    upscale_files(model, other, batch_size=batch_size, seed=6)
+    assert other[0].target.read_bytes() != (tmp_path / "all" / "0.png").read_bytes()
+
+
+def test_pictures_of_one_size_share_full_batches(tmp_path):
+    """Every batch has batch_size rows, so each size of picture is compiled once."""
+    pictures = {f"{i:02}.png": pixels(8, 9 if i % 3 else 11, seed=i) for i in range(11)}
+    model = StandIn()
+    jobs = jobs_of(tmp_path, pictures)
+    outcome = upscale_files(model, jobs, batch_size=4)
+    assert len(outcome.done) == 11
+    assert sorted(shape for shape, _, _ in model.calls) == [(4, 8, 9, 3)] * 2 + [(4, 8, 11, 3)]
+    for job in jobs:
+        np.testing.assert_array_equal(read_rgb(job.target), nearest(pictures[job.source.name]))
+
+
+def test_finished_pictures_are_skipped_unless_told(tmp_path):
+    jobs = jobs_of(tmp_path, {"a.png": pixels(seed=1), "b.png": pixels(seed=2)})
+    upscale_files(StandIn(), jobs[:1])
+    jobs[0].target.write_bytes(b"mine")
+    outcome = upscale_files(StandIn(), jobs)
+    assert (outcome.done, outcome.skipped) == ((jobs[1].target,), (jobs[0].target,))
+    assert jobs[0].target.read_bytes() == b"mine"
+    outcome = upscale_files(StandIn(), jobs, overwrite=True)
+    assert len(outcome.done) == 2
+    np.testing.assert_array_equal(read_rgb(jobs[0].target), nearest(pixels(seed=1)))
+
+
+def test_what_the_model_cannot_do_is_named_and_the_others_go_on(tmp_path):
+    pictures = {f"{i}.png": pixels(8, 9, seed=i) for i in range(6)}
+
+    def before(images: np.ndarray) -> None:
+        if len(images) > 1:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes")
+        if (images[0] == pictures["2.png"]).all():
+            raise FloatingPointError("output is not\nfinite")
+        if (images[0] == pictures["4.png"]).all():
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes")
+
+    jobs, told = jobs_of(tmp_path, pictures), []
+    outcome = upscale_files(
+        StandIn(before=before), jobs, batch_size=3, on_result=lambda *one: told.append(one)
+    )
+    assert dict(outcome.failed) == {
+        jobs[2].source: "failed in the model (FloatingPointError: output is not finite)",
+        jobs[4].source: "needs more memory than the device has",
+    }
+    assert [path.name for path in outcome.done] == ["0.png", "1.png", "3.png", "5.png"]
+    assert all(path.exists() for path in outcome.done)
+    assert {job for job, _ in told} == set(jobs)
+    assert {job.source: failure for job, failure in told if failure} == dict(outcome.failed)
+
+
+def test_unreadable_and_unwritable_pictures_are_named(tmp_path):
+    jobs = jobs_of(
+        tmp_path,
+        {
+            "a.png": pixels(),
+            "bad.png": b"?",
+            "cut.jpg": encode(pixels(40, 40), "JPEG")[:700],
+            "z.png": pixels(),
+        },
+    )
+    alpha = np.dstack([pixels(), pixels()[..., 0]])
+    jobs += [
+        Job(put(tmp_path / "in" / "alpha.png", alpha), tmp_path / "out" / "alpha.jpg"),
+        Job(put(tmp_path / "in" / "long.png", pixels(1, 9000)), tmp_path / "out" / "long.webp"),
+        Job(jobs[0].source, put(tmp_path / "file", b"") / "a.png"),
+    ]
+    outcome = upscale_files(StandIn(), jobs)
+    failed = dict(outcome.failed)
+    assert [path.name for path in outcome.done] == ["a.png", "z.png"]
+    assert "not a picture" in failed[tmp_path / "in" / "bad.png"]
+    assert "truncated" in failed[tmp_path / "in" / "cut.jpg"]
+    assert "transparency" in failed[tmp_path / "in" / "alpha.png"]
+    assert "18000x2" in failed[tmp_path / "in" / "long.png"]
+    assert "could not be written" in failed[tmp_path / "in" / "a.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "z.png"]
+
+
+def test_a_mistake_that_concerns_all_stops_at_once(tmp_path):
+    def before(images: np.ndarray) -> None:
+        raise UserError("solver must be one of ddim, got 'x'")
+
+    model = StandIn(before=before)
+    with pytest.raises(UserError, match="solver"):
+        upscale_files(model, jobs_of(tmp_path, {f"{i}.png": pixels(seed=i) for i in range(5)}), batch_size=2)
+    assert len(model.calls) == 1
+    with pytest.raises(UserError, match="batch_size is 0"):
+        upscale_files(StandIn(), [], batch_size=0)
+
+
+def test_reading_goes_ahead_within_a_window(tmp_path, monkeypatch):
+    """While the device works, pictures are read, but never the whole folder."""
+    jobs = jobs_of(tmp_path, {f"{i:02}.png": pixels(seed=i) for i in range(60)})
+    read, lock, many = [], threading.Lock(), threading.Event()
+
+    def counting(path: Path, **options):
+        with lock:
+            read.append(path)
+            if len(read) > 4:
+                many.set()
+        return read_picture(path, **options)
+
+    worked, ahead = [], []
+
+    def before(images: np.ndarray) -> None:
+        assert many.wait(20), "nothing is read while the device works"
+        worked.append(len(images))
+        ahead.append(len(read) - sum(worked))
+
+    monkeypatch.setattr("sr3_jax.upscale.read_picture", counting)
+    outcome = upscale_files(StandIn(before=before), jobs, batch_size=2)
+    assert len(outcome.done) == 60
+    assert max(ahead) <= 4 * 2 + 2 * 4  # the window, and what the threads had begun
+
+
+def test_memory_is_bounded_by_bytes_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("sr3_jax.upscale._WINDOW_BYTES", 1)
+    read, ahead = [], []
+
+    def counting(path: Path, **options):
+        read.append(path)
+        return read_picture(path, **options)
+
+    monkeypatch.setattr("sr3_jax.upscale.read_picture", counting)
+    model = StandIn(before=lambda images: ahead.append(len(read) - len(ahead)))
+    jobs = jobs_of(tmp_path, {f"{i:02}.png": pixels(5, 5 + i) for i in range(30)})  # no two share a batch
+    outcome = upscale_files(model, jobs, batch_size=9)
+    assert len(outcome.done) == 30
+    assert max(ahead) <= 5
+
+
+def test_writing_does_not_hold_up_the_device(tmp_path, monkeypatch):
+    second = threading.Event()
+    from sr3_jax import upscale
+
+    write = upscale.write_picture
+
+    def slow(path, picture):
+        assert second.wait(20), "the device waits for the first picture to be written"
+        write(path, picture)
+
+    model = StandIn(before=lambda images: second.set() if len(model.calls) > 1 else None)
+    monkeypatch.setattr(upscale, "write_picture", slow)
+    outcome = upscale_files(model, jobs_of(tmp_path, {f"{i}.png": pixels(seed=i) for i in range(3)}))
+    assert len(outcome.done) == 3
+
+
+def test_an_interrupt_leaves_whole_files_alone(tmp_path):
+    def before(images: np.ndarray) -> None:
+        if len(model.calls) == 3:
+            raise KeyboardInterrupt
+
+    model = StandIn(before=before)
+    jobs = jobs_of(tmp_path, {f"{i}.png": pixels(seed=i) for i in range(6)})
+    with pytest.raises(KeyboardInterrupt):
+        upscale_files(model, jobs)
+    written = sorted(os.listdir(tmp_path / "out"))
+    assert len(written) == 2
+    for name in written:
+        read_picture(tmp_path / "out" / name)
+    assert len(upscale_files(StandIn(), jobs).skipped) == 2
