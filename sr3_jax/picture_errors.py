@@ -58,5 +58,5 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
 
 def printable(path: object) -> str:
     """A path as one line for any terminal: bytes that are no text, and control characters, escaped."""
-    text = str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)

@@ -79,7 +79,7 @@ def test_version(capsys):
         (["upscale", "a", "-o", "b", "--step", "3"], "unrecognized arguments: --step"),
         (["upscale", "a", "-o", "b", "--two\nlines"], r"unrecognized arguments: --two\nlines"),
         (["upscale", "absent", "-o", "b"], "input 'absent' does not exist"),
-        (["upscale", os.fsdecode(b"\xff\n"), "-o", "b"], r"input '\udcff\n' does not exist"),
+        (["upscale", os.fsdecode(b"\xff\n"), "-o", "b"], r"input '\xff\n' does not exist"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from stand_in import StandIn
 
 from sr3_jax import model
 from sr3_jax.cli.main import main
+from sr3_jax.data.sources import open_source
 from sr3_jax.picture_errors import printable
 from sr3_jax.pictures import read_picture
 from sr3_jax.upscale import find_pictures
@@ -67,3 +68,24 @@ def test_upscale_of_each_file_named_by_hand(made, tmp_path, monkeypatch, capsys)
     failed = capsys.readouterr().err.splitlines()
     assert len(failed) == len(files.ignored)
     assert not (tmp_path / "none").exists()
+
+
+def test_prepare(made, tmp_path, capsys, monkeypatch):
+    """Every picture but the hidden ones is in the data set, and every other file is named."""
+    folder, files = made
+    data_dir = tmp_path / "data"
+    monkeypatch.setenv("SR3_DATA_DIR", str(data_dir))
+    assert main(["prepare", str(folder), "--name", "hostile", "--data-dir", str(data_dir)]) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    good = {path: size for path, size in files.good.items() if not path.name.startswith(".")}
+    assert f"tfds:hostile:train  {len(good)} pictures" in captured.out
+    for path, why in files.bad.items():
+        lines = [
+            line for line in captured.err.splitlines() if line.strip().startswith(f"{printable(path)}: ")
+        ]
+        assert len(lines) == 1, path
+        assert why in lines[0]
+    source = open_source("tfds:hostile:train")
+    sizes = sorted(source[index]["image"].shape[:2] for index in range(len(source)))
+    assert sizes == sorted(good.values())
