@@ -59,10 +59,9 @@ def find_pictures(inputs: Iterable[Path], output: Path) -> Found:
     search = _Search(os.path.realpath(output))
     jobs: dict[str, Job] = {}  # by the target's absolute path
     for path in inputs:
+        sources: Iterable[tuple[Path, Path]] = [(path, output)]
         if path.is_dir():
             sources = ((file, output / file.relative_to(path).parent) for file in _walk(path, search))
-        else:
-            sources = iter([(path, output)])
         for source, folder in sources:
             job = Job(source, output if to_file else folder / _target_name(source))
             other = jobs.setdefault(os.path.abspath(job.target), job)
