@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "tfds:ffhq:train",
                 "eval_source": "tfds:celeb_a_hq/1024:train",
+                "framing": "square",
                 "crop": 1024,
                 "scale": 4,
                 "threads": 16,

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "tfds:ffhq:train",
                 "eval_source": "tfds:celeb_a_hq/512:train",
+                "framing": "square",
                 "crop": 512,
                 "scale": 8,
                 "threads": 16,

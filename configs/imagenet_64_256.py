@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "tfds:imagenet2012:train",
                 "eval_source": "tfds:imagenet2012:validation",
+                "framing": "square",
                 "crop": 256,
                 "scale": 4,
                 "threads": 16,

@@ -41,6 +41,7 @@ DEFAULTS: Mapping[str, Any] = {
     "data": {
         "source": "photos:train",  # or tfds:NAME/CONFIG:SPLIT, folder:PATH
         "eval_source": "photos:test",
+        "framing": "crop",  # random crops; or square: the whole centre square, shrunk to the crop
         "crop": 128,
         "scale": 4,
         "threads": 4,
@@ -81,6 +82,7 @@ CHOICES = (
     ("diffusion", "norm", ("l1", "l2")),
     ("diffusion", "weighting", ("none", "min_snr")),
     ("diffusion", "schedule", ("linear", "quadratic", "cosine")),
+    ("data", "framing", ("crop", "square")),
     ("optim", "decay", ("constant", "cosine")),
     ("eval", "solver", ("ancestral", "ddim", "dpmpp_2m", "heun")),
     ("model", "layout", ("biggan", "efficient")),

@@ -15,7 +15,7 @@ from PIL import Image
 from sr3_jax.aliases import UserError
 from sr3_jax.data import photos, sources, store
 from sr3_jax.data.folders import shown
-from sr3_jax.data.sources import SmallPicture, Source, open_source
+from sr3_jax.data.sources import SmallPicture, Source, open_source, squares
 from sr3_jax.pictures import PictureError
 
 PHOTOS = Path(photos.__file__).parent
@@ -362,3 +362,14 @@ def test_threads_may_read_at_once():
         thread.join()
     assert not wrong
     assert source._free >= 0
+
+
+def test_squares_are_the_area_resampled_centre(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (12, 20, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    source = open_source(f"folder:{tmp_path}", min_side=4, cache_mb=0)
+    square = squares(source, 4)[0]["image"]
+    blocks = image[:, 4:16].reshape(4, 3, 4, 3, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(square, blocks, atol=0.51)  # the mean of each 3x3, rounded
+    assert square.shape == (4, 4, 3)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sr3_jax.aliases import UserError
 from sr3_jax.data import store
@@ -45,11 +46,13 @@ class Source:
         count: int,
         *,
         describe: Callable[[int], str] = "record {}".format,
+        file_name: Callable[[int], str] = "{:05d}".format,
         min_side: int = 0,
         cache_mb: int = 1024,
     ) -> None:
         self.name = name
         self.describe = describe
+        self.file_name = file_name  # of a picture's file where it is known, else its number
         self._load = load
         self._count = count
         self._min_side = min_side
@@ -98,6 +101,26 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
     if kind == "folder" and rest:
         return _open_folder(name, Path(rest).expanduser(), min_side, cache_mb)
     raise UserError(f"no data source is called '{shown(name)}': use {_NAMES}")
+
+
+def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
+    """The largest centre square of each picture, area-resampled to `side` pixels: the paper's ImageNet (section 3).
+
+    Open `source` with cache_mb=0, so that only the squares are kept in memory.
+    """
+
+    def load(index: int) -> dict[str, Any]:
+        item = source[index]
+        height, width = item["image"].shape[:2]
+        short = min(height, width)
+        top, left = (height - short) // 2, (width - short) // 2
+        picture = Image.fromarray(item["image"][top : top + short, left : left + short])
+        return item | {"image": np.array(picture.resize((side, side), Image.Resampling.BOX))}
+
+    def describe(index: int) -> str:
+        return source.describe(index)
+
+    return Source(source.name, load, len(source), describe=describe, cache_mb=cache_mb)
 
 
 def check_side(size: tuple[int, int], min_side: int) -> None:
@@ -159,6 +182,15 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
     parser = tfds.features.FeaturesDict(wanted)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
 
+    known = {}
+    if "file_name" in names and isinstance(features["file_name"], tfds.features.Text):
+        namer = tfds.features.FeaturesDict({"file_name": features["file_name"]})
+
+        def file_name(index: int) -> str:
+            return namer.deserialize_example_np(records[index])["file_name"].decode("utf-8", "replace")
+
+        known["file_name"] = file_name
+
     def load(index: int) -> dict[str, Any]:
         example = parser.deserialize_example_np(records[index], decoders=decoders)
         image = example["image"]
@@ -169,7 +201,7 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
         item = {"image": _three_channels(image)}
         return item | {"label": int(example["label"])} if "label" in wanted else item
 
-    return Source(name, load, len(records), min_side=min_side, cache_mb=cache_mb)
+    return Source(name, load, len(records), min_side=min_side, cache_mb=cache_mb, **known)
 
 
 def _is_array_image(feature: Any) -> bool:
@@ -239,6 +271,7 @@ def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
         lambda index: {"image": read_rgb(paths[index])},
         len(paths),
         describe=lambda index: shown(paths[index]),
+        file_name=lambda index: shown(paths[index].name),
         min_side=min_side,
         cache_mb=cache_mb,
     )

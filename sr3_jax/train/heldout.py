@@ -80,7 +80,8 @@ class HeldOut:
     def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
         """Metrics of these weights, and a grid: low-res, bicubic, output, original."""
         values, images = self._metrics(params, parallel.to_global(self._batch, self._mesh), self._key)
-        columns = [*jax.device_get(images).values(), self._batch["image"]]
+        images = jax.device_get(images) | {"original": self._batch["image"]}
+        columns = [images[name] for name in ("low_res", "bicubic", "output", "original")]
         rows = [[column[row] for column in columns] for row in range(min(GRID_ROWS, len(columns[0])))]
         grid = picture_grid(rows, column_titles=["low-res", "bicubic", "output", "original"])
         return {name: float(value) for name, value in values.items()}, grid

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from sr3_jax import checkpoint, parallel
 from sr3_jax.aliases import UserError
 from sr3_jax.data.batches import batches, center_crops
-from sr3_jax.data.sources import open_source
+from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.experiment import Experiment, check_batch
 from sr3_jax.model import load
 from sr3_jax.report import Report
@@ -43,8 +43,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     run, data = config["train"], config["data"]
     mesh = parallel.make_mesh(**config["mesh"])
     check_batch(config, devices=mesh.size, processes=jax.process_count())
-    source = open_source(data["source"], min_side=data["crop"], cache_mb=data["cache_mb"])
-    held_out = open_source(data["eval_source"], min_side=data["crop"], cache_mb=data["cache_mb"])
+    source, held_out = _open(data, data["source"]), _open(data, data["eval_source"])
     _check_labels(experiment, source[0])
 
     with (
@@ -149,6 +148,13 @@ def train(experiment: Experiment, workdir: Path) -> int:
     return 0
 
 
+def _open(data: Mapping[str, Any], name: str) -> Source:
+    if data["framing"] == "crop":
+        return open_source(name, min_side=data["crop"], cache_mb=data["cache_mb"])
+    whole = open_source(name, min_side=data["crop"], cache_mb=0)
+    return squares(whole, data["crop"], cache_mb=data["cache_mb"])
+
+
 def _initial_state(
     experiment: Experiment, optimizer: Any, mesh: Mesh, checkpoints: checkpoint.Checkpoints
 ) -> TrainState:
@@ -207,7 +213,7 @@ def _evaluate(evaluate: HeldOut, state: TrainState, step: int, report: Report) -
     report.message(f"step {step}: held out: {numbers}")
 
 
-def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Any, first_step: int) -> str:
+def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Source, first_step: int) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     start = f"going on from step {first_step}" if first_step else "from step 0"
     return (
