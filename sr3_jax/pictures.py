@@ -214,7 +214,7 @@ def write_picture(path: Path, picture: Picture) -> None:
     channels = [picture.rgb[..., :1] if picture.grey else picture.rgb]
     if picture.alpha is not None:
         channels.append(picture.alpha[..., None])
-    pixels = np.concatenate(channels, axis=-1)  # [H,W,1..4]
+    pixels = np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]  # [H,W,1..4]
     options = dict(_SAVE_OPTIONS[kind])
     if picture.icc_profile:
         options["icc_profile"] = picture.icc_profile

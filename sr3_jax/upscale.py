@@ -27,7 +27,6 @@ __all__ = ["Found", "Job", "Outcome", "Upscaler", "find_pictures", "split_finish
 DEFAULT_MAX_MEGAPIXELS = 64.0  # a 4x output of a gigapixel, 3 GB
 _THREADS = 4
 _WINDOW_BYTES = 512 * 2**20
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
 
 
 class Upscaler(Protocol):
@@ -146,7 +145,9 @@ def _groups(
             full = len(held) >= 4 * batch_size or sum(rgb.nbytes for rgb in held) > _WINDOW_BYTES
             while not full and len(reads) < _THREADS and (job := next(queue, None)) is not None:
                 reads[reader.submit(read, job)] = job
-            most = max(ready.values(), key=len, default=[])
+            most = max(
+                ready.values(), key=lambda group: min(len(group), batch_size), default=[]
+            )  # oldest of equals
             go = len(most) >= batch_size or full or not reads
             unread = []
             for future in wait(reads, 0 if go else None, FIRST_COMPLETED).done:
@@ -189,7 +190,8 @@ def _write(target: Path, picture: Picture, rgb: np.ndarray) -> None:
     """Write the upscaled `rgb` [sH,sW,3] uint8 with what else `picture` holds."""
     height, width, _ = rgb.shape
     if picture.grey:
-        rgb = np.repeat(np.rint(rgb @ _LUMA).astype(np.uint8)[..., None], 3, axis=-1)
+        luma = np.asarray(Image.fromarray(rgb).convert("L"))  # BT.601
+        rgb = np.broadcast_to(luma[..., None], rgb.shape)
     alpha = picture.alpha
     if alpha is not None:
         alpha = np.asarray(Image.fromarray(alpha).resize((width, height), Image.Resampling.BICUBIC))

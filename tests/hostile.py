@@ -5,6 +5,7 @@ Shared by the tests of `sr3 upscale` and `sr3 prepare`. All is made here, from s
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
@@ -61,8 +62,9 @@ def exif(orientation: int) -> bytes:
     return tags.tobytes()
 
 
+@functools.cache
 def srgb() -> bytes:
-    """An ICC profile for RGB."""
+    """An ICC profile for RGB; made once, since it holds the time."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 

@@ -166,17 +166,12 @@ def jobs_of(folder: Path, pictures: dict[str, np.ndarray | bytes], out: str = "o
 
 def test_pixels_grey_alpha_and_metadata_arrive(tmp_path):
     rgb, alpha = pixels(), pixels(seed=1)[..., 0]
-    (job, grey_job, turned), model = (
-        jobs_of(
-            tmp_path,
-            {
-                "a.png": encode(np.dstack([rgb, alpha]), "PNG", icc_profile=srgb()),
-                "g.png": rgb[..., 0],
-                "t.tif": encode(rgb, "TIFF", exif=exif(6)),
-            },
-        ),
-        StandIn(),
-    )
+    files = {
+        "a.png": encode(np.dstack([rgb, alpha]), "PNG", icc_profile=srgb()),
+        "g.png": rgb[..., 0],
+        "t.tif": encode(rgb, "TIFF", exif=exif(6)),
+    }
+    (job, grey_job, turned), model = jobs_of(tmp_path, files), StandIn()
     outcome = upscale_files(model, [job, grey_job, turned], steps=7, solver="ddim")
     assert (len(outcome.done), outcome.skipped, outcome.failed) == (3, (), ())
     assert {call[1:] for call in model.calls} == {(7, "ddim")}
