@@ -371,5 +371,5 @@ def test_squares_are_the_area_resampled_centre(tmp_path):
     source = open_source(f"folder:{tmp_path}", min_side=4, cache_mb=0)
     square = squares(source, 4)[0]["image"]
     blocks = image[:, 4:16].reshape(4, 3, 4, 3, 3).mean(axis=(1, 3))
-    np.testing.assert_allclose(square, blocks, atol=0.51)  # the mean of each 3x3, rounded
+    np.testing.assert_allclose(square, blocks, atol=1.01)  # Pillow rounds after each of the two axes
     assert square.shape == (4, 4, 3)
