@@ -35,6 +35,10 @@ FLOORS = {
     "parallel.py": 1,
     "pictures.py": 1,
     "report.py": 1,
+    "tables.py": 1,
+    "scoring.py": 2,
+    "showcase.py": 2,
+    "outputs.py": 2,
     "picture_jobs.py": 2,
     "data/folders.py": 1,
     "data/store.py": 1,
@@ -52,6 +56,7 @@ FLOORS = {
     "cascade.py": 5,
     "upscale.py": 5,
     "evaluate.py": 5,
+    "evaluation_files.py": 6,
     "experiment.py": 5,
     "train/loop.py": 6,
     "cli/": 7,  # every command, and main, which finds them by name

@@ -1,0 +1,183 @@
+"""The files of an evaluation: evaluation.json with everything, its tables as Markdown and CSV, picture grids."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr3_jax import __version__, showcase, tables
+from sr3_jax.data.sources import Source
+from sr3_jax.evaluate import Evaluation, Item, Method, bicubic, fingerprint
+from sr3_jax.model import Model
+from sr3_jax.outputs import Outputs, to_json, write_text
+from sr3_jax.pictures import Picture, read_rgb, write_picture
+from sr3_jax.scoring import low_res_of, original_at
+
+FORMAT = "sr3_jax.evaluation.1"
+
+
+def hardware() -> str:
+    """What computes, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind}, {jax.device_count()} of them"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} core{'s' * (cores != 1)}"
+
+
+def describe_model(model: Model, label: str) -> dict[str, Any]:
+    """A model's part of evaluation.json."""
+    return {
+        "label": label,
+        "name": model.name,
+        "scale": model.scale,
+        "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(model.params)),
+        "sha256": fingerprint(model),
+        "config": model.config,
+    }
+
+
+def assemble(
+    evaluation: Evaluation,
+    methods: Sequence[Method],
+    models: Sequence[Mapping[str, Any]],
+    *,
+    source: str,
+    samples: int,
+    seed: int,
+    crop: int | None,
+    seconds: float,
+    command: Sequence[str],
+) -> dict[str, Any]:
+    """evaluation.json as plain values; `seconds` is the wall time of the run, `models` by `describe_model`."""
+    names = [item.name for item in evaluation.items]
+    rows = [
+        {
+            "method": method.name,
+            "scale": method.scale,
+            "solver": method.solver,
+            "steps": method.steps,
+            "evaluations": method.evaluations,
+            "summary": {key: to_json(of) for key, of in tables.summary(scores).items()},
+            "pictures": {
+                name: {
+                    key: [to_json({key: float(value)})[key] for value in of[number]]
+                    for key, of in scores.items()
+                }
+                for number, name in enumerate(names)
+            },
+        }
+        for method, scores in zip(methods, evaluation.scores, strict=True)
+    ]
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "seconds": round(seconds, 1),
+        "outputs_reused": evaluation.reused,
+        "hardware": hardware(),
+        "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+        "protocol": {
+            "source": source,
+            "pictures": len(names),
+            "samples": samples,
+            "seed": seed,
+            "crop": crop,
+        },
+        "models": list(models),
+        "pictures": [
+            {"name": item.name, "height": item.height, "width": item.width} for item in evaluation.items
+        ],
+        "failed": list(evaluation.failed),
+        "rows": rows,
+    }
+    report["protocol"]["sentences"] = tables.protocol(report)
+    return report
+
+
+def write_tables(folder: Path, report: Mapping[str, Any]) -> None:
+    """evaluation.json, evaluation.md and evaluation.csv.
+
+    Raises:
+        UserError: one can't be written.
+    """
+    write_text(folder / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "evaluation.md", tables.markdown(report))
+    write_text(folder / "evaluation.csv", tables.comma_separated(report))
+
+
+def write_grids(
+    folder: Path, evaluation: Evaluation, methods: Sequence[Method], source: Source, *, crop: int | None
+) -> list[Path]:
+    """grid.png: the worst, median and best picture by PSNR of the first model, by every model.
+
+    A model is shown, and the first one judged, with the most steps of its first solver. A model of several
+    solvers or numbers of steps has a grid of its own, grid_LABEL.png, with all of them.
+    """
+    by_model: dict[str, list[int]] = {}
+    for number, method in enumerate(methods):
+        if method.solver is not None:
+            by_model.setdefault(method.name, []).append(number)
+    shown = []
+    for numbers in by_model.values():
+        first = [number for number in numbers if methods[number].solver == methods[numbers[0]].solver]
+        shown.append(max(first, key=lambda number: methods[number].steps or 0))
+    psnr = evaluation.scores[shown[0]]["psnr"].mean(axis=1)
+    picks = showcase.chosen(psnr)
+    plans = {"grid.png": shown}
+    plans |= {f"grid_{name}.png": numbers for name, numbers in by_model.items() if len(numbers) > 1}
+    written = []
+    for file, numbers in plans.items():
+        group = [methods[number] for number in numbers]
+        scales = list(dict.fromkeys(method.scale for method in group))
+        rows = {}
+        for case, place in picks.items():
+            item = evaluation.items[place]
+            title = f"{case}:\n{item.name}\n{tables.figure(float(psnr[place]), 2)} dB"
+            rows[title] = _cells(folder, item, group, scales, source, crop)
+        picture = showcase.grid(rows, scales=scales, output_titles=[method.title for method in group])
+        write_picture(folder / file, Picture(picture))
+        written.append(folder / file)
+    return written
+
+
+def _cells(
+    folder: Path,
+    item: Item,
+    methods: Sequence[Method],
+    scales: Sequence[int],
+    source: Source,
+    crop: int | None,
+) -> list[np.ndarray]:
+    image = source[item.index]["image"]
+    originals = {scale: original_at(image, scale, crop) for scale in scales}
+    low_res = {scale: low_res_of(original, scale) for scale, original in originals.items()}
+    enlarged = {scale: bicubic(scale) for scale in scales}
+
+    def output(method: Method) -> np.ndarray:
+        return read_rgb(Outputs(folder / "outputs" / method.folder, {}).path(item.name, 0))
+
+    return showcase.grid_row(
+        originals[scales[0]],
+        low_res,
+        {scale: output(method) for scale, method in enlarged.items()},
+        [output(method) for method in methods],
+    )
+
+
+def _processor() -> str:
+    """The processor's name; Python itself does not know it on Linux."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()

@@ -1,0 +1,72 @@
+"""One picture of an evaluation: what of it is upscaled, and how near an output comes. Pure, host side in and out.
+
+Shape legend: H x W an original, h x w its low-res picture, s the scale. Pictures are uint8 [H,W,3].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from sr3_jax import metrics
+from sr3_jax.images import degrade, to_uint8, to_unit, upsample
+
+
+def least_side(scales: Sequence[int]) -> int:
+    """The shortest side in pixels that can be scored at all of these scales."""
+    whole = [scale * -(-(metrics.WINDOW + 2 * scale) // scale) for scale in scales]
+    return max([math.lcm(*scales), *whole])
+
+
+def original_at(image: np.ndarray, scale: int, crop: int | None) -> np.ndarray:
+    """A picture's part that is upscaled to: the centre of `crop` squared, cut to a multiple of the scale."""
+    height, width = image.shape[:2]
+    if crop is not None:
+        top, left = (height - crop) // 2, (width - crop) // 2
+        image = image[top : top + crop, left : left + crop]
+        height = width = crop
+    return np.ascontiguousarray(image[: height // scale * scale, : width // scale * scale])
+
+
+def low_res_of(original: np.ndarray, scale: int) -> np.ndarray:
+    """The low-res picture uint8 [h,w,3] of an original uint8 [H,W,3]."""
+    return np.asarray(_low_res(original[None], scale=scale))[0]
+
+
+def interpolated(low_res: np.ndarray, scale: int) -> np.ndarray:
+    """Bicubic interpolation of uint8 [h,w,3] to uint8 [s*h,s*w,3]."""
+    return np.asarray(_bicubic(low_res[None], scale=scale))[0]
+
+
+def score(output: np.ndarray, original: np.ndarray, low_res: np.ndarray, *, scale: int) -> dict[str, float]:
+    """Every metric of one output uint8 [H,W,3] by its name in a table."""
+    scores = _scores(output[None], original[None], low_res[None], scale=scale)
+    return {name: float(value[0]) for name, value in jax.device_get(scores).items()}
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _low_res(original: jax.Array, *, scale: int) -> jax.Array:
+    return to_uint8(degrade(to_unit(original), scale))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _bicubic(low_res: jax.Array, *, scale: int) -> jax.Array:
+    return to_uint8(upsample(to_unit(low_res), scale))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _scores(
+    output: jax.Array, original: jax.Array, low_res: jax.Array, *, scale: int
+) -> dict[str, jax.Array]:
+    return {
+        "psnr": metrics.psnr(output, original),
+        "ssim": metrics.ssim(output, original),
+        "psnr_luma": metrics.psnr_luma(output, original, crop=scale),
+        "ssim_luma": metrics.ssim_luma(output, original, crop=scale),
+        "consistency": metrics.consistency(output, low_res),
+        "mean_colour_error": metrics.mean_colour_error(output, low_res),
+    }
