@@ -13,7 +13,7 @@ from sr3_jax.diffusion.sampler import sample
 from sr3_jax.images import degrade, picture_grid, to_uint8, to_unit, upsample
 from sr3_jax.metrics import consistency, psnr
 from sr3_jax.model import inference_grid, solver_named
-from sr3_jax.train.step import Batch, Objective, batch_loss, condition
+from sr3_jax.train.step import Batch, Objective, batch_losses, condition
 
 GRID_ROWS = 6
 
@@ -22,7 +22,7 @@ class HeldOut:
     """A fixed set of crops and fixed keys, so that its numbers compare across steps and runs.
 
     Args:
-        batch: host crops, uint8 'image' [B,crop,crop,3] and perhaps 'label'.
+        batch: host crops, uint8 'image' [B,crop,crop,3] and perhaps 'label'; any B.
         steps, solver: of the sampler.
     """
 
@@ -36,8 +36,12 @@ class HeldOut:
         solver: str,
         seed: int,
     ) -> None:
-        self._batch = batch
-        self._key = jax.random.fold_in(jax.random.key(seed), 2**31 + 1)
+        self._originals = batch["image"]
+        rows = len(self._originals)
+        # The devices take equal shares: rows come again to fill them, and are left out of the means.
+        filled = np.arange(rows + -rows % mesh.size) % rows
+        self._batch = {name: column[filled] for name, column in batch.items()}
+        self._seed = seed
         self._mesh = mesh
         schedule = inference_grid(objective.schedule, steps, solver)
         network, scale = objective.network, objective.scale
@@ -65,13 +69,14 @@ class HeldOut:
             )
             bicubic, low_res = to_uint8(upsample(low_res, scale)), to_uint8(low_res)
             values = {
-                "eval_loss": batch_loss(params, batch, loss_key, objective=objective, train=False),
-                "eval_psnr": jnp.mean(psnr(output, batch["image"])),
-                "eval_psnr_bicubic": jnp.mean(psnr(bicubic, batch["image"])),
-                "eval_consistency": jnp.mean(consistency(output, low_res)),
-                "eval_consistency_bicubic": jnp.mean(consistency(bicubic, low_res)),
+                "eval_loss": batch_losses(params, batch, loss_key, objective=objective, train=False),
+                "eval_psnr": psnr(output, batch["image"]),
+                "eval_psnr_bicubic": psnr(bicubic, batch["image"]),
+                "eval_consistency": consistency(output, low_res),
+                "eval_consistency_bicubic": consistency(bicubic, low_res),
             }
-            return values, {"low_res": low_res, "bicubic": bicubic, "output": output}
+            means = {name: jnp.mean(value[:rows]) for name, value in values.items()}
+            return means, {"low_res": low_res, "bicubic": bicubic, "output": output}
 
         self._metrics = jax.jit(
             metrics, out_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh))
@@ -79,9 +84,11 @@ class HeldOut:
 
     def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
         """Metrics of these weights, and a grid: low-res, bicubic, output, original."""
-        values, images = self._metrics(params, parallel.to_global(self._batch, self._mesh), self._key)
-        images = jax.device_get(images) | {"original": self._batch["image"]}
+        key = jax.random.fold_in(jax.random.key(self._seed), 2**31 + 1)  # the same each time
+        values, images = self._metrics(params, parallel.to_global(self._batch, self._mesh), key)
+        images = jax.device_get(images) | {"original": self._originals}
         columns = [images[name] for name in ("low_res", "bicubic", "output", "original")]
-        rows = [[column[row] for column in columns] for row in range(min(GRID_ROWS, len(columns[0])))]
+        count = min(GRID_ROWS, len(self._originals))
+        rows = [[column[row] for column in columns] for row in range(count)]
         grid = picture_grid(rows, column_titles=["low-res", "bicubic", "output", "original"])
         return {name: float(value) for name, value in values.items()}, grid

@@ -54,8 +54,8 @@ def make_pair(batch: Batch, scale: int) -> tuple[Image, Conditioning]:
     return image, condition(degrade(image, scale), scale, batch.get("label"))
 
 
-def batch_loss(params: Params, batch: Batch, key: Key, *, objective: Objective, train: bool) -> jax.Array:
-    """The mean denoising loss of a batch; dropout is on when `train`."""
+def batch_losses(params: Params, batch: Batch, key: Key, *, objective: Objective, train: bool) -> jax.Array:
+    """[B] the denoising loss of each example of a batch; dropout is on when `train`."""
     image, cond = make_pair(batch, objective.scale)
     loss_key, dropout_key = jax.random.split(key)
 
@@ -64,7 +64,7 @@ def batch_loss(params: Params, batch: Batch, key: Key, *, objective: Objective, 
             {"params": params}, y_t, gamma, cond, train=train, rngs={"dropout": dropout_key}
         )
 
-    losses = denoising_loss(
+    return denoising_loss(
         denoiser,
         loss_key,
         image,
@@ -75,7 +75,6 @@ def batch_loss(params: Params, batch: Batch, key: Key, *, objective: Objective, 
         weighting=objective.weighting,
         space=objective.space,
     )
-    return jnp.mean(losses)
 
 
 def make_train_step(
@@ -92,9 +91,10 @@ def make_train_step(
     """
 
     def gradients(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Params]:
-        return jax.value_and_grad(lambda p: batch_loss(p, batch, key, objective=objective, train=True))(
-            params
-        )
+        def loss(params: Params) -> jax.Array:
+            return jnp.mean(batch_losses(params, batch, key, objective=objective, train=True))
+
+        return jax.value_and_grad(loss)(params)
 
     def accumulated(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Params]:
         def add(total: Any, part: tuple[Batch, Key]) -> tuple[Any, None]:
