@@ -13,29 +13,33 @@ import numpy as np
 from sr3_jax.aliases import Conditioning, Denoiser, NoiseLevel
 
 
-def tiled(denoiser: Denoiser, *, tile: int, overlap: int) -> Denoiser:
+def tiled(denoiser: Denoiser, *, tile: int, overlap: int, stride: int = 1) -> Denoiser:
     """The same denoiser, applied to squares of `tile` pixels one after the other.
 
-    Memory is that of one tile plus a few images. Pictures that fit one tile go through unchanged. Sides must be at
-    least what the network's stride needs; a side above `tile` may have any length that the stride divides.
+    Memory is that of one tile plus a few images. Pictures that fit one tile go through unchanged.
 
     Args:
-        tile: side of a square, a multiple of the network's stride.
+        tile: side of a square, a multiple of the stride.
         overlap: least overlap of neighbours, over which one fades into the other.
+        stride: the network's, which must divide the picture's sides. Tiles start at its multiples, so that a pixel
+            has the same place in the network's own grid of squares in each tile and in the whole picture.
     """
-    if not 0 <= overlap < tile:
-        raise ValueError(f"overlap must be at least 0 and under the tile of {tile}, got {overlap}")
+    if tile % stride:
+        raise ValueError(f"tile must be a multiple of the stride of {stride}, got {tile}")
+    if not 0 <= overlap <= tile - stride:
+        raise ValueError(f"overlap must be from 0 to tile - stride = {tile - stride}, got {overlap}")
 
     def denoise(y_t: jax.Array, gamma: NoiseLevel, cond: Conditioning) -> jax.Array:
         batch, height, width, channels = y_t.shape
         size = (min(tile, height), min(tile, width))
         if size == (height, width):
             return denoiser(y_t, gamma, cond)
-        starts = [_starts(side, length, overlap) for side, length in zip((height, width), size, strict=True)]
-        corners = jnp.asarray([(top, left) for top in starts[0] for left in starts[1]])  # [tiles,2]
-        window = jnp.asarray(np.outer(_fade(size[0], overlap), _fade(size[1], overlap)), jnp.float32)[
-            :, :, None
+        starts = [
+            _starts(side, length, overlap, stride) for side, length in zip((height, width), size, strict=True)
         ]
+        corners = jnp.asarray([(top, left) for top in starts[0] for left in starts[1]])  # [tiles,2]
+        window = np.outer(_fade(size[0], overlap), _fade(size[1], overlap)).astype(np.float32)
+        weight = jnp.broadcast_to(jnp.asarray(window)[None, :, :, None], (batch, *size, 1))
 
         def cut(field: jax.Array, corner: jax.Array) -> jax.Array:
             start = (0, corner[0], corner[1], 0)
@@ -43,14 +47,8 @@ def tiled(denoiser: Denoiser, *, tile: int, overlap: int) -> Denoiser:
 
         def add(total: jax.Array, corner: jax.Array) -> tuple[jax.Array, None]:
             part = {name: cut(x, corner) if x.ndim == 4 else x for name, x in cond.items()}
-            out = jnp.concatenate(
-                [
-                    denoiser(cut(y_t, corner), gamma, part) * window,
-                    jnp.broadcast_to(window, (batch, *size, 1)),
-                ],
-                -1,
-            )
-            return _add_at(total, out, corner), None
+            out = denoiser(cut(y_t, corner), gamma, part)
+            return _add_at(total, jnp.concatenate([out * weight, weight], -1), corner), None
 
         total, _ = jax.lax.scan(add, jnp.zeros((batch, height, width, channels + 1)), corners)
         return total[..., :-1] / total[..., -1:]
@@ -64,12 +62,13 @@ def _add_at(total: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(total, there + part, start)
 
 
-def _starts(side: int, length: int, overlap: int) -> list[int]:
-    """Where the tiles of one axis start: evenly spread, the last one ending at the picture's edge."""
+def _starts(side: int, length: int, overlap: int, stride: int) -> list[int]:
+    """Where the tiles of one axis start: evenly spread multiples of the stride, the last ending at the edge."""
     if side == length:
         return [0]
-    count = -(-(side - overlap) // (length - overlap))
-    return [round(index * (side - length) / (count - 1)) for index in range(count)]
+    way, step = (side - length) // stride, (length - overlap) // stride  # in strides
+    count = -(-way // step)
+    return [round(index * way / count) * stride for index in range(count + 1)]
 
 
 def _fade(length: int, overlap: int) -> np.ndarray:
