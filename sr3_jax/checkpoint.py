@@ -6,6 +6,7 @@ sampling uses, and 'train', the rest of the state; a model is used without readi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -63,11 +64,16 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int = 3) -> None:
         policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            (workdir / CHECKPOINTS).absolute(),
-            preservation_policy=policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                (workdir / CHECKPOINTS).absolute(),
+                preservation_policy=policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise UserError(
+                f"workdir {workdir} cannot be written ({error.strerror}): choose another"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -150,13 +156,16 @@ def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str 
         )
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(flat, partial, metadata={"format": FORMAT, "config": json.dumps(config, sort_keys=True)})
         os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be written ({_first_line(error)}); choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
@@ -179,10 +188,16 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
                 for parent in parents:
                     branch = branch.setdefault(parent, {})
                 branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
-    except (SafetensorError, OSError) as error:
+        return params, json.loads(metadata["config"])
+    except UserError:
+        raise
+    except KeyError:
+        raise UserError(f"{path} carries no config; make it again with sr3 export") from None
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as a model ({_first_line(error)})") from None
-    return params, json.loads(metadata["config"])
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What is wrong, in one line; Orbax puts its reason last, after 'Error details:'."""
+    text = str(error).rpartition("Error details:")[2] or type(error).__name__
+    return text.strip().splitlines()[0][:200]

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sr3_jax import model as models
-from sr3_jax.aliases import Conditioning, Key, Params, UserError
+from sr3_jax.aliases import Key, Params, UserError
 from sr3_jax.diffusion.loss import min_snr
-from sr3_jax.fields import DEFAULTS, check_ranges, parse, refuse, typed
+from sr3_jax.fields import DEFAULTS, check_ranges, check_section, parse, refuse, typed
 from sr3_jax.nn.unet import UNet
 from sr3_jax.train import optim
 from sr3_jax.train.step import Objective
@@ -39,7 +38,7 @@ class Experiment:
 
     def init_params(self, key: Key) -> Params:
         """Fresh weights."""
-        return init_params(self.objective.network, key)
+        return models.init_params(self.objective.network, key)
 
     def optimizer(self) -> Any:
         """The optimiser with its schedule."""
@@ -59,15 +58,6 @@ class Experiment:
         )
 
 
-def init_params(network: UNet, key: Key) -> Params:
-    """Fresh weights of an SR network, from the smallest input that it takes."""
-    image = jnp.zeros((1, network.stride, network.stride, network.out_channels))
-    cond: Conditioning = {"upsampled": image}
-    if network.num_classes:
-        cond = {**cond, "label": jnp.zeros((1,), jnp.int32)}
-    return network.init(key, image, jnp.full((1,), 0.5), cond)["params"]
-
-
 def build_network(section: Mapping[str, Any] | ConfigDict) -> UNet:
     """The network of a config's `model` section; missing fields take their defaults."""
     network = models.build_network(complete({"model": _plain(section)})["model"])
@@ -78,7 +68,7 @@ def build_network(section: Mapping[str, Any] | ConfigDict) -> UNet:
 def count_parameters(config: ConfigDict | Mapping[str, Any]) -> int:
     """The number of weights of a config's network, from shapes alone: no array is made."""
     network = build_network(config["model"])
-    shapes = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: models.init_params(network, key), jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
@@ -97,7 +87,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        given = module.get_config()
+        given = _plain(module.get_config())
     except Exception as error:  # whatever a user's file raises is the user's to mend
         raise UserError(f"--config={path} does not load ({type(error).__name__}: {error})") from error
     config = complete(given)
@@ -117,13 +107,15 @@ def complete(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     values = _plain(given)
     config = {section: dict(fields) for section, fields in DEFAULTS.items()}
     for section, fields in values.items():
+        check_section(section, fields)
         for field, value in fields.items():
-            config.get(section, {})[field] = typed(section, field, value)
+            config[section][field] = typed(section, field, value)
     return config
 
 
 def _plain(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    return given.to_dict() if isinstance(given, ConfigDict) else dict(given)
+    plain = given.to_dict() if isinstance(given, ConfigDict) else dict(given)
+    return {name: part.to_dict() if isinstance(part, ConfigDict) else part for name, part in plain.items()}
 
 
 def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
@@ -136,8 +128,6 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
     model, diffusion, data = config["model"], config["diffusion"], config["data"]
     network = build_network(model)
     check_ranges(config)
-    if not 0 <= config["optim"]["ema_decay"] < 1:
-        refuse("optim", "ema_decay", config["optim"]["ema_decay"], "be at least 0 and under 1")
     multiple = math.lcm(network.stride, data["scale"])
     if data["crop"] % multiple:
         refuse(
@@ -148,9 +138,13 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
         )
     if diffusion["num_steps"] < 2:
         refuse("diffusion", "num_steps", diffusion["num_steps"], "be at least 2")
+    try:
+        schedule = models.build_schedule(diffusion)
+    except ValueError as error:  # betas so large that no signal is left in float64
+        raise UserError(f"config.diffusion makes no noise schedule ({error}); lower beta_end") from None
     objective = Objective(
         network=network,
-        schedule=models.build_schedule(diffusion),
+        schedule=schedule,
         space=models.build_space(diffusion),
         kind=diffusion["kind"],
         norm=diffusion["norm"],

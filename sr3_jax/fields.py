@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -92,7 +93,6 @@ CHOICES = (
 )
 POSITIVE = (
     ("diffusion", "residual_scale"),
-    ("diffusion", "beta_start"),
     ("data", "crop"),
     ("data", "scale"),
     ("data", "threads"),
@@ -112,8 +112,8 @@ NOT_NEGATIVE = (
     ("optim", "warmup_steps"),
     ("optim", "clip_norm"),
     ("train", "minutes"),
-    ("train", "seed"),
 )
+BELOW_ONE = (("optim", "b1"), ("optim", "b2"), ("optim", "ema_decay"))
 
 TYPES = {
     tuple: "a tuple of whole numbers",
@@ -139,6 +139,14 @@ def check_ranges(config: Mapping[str, Mapping[str, Any]]) -> None:
     for section, field in NOT_NEGATIVE:
         if config[section][field] < 0:
             refuse(section, field, config[section][field], "be 0 or more")
+    for section, field in BELOW_ONE:
+        if not 0 <= config[section][field] < 1:
+            refuse(section, field, config[section][field], "be at least 0 and under 1")
+    for field in ("beta_start", "beta_end"):
+        if not 0 < config["diffusion"][field] < 1:
+            refuse("diffusion", field, config["diffusion"][field], "be above 0 and under 1")
+    if not 0 <= config["train"]["seed"] < 2**32:  # jax.random.key reads 32 bits: 2**32 would be 0 again
+        refuse("train", "seed", config["train"]["seed"], f"be from 0 to {2**32 - 1}")
 
 
 def refuse(section: str, field: str, value: Any, rule: str) -> NoReturn:
@@ -146,9 +154,18 @@ def refuse(section: str, field: str, value: Any, rule: str) -> NoReturn:
     raise UserError(f"config.{section}.{field} must {rule}, got {value!r}")
 
 
-def _default(section: str, field: str) -> Any:
+def check_section(section: str, fields: Any = None) -> None:
+    """That there is such a section and that, if given, it holds fields."""
     if section not in DEFAULTS:
         raise UserError(f"config has no section {section!r}{_nearest(section, DEFAULTS)}")
+    if fields is not None and not isinstance(fields, Mapping):
+        raise UserError(
+            f"config.{section} must hold fields, such as {min(DEFAULTS[section])}, got {fields!r}"
+        )
+
+
+def _default(section: str, field: str) -> Any:
+    check_section(section)
     if field not in DEFAULTS[section]:
         raise UserError(f"config.{section} has no field {field!r}{_nearest(field, DEFAULTS[section])}")
     return DEFAULTS[section][field]
@@ -167,7 +184,7 @@ def typed(section: str, field: str, value: Any) -> Any:
         return float(value)
     if kind is tuple and isinstance(value, list | tuple) and all(type(item) is int for item in value):
         return tuple(value)
-    if type(value) is not kind or kind is tuple:
+    if type(value) is not kind or kind is tuple or (kind is float and not math.isfinite(value)):
         raise UserError(
             f"config.{section}.{field} must be {TYPES[kind]}, got {value!r}; the default is {default!r}"
         )
@@ -175,6 +192,7 @@ def typed(section: str, field: str, value: Any) -> Any:
 
 
 def parse(section: str, field: str, text: str) -> Any:
+    """The value that a text means for a field: true and false in any case, text fields as they are, else a literal."""
     if isinstance(_default(section, field), str):
         return text
     try:

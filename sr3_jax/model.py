@@ -6,12 +6,14 @@ Shape legend: B batch, h x w the low-res picture, s the scale, C = 3 channels.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sr3_jax.aliases import Conditioning, Denoiser, Key, Params, UserError
@@ -96,14 +98,19 @@ class Model:
             solver: 'ancestral', 'ddim', 'dpmpp_2m' or 'heun'; None for the model's own default.
 
         Raises:
-            UserError: `steps` or `solver` is out of range.
+            UserError: `steps` or `solver` is out of range, or the model is of labelled pictures.
             ValueError: the images are not uint8 [B,h,w,3].
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 [B,h,w,3], got {images.dtype} {images.shape}")
+        if self.network.num_classes:
+            raise UserError(
+                f"model {self.name} needs the class of each picture (num_classes={self.network.num_classes}), which "
+                "nothing gives here; use a model trained with config.model.num_classes=0"
+            )
         height, width = images.shape[1:3]
-        unit = max(1, self.network.stride // self.scale)
+        unit = self.network.stride // math.gcd(self.network.stride, self.scale)
         padding = [(0, _bucket(side, unit) - side) for side in (height, width)]
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
         name = self.solver if solver is None else solver
@@ -142,7 +149,8 @@ def _upscale(
     scale: int,
 ) -> jax.Array:
     cond = condition(to_unit(images), scale)
-    denoiser = tiled(functools.partial(_denoise, network, params), tile=TILE, overlap=OVERLAP)
+    whole = functools.partial(_denoise, network, params)
+    denoiser = tiled(whole, tile=TILE, overlap=OVERLAP, stride=network.stride)
     shape = cond["upsampled"].shape
     samples = sample(
         denoiser, key, cond, shape=shape, schedule=schedule, solver=solver, kind=kind, space=space
@@ -151,10 +159,33 @@ def _upscale(
 
 
 def _bucket(side: int, unit: int) -> int:
-    """The low-res side to pad to: a multiple of `unit`, and of a power of two: padding under an eighth."""
+    """The low-res side to pad to: a multiple of `unit`, in steps of 8 or of an eighth of the side at most."""
     step = max(unit, 8, 1 << max(0, side.bit_length() - 4))
     step = -(-step // unit) * unit
     return -(-side // step) * step
+
+
+def init_params(network: UNet, key: Key) -> Params:
+    """Fresh weights of an SR network, from the smallest input that it takes."""
+    image = jnp.zeros((1, network.stride, network.stride, network.out_channels))
+    cond: Conditioning = {"upsampled": image}
+    if network.num_classes:
+        cond = {**cond, "label": jnp.zeros((1,), jnp.int32)}
+    return network.init(key, image, jnp.full((1,), 0.5), cond)["params"]
+
+
+def _check_params(network: UNet, params: Params, name: str) -> None:
+    wanted = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (wanted, params))
+    ]
+    if shapes[0] != shapes[1]:
+        wrong = min(path for path, _ in shapes[0].items() ^ shapes[1].items())
+        raise UserError(
+            f"the weights of model {name} are not those of the network in its config (they differ at {wrong}); "
+            "export or train it again"
+        )
 
 
 def build_network(section: Mapping[str, Any]) -> UNet:
@@ -188,10 +219,12 @@ def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Mode
     """A model from weights and the config that a run or an export carries."""
     try:
         diffusion = config["diffusion"]
+        network = build_network(config["model"])
+        _check_params(network, params, name)
         return Model(
             name=name,
-            network=build_network(config["model"]),
-            params=params,
+            network=network,
+            params=jax.tree.map(jnp.asarray, params),  # to the device once, not at each use
             schedule=build_schedule(diffusion),
             space=build_space(diffusion),
             kind=diffusion["kind"],
@@ -200,7 +233,9 @@ def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Mode
             solver=config["eval"]["solver"],
             config=config,
         )
-    except (KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"the config of model {name} does not fit this version of sr3_jax ({error}); use the version that wrote it"
         ) from None
