@@ -48,6 +48,7 @@ FLOORS = {
     "data/prepare.py": 3,
     "train/state.py": 2,
     "train/optim.py": 2,
+    "train/window.py": 1,
     "train/step.py": 3,
     "checkpoint.py": 3,
     "fields.py": 4,

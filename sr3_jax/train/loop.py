@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from sr3_jax import checkpoint, parallel
@@ -23,11 +23,12 @@ from sr3_jax.experiment import Experiment, check_batch
 from sr3_jax.model import load
 from sr3_jax.report import Report
 from sr3_jax.train.heldout import HeldOut
-from sr3_jax.train.state import TrainState, abstract_state, create_state
+from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
 from sr3_jax.train.step import make_train_step
+from sr3_jax.train.window import Window
 
 _log = logging.getLogger("sr3_jax")
-SAME_ON_RESUME = ("model", "diffusion", "optim")
+SAME_ON_RESUME = {"model": (), "diffusion": (), "optim": (), "data": ("scale",)}  # (): all fields
 
 
 def train(experiment: Experiment, workdir: Path) -> int:
@@ -44,7 +45,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
     mesh = parallel.make_mesh(**config["mesh"])
     check_batch(config, devices=mesh.size, processes=jax.process_count())
     source, held_out = _open(data, data["source"]), _open(data, data["eval_source"])
-    _check_labels(experiment, source[0])
+    held_out_crops = center_crops(held_out, crop=data["crop"], count=config["eval"]["num_images"])
+    _check_labels(held_out_crops, config, held_out.name)
 
     with (
         checkpoint.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as checkpoints,
@@ -56,7 +58,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
             _check_same_run(checkpoint.read_config(workdir), config, workdir)
         optimizer = experiment.optimizer()
         state = _initial_state(experiment, optimizer, mesh, checkpoints)
-        checkpoint.write_config(workdir, config)
+        if jax.process_index() == 0:
+            checkpoint.write_config(workdir, config)
 
         # ---- Compile once, for every step.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -72,14 +75,14 @@ def train(experiment: Experiment, workdir: Path) -> int:
         )
         evaluate = HeldOut(
             experiment.objective,
-            center_crops(held_out, crop=data["crop"], count=config["eval"]["num_images"]),
+            held_out_crops,
             mesh,
             steps=config["eval"]["steps"],
             solver=config["eval"]["solver"],
             seed=run["seed"],
         )
         key = jax.random.key(run["seed"])
-        host_batches = batches(
+        crops = batches(
             source,
             seed=run["seed"],
             batch_size=run["batch_size"],
@@ -89,6 +92,12 @@ def train(experiment: Experiment, workdir: Path) -> int:
             process_count=jax.process_count(),
             threads=data["threads"],
         )
+
+        def next_batch() -> dict[str, jax.Array]:
+            rows = next(crops)
+            _check_labels(rows, config, source.name)
+            return parallel.to_global(rows, mesh)
+
         lr_schedule = experiment.lr_schedule()
         minutes = run["minutes"] or None
         report = Report(
@@ -101,38 +110,51 @@ def train(experiment: Experiment, workdir: Path) -> int:
         with report:
             report.message(_greeting(experiment, state, mesh, source, first_step))
             deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-            window = _Window(run["batch_size"])
-            batch = parallel.to_global(next(host_batches), mesh)
+            window = Window(run["batch_size"])
             pending: tuple[int, Mapping[str, jax.Array]] | None = None
-            step = first_step
+
+            def book() -> None:
+                """Read, check and log the metrics of the step that is dispatched but not read, if any."""
+                nonlocal pending
+                if pending is None:
+                    return
+                step, loss, grad_norm = _finite(pending, workdir)
+                pending = None
+                window.add(loss, grad_norm)
+                report.progress(step, loss=window.loss, images_per_second=window.rate)
+                if step % run["log_every"] == 0 or step == run["num_steps"]:
+                    report.scalars(step, window.summary() | {"learning_rate": float(lr_schedule(step - 1))})
+
+            batch = next_batch()
+            step = evaluated = first_step
             while step < run["num_steps"] and time.monotonic() < deadline and stopped() is None:
                 # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1.
+                before = time.monotonic()
                 state, metrics = step_fn(state, batch, key)
+                if step == first_step:
+                    window.skip(time.monotonic() - before)  # compilation
                 step += 1
-                waited = time.monotonic()
-                batch = parallel.to_global(next(host_batches), mesh)
-                window.waited += time.monotonic() - waited
-                if pending is not None:
-                    window.add(*_finite(pending, workdir))
-                    report.progress(pending[0], loss=window.loss, images_per_second=window.rate)
+                before = time.monotonic()
+                batch = next_batch()
+                window.waited += time.monotonic() - before
+                book()
                 pending = (step, metrics)
-                # ---- Log
-                if step % run["log_every"] == 0:
-                    values = window.summary() | {"learning_rate": float(lr_schedule(step - 1))}
-                    report.scalars(step, values)
                 # ---- Evaluate and save, on state whose loss is known to be finite
-                last = step == run["num_steps"]
-                if step % config["eval"]["every"] == 0 or step % config["checkpoint"]["every"] == 0 or last:
-                    window.add(*_finite(pending, workdir))
-                    pending = None
-                    if step % config["checkpoint"]["every"] == 0 or last:
+                ends = step == run["num_steps"]
+                to_save, to_evaluate = (
+                    ends or step % config[section]["every"] == 0 for section in ("checkpoint", "eval")
+                )
+                if to_save or to_evaluate:
+                    book()
+                    before = time.monotonic()
+                    if to_save:
                         checkpoints.save(state)
-                    if step % config["eval"]["every"] == 0 or last:
+                    if to_evaluate:
                         _evaluate(evaluate, state, step, report)
-                    window.restart()
+                        evaluated = step
+                    window.skip(time.monotonic() - before)
             # ---- Stop
-            if pending is not None:
-                _finite(pending, workdir)
+            book()
             checkpoints.save(state, wait=True)
             reason = stopped()
             if reason is not None:
@@ -141,7 +163,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 )
                 return 128 + reason
             if step < run["num_steps"]:
-                _evaluate(evaluate, state, step, report)
+                if step > evaluated:
+                    _evaluate(evaluate, state, step, report)
                 report.message(f"The {minutes:g} minutes are over at step {step}; saved.")
             else:
                 report.message(f"Done: {step} steps, saved in {workdir}.")
@@ -171,13 +194,13 @@ def _initial_state(
         raise UserError(
             f"config.train.init_from={start!r} is a model of another network; use its config.model fields"
         )
-    return create_state(lambda key: jax.tree.map(jnp.asarray, given), optimizer, key, mesh)
+    return start_from(given, optimizer, mesh)
 
 
 def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
-    for section in SAME_ON_RESUME:
-        for field, value in new[section].items():
-            before = old.get(section, {}).get(field)
+    for section, fields in SAME_ON_RESUME.items():
+        for field in fields or new[section]:
+            value, before = new[section][field], old.get(section, {}).get(field)
             before = tuple(before) if isinstance(before, list) else before
             if before != value:
                 raise UserError(
@@ -186,10 +209,15 @@ def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pat
                 )
 
 
-def _check_labels(experiment: Experiment, element: Mapping[str, Any]) -> None:
-    classes = experiment.objective.network.num_classes
-    if classes and "label" not in element:
-        raise UserError(f"config.model.num_classes={classes} but the data set has no labels: set it to 0")
+def _check_labels(rows: Mapping[str, np.ndarray], config: Mapping[str, Any], name: str) -> None:
+    classes = config["model"]["num_classes"]
+    if classes and "label" not in rows:
+        raise UserError(f"config.model.num_classes={classes} but {name} has no labels: set it to 0")
+    wrong = [label for label in rows["label"].tolist() if not 0 <= label < classes] if classes else []
+    if wrong:
+        raise UserError(
+            f"config.model.num_classes={classes} but {name} has a label {wrong[0]}: set it higher"
+        )
 
 
 def _finite(pending: tuple[int, Mapping[str, jax.Array]], workdir: Path) -> tuple[int, float, float]:
@@ -220,40 +248,6 @@ def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Sou
         f"{count / 1e6:.2f}M parameters, {len(source)} pictures in {source.name}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {start}"
     )
-
-
-class _Window:
-    """Means over the steps since the last log line, and the time they took."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self.loss = self.rate = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin again now: evaluation and saving are not the training's time."""
-        self._losses, self._norms, self.waited = [], [], 0.0
-        self._start = time.monotonic()
-
-    def add(self, step: int, loss: float, grad_norm: float) -> None:
-        self._losses.append(loss)
-        self._norms.append(grad_norm)
-        self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss
-        seconds = time.monotonic() - self._start
-        self.rate = len(self._losses) * self._batch_size / max(seconds, 1e-9)
-
-    def summary(self) -> dict[str, float]:
-        """Means of the window; `data_wait` is the share of time spent waiting for batches."""
-        count, seconds = max(1, len(self._losses)), max(time.monotonic() - self._start, 1e-9)
-        values = {
-            "loss": sum(self._losses) / count,
-            "grad_norm": sum(self._norms) / count,
-            "step_ms": 1e3 * seconds / count,
-            "images_per_second": count * self._batch_size / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        self.restart()
-        return values
 
 
 @contextmanager

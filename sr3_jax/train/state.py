@@ -60,6 +60,14 @@ def create_state(
     return jax.jit(lambda key: init_state(init_params(key), optimizer), out_shardings=shardings)(key)
 
 
+def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first update of given weights (of the host, or of any device)."""
+    shardings = state_shardings(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
+    # As an argument: a closed-over array would be a constant in the compiled program.
+    placed = jax.device_put(jax.device_get(params), shardings.params)
+    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(placed)
+
+
 def update_ema(ema_params: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """One step of the moving average, with warm-up: the decay of update `step` is at most (1+step)/(10+step).
 
