@@ -67,29 +67,24 @@ def log_snr_features(gamma: jax.Array, width: int) -> jax.Array:
 
 
 class Norm(nn.Module):
-    """Normalises in float32, with a learned scale (and, for groups, offset).
+    """Normalises in float32, with a learned scale (and, for groups, offset); the dtype of x stays.
 
     Attributes:
         kind: 'group', the paper's GroupNorm: statistics over the whole picture, so a picture's size and content
             far away change a pixel's value. 'pixel': the root mean square over the channels of each pixel; what
             the network does to a pixel then depends on its receptive field alone, at any picture size.
-        affine: whether scale and offset are learned here (not when FiLM gives them).
     """
 
     kind: str
-    affine: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind == "pixel":
-            return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, use_scale=self.affine)(x).astype(x.dtype)
+            return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32)(x).astype(x.dtype)
         channels = x.shape[-1]
         # 32 groups as in DDPM, of 4 channels or more: with fewer a group is too small to normalise.
         groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
-        norm = nn.GroupNorm(
-            groups, epsilon=1e-5, dtype=jnp.float32, use_scale=self.affine, use_bias=self.affine
-        )
-        return norm(x).astype(x.dtype)
+        return nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32)(x).astype(x.dtype)
 
 
 def conv(
