@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# What to do with an hour of a GPU, stage by stage, each ending by itself: bash launch/gpu_run.sh STAGE OUT [...]
+#   test OUT                           the core's tests on the device
+#   measure OUT [CONFIG:BATCH ...]     training steps and sampling of the presets, PyTorch beside them: OUT/measure-*.json
+#   train OUT MINUTES PHOTOS [INIT]    configs/photos_4x.py on a folder of photographs, from the weights of INIT (a model):
+#                                      OUT/photo_4x.safetensors (moving average, bfloat16) and OUT/metrics.jsonl
+#   evaluate OUT [DATA ...]            OUT/photo_4x.safetensors at 5, 10, 25 and 50 steps on each data source
+# PYTHON names the interpreter (default python3); SR3_GPU_REHEARSE=1 runs all of it on a processor, as small as it gets.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+    echo "$1" >&2
+    exit 2
+}
+
+(($# >= 2)) || fail "gpu_run.sh takes a stage and a folder for its results: test, measure, train or evaluate."
+stage=$1 out=$2
+shift 2
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# PyTorch shares the device in `measure`, so JAX must not take most of its memory at the start.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+rehearse=${SR3_GPU_REHEARSE:-}
+if [[ -z $rehearse ]]; then
+    export JAX_PLATFORMS=cuda,cpu
+    "$python" -c 'import jax; print(jax.devices()[0].device_kind)'
+fi
+
+case $stage in
+test)
+    "$python" -m pytest -q -p no:cacheprovider tests/test_process.py tests/test_schedule.py tests/test_space.py \
+        tests/test_loss.py tests/test_solvers.py tests/test_unet.py tests/test_images.py tests/test_metrics.py "$@" \
+        2>&1 | tee "$out/test.log"
+    ;;
+measure)
+    configs=("$@")
+    if ((${#configs[@]} == 0)); then
+        configs=(configs/faces_16_128.py:32 configs/imagenet_64_256.py:8 configs/faces_64_512.py:4
+            configs/faces_256_1024.py:2 configs/photos_4x.py:256)
+    fi
+    for item in "${configs[@]}"; do # a process each, so that peak memory is its own
+        name=$(basename "${item%%:*}" .py)
+        "$python" launch/measure.py "$item" --torch -o "$out/measure-$name.json" ${rehearse:+--calls 1} ||
+            echo "$item could not be measured" >&2
+    done
+    ;;
+train)
+    (($# >= 2)) || fail "train takes OUT, MINUTES and a folder of PHOTOS."
+    minutes=$1 photos=$2 init=${3:-}
+    overrides=(--config.data.source="folder:$photos" --config.data.cache_mb=4000 --config.train.minutes="$minutes"
+        --config.data.threads=12 --config.data.crop=128 --config.train.batch_size=128)
+    if [[ -n $rehearse ]]; then
+        overrides+=(--config.train.batch_size=2 --config.data.crop=32 --config.data.threads=2)
+    fi
+    if [[ -n $init ]]; then overrides+=(--config.train.init_from="$init"); fi
+    "$python" -m sr3_jax train --config=configs/photos_4x.py --workdir="$out/run" "${overrides[@]}"
+    "$python" -m sr3_jax export "$out/run" -o "$out/photo_4x.safetensors" --dtype bfloat16
+    cp "$out/run/metrics.jsonl" "$out/run/config.json" "$out/"
+    ;;
+evaluate)
+    sources=("$@")
+    if ((${#sources[@]} == 0)); then sources=(photos:test); fi
+    steps=5,10,25,50
+    if [[ -n $rehearse ]]; then steps=1,2; fi
+    for index in "${!sources[@]}"; do
+        "$python" -m sr3_jax evaluate --model "$out/photo_4x.safetensors" --data "${sources[$index]}" --steps "$steps" \
+            -o "$out/evaluation-$index" ${rehearse:+--limit 2 --crop 64}
+    done
+    ;;
+*)
+    fail "gpu_run.sh has no stage '$stage': test, measure, train or evaluate."
+    ;;
+esac
