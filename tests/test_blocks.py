@@ -1,0 +1,242 @@
+"""The parts of the U-Net by their laws: rearrangements inverse, norms and attention against float64 NumPy.
+
+Shape legend: B batch, H height, W width, C channels, E width of the embedding.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr3_jax.diffusion import schedule
+from sr3_jax.nn import blocks
+from tests import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+# ---- Rearrangements
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_space_to_depth_puts_each_square_into_one_pixel_and_back(factor):
+    x = normal(2, 8, 12, 3)
+    packed = np.asarray(blocks.space_to_depth(jnp.asarray(x), factor))
+    assert packed.shape == (2, 8 // factor, 12 // factor, 3 * factor**2)
+    square = x[1, factor : 2 * factor, 2 * factor : 3 * factor]  # row 1, column 2 of the squares
+    np.testing.assert_array_equal(packed[1, 1, 2], square.reshape(-1))
+    np.testing.assert_array_equal(blocks.depth_to_space(jnp.asarray(packed), factor), x)
+
+
+def test_pooling_is_the_mean_of_squares_and_upsampling_repeats():
+    x = normal(2, 4, 6, 3)
+    squares = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    np.testing.assert_allclose(blocks.average_pool(jnp.asarray(x)), sum(squares) / 4, atol=1e-6)
+    np.testing.assert_array_equal(blocks.nearest_upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
+
+
+# ---- The embedding of the noise level
+
+
+def effective_rank(features: np.ndarray) -> float:
+    """exp of the entropy of the spectrum of the centred features: how many directions they really use."""
+    values = np.linalg.svd(features - features.mean(0), compute_uv=False) ** 2
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+@pytest.fixture(scope="module")
+def levels() -> np.ndarray:
+    return schedule.linear().gamma[1:]  # the 2000 noisy levels of training
+
+
+def test_log_snr_features_tell_the_levels_apart_where_raw_gamma_does_not(levels):
+    features = np.asarray(blocks.log_snr_features(jnp.asarray(levels), 64))
+    raw = np.asarray(blocks.sinusoidal(jnp.asarray(levels), 64, 1e-4, 1.0))  # the usual port's: gamma as it is
+    assert effective_rank(raw) < 1.5
+    assert effective_rank(features) > 10
+
+    def nearest(table: np.ndarray, steps: slice) -> float:
+        chosen = table[steps]
+        return float(np.linalg.norm(chosen[1:] - chosen[:-1], axis=1).min() / np.sqrt(table.shape[1] / 2))
+
+    for end in (slice(0, 2000, 100), slice(0, 100, 10), slice(1900, 2000, 20)):  # all, cleanest, noisiest
+        assert nearest(features, end) > 0.05
+    assert nearest(raw, slice(0, 100, 10)) < 1e-3
+    assert nearest(raw, slice(1900, 2000, 20)) < 1e-3
+
+
+def test_log_snr_features_are_finite_from_clean_to_noise_and_clipped_there():
+    gamma = jnp.asarray([1.0, 1 - 1e-7, 0.5, 1e-30, 1e-9], jnp.float32)
+    features = np.asarray(blocks.log_snr_features(gamma, 16))
+    assert features.shape == (5, 16) and features.dtype == np.float32
+    assert np.isfinite(features).all()
+    frequencies = np.geomspace(0.1, 20.0, 8)
+    for row, log_snr in ((0, 20.0), (2, 0.0), (3, -20.0), (4, -20.0)):
+        angle = log_snr * frequencies
+        np.testing.assert_allclose(features[row], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-4)
+
+
+# ---- Norms
+
+
+def apply(module, *inputs, seed: int = 0, size: float = 0.3, **options):
+    """(output, weights) of a module with weights that are no longer as initialised."""
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **options))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables["params"])
+    params = tiny.perturbed(zeros, seed=seed, size=size)
+    return jax.jit(lambda p, *x: module.apply({"params": p}, *x, **options))(params, *inputs), params
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (8, 2), (12, 3), (48, 12), (128, 32), (160, 32)])
+def test_group_norm_is_over_the_picture_in_groups_of_four_channels_at_least(channels, groups):
+    x = 3 + 2 * normal(2, 4, 4, channels)
+    y, params = apply(blocks.Norm("group"), x)
+    parts = x.astype(np.float64).reshape(2, 16, groups, -1)
+    mean, variance = parts.mean((1, 3), keepdims=True), parts.var((1, 3), keepdims=True)
+    weights = params["GroupNorm_0"]
+    wanted = ((parts - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * weights["scale"] + weights["bias"]
+    np.testing.assert_allclose(y, wanted, atol=2e-5)
+
+
+def test_pixel_norm_is_the_root_mean_square_over_the_channels():
+    x = normal(2, 4, 4, 8)
+    y, params = apply(blocks.Norm("pixel"), x)
+    rms = np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(y, x / rms * params["RMSNorm_0"]["scale"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["group", "pixel"])
+def test_norms_of_bfloat16_are_taken_in_float32(kind):
+    """At 256 bfloat16 counts in twos; sums over the pixels would lose everything."""
+    x = jnp.asarray(256 + normal(1, 32, 32, 4), jnp.bfloat16)
+    y, params = apply(blocks.Norm(kind), x)
+    exact = jax.jit(lambda p, x: blocks.Norm(kind).apply({"params": p}, x))(params, x.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(np.float32), exact, atol=0.01)
+
+
+# ---- The residual block
+
+
+def block(channels: int, **fields) -> blocks.ResidualBlock:
+    return blocks.ResidualBlock(channels, fields.pop("norm", "pixel"), jnp.dtype("float32"), **fields)
+
+
+def fresh(module, *inputs):
+    """Output at the initial weights, and the weights."""
+    params = jax.jit(lambda key: module.init(key, *inputs, False)["params"])(jax.random.key(1))
+    return np.asarray(module.apply({"params": params}, *inputs, False)), params
+
+
+EMBEDDING = normal(2, 8, seed=5)
+
+
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+def test_a_fresh_block_is_its_skip_branch_scaled_by_one_over_sqrt_two(resample):
+    x = normal(2, 4, 4, 4)
+    change = {None: lambda x: x, "up": blocks.nearest_upsample, "down": blocks.average_pool}[resample]
+    y, params = fresh(block(4, resample=resample), x, EMBEDDING)
+    np.testing.assert_allclose(y, np.asarray(change(jnp.asarray(x))) / np.sqrt(2), atol=1e-6)
+    assert "skip" not in params
+
+
+def test_a_fresh_block_of_other_width_is_a_one_by_one_convolution_of_its_input():
+    x = normal(2, 4, 4, 4)
+    y, params = fresh(block(8), x, EMBEDDING)
+    assert params["skip"]["kernel"].shape == (1, 1, 4, 8)
+    np.testing.assert_allclose(y, x @ np.asarray(params["skip"]["kernel"])[0, 0] / np.sqrt(2), atol=1e-5)
+
+
+def swish(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def convolve(x: np.ndarray, weights) -> np.ndarray:
+    """A 3x3 convolution with zero padding in float64."""
+    kernel, padded = weights["kernel"], np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    h, w = x.shape[1:3]
+    taps = [padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3)]
+    return sum(taps) + weights["bias"]
+
+
+def rms_norm(x: np.ndarray, weights) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weights["RMSNorm_0"]["scale"]
+
+
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+def test_block_against_the_paper_written_out(film, resample):
+    """norm, swish, resample, conv, + embedding (or scale and shift), norm, swish, conv; (x + h) / sqrt 2."""
+    x = normal(2, 4, 4, 4)
+    y, p = apply(block(4, film=film, resample=resample), x, EMBEDDING, train=False)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
+    change = {
+        None: lambda x: x,
+        "up": lambda x: x.repeat(2, 1).repeat(2, 2),
+        "down": lambda x: (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4,
+    }[resample]
+    x = x.astype(np.float64)
+    h = convolve(change(swish(rms_norm(x, p["Norm_0"]))), p["Conv_0"])
+    condition = (swish(EMBEDDING) @ p["embedding"]["kernel"] + p["embedding"]["bias"])[:, None, None]
+    if film:
+        h = rms_norm(h, p["Norm_1"]) * (1 + condition[..., :4]) + condition[..., 4:]
+    else:
+        h = rms_norm(h + condition, p["Norm_1"])
+    np.testing.assert_allclose(y, (change(x) + convolve(swish(h), p["Conv_1"])) / np.sqrt(2), atol=1e-5)
+
+
+def test_dropout_acts_in_training_alone_and_by_its_key():
+    x, module = normal(2, 4, 4, 4), block(4, dropout=0.5)
+    _, params = apply(module, x, EMBEDDING, train=False)
+
+    def run(train: bool, seed: int) -> np.ndarray:
+        rngs = {"dropout": jax.random.key(seed)}
+        return np.asarray(module.apply({"params": params}, x, EMBEDDING, train, rngs=rngs))
+
+    np.testing.assert_array_equal(run(False, 0), run(False, 1))
+    np.testing.assert_array_equal(run(True, 0), run(True, 0))
+    assert np.abs(run(True, 0) - run(True, 1)).max() > 1e-3
+    assert np.abs(run(True, 0) - run(False, 0)).max() > 1e-3
+
+
+# ---- Attention
+
+
+@pytest.mark.parametrize("head_channels", [0, 4])
+def test_attention_against_numpy(head_channels):
+    x = normal(2, 3, 4, 8)
+    y, p = apply(blocks.Attention("pixel", jnp.dtype("float32"), head_channels), x, size=0.7)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
+    flat = rms_norm(x.astype(np.float64), p["Norm_0"]).reshape(2, 12, 8)
+    qkv = flat @ p["qkv"]["kernel"] + p["qkv"]["bias"]
+    heads = 8 // head_channels if head_channels else 1
+    query, key, value = (part.reshape(2, 12, heads, -1) for part in np.split(qkv, 3, axis=-1))
+    logits = np.einsum("bqhc,bkhc->bhqk", query, key) / np.sqrt(8 / heads)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    attended = np.einsum("bhqk,bkhc->bqhc", weights, value).reshape(2, 12, 8)
+    out = (attended @ p["out"]["kernel"] + p["out"]["bias"]).reshape(x.shape)
+    np.testing.assert_allclose(y, (x + out) / np.sqrt(2), atol=1e-5)
+
+
+def test_attention_does_not_know_where_a_pixel_is():
+    x, order = normal(2, 3, 4, 8), np.random.default_rng(3).permutation(12)
+    module = blocks.Attention("pixel", jnp.dtype("float32"))
+    y, params = apply(module, x, size=0.7)
+    shuffled = x.reshape(2, 12, 8)[:, order].reshape(x.shape)
+    y_shuffled = np.asarray(module.apply({"params": params}, shuffled)).reshape(2, 12, 8)
+    np.testing.assert_allclose(y_shuffled, np.asarray(y).reshape(2, 12, 8)[:, order], atol=1e-5)
+    others = x.copy()
+    others[:, 0, 0] += 1
+    assert np.abs(np.asarray(module.apply({"params": params}, others) - y)[:, 1:]).max() > 1e-4

@@ -1,0 +1,293 @@
+"""The U-Net by its gradients: what reaches what, in which precision, and what a fresh network says.
+
+Shape legend: B batch, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr3_jax.model import init_params
+from sr3_jax.nn.unet import UNet
+from tests import tiny
+
+SIDE = 8
+TWO_LEVELS = {"channels": 4, "multipliers": (1, 2), "num_blocks": (1, 1)}
+# Each option is on in one of them, and each layout has every input.
+NETWORKS = {
+    "biggan": UNet(**TWO_LEVELS, attention_levels=(1,), head_channels=4, num_classes=3, augment=True),
+    "efficient": UNet(
+        **TWO_LEVELS, layout="efficient", patch=2, norm="pixel", film=True, num_classes=3, augment=True
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def inputs(network: UNet, *, batch: int = 2, side: int = SIDE) -> tuple:
+    """y_t, gamma and cond, every field given."""
+    y_t, upsampled = normal(batch, side, side, 3), normal(batch, side, side, 3, seed=1)
+    cond = {
+        "upsampled": upsampled,
+        "label": np.arange(batch, dtype=np.int32) % 2,
+        "augment": np.linspace(0.2, 0.6, batch, dtype=np.float32),
+    }
+    return y_t, np.linspace(0.3, 0.9, batch, dtype=np.float32), cond
+
+
+@functools.cache
+def weights(network: UNet):
+    """Perturbed weights: no layer is zero, and no two are alike."""
+    shapes = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+    return tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), size=0.3)
+
+
+@functools.cache
+def gradients(network: UNet):
+    """The jitted (output [B,H,W,C], gradients) of a random projection of the output, by weights and all inputs."""
+    projection = normal(2, SIDE, SIDE, 3, seed=2)
+
+    def projected(params, y_t, gamma, upsampled, augment, label):
+        cond = {"upsampled": upsampled, "label": label, "augment": augment}
+        out = network.apply({"params": params}, y_t, gamma, cond)
+        return jnp.sum(out * projection), out
+
+    by_all = jax.jit(jax.grad(projected, argnums=(0, 1, 2, 3, 4), has_aux=True))
+
+    def run(params, y_t, gamma, cond):
+        grads, out = by_all(params, y_t, gamma, cond["upsampled"], cond["augment"], cond["label"])
+        return np.asarray(out), jax.device_get(grads)
+
+    return run
+
+
+# ---- What the network computes
+
+
+@pytest.mark.parametrize("layout", ["biggan", "efficient"])
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_output_has_the_shape_of_the_input_for_each_layout_and_patch(layout, patch):
+    network = UNet(**TWO_LEVELS, layout=layout, patch=patch)
+    assert network.stride == 2 * patch
+    params = weights(network)
+    y_t, gamma, cond = inputs(network, side=16)
+    out = jax.eval_shape(lambda p, *x: network.apply({"params": p}, *x), params, y_t, gamma, cond)
+    assert out.shape == y_t.shape and out.dtype == jnp.float32
+    assert params["input"]["kernel"].shape == (3, 3, 6 * patch**2, 4)
+    assert params["output"]["kernel"].shape == (3, 3, 4, 3 * patch**2)
+
+
+def test_a_fresh_network_says_zero():
+    network = UNet(channels=4, multipliers=(1,), num_blocks=(1,))
+    y_t, gamma, cond = inputs(network)
+
+    def fresh(key):
+        params = init_params(network, key)
+        return network.apply({"params": params}, y_t, gamma, cond), params
+
+    out, params = jax.jit(fresh)(jax.random.key(3))
+    np.testing.assert_array_equal(out, 0)
+    # Each block begins as its skip branch: its last convolution is zero, its first is not.
+    blocks = [part for name, part in params.items() if "Conv_1" in part]
+    assert len(blocks) == 5  # 1 down, 2 at the bottom, 2 up
+    for part in blocks:
+        np.testing.assert_array_equal(part["Conv_1"]["kernel"], 0)
+        assert np.abs(part["Conv_0"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(params["mid_attention"]["out"]["kernel"], 0)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_and_every_input_has_a_gradient(name):
+    network = NETWORKS[name]
+    y_t, gamma, cond = inputs(network)
+    _, (params, *by_input) = gradients(network)(weights(network), y_t, gamma, cond)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-4, jax.tree_util.keystr(path)
+    assert np.all(np.abs(params["label"]["embedding"]).max(1)[:2] > 0)  # the labels given
+    for field, grad in zip(("y_t", "gamma", "upsampled", "augment"), by_input, strict=True):
+        assert np.all(np.abs(grad).reshape(2, -1).max(1) > 1e-4), field
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_label_changes_the_output_of_its_example_alone(name):
+    network = NETWORKS[name]
+    y_t, gamma, cond = inputs(network)
+    run = gradients(network)
+    out, _ = run(weights(network), y_t, gamma, cond)
+    other, _ = run(weights(network), y_t, gamma, cond | {"label": np.array([0, 3], np.int32)})  # 3: no label
+    np.testing.assert_array_equal(out[0], other[0])
+    assert np.abs(out[1] - other[1]).max() > 1e-3
+
+
+def test_a_batch_is_its_examples_one_by_one():
+    network = NETWORKS["biggan"]
+    y_t, gamma, cond = inputs(network)
+    run, twice = gradients(network), np.array([1, 1])
+    out, _ = run(weights(network), y_t, gamma, cond)
+    same, _ = run(weights(network), y_t[twice], gamma[twice], {k: v[twice] for k, v in cond.items()})
+    np.testing.assert_allclose(same, out[twice], atol=1e-5)
+
+
+def test_without_a_strength_of_augmentation_it_is_zero():
+    network = NETWORKS["efficient"]
+    y_t, gamma, cond = inputs(network)
+    apply = jax.jit(lambda p, *x: network.apply({"params": p}, *x))
+    without = {name: value for name, value in cond.items() if name != "augment"}
+    zero = cond | {"augment": np.zeros(2, np.float32)}
+    np.testing.assert_allclose(
+        apply(weights(network), y_t, gamma, without), apply(weights(network), y_t, gamma, zero), atol=1e-6
+    )
+
+
+# ---- What training needs
+
+
+def test_remat_changes_nothing_but_memory():
+    network = NETWORKS["biggan"]
+    y_t, gamma, cond = inputs(network)
+    again = network.clone(remat=True)
+    assert jax.tree.structure(weights(again)) == jax.tree.structure(weights(network))  # checkpoints fit both
+    out, grads = gradients(network)(weights(network), y_t, gamma, cond)
+    out_again, grads_again = gradients(again)(weights(network), y_t, gamma, cond)
+    np.testing.assert_allclose(out_again, out, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads_again), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    count = sum(equation.primitive.name == "remat2" for equation in equations(trace(again)))
+    count += sum(equation.primitive.name == "checkpoint" for equation in equations(trace(again)))
+    assert count == len([name for name in weights(network) if name.startswith(("up", "down", "mid"))])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_dropout_in_training_alone(remat):
+    network = UNet(channels=4, multipliers=(1,), num_blocks=(1,), dropout=0.5, remat=remat, mid_attention=False)
+    y_t, gamma, cond = inputs(network)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(train, seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return network.apply({"params": weights(network)}, y_t, gamma, cond, train=train, rngs=rngs)
+
+    quiet = run(False, 0)
+    np.testing.assert_array_equal(quiet, run(False, 1))
+    assert np.abs(run(True, 0) - run(True, 1)).max() > 1e-3
+    assert np.abs(run(True, 0) - quiet).max() > 1e-3
+
+
+# ---- Precision
+
+
+def equations(jaxpr) -> Iterator:
+    """Every equation of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def trace(network: UNet):
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights(network))
+    return jax.make_jaxpr(lambda p, *x: network.apply({"params": p}, *x))(params, *inputs(network)).jaxpr
+
+
+@pytest.mark.parametrize("layout", ["biggan", "efficient"])
+@pytest.mark.parametrize("norm", ["group", "pixel"])
+def test_bfloat16_of_activations_and_float32_where_digits_count(layout, norm):
+    network = NETWORKS["biggan"].clone(dtype="bfloat16", layout=layout, norm=norm, film=norm == "pixel")
+    found: dict[str, list] = {}
+    for equation in equations(trace(network)):
+        if equation.invars and hasattr(equation.invars[0].aval, "dtype"):
+            found.setdefault(equation.primitive.name, []).append(equation)
+
+    convolutions = [tuple(str(v.aval.dtype) for v in e.invars) for e in found["conv_general_dilated"]]
+    assert len(convolutions) > 8
+    assert convolutions[-1] == ("float32", "float32")
+    assert set(convolutions[:-1]) == {("bfloat16", "bfloat16")}
+
+    def kinds(*names: str) -> set[str]:
+        return {str(e.invars[0].aval.dtype) for name in names for e in found.get(name, [])}
+
+    assert kinds("exp") == {"float32"}  # softmax
+    assert kinds("rsqrt", "sqrt") == {"float32"}  # norms
+    assert kinds("cos", "sin", "log", "log1p") == {"float32"}  # the noise level
+    # Sums over pixels or channels: norms and softmax. (One in bfloat16 would lose whole units above 256.)
+    assert kinds("reduce_sum") <= {"float32"}
+    # Big arrays between the parts are in bfloat16: no convolution's input was widened and narrowed for nothing.
+    assert str(found["concatenate"][-1].invars[0].aval.dtype) == "bfloat16"  # the last skip connection
+
+    y_t, gamma, cond = inputs(network)
+    out = jax.eval_shape(lambda p, *x: network.apply({"params": p}, *x), weights(network), y_t, gamma, cond)
+    assert out.dtype == jnp.float32
+    fresh = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_stays_near_float32():
+    network = NETWORKS["efficient"]
+    y_t, gamma, cond = inputs(network)
+    out, _ = gradients(network)(weights(network), y_t, gamma, cond)
+    half = network.clone(dtype="bfloat16")
+    rough = jax.jit(lambda p, *x: half.apply({"params": p}, *x))(weights(network), y_t, gamma, cond)
+    error = np.sqrt(np.mean((np.asarray(rough) - out) ** 2)) / out.std()
+    assert 1e-4 < error < 0.05
+
+
+# ---- Where a pixel reaches
+
+
+def reach(norm: str) -> np.ndarray:
+    """[W] how much the middle of the output's left edge depends on each column of the input."""
+    network = UNet(
+        channels=4, multipliers=(1,), num_blocks=(1,), norm=norm, layout="efficient", mid_attention=False
+    )
+    height, width = 3, 24
+    y_t, upsampled = normal(1, height, width, 3), normal(1, height, width, 3, seed=1)
+    gamma, params = np.full(1, 0.5, np.float32), weights(network)
+
+    @jax.jit
+    def corner(y_t):
+        return network.apply({"params": params}, y_t, gamma, {"upsampled": upsampled})[0, 1, 0, 0]
+
+    return np.abs(jax.grad(corner)(y_t)).max((0, 1, 3))
+
+
+def test_pixel_norm_keeps_a_pixel_to_its_receptive_field_and_group_norm_does_not():
+    # 10 convolutions of 3x3: input, two in each of four blocks, output.
+    columns = reach("pixel")
+    assert np.all(columns[:11] > 0)
+    np.testing.assert_array_equal(columns[11:], 0)
+    assert np.all(reach("group") > 0)
+
+
+# ---- What is refused
+
+
+def test_a_size_off_the_stride_is_refused_with_the_stride():
+    network = UNet(**TWO_LEVELS, patch=4)
+    y_t, gamma, cond = inputs(network, side=12)
+    with pytest.raises(ValueError, match="multiples of 8, got 12x12; pad the image or use fewer levels"):
+        jax.eval_shape(lambda *x: network.apply({"params": weights(network)}, *x), y_t, gamma, cond)
+
+
+def test_a_missing_label_is_refused():
+    network = NETWORKS["biggan"]
+    y_t, gamma, cond = inputs(network)
+    del cond["label"]
+    with pytest.raises(ValueError, match=r"num_classes=3 but the condition has no label; .* 3 for 'no label'"):
+        jax.eval_shape(lambda *x: network.apply({"params": weights(network)}, *x), y_t, gamma, cond)
