@@ -100,6 +100,7 @@ class Model:
         Raises:
             UserError: `steps` or `solver` is out of range, or the model is of labelled pictures.
             ValueError: the images are not uint8 [B,h,w,3].
+            FloatingPointError: the network's output is not finite: a black picture is never returned for one.
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
@@ -115,7 +116,7 @@ class Model:
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
         name = self.solver if solver is None else solver
         schedule = inference_grid(self.schedule, self.steps if steps is None else steps, name)
-        output = _upscale(
+        output, finite = _upscale(
             self.params,
             padded,
             key,
@@ -126,6 +127,10 @@ class Model:
             space=self.space,
             scale=self.scale,
         )
+        if not finite:
+            raise FloatingPointError(
+                f"model {self.name} gave values that are not finite; try other steps or another solver, and float32"
+            )
         return np.asarray(output)[:, : height * self.scale, : width * self.scale]
 
 
@@ -147,7 +152,7 @@ def _upscale(
     kind: Kind,
     space: Space,
     scale: int,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     cond = condition(to_unit(images), scale)
     whole = functools.partial(_denoise, network, params)
     denoiser = tiled(whole, tile=TILE, overlap=OVERLAP, stride=network.stride)
@@ -155,7 +160,7 @@ def _upscale(
     samples = sample(
         denoiser, key, cond, shape=shape, schedule=schedule, solver=solver, kind=kind, space=space
     )
-    return to_uint8(samples.image)
+    return to_uint8(samples.image), jnp.all(jnp.isfinite(samples.image))
 
 
 def _bucket(side: int, unit: int) -> int:
