@@ -44,7 +44,7 @@ PY
 "$sr3" upscale "$here/kingfisher_low_res.png" -o "$here/kingfisher_4x.png" --model photo_4x
 
 echo
-echo "== 2 of 3: train configs/photos_4x_small.py for $minutes minutes"
+echo "== 2 of 3: train configs/photos_4x_small.py for $minutes min"
 "$sr3" train --config=configs/photos_4x_small.py --workdir="$here/run" --config.train.minutes="$minutes"
 
 echo
@@ -54,6 +54,6 @@ echo "== 3 of 3: compare on the test photographs"
 cp "$here"/*.png "$here"/evaluation/*.png "$out/"
 echo
 echo "Pictures: $(cd "$out" && echo *.png) in $out"
-echo "This run: $here (train on: $sr3 train --config=configs/photos_4x_small.py --workdir=$here/run)"
+echo "This run: $here (to train it longer: $sr3 train --config=configs/photos_4x_small.py --workdir=$here/run)"
 echo "Your own pictures: $sr3 upscale PICTURE_OR_FOLDER -o OUT"
 echo "Took $((SECONDS / 60)) min $((SECONDS % 60)) s"
