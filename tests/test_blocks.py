@@ -62,7 +62,9 @@ def levels() -> np.ndarray:
 
 def test_log_snr_features_tell_the_levels_apart_where_raw_gamma_does_not(levels):
     features = np.asarray(blocks.log_snr_features(jnp.asarray(levels), 64))
-    raw = np.asarray(blocks.sinusoidal(jnp.asarray(levels), 64, 1e-4, 1.0))  # the usual port's: gamma as it is
+    raw = np.asarray(
+        blocks.sinusoidal(jnp.asarray(levels), 64, 1e-4, 1.0)
+    )  # the usual port's: gamma as it is
     assert effective_rank(raw) < 1.5
     assert effective_rank(features) > 10
 

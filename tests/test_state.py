@@ -1,0 +1,102 @@
+"""The state of training: how it starts, where its arrays lie on the mesh, and the moving average's law."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as Spec
+
+from sr3_jax import parallel
+from sr3_jax.train.state import abstract_state, create_state, start_from, update_ema
+from tests import tiny
+
+OPTIMIZER = optax.adam(1e-3)
+MESHES = [(8, 1), (1, 8), (2, 4)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture
+def small_arrays_are_split(monkeypatch):
+    monkeypatch.setattr(parallel, "FSDP_MIN_BYTES", 1000)
+
+
+def init_params(key):
+    return {"kernel": jax.random.normal(key, (3, 16, 32)), "bias": jnp.full((16,), 0.5)}
+
+
+def flat(tree) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize(("data", "fsdp"), MESHES)
+def test_each_large_array_is_made_in_its_parts_and_the_values_are_those_of_any_mesh(
+    data, fsdp, small_arrays_are_split
+):
+    state = create_state(init_params, OPTIMIZER, jax.random.key(7), parallel.make_mesh(data=data, fsdp=fsdp))
+    kernels = [leaf for path, leaf in flat(state).items() if "kernel" in path]
+    assert len(kernels) == 4  # weights, their average, Adam's two moments
+    for leaf in kernels:
+        assert leaf.sharding.spec == (Spec(None, None, "fsdp") if fsdp > 1 else Spec())
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(3, 16, 32 // fsdp)}
+    for path, leaf in flat(state).items():
+        assert "kernel" in path or leaf.sharding.is_fully_replicated, path
+
+    wanted = jax.jit(init_params)(jax.random.key(7))
+    for name in wanted:
+        np.testing.assert_array_equal(state.params[name], wanted[name])
+        np.testing.assert_array_equal(state.ema_params[name], wanted[name])
+    assert state.step.dtype == jnp.int32 and int(state.step) == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_abstract_state_is_the_state_without_an_array(small_arrays_are_split):
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    state = create_state(init_params, OPTIMIZER, jax.random.key(0), mesh)
+    abstract = abstract_state(init_params, OPTIMIZER, mesh)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert not isinstance(wanted, jax.Array)
+        assert (wanted.shape, wanted.dtype, wanted.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_given_weights_start_a_state_of_their_own(host, small_arrays_are_split):
+    given = jax.jit(init_params)(jax.random.key(3))
+    given = jax.device_get(given) if host else given
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    state = start_from(given, OPTIMIZER, mesh)
+    for tree in (state.params, state.ema_params):
+        for name in given:
+            np.testing.assert_array_equal(tree[name], given[name])
+    assert int(state.step) == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract_state(init_params, OPTIMIZER, mesh))]
+    assert [leaf.sharding for leaf in jax.tree.leaves(state)] == shardings
+    # Each array is its own: donating the state must not take the weights, or one of their copies, with it.
+    jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(state)
+    assert np.isfinite(given["kernel"]).all()
+
+
+def test_the_moving_average_warms_up_and_then_keeps_its_decay():
+    generator, decay = np.random.default_rng(0), 0.9
+    params = [generator.standard_normal(5).astype(np.float32) for _ in range(200)]
+    average = wanted = generator.standard_normal(5).astype(np.float32)
+    update = jax.jit(lambda ema, new, step: update_ema({"w": ema}, {"w": new}, step, decay)["w"])
+    for step, new in enumerate(params):
+        average = update(average, new, jnp.int32(step))
+        keep = min(decay, (1 + step) / (10 + step))
+        wanted = keep * np.asarray(wanted, np.float64) + (1 - keep) * new
+        if step in (0, 1, 10, 79, 80, 81, 199):  # (1 + step) / (10 + step) is 0.9 at step 80
+            np.testing.assert_allclose(average, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_moving_average_of_equal_weights_is_the_weights_to_the_bit():
+    weights = {"w": np.random.default_rng(1).standard_normal(100).astype(np.float32)}
+    np.testing.assert_array_equal(update_ema(weights, weights, jnp.int32(5), 0.9999)["w"], weights["w"])

@@ -1,0 +1,263 @@
+"""The training step: what it sees, that it learns, and that it is the same on any mesh and in parts.
+
+Shape legend: B batch, A accumulation. The optimiser has a large eps, so that its updates are smooth in the gradient
+and rounding stays rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+from PIL import Image as PillowImage
+
+from sr3_jax import experiment, parallel
+from sr3_jax.train.state import start_from
+from sr3_jax.train.step import batch_losses, make_pair, make_train_step
+from tests import tiny
+
+OPTIMIZER = optax.adam(0.03, eps=1e-2)
+DECAY = 0.9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def objective():
+    return experiment.read(tiny.config()).objective
+
+
+@pytest.fixture(scope="module")
+def params(objective):
+    key = jax.random.key(0)
+    return tiny.perturbed(jax.device_get(jax.jit(experiment.read(tiny.config()).init_params)(key)))
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """uint8 [8,16,16,3], smooth."""
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 5, 5, 3), dtype=np.uint8)
+    resize = PillowImage.Resampling.BICUBIC
+    return np.stack([np.asarray(PillowImage.fromarray(one).resize((16, 16), resize)) for one in coarse])
+
+
+class Run:
+    """A compiled step on a mesh."""
+
+    def __init__(self, objective, params, mesh: Mesh, *, rows: int = 8, **options) -> None:
+        self.mesh, self.params = mesh, params
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state())
+        step = jax.jit(
+            make_train_step(objective, OPTIMIZER, ema_decay=DECAY, **options),
+            out_shardings=(shardings, parallel.replicated(mesh)),
+            donate_argnums=0,
+        )
+        image = jax.ShapeDtypeStruct((rows, 16, 16, 3), np.uint8, sharding=parallel.batch_sharding(mesh))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        self.compiled = step.lower(self.state(), {"image": image}, key).compile()
+
+    def state(self, step: int = 0):
+        state = start_from(self.params, OPTIMIZER, self.mesh)
+        return dataclasses.replace(state, step=jax.device_put(jnp.int32(step), state.step.sharding))
+
+    def batch(self, images: np.ndarray):
+        return parallel.to_global({"image": images}, self.mesh)
+
+    def __call__(self, images: np.ndarray, *, seed: int = 1, step: int = 0, count: int = 1):
+        """The state on the host, and the metrics of each step, after `count` steps."""
+        state, metrics = self.state(step), []
+        for _ in range(count):
+            state, values = self.compiled(state, self.batch(images), jax.random.key(seed))
+            metrics.append(jax.device_get(values))
+        return jax.device_get(state), metrics
+
+
+@pytest.fixture(scope="module")
+def one_device(objective, params) -> Run:
+    devices = np.array(jax.devices()[:1]).reshape(1, 1)
+    return Run(objective, params, Mesh(devices, parallel.AXES, axis_types=(AxisType.Auto,) * 2))
+
+
+@pytest.fixture(scope="module")
+def eight_devices(objective, params) -> Run:
+    return Run(objective, params, parallel.make_mesh())
+
+
+@pytest.fixture(scope="module")
+def sharded(objective, params):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "FSDP_MIN_BYTES", 64)
+        run = Run(objective, params, parallel.make_mesh(data=2, fsdp=4))
+        yield run
+
+
+# ---- What the network is given
+
+
+def test_the_condition_is_made_from_the_crop_as_pillow_would(images):
+    target, cond = jax.jit(make_pair, static_argnums=1)({"image": images, "label": np.arange(8)}, 4)
+    np.testing.assert_allclose(target, images / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(cond["label"], np.arange(8))
+    bicubic = PillowImage.Resampling.BICUBIC
+
+    def resize(image: np.ndarray, side: int) -> np.ndarray:
+        return np.asarray(PillowImage.fromarray(image.astype(np.float32)).resize((side, side), bicubic))
+
+    for index in range(len(images)):
+        for channel in range(3):
+            low_res = np.clip(
+                np.round(resize(images[index, ..., channel], 4)), 0, 255
+            )  # a picture file's levels
+            upsampled = 127.5 * (np.asarray(cond["upsampled"][index, ..., channel]) + 1)
+            np.testing.assert_allclose(upsampled, resize(low_res, 16), atol=0.02)
+
+
+def test_the_loss_gives_the_network_the_noisy_target_and_the_condition_of_its_own_crop(objective, images):
+    seen = {}
+
+    class Spy:
+        def apply(self, variables, y_t, gamma, cond, *, train, rngs):
+            seen.update(y_t=y_t, gamma=gamma, cond=cond, train=train, params=variables["params"])
+            seen["mask"] = jax.random.bernoulli(rngs["dropout"], shape=(64,))
+            return jnp.zeros_like(y_t)
+
+    spied = dataclasses.replace(objective, network=Spy())
+    batch = {"image": images, "label": np.arange(8, dtype=np.int32)}
+    losses = batch_losses("weights", batch, jax.random.key(0), objective=spied, train=True)
+    assert losses.shape == (8,) and losses.dtype == jnp.float32
+    assert seen["train"] is True and seen["params"] == "weights"
+    target, cond = make_pair(batch, 4)
+    for name in ("upsampled", "label"):
+        np.testing.assert_array_equal(seen["cond"][name], cond[name])
+    # y_t = sqrt(gamma) z0 + sqrt(1 - gamma) eps with unit eps, and the loss is the mean square of v.
+    gamma = np.asarray(seen["gamma"])[:, None, None, None]
+    z0 = 4.0 * np.asarray(target - cond["upsampled"])  # the tiny config's residual space
+    eps = (seen["y_t"] - np.sqrt(gamma) * z0) / np.sqrt(1 - gamma)
+    noisy = (1 - gamma).ravel() > 0.01  # elsewhere rounding is divided by almost nothing
+    assert abs(eps[noisy].std() - 1) < 0.1 and abs(eps[noisy].mean()) < 0.1
+    v = np.sqrt(gamma) * eps - np.sqrt(1 - gamma) * z0
+    np.testing.assert_allclose(losses[noisy], (v**2).mean((1, 2, 3))[noisy], rtol=1e-3)
+
+    first = np.asarray(seen["mask"])
+    batch_losses("weights", batch, jax.random.key(1), objective=spied, train=False)
+    assert seen["train"] is False and np.any(first != seen["mask"])  # dropout's key follows the step's
+
+
+# ---- What a step does
+
+
+def test_overfitting_one_batch_lowers_the_loss(eight_devices, images):
+    _, metrics = eight_devices(images, count=60)
+    losses = [values["loss"] for values in metrics]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_first_step_in_full(eight_devices, objective, params, images):
+    """Its gradient is that of the mean loss at fold_in(key, step); then the optimiser; then the moving average."""
+
+    def loss(params, key):
+        return jnp.mean(batch_losses(params, {"image": images}, key, objective=objective, train=True))
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, jax.random.fold_in(jax.random.key(1), 5))
+    updates, opt_state = OPTIMIZER.update(grads, OPTIMIZER.init(params), params)
+    wanted = optax.apply_updates(params, updates)
+    state, [metrics] = eight_devices(images, seed=1, step=5)
+    assert state.step == 6
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    near(state.params, wanted)
+    near(state.opt_state, opt_state)
+    # the decay of the sixth update is (1 + 5) / (10 + 5)
+    near(state.ema_params, jax.tree.map(lambda old, new: 0.4 * old + 0.6 * new, params, wanted))
+
+
+def near(tree, wanted, atol: float = 2e-5) -> None:
+    for (path, leaf), want in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(wanted), strict=True
+    ):
+        np.testing.assert_allclose(leaf, want, rtol=1e-4, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def same_bits(tree, wanted) -> bool:
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images):
+    state, metrics = eight_devices(images, seed=1, step=3)
+    again, metrics_again = eight_devices(images, seed=1, step=3)
+    assert same_bits((state, metrics), (again, metrics_again))
+    for other in ({"seed": 2, "step": 3}, {"seed": 1, "step": 4}):
+        assert eight_devices(images, **other)[1][0]["loss"] != metrics[0]["loss"]
+    assert eight_devices(images[::-1].copy(), seed=1, step=3)[1][0]["loss"] != metrics[0]["loss"]
+
+
+# ---- On any mesh
+
+
+def test_one_device_eight_devices_and_sharded_weights_do_the_same(one_device, eight_devices, sharded, images):
+    state, metrics = one_device(images, count=3)
+    for run in (eight_devices, sharded):
+        other, other_metrics = run(images, count=3)
+        near(other, state)
+        near(other_metrics, metrics)
+
+
+def test_sharded_weights_stay_in_their_parts_and_the_batch_in_its_own(sharded, images):
+    state, _ = sharded.compiled(sharded.state(), sharded.batch(images), jax.random.key(0))
+    split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
+    divisible = [leaf for leaf in jax.tree.leaves(sharded.params) if leaf.nbytes >= 64]
+    assert len(split) == 4 * len(divisible) > 4 * 10  # weights, their average, Adam's two moments
+    for leaf in split:
+        assert {np.prod(shard.data.shape) for shard in leaf.addressable_shards} == {leaf.size // 4}
+    program = sharded.compiled.as_text()
+    assert "all-gather(" in program
+    # Every forward convolution of 8x8 pixels works on this device's one example, never on the whole batch.
+    rows = re.findall(r"f32\[(\d+),8,8,\d+\]\S* convolution\(", program)
+    assert len(rows) > 10 and set(rows) == {"1"}
+
+
+@pytest.mark.parametrize("name", ["eight_devices", "sharded"])
+def test_the_old_state_is_donated_whole(name, images, request):
+    run = request.getfixturevalue(name)
+    old = run.state()
+    new, _ = run.compiled(old, run.batch(images), jax.random.key(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(new))
+    assert run.compiled.memory_analysis().alias_size_in_bytes == held
+
+
+# ---- In parts
+
+
+def test_accumulation_is_the_mean_of_the_parts_every_second_row_each(objective, params, images):
+    images = np.concatenate([images, 255 - images])
+    run = Run(objective, params, parallel.make_mesh(), rows=16, accumulation=2)
+    state, [metrics] = run(images, seed=4)
+
+    @jax.jit
+    def part(params, rows, key):
+        def loss(params):
+            return jnp.mean(batch_losses(params, {"image": rows}, key, objective=objective, train=True))
+
+        return jax.value_and_grad(loss)(params)
+
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(4), 0), 2)
+    parts = [part(params, images[start::2], keys[start]) for start in range(2)]
+    value, grads = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    updates, _ = OPTIMIZER.update(grads, OPTIMIZER.init(params), params)
+    near(state.params, optax.apply_updates(params, updates))
+    rows = re.findall(r"f32\[(\d+),8,8,\d+\]\S* convolution\(", run.compiled.as_text())
+    assert rows and set(rows) == {"1"}  # of the 8 rows of a part each device has one
