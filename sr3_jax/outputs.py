@@ -46,7 +46,7 @@ def from_json(scores: Mapping[str, float | None]) -> Scores:
 
 def file_name(name: str, taken: set[str]) -> str:
     """`name` as a file's name that is fit for any system and not yet in `taken`, to which it is added."""
-    clean = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_")[:80] or "picture"
+    clean = re.sub(r"[^\w-]+", "_", name).strip("_")[:60] or "picture"  # 60 letters are at most 240 bytes
     result, number = clean, 2
     while result.lower() in taken:  # some file systems do not tell A from a
         result, number = f"{clean}_{number}", number + 1

@@ -80,7 +80,7 @@ def protocol(evaluation: Mapping[str, Any], *, source: str | None = None) -> lis
 def models(evaluation: Mapping[str, Any]) -> list[str]:
     """One line a model: what it is and the digest that proves it."""
     return [
-        f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters'] / 1e6:.2f} million weights, "
+        f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters']:,} weights, "
         f"sha256 {model['sha256'][:16]}."
         for model in evaluation["models"]
     ]
