@@ -69,7 +69,7 @@ def upscale_files(
     A result depends on the picture's pixels, the model, `steps`, `solver`, `seed` and `batch_size` alone:
     each picture gets the key of `seed` itself, and a batch that is not full is filled up with copies, since
     another batch shape is another compiled program, which may round differently. So a `batch_size` above 1
-    pays for folders of pictures of one size. (A batch too large for the device is tried again one by one.)
+    pays for folders of pictures of one size. (Only a batch too large for the device is done one by one.)
 
     Existing targets are skipped unless `overwrite`. `on_result(job, failure)` is called in this thread after
     each picture, failure None if it is written. Raises UserError for what would fail every picture alike,
@@ -178,12 +178,19 @@ def _outputs(
     except UserError:
         raise
     except Exception as error:  # device, compiler and network each fail in their own way
-        if batch_size > 1:
-            return [output for image in images for output in _outputs(run, [image], 1)]
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        memory = (
+            isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+        )
+        if memory and batch_size > 1:
+            return [output for image in images for output in _outputs(run, [image], 1)]
+        if not memory and len(images) > 1:  # one of them is to blame; the others keep their batch shape
+            return [output for image in images for output in _outputs(run, [image], batch_size)]
+        if memory:
             return ["needs more memory than the device has"]
-        return [f"failed in the model ({type(error).__name__}: {text[:160]})"]
+        return [
+            text if isinstance(error, FloatingPointError) else f"failed: {type(error).__name__}: {text[:160]}"
+        ]
 
 
 def _write(target: Path, picture: Picture, rgb: np.ndarray) -> None:

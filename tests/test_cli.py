@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tiny
 from hostile import encode, pixels
 from stand_in import StandIn
 
 import sr3_jax
 from sr3_jax import cli, model
+from sr3_jax.checkpoint import export
 from sr3_jax.cli.main import commands, main
+from sr3_jax.experiment import complete
 from sr3_jax.pictures import read_rgb
 
 # As sr3_jax.pictures itself asks for on import, which pytest undoes.
@@ -127,16 +132,21 @@ def test_interrupts_and_closed_pipes_end_quietly(command, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_closed_pipe_in_truth():
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_closed_pipe_in_truth(buffered):
     """`sr3 --help | true`: no traceback, not even from the interpreter's last flush."""
     run = subprocess.Popen(
-        [sys.executable, "-m", "sr3_jax", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-m", "sr3_jax", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"},
     )
     assert run.stdout is not None
     run.stdout.close()
     assert run.stderr is not None
     assert run.stderr.read() == b""
-    assert run.wait() in (0, 141)
+    assert run.wait() == 141
 
 
 def test_our_log_is_plain_sentences_on_stderr(command, capsys):
@@ -209,6 +219,29 @@ def test_a_models_complaint_is_the_users(folder, stand_in, capsys):
     assert capsys.readouterr().err.endswith("sr3 upscale: solver must be one of ddim, heun, got 'x'\n")
 
 
+def test_names_reach_a_terminal_that_knows_ascii_alone(folder, stand_in, monkeypatch):
+    (folder / "in" / "sub" / "deep.png").rename(folder / "in" / "sub" / "d\u00e9\u00e8p.png")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["upscale", str(folder / "in"), "-o", str(folder / "out")]) == 0
+    assert rb"d\xe9\xe8p.png: 16 bits" in out.buffer.getvalue()
+
+
+def test_a_folder_that_cannot_be_listed_is_a_failure(folder, stand_in, capsys, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert main(["upscale", str(folder / "in"), "-o", str(folder / "out")]) == 1
+    captured = capsys.readouterr()
+    assert f"{folder / 'in' / 'sub'}: permission denied\n" in captured.err
+    assert captured.out.splitlines()[-1] == "1 done, 0 skipped (already there), 1 failed"
+
+
 def test_ctrl_c_keeps_what_is_done(folder, stand_in, capsys):
     def before(images):
         if len(stand_in.calls) == 2:
@@ -219,3 +252,20 @@ def test_ctrl_c_keeps_what_is_done(folder, stand_in, capsys):
     assert main(arguments) == 130
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 done, 1 skipped (already there), 0 failed"
+
+
+def test_a_real_model_end_to_end(folder, capsys):
+    """An exported network of a few weights: odd sizes, and the same bytes however often and wherever."""
+    config = complete(tiny.config())
+    network = model.build_network(config["model"])
+    shapes = jax.eval_shape(lambda key: model.init_params(network, key), jax.random.key(0))
+    params = tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
+    export(folder / "tiny.safetensors", params, config)
+    (folder / "in" / "odd.png").write_bytes(encode(pixels(9, 13), "PNG"))
+    options = ["--model", str(folder / "tiny.safetensors"), "--steps", "2"]
+    assert main(["upscale", str(folder / "in"), "-o", str(folder / "one"), *options]) == 0
+    assert main(["upscale", str(folder / "in" / "odd.png"), "-o", str(folder / "two.png"), *options]) == 0
+    assert read_rgb(folder / "two.png").shape == (36, 52, 3)
+    assert (folder / "two.png").read_bytes() == (folder / "one" / "odd.png").read_bytes()
+    assert main(["upscale", str(folder / "in"), "-o", str(folder / "three"), *options, "--solver", "x"]) == 2
+    assert "solver must be one of" in capsys.readouterr().err

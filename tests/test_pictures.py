@@ -80,6 +80,9 @@ def test_no_cut_is_read_as_something_else():
             except PictureError:
                 refused += 1
         assert refused > 40, kind
+    with pytest.raises(PictureError) as caught:
+        read_picture(encode(smooth, "JPEG")[:-40])
+    assert str(caught.value) == "is truncated"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -251,25 +251,35 @@ def test_what_the_model_cannot_do_is_named_and_the_others_go_on(tmp_path):
     pictures = {f"{i}.png": pixels(8, 9, seed=i) for i in range(6)}
 
     def before(images: np.ndarray) -> None:
-        if len(images) > 1:
-            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes")
-        if (images[0] == pictures["2.png"]).all():
-            raise FloatingPointError("output is not\nfinite")
-        if (images[0] == pictures["4.png"]).all():
-            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes")
+        if (images == pictures["2.png"]).all(axis=(1, 2, 3)).any():
+            raise FloatingPointError("gave values that are\nnot finite")
+        if (images == pictures["4.png"]).all(axis=(1, 2, 3)).any():
+            raise RuntimeError("INTERNAL: dice")
 
-    jobs, told = jobs_of(tmp_path, pictures), []
-    outcome = upscale_files(
-        StandIn(before=before), jobs, batch_size=3, on_result=lambda *one: told.append(one)
-    )
+    jobs, told, model = jobs_of(tmp_path, pictures), [], StandIn(before=before)
+    outcome = upscale_files(model, jobs, batch_size=3, on_result=lambda *one: told.append(one))
     assert dict(outcome.failed) == {
-        jobs[2].source: "failed in the model (FloatingPointError: output is not finite)",
-        jobs[4].source: "needs more memory than the device has",
+        jobs[2].source: "gave values that are not finite",
+        jobs[4].source: "failed: RuntimeError: INTERNAL: dice",
     }
     assert [path.name for path in outcome.done] == ["0.png", "1.png", "3.png", "5.png"]
     assert all(path.exists() for path in outcome.done)
+    assert {shape[0] for shape, _, _ in model.calls} == {3}, "another batch shape, other bits"
     assert {job for job, _ in told} == set(jobs)
     assert {job.source: failure for job, failure in told if failure} == dict(outcome.failed)
+
+
+def test_a_batch_too_large_for_the_device_is_done_one_by_one(tmp_path):
+    pictures = {f"{i}.png": pixels(8, 9, seed=i) for i in range(4)}
+
+    def before(images: np.ndarray) -> None:
+        if len(images) > 1 or (images == pictures["2.png"]).all():
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes")
+
+    jobs = jobs_of(tmp_path, pictures)
+    outcome = upscale_files(StandIn(before=before), jobs, batch_size=4)
+    assert outcome.failed == ((jobs[2].source, "needs more memory than the device has"),)
+    assert [path.name for path in outcome.done] == ["0.png", "1.png", "3.png"]
 
 
 def test_unreadable_and_unwritable_pictures_are_named(tmp_path):
@@ -288,8 +298,10 @@ def test_unreadable_and_unwritable_pictures_are_named(tmp_path):
         Job(put(tmp_path / "in" / "long.png", pixels(1, 9000)), tmp_path / "out" / "long.webp"),
         Job(jobs[0].source, put(tmp_path / "file", b"") / "a.png"),
     ]
-    outcome = upscale_files(StandIn(), jobs)
+    model = StandIn()
+    outcome = upscale_files(model, jobs)
     failed = dict(outcome.failed)
+    assert len(model.calls) == 3, "what cannot be written is given to the model all the same"
     assert [path.name for path in outcome.done] == ["a.png", "z.png"]
     assert "not a picture" in failed[tmp_path / "in" / "bad.png"]
     assert "truncated" in failed[tmp_path / "in" / "cut.jpg"]
