@@ -182,6 +182,8 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
                 raise UserError(
                     f"{path} is a safetensors file but not an sr3_jax model; make one with sr3 export"
                 )
+            if "config" not in metadata:
+                raise UserError(f"{path} carries no config; make it again with sr3 export")
             for name in file.keys():  # noqa: SIM118, it is no dict
                 *parents, leaf = name.split(".")
                 branch = params
@@ -191,13 +193,11 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
         return params, json.loads(metadata["config"])
     except UserError:
         raise
-    except KeyError:
-        raise UserError(f"{path} carries no config; make it again with sr3 export") from None
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise UserError(f"{path} cannot be read as a model ({_first_line(error)})") from None
 
 
 def _first_line(error: Exception) -> str:
     """What is wrong, in one line; Orbax puts its reason last, after 'Error details:'."""
-    text = str(error).rpartition("Error details:")[2] or type(error).__name__
-    return text.strip().splitlines()[0][:200]
+    text = str(error).rpartition("Error details:")[2].strip() or type(error).__name__
+    return text.splitlines()[0][:200]
