@@ -26,6 +26,7 @@ DEFAULTS: Mapping[str, Any] = {
         "num_classes": 0,
         "augment": False,
         "remat": False,
+        "gated_skip": False,
         "dtype": "float32",  # or bfloat16
     },
     "diffusion": {

@@ -46,13 +46,13 @@ def sample(
         snapshots: keep y_t after every that many steps; 0 keeps none. Only these are held in memory.
 
     Raises:
-        ValueError: `key` is neither one key nor one an example; `snapshots` is negative.
+        ValueError: `key` is neither one key nor one an example; `snapshots` is negative or above N.
     """
     batch_size, num_steps = shape[0], schedule.num_steps
     if key.shape not in ((), (batch_size,)):
         raise ValueError(f"key must be one key or {batch_size} keys, got shape {key.shape}")
-    if snapshots < 0:
-        raise ValueError(f"snapshots must be 0 or more steps, got {snapshots}")
+    if not 0 <= snapshots <= num_steps:
+        raise ValueError(f"snapshots must be from 0 to the {num_steps} steps, got {snapshots}")
 
     def denoise(y: jax.Array, gamma: jax.Array) -> jax.Array:
         level = jnp.full((batch_size,), gamma)
@@ -65,13 +65,14 @@ def sample(
             return jax.random.normal(keys, shape)
         return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
 
-    start, rest = _split(key, 2)  # so that y_T is the same for every solver and number of steps
+    start, rest = _pair(key)  # so that y_T is the same for every solver and number of steps
     carry, table = solver.init(schedule, noise(start))
     kept = jnp.zeros((num_steps // snapshots, *shape)) if snapshots else None
 
     def body(state: tuple[Carry, jax.Array | None], row: tuple) -> tuple[tuple, None]:
-        (carry, kept), (index, step_key, coefficients) = state, row
-        carry = solver.step(denoise, carry, None if step_key is None else noise(step_key), coefficients)
+        (carry, kept), (index, coefficients) = state, row
+        z = noise(_of_step(rest, index)) if solver.stochastic else None
+        carry = solver.step(denoise, carry, z, coefficients)
         if kept is not None:
             done = index + 1
             # A step that is not kept writes past the end, where 'drop' ignores it.
@@ -79,13 +80,19 @@ def sample(
             kept = kept.at[slot].set(space.decode(carry.y, cond), mode="drop")
         return (carry, kept), None
 
-    rows = (jnp.arange(num_steps), _split(rest, num_steps) if solver.stochastic else None, table)
+    rows = (jnp.arange(num_steps), table)
     (carry, kept), _ = jax.lax.scan(body, (carry, kept), rows)
     return Samples(jnp.clip(space.decode(carry.y, cond), -1.0, 1.0), kept)
 
 
-def _split(key: Key, count: int) -> Key:
-    """[count] keys from one key, or [count, B] from [B] keys."""
+def _pair(key: Key) -> tuple[Key, Key]:
+    """Two keys from one, or two [B] from [B]."""
     if key.ndim == 0:
-        return jax.random.split(key, count)
-    return jnp.swapaxes(jax.vmap(lambda one: jax.random.split(one, count))(key), 0, 1)
+        return tuple(jax.random.split(key))
+    return jax.vmap(lambda one: tuple(jax.random.split(one)))(key)
+
+
+def _of_step(key: Key, index: jax.Array) -> Key:
+    if key.ndim == 0:
+        return jax.random.fold_in(key, index)
+    return jax.vmap(lambda one: jax.random.fold_in(one, index))(key)
