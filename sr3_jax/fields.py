@@ -155,18 +155,18 @@ def refuse(section: str, field: str, value: Any, rule: str) -> NoReturn:
     raise UserError(f"config.{section}.{field} must {rule}, got {value!r}")
 
 
-def check_section(section: str, fields: Any = None) -> None:
-    """That there is such a section and that, if given, it holds fields."""
+def check_section(section: str, fields: Any) -> None:
+    """That there is such a section and that it holds fields."""
     if section not in DEFAULTS:
         raise UserError(f"config has no section {section!r}{_nearest(section, DEFAULTS)}")
-    if fields is not None and not isinstance(fields, Mapping):
+    if not isinstance(fields, Mapping):
         raise UserError(
             f"config.{section} must hold fields, such as {min(DEFAULTS[section])}, got {fields!r}"
         )
 
 
 def _default(section: str, field: str) -> Any:
-    check_section(section)
+    check_section(section, {})
     if field not in DEFAULTS[section]:
         raise UserError(f"config.{section} has no field {field!r}{_nearest(field, DEFAULTS[section])}")
     return DEFAULTS[section][field]

@@ -1,0 +1,342 @@
+"""Models: any size of picture, one draw by its key, tiles, and every way to load one or to be told why not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+
+from sr3_jax import checkpoint, experiment, parallel
+from sr3_jax import model as models
+from sr3_jax.aliases import UserError
+from sr3_jax.cli import main as cli
+from sr3_jax.train.state import start_from
+from tests import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+def config(**sections) -> dict:
+    return json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))  # as a file carries it
+
+
+def params_of(config: dict, *, size: float = 0.1):
+    network = experiment.build_network(config["model"])
+    shapes = jax.eval_shape(lambda key: models.init_params(network, key), jax.random.key(0))
+    return tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), size=size)
+
+
+def make(*, size: float = 0.1, **sections) -> models.Model:
+    values = config(**sections)
+    return models.from_config(values, params_of(values, size=size), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def model() -> models.Model:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def bicubic() -> models.Model:
+    """A network that says zero, in residual space, predicting y0: its picture is the bicubic one."""
+    return make(size=0.0, diffusion={"kind": "y0"})
+
+
+def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def keys(*seeds: int) -> jax.Array:
+    return jax.vmap(jax.random.key)(np.array(seeds))
+
+
+# ---- Upscaling
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 30), (37, 91)])
+def test_any_size_is_upscaled_and_a_network_without_opinion_gives_the_bicubic(bicubic, height, width):
+    images = pictures(2, height, width)
+    output = bicubic.upscale(images, jax.random.key(0))
+    assert output.shape == (2, 4 * height, 4 * width, 3) and output.dtype == np.uint8
+    for one, out in zip(images, output, strict=True):
+        padded = np.pad(one, ((0, 8), (0, 8), (0, 0)), mode="edge").astype(np.float32)
+        size = (4 * padded.shape[1], 4 * padded.shape[0])
+        for channel in range(3):
+            wanted = PillowImage.fromarray(padded[..., channel]).resize(size, PillowImage.Resampling.BICUBIC)
+            wanted = np.clip(np.asarray(wanted), 0, 255)[: 4 * height, : 4 * width]
+            assert np.abs(out[..., channel] - wanted).max() < 0.51
+
+
+def test_a_picture_is_padded_by_its_edge_and_cropped_again(model):
+    images = pictures(1, 5, 7)
+    padded = np.pad(images, ((0, 0), (0, 3), (0, 1), (0, 0)), mode="edge")
+    whole = model.upscale(padded, jax.random.key(1))
+    np.testing.assert_array_equal(model.upscale(images, jax.random.key(1)), whole[:, :20, :28])
+
+
+def test_one_key_one_picture(model):
+    images = pictures(2, 8, 8)
+    output = model.upscale(images, jax.random.key(1))
+    np.testing.assert_array_equal(output, model.upscale(images, jax.random.key(1)))
+    other = model.upscale(images, jax.random.key(2))
+    assert np.mean(output != other) > 0.5
+
+
+def test_with_a_key_each_an_output_does_not_depend_on_its_batch(model):
+    images = pictures(3, 8, 8)
+    together = model.upscale(images, keys(5, 6, 7))
+    order = np.array([2, 0, 1])
+    np.testing.assert_array_equal(model.upscale(images[order], keys(7, 5, 6)), together[order])
+    alone = model.upscale(images[1:2], keys(6))
+    difference = np.abs(alone[0].astype(int) - together[1])  # other sizes of batch may round another way
+    assert difference.max() <= 1 and difference.mean() < 0.01
+    assert np.mean(model.upscale(images[:1], keys(8)) != together[0]) > 0.5
+
+
+def test_the_picture_tells_the_output_what_to_show(model):
+    dark, light = (np.full((1, 8, 8, 3), level, np.uint8) for level in (40, 200))
+    for image in (dark, light):
+        assert abs(model.upscale(image, jax.random.key(0)).mean() - image.mean()) < 40
+
+
+def test_steps_and_solver_are_the_models_own_unless_given(model):
+    images = pictures(1, 8, 8)
+
+    def run(**options):
+        return model.upscale(images, jax.random.key(3), **options)
+
+    own = run()
+    assert (model.steps, model.solver) == (2, "ddim")
+    np.testing.assert_array_equal(own, run(steps=2, solver="ddim"))
+    assert np.any(own != run(steps=3))
+    assert np.any(own != run(solver="ancestral"))
+    for solver in ("dpmpp_2m", "heun"):
+        assert run(solver=solver).shape == own.shape
+    assert run(steps=1).shape == own.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": -3}, "steps must be at least 1, got -3"),
+        ({"solver": "euler"}, "solver must be one of ancestral, ddim, dpmpp_2m, heun, got 'euler'"),
+    ],
+)
+def test_steps_and_solvers_that_cannot_work_are_refused(model, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        model.upscale(pictures(1, 8, 8), jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("images", [pictures(8, 8), pictures(1, 8, 8)[..., :1], pictures(1, 8, 8) / 255.0])
+def test_images_that_are_not_uint8_rgb_batches_are_refused(model, images):
+    with pytest.raises(ValueError, match=r"images must be uint8 \[B,h,w,3\], got"):
+        model.upscale(images, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("stride", "scale"), [({"patch": 4}, 3), ({"multipliers": (1, 1), "num_blocks": (1, 1)}, 6)]
+)
+def test_a_scale_that_the_stride_does_not_divide_is_padded_to_both(stride, scale):
+    odd = make(size=0.0, model=stride, data={"crop": 24, "scale": scale})
+    assert odd.upscale(pictures(1, 9, 11), jax.random.key(0)).shape == (1, 9 * scale, 11 * scale, 3)
+
+
+def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
+    for unit in (1, 2, 5, 16):
+        sides = {side: models._bucket(side, unit) for side in range(1, 3000)}
+        for side, bucket in sides.items():
+            assert bucket >= side and bucket % unit == 0
+            assert bucket - side < max(8, side / 8) + unit
+        assert len(set(sides.values())) < 80
+
+
+def test_a_model_of_labelled_pictures_is_refused_by_name():
+    labelled = make(model={"num_classes": 10})
+    with pytest.raises(UserError, match=r"model tiny needs the class of each picture \(num_classes=10\)"):
+        labelled.upscale(pictures(1, 8, 8), jax.random.key(0))
+
+
+def test_a_model_whose_numbers_are_not_finite_says_so():
+    values = config()
+    params = params_of(values)
+    params["output"]["bias"][0] = np.nan
+    ill = models.from_config(values, params, name="ill")
+    with pytest.raises(FloatingPointError, match="model ill gave values that are not finite"):
+        ill.upscale(pictures(1, 8, 8), jax.random.key(0))
+
+
+# ---- Tiles
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(models, "TILE", 64)
+    monkeypatch.setattr(models, "OVERLAP", 24)
+
+
+def test_a_large_picture_goes_through_tiles_of_the_networks_size(small_tiles, monkeypatch):
+    seen = []
+    tiled = models.tiled
+
+    def spied(denoiser, **options):
+        def spy(y_t, gamma, cond):
+            seen.append(y_t.shape)
+            return denoiser(y_t, gamma, cond)
+
+        return tiled(spy, **options)
+
+    monkeypatch.setattr(models, "tiled", spied)
+    output = make(size=0.0, diffusion={"kind": "y0"}).upscale(pictures(1, 40, 24), jax.random.key(0))
+    assert output.shape == (1, 160, 96, 3)
+    assert set(seen) == {(1, 64, 64, 3)}
+
+
+def test_no_seam_is_seen_in_a_large_picture(small_tiles):
+    """The steps from pixel to pixel are no larger where tiles begin and end than anywhere else."""
+    smooth = PillowImage.fromarray(pictures(4, 4)).resize((40, 40), PillowImage.Resampling.BICUBIC)
+    in_tiles = make(size=0.2)
+    output = in_tiles.upscale(np.asarray(smooth)[None], jax.random.key(4))[0].astype(float)
+    assert output.std() > 20
+    starts = [0, 32, 64, 96]  # of tiles of 64 with at least 24 in common, on a side of 160
+    for axis in (0, 1):
+        steps = np.abs(np.diff(output, axis=axis)).mean(axis=(1 - axis, 2))
+        edges = [start - 1 for start in starts[1:]] + [start + 63 for start in starts[:-1]]
+        assert steps[edges].mean() < 1.1 * steps.mean()
+
+
+# ---- Loading
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """As a run leaves it: config, and a checkpoint whose average is not its weights."""
+    folder, values = tmp_path_factory.mktemp("run"), config()
+    checkpoint.write_config(folder, values)
+    read = experiment.read(values)
+    state = start_from(params_of(values), read.optimizer(), parallel.make_mesh())
+    state = jax.tree.map(jnp.copy, state)
+    state = type(state)(
+        jnp.int32(7), jax.tree.map(jnp.zeros_like, state.params), state.ema_params, state.opt_state
+    )
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(state)
+    return folder
+
+
+def test_a_workdir_and_its_export_give_the_same_bytes(workdir, model, tmp_path, capsys):
+    exported = tmp_path / "model.safetensors"
+    assert cli.main(["export", str(workdir), "-o", str(exported)]) == 0
+    assert f"written to {exported}" in capsys.readouterr().out
+    images, outputs = pictures(1, 8, 8), []
+    for path in (workdir, exported):
+        loaded = models.load(path)
+        assert (loaded.scale, loaded.steps, loaded.solver) == (4, 2, "ddim")
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.params))
+        outputs.append(loaded.upscale(images, jax.random.key(9)))
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    np.testing.assert_array_equal(
+        outputs[0], model.upscale(images, jax.random.key(9))
+    )  # its average, not its weights
+    assert models.load(workdir).name == f"{workdir} at step 7"
+    assert models.load(exported).name == "model.safetensors"
+
+
+def test_a_bfloat16_export_is_near(workdir, model, tmp_path):
+    exported = tmp_path / "model.safetensors"
+    assert cli.main(["export", str(workdir), "-o", str(exported), "--dtype", "bfloat16"]) == 0
+    loaded = models.load(exported)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
+    images = pictures(1, 8, 8)
+    difference = loaded.upscale(images, jax.random.key(9)).astype(int) - model.upscale(
+        images, jax.random.key(9)
+    )
+    assert 0 < np.abs(difference).mean() < 1
+
+
+def test_an_export_is_a_safetensors_file_by_name(workdir, tmp_path, capsys):
+    assert cli.main(["export", str(workdir), "-o", str(tmp_path / "model.ckpt")]) == 2
+    assert "model.ckpt must end in .safetensors" in capsys.readouterr().err
+
+
+def test_a_shipped_model_is_loaded_by_its_name(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHIPPED", tmp_path)
+    checkpoint.export(tmp_path / "tiny_4x.safetensors", model.params, config())
+    assert models.load("tiny_4x").name == "tiny_4x"
+    with pytest.raises(UserError) as error:
+        models.load("tiny_8x")
+    assert str(error.value) == (
+        "no model 'tiny_8x': give a workdir, a .safetensors file, or a shipped name (tiny_4x)"
+    )
+
+
+def refusal(path) -> str:
+    with pytest.raises(UserError) as error:
+        models.load(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_folders_that_are_no_workdir_are_refused(tmp_path):
+    assert refusal(tmp_path) == f"model folder {tmp_path} has no config.json; give a workdir of sr3 train"
+    checkpoint.write_config(tmp_path, config())
+    assert f"{tmp_path} has no checkpoint yet" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is damaged" in refusal(tmp_path)
+
+
+def broken(change) -> dict:
+    values = config()
+    change(values)
+    return values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        [],
+        broken(lambda c: c.pop("diffusion")),
+        broken(lambda c: c["diffusion"].pop("kind")),
+        broken(lambda c: c["model"].update(depth=3)),
+        broken(lambda c: c.update(model=[1])),
+        broken(lambda c: c["model"].update(channels="many")),
+        broken(lambda c: c["model"].update(multipliers=3)),
+        broken(lambda c: c["diffusion"].update(num_steps=-1)),
+    ],
+    ids=str,
+)
+def test_a_config_of_another_version_is_named(values, tmp_path):
+    checkpoint.export(tmp_path / "model.safetensors", params_of(config()), values)
+    text = refusal(tmp_path / "model.safetensors")
+    assert text.startswith("the config of model model.safetensors does not fit this version of sr3_jax (")
+    assert text.endswith("; use the version that wrote it")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda p: p.pop("input"), "input.bias"),
+        (lambda p: p["output"].update(kernel=np.ones((3, 3, 4, 3), np.float32)), "output.kernel"),
+        (lambda p: p.update(more=np.ones(3, np.float32)), "more"),
+    ],
+)
+def test_weights_of_another_network_are_named(change, where, tmp_path):
+    params = params_of(config())
+    change(params)
+    checkpoint.export(tmp_path / "model.safetensors", params, config())
+    text = refusal(tmp_path / "model.safetensors")
+    assert text.startswith(
+        "the weights of model model.safetensors are not those of the network in its config"
+    )
+    assert re.search(rf"they differ at {re.escape(where)}\)", text)

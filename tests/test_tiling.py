@@ -1,0 +1,126 @@
+"""Tiles against the whole picture, with denoisers whose reach and place-dependence are known.
+
+Shape legend: B batch, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr3_jax.diffusion import tiling
+from sr3_jax.diffusion.tiling import tiled
+
+GAMMA = np.array([0.3, 0.8], np.float32)
+
+
+def picture(height: int, width: int, *, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((2, height, width, 3)), jnp.float32)
+
+
+def inputs(height: int, width: int):
+    return picture(height, width), jnp.asarray(GAMMA), {"upsampled": picture(height, width, seed=1)}
+
+
+def pointwise(y_t, gamma, cond):
+    """Each pixel by itself, from every input."""
+    return jnp.tanh(y_t) * gamma[:, None, None, None] + cond["upsampled"]
+
+
+def blurred(y_t, gamma, cond):
+    """A 5x5 mean, with zeros outside the tile as a convolution has them: reach 2."""
+    total = jax.lax.reduce_window(
+        y_t + cond["upsampled"], 0.0, jax.lax.add, (1, 5, 5, 1), (1, 1, 1, 1), "SAME"
+    )
+    return total / 25
+
+
+def in_squares(y_t, gamma, cond):
+    """The first pixel of each square of 4x4, in the whole square: as a network of patch 4 might see it."""
+    return jnp.repeat(jnp.repeat(y_t[:, ::4, ::4], 4, 1), 4, 2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 64), (16, 44), (100, 16), (17, 33)])
+def test_a_pointwise_denoiser_does_not_see_the_tiles(height, width):
+    given = inputs(height, width)
+    np.testing.assert_allclose(
+        tiled(pointwise, tile=16, overlap=6)(*given), pointwise(*given), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_local_denoiser_does_not_see_the_tiles_beyond_its_reach_of_their_edges():
+    given = inputs(40, 64)
+    out, whole = tiled(blurred, tile=16, overlap=8)(*given), blurred(*given)
+    far = np.ones((40, 64), bool)
+    for axis, side in enumerate((40, 64)):
+        starts = tiling._starts(side, 16, 8, 1)
+        for edge in (*starts[1:], *(start + 16 for start in starts[:-1])):
+            near = np.abs(np.arange(side) - edge + 0.5) < 2
+            far &= ~(near[:, None] if axis == 0 else near[None, :])
+    assert far.mean() > 0.15
+    np.testing.assert_allclose(np.asarray(out)[:, far], np.asarray(whole)[:, far], atol=1e-5)
+    assert np.abs(out - whole).max() > 1e-3  # so that the comparison can fail
+
+
+def test_tiles_keep_the_place_of_a_pixel_in_the_networks_squares():
+    given = inputs(40, 60)
+    out = tiled(in_squares, tile=16, overlap=6, stride=4)(*given)
+    np.testing.assert_allclose(out, in_squares(*given), rtol=1e-5, atol=1e-6)
+
+
+def test_tiles_that_disagree_fade_into_each_other():
+    """Each tile answers with its own mean: a seam of full height if they were cut and pasted."""
+    y_t, gamma, cond = inputs(16, 64)
+    ramp = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, 64)[None, None, :, None], y_t.shape)
+
+    def mean(y_t, gamma, cond):
+        return jnp.broadcast_to(y_t.mean((1, 2), keepdims=True), y_t.shape)
+
+    out = np.asarray(tiled(mean, tile=16, overlap=8)(ramp, gamma, cond))[0, 0, :, 0]
+    between_tiles = 8 * 2 / 63  # tiles start every 8 pixels of the ramp
+    assert out[-1] - out[0] == pytest.approx(6 * between_tiles, rel=1e-4)
+    assert np.diff(out).max() < between_tiles / 4
+
+
+def test_the_network_sees_tiles_of_one_size_with_all_that_belongs_to_them():
+    seen = []
+
+    def spy(y_t, gamma, cond):
+        seen.append((y_t.shape, cond["upsampled"].shape, gamma.shape, cond["label"].shape))
+        return y_t
+
+    y_t, gamma, cond = inputs(40, 64)
+    tiled(spy, tile=16, overlap=4)(y_t, gamma, cond | {"label": jnp.arange(2)})
+    assert set(seen) == {((2, 16, 16, 3), (2, 16, 16, 3), (2,), (2,))}
+    seen.clear()
+    tiled(spy, tile=48, overlap=4)(y_t, gamma, cond | {"label": jnp.arange(2)})
+    assert set(seen) == {((2, 40, 48, 3), (2, 40, 48, 3), (2,), (2,))}
+
+
+def test_a_picture_within_one_tile_goes_through_unchanged():
+    given = inputs(16, 12)
+    np.testing.assert_array_equal(tiled(blurred, tile=16, overlap=4)(*given), blurred(*given))
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_tiles_cover_every_side_overlap_enough_and_are_few(stride):
+    tile, overlap = 64, 16
+    for side in range(tile + stride, 400, stride):
+        starts = tiling._starts(side, tile, overlap, stride)
+        assert starts[0] == 0 and starts[-1] == side - tile
+        assert all(start % stride == 0 for start in starts)
+        assert max(np.diff(starts)) <= tile - overlap
+        assert len(starts) == 1 + -(-(side - tile) // (tile - overlap))
+
+
+@pytest.mark.parametrize("options", [{"overlap": 16}, {"overlap": -1}, {"overlap": 13, "stride": 4}])
+def test_an_overlap_that_leaves_no_way_forward_is_refused(options):
+    with pytest.raises(ValueError, match=f"overlap must be .* got {options['overlap']}"):
+        tiled(pointwise, tile=16, **options)
+
+
+def test_a_tile_off_the_stride_is_refused():
+    with pytest.raises(ValueError, match="tile must be a multiple of the stride of 8, got 20"):
+        tiled(pointwise, tile=20, overlap=4, stride=8)
