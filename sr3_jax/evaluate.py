@@ -107,7 +107,10 @@ def sampled(
             ) from error
 
         def run(low_res: np.ndarray, key: Key) -> np.ndarray:
-            return np.asarray(model.upscale(low_res[None], key, steps=count, solver=solver))[0]
+            try:
+                return np.asarray(model.upscale(low_res[None], key, steps=count, solver=solver))[0]
+            except FloatingPointError as error:  # a figure of a broken output would be no figure
+                raise UserError(f"{error} ({solver}, {count} steps)") from error
 
         identity = {"weights": weights, "config": digest(setup), "solver": solver, "steps": count}
         return Method(label, model.scale, run, identity, solver, count, evaluations(solver, count))

@@ -190,6 +190,34 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
     assert done.scores[0]["psnr"].shape == (2, 1)
 
 
+def test_each_picture_and_sample_has_noise_of_its_own(house, tmp_path):
+    def keys_of(folder, count, seed=0):
+        keys = {}
+
+        def upscale(low_res, key):
+            keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key).tolist()))
+            return scoring.interpolated(low_res, 4)
+
+        method = evaluate.Method("m", 4, upscale, {}, "ddim", 2, 2)
+        source = open_source(f"folder:{house / 'in'}")
+        evaluate.evaluate([method], source, folder, samples=2, seed=seed, limit=count)
+        return {picture: set(of) for picture, of in keys.items()}
+
+    three, two = keys_of(tmp_path / "a", 3), keys_of(tmp_path / "b", 2)
+    assert len(three) == 3 and len(set.union(*three.values())) == 6
+    assert all(three[picture] == keys for picture, keys in two.items())
+    assert set.union(*keys_of(tmp_path / "c", 3, seed=1).values()).isdisjoint(set.union(*three.values()))
+
+
+def test_a_model_without_finite_outputs_is_one_sentence(house, tmp_path, monkeypatch, capsys):
+    def broken(self, pictures, key, **options):
+        raise FloatingPointError("model one gave values that are not finite")
+
+    monkeypatch.setattr("sr3_jax.model.Model.upscale", broken)
+    assert run(house, "--steps", "3", out=tmp_path) == 2
+    assert "not finite (ddim, 3 steps)" in capsys.readouterr().err
+
+
 def test_an_exact_output_has_infinite_psnr_and_the_files_are_json(tmp_path):
     flat = Source("flat", lambda index: {"image": np.full((32, 40, 3), 77, np.uint8)}, 2)
     assert (
