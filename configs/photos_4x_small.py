@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             "diffusion": {
                 "space": "residual",
                 "residual_scale": 8.0,
-                "kind": "v",
+                "kind": "y0",
                 "norm": "l2",
                 "schedule": "cosine",
             },

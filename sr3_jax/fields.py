@@ -26,7 +26,6 @@ DEFAULTS: Mapping[str, Any] = {
         "num_classes": 0,
         "augment": False,
         "remat": False,
-        "gated_skip": False,
         "dtype": "float32",  # or bfloat16
     },
     "diffusion": {

@@ -46,9 +46,6 @@ class UNet(nn.Module):
         augment: take cond['augment'], the strength [B] in [0,1] of the condition's augmentation.
         remat: recompute each block's activations in the backward pass rather than keep them.
         dtype: 'float32' or 'bfloat16': of activations; weights, norms, softmax and last conv are float32.
-        gated_skip: predict gain * y_t + offset, with both from the network, rather than the offset alone. Near
-            the clean end a prediction is mostly y_t itself, scaled by what the neighbourhood says; a small network
-            with a patch of 4 takes long to learn to carry 48 noise values a square through all of its blocks.
         out_channels: of the prediction.
     """
 
@@ -66,7 +63,6 @@ class UNet(nn.Module):
     num_classes: int = 0
     augment: bool = False
     remat: bool = False
-    gated_skip: bool = False
     dtype: str = "float32"
     out_channels: int = 3
 
@@ -96,11 +92,7 @@ class UNet(nn.Module):
         x = body(x, embedding, train)
 
         x = nn.swish(Norm(self.norm, name="output_norm")(x.astype(jnp.float32)))
-        width = self.out_channels * self.patch**2
-        x = conv(width * (2 if self.gated_skip else 1), 3, jnp.float32, zeros, name="output")(x)
-        if self.gated_skip:
-            gain, offset = jnp.split(x, 2, axis=-1)
-            x = gain * space_to_depth(y_t.astype(jnp.float32), self.patch) + offset
+        x = conv(self.out_channels * self.patch**2, 3, jnp.float32, zeros, name="output")(x)
         return depth_to_space(x, self.patch)
 
     def _embed(self, gamma: NoiseLevel, cond: Conditioning) -> jax.Array:
