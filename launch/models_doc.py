@@ -26,6 +26,9 @@ from sr3_jax import tables
 from sr3_jax.aliases import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+CAPTION = (
+    "The worst, median and best picture by the model's PSNR; of large ones the part that bicubic blurs most."
+)
 LARGEST = 600_000  # bytes of a picture
 FACTS = {
     "name": "the model's name, as --model takes it",
@@ -99,14 +102,17 @@ def page(
         *facts["commands"],
         "```",
     ]
+    protocols = {name: tables.protocol(evaluation, source=name) for name, evaluation in sets.items()}
+    shared = [line for line in next(iter(protocols.values())) if all(line in of for of in protocols.values())]
     for name, evaluation in sets.items():
         lines += ["", f"### {name}", "", tables.means_table(evaluation["rows"])]
         for caption, image in images.get(name, {}).items():
             lines += ["", f"![{caption}]({image})", "", f"*{caption}*"]
         lines += ["", f"{tables.LEVEL:.0%} intervals:", "", tables.intervals_table(evaluation["rows"]), ""]
-        lines += [f"- {sentence}" for sentence in tables.protocol(evaluation, source=name)]
+        lines += [f"- {sentence}" for sentence in protocols[name] if sentence not in shared]
         versions = ", ".join(f"{tool} {version}" for tool, version in evaluation["versions"].items())
-        lines += [f"- {evaluation['date'][:10]}, {versions}."]
+        lines += [f"- Measured on {evaluation['date'][:10]} with {versions}."]
+    lines += ["", "### How the figures were made", "", *(f"- {sentence}" for sentence in shared)]
     text = "\n".join(lines) + "\n"
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -186,12 +192,12 @@ def write(facts_path: Path, paths: Mapping[str, Path], output: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, dict[str, str]] = {}
     for number, (title, path) in enumerate(paths.items()):
-        grids = {"grid": "Worst, median and best picture by PSNR of the model, where bicubic loses most."}
+        grids = {"grid": CAPTION}
         if number == 0 and (path.parent / f"grid_{model['label']}.png").is_file():
-            grids[f"grid_{model['label']}"] = "The same pictures with every number of steps."
+            grids[f"grid_{model['label']}"] = "The same pictures by every sampler."
         for grid, caption in grids.items():
             suffix, data = fitted(path.parent / f"{grid}.png")
-            stem = re.sub(r"\W+", "_", f"{facts['name']} {title}{grid[4:] and ' steps'}").lower()
+            stem = re.sub(r"\W+", "_", f"{facts['name']} {title}{grid[4:] and ' samplers'}").lower()
             for old in folder.glob(f"{stem}.*"):
                 old.unlink()
             (folder / f"{stem}{suffix}").write_bytes(data)

@@ -35,6 +35,7 @@ class Method:
         identity: plain values that say what `run` is: an output of another identity is another output.
         solver, steps: None where there is no sampler.
         evaluations: how often the network sees the whole picture.
+        own: whether the model itself would choose this solver and number of steps.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     solver: str | None = None
     steps: int | None = None
     evaluations: int = 0
+    own: bool = False
 
     @property
     def folder(self) -> str:
@@ -113,7 +115,8 @@ def sampled(
                 raise UserError(f"{error} ({solver}, {count} steps)") from error
 
         identity = {"weights": weights, "config": digest(setup), "solver": solver, "steps": count}
-        return Method(label, model.scale, run, identity, solver, count, evaluations(solver, count))
+        own = (solver, count) == (model.solver, model.steps)
+        return Method(label, model.scale, run, identity, solver, count, evaluations(solver, count), own)
 
     return [method(solver, count) for solver in solvers or [model.solver] for count in steps or [model.steps]]
 

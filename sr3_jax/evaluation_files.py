@@ -115,26 +115,34 @@ def write_tables(folder: Path, report: Mapping[str, Any]) -> None:
     write_text(folder / "evaluation.csv", tables.comma_separated(report))
 
 
+def by_model(methods: Sequence[Method]) -> dict[str, list[int]]:
+    """The numbers of each model's methods."""
+    groups: dict[str, list[int]] = {}
+    for number, method in enumerate(methods):
+        if method.solver is not None:
+            groups.setdefault(method.name, []).append(number)
+    return groups
+
+
+def representative(methods: Sequence[Method], numbers: Sequence[int]) -> int:
+    """Of a model's methods the one to show: its own sampler, else the first of those with the most steps."""
+    return max(numbers, key=lambda number: (methods[number].own, methods[number].steps))
+
+
 def write_grids(
     folder: Path, evaluation: Evaluation, methods: Sequence[Method], source: Source, *, crop: int | None
 ) -> list[Path]:
     """grid.png: the worst, median and best picture by PSNR of the first model, by every model.
 
-    A model is shown, and the first one judged, with the most steps of its first solver. A model of several
-    solvers or numbers of steps has a grid of its own, grid_LABEL.png, with all of them.
+    Each model is shown, and the first one judged, by its `representative`. A model of several solvers or
+    numbers of steps has a grid of its own, grid_LABEL.png, with all of them.
     """
-    by_model: dict[str, list[int]] = {}
-    for number, method in enumerate(methods):
-        if method.solver is not None:
-            by_model.setdefault(method.name, []).append(number)
-    shown = []
-    for numbers in by_model.values():
-        first = [number for number in numbers if methods[number].solver == methods[numbers[0]].solver]
-        shown.append(max(first, key=lambda number: methods[number].steps or 0))
+    groups = by_model(methods)
+    shown = [representative(methods, numbers) for numbers in groups.values()]
     psnr = evaluation.scores[shown[0]]["psnr"].mean(axis=1)
     picks = showcase.chosen(psnr)
     plans = {"grid.png": shown}
-    plans |= {f"grid_{name}.png": numbers for name, numbers in by_model.items() if len(numbers) > 1}
+    plans |= {f"grid_{name}.png": numbers for name, numbers in groups.items() if len(numbers) > 1}
     written = []
     for file, numbers in plans.items():
         group = [methods[number] for number in numbers]

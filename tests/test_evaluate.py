@@ -243,7 +243,19 @@ def test_a_model_gives_a_row_for_each_solver_and_number_of_steps():
     ]  # fmt: skip
     assert len({json.dumps(row.identity) for row in rows}) == len({row.folder for row in rows}) == 4
     own = evaluate.sampled(model, "m")
-    assert [(row.solver, row.steps) for row in own] == [(model.solver, model.steps)]
+    assert [(row.solver, row.steps, row.own) for row in own] == [(model.solver, model.steps, True)]
+    assert [row.own for row in rows] == [False, False, False, True]
+
+
+def test_a_model_is_shown_by_its_own_sampler_or_by_most_steps():
+    def method(name, solver, steps, own=False):
+        return evaluate.Method(name, 4, lambda low_res, key: low_res, {}, solver, steps, steps, own)
+
+    methods = [evaluate.bicubic(4), method("a", "ddim", 5, True), method("b", "ddim", 5)]
+    methods += [method("a", "ddim", 50), method("b", "ddim", 50), method("b", "heun", 50)]
+    groups = evaluation_files.by_model(methods)
+    assert groups == {"a": [1, 3], "b": [2, 4, 5]}
+    assert [evaluation_files.representative(methods, numbers) for numbers in groups.values()] == [1, 4]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
