@@ -89,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         print(f"sr3: unknown {kind} '{printable(name)}': {hint}", file=sys.stderr)
         return 2
-    _quiet()
+    _prepare()
     from sr3_jax.aliases import UserError  # imports jax, which --help need not wait for
 
     module = importlib.import_module(f"{sr3_jax.cli.__name__}.{name.replace('-', '_')}")
@@ -119,9 +119,11 @@ def _help(known: dict[str, str]) -> str:
     )
 
 
-def _quiet() -> None:
-    """Our own sentences on stderr, and of other libraries only what matters."""
+def _prepare() -> None:
+    """Our own sentences on stderr, and of other libraries only what matters; compiled programs kept for next time."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     for variable, value in {
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "sr3_jax", "compiled"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "GRPC_VERBOSITY": "ERROR",
         "GLOG_minloglevel": "2",
