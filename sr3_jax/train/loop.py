@@ -20,6 +20,7 @@ from sr3_jax.aliases import UserError
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.experiment import Experiment, check_batch
+from sr3_jax.fields import DEFAULTS
 from sr3_jax.model import load
 from sr3_jax.report import Report
 from sr3_jax.train.heldout import HeldOut
@@ -200,7 +201,8 @@ def _initial_state(
 def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
     for section, fields in SAME_ON_RESUME.items():
         for field in fields or new[section]:
-            value, before = new[section][field], old.get(section, {}).get(field)
+            # A field that is newer than the run had its default in it.
+            value, before = new[section][field], old.get(section, {}).get(field, DEFAULTS[section][field])
             before = tuple(before) if isinstance(before, list) else before
             if before != value:
                 raise UserError(

@@ -1,0 +1,541 @@
+"""The training run as a whole: its log, resume by the bit, every way to stop, and everything it refuses.
+
+Where only the order of things is looked at, the step is a stand-in with given losses; elsewhere it is the real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr3_jax import checkpoint, experiment, images, metrics, parallel
+from sr3_jax.aliases import UserError
+from sr3_jax.data.sources import Source
+from sr3_jax.model import load
+from sr3_jax.train import heldout, loop
+from sr3_jax.train.state import abstract_state
+from tests import tiny
+
+ROOT = Path(experiment.__file__).resolve().parent.parent
+HELD_OUT = 5  # pictures; not a multiple of the devices
+REAL = {
+    "train": {"num_steps": 6, "log_every": 2},
+    "eval": {"every": 3, "num_images": HELD_OUT},
+    "checkpoint": {"every": 3, "keep": 10},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def run(folder: Path, workdir: Path, sections: dict | None = None, **more) -> int:
+    sections = {
+        name: (sections or {}).get(name, {}) | more.get(name, {}) for name in {**(sections or {}), **more}
+    }
+    return loop.train(experiment.read(tiny.config(folder, **sections)), workdir)
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def restored(workdir: Path):
+    """The newest state of a workdir, on the host."""
+    read = experiment.read(checkpoint.read_config(workdir))
+    with checkpoint.Checkpoints(workdir, keep=99) as checkpoints:
+        return jax.device_get(
+            checkpoints.restore(abstract_state(read.init_params, read.optimizer(), parallel.make_mesh()))
+        )
+
+
+def same_bits(tree, wanted) -> bool:
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+# ---- A real run
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    """The workdir of an uninterrupted run of 6 steps."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert run(folder, workdir, REAL) == 0
+    return workdir
+
+
+def test_a_run_leaves_its_log_its_samples_its_config_and_its_checkpoints(whole, folder):
+    assert steps_of(whole) == [3, 6]
+    given = experiment.read(tiny.config(folder, **REAL)).config
+    assert experiment.read(checkpoint.read_config(whole)).config == given
+    assert sorted(path.name for path in (whole / "samples").iterdir()) == [
+        "samples_0000003.png",
+        "samples_0000006.png",
+    ]
+    logged = lines(whole)
+    assert [line["step"] for line in logged] == [2, 3, 4, 6, 6]
+    for line in (logged[0], logged[2], logged[3]):
+        assert set(line) == {
+            *("step", "loss", "grad_norm", "learning_rate"),
+            *("step_ms", "images_per_second", "data_wait"),
+        }
+        assert 0.1 < line["loss"] < 10 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1
+        assert line["images_per_second"] == pytest.approx(8e3 / line["step_ms"])
+    assert [line["learning_rate"] for line in logged if "loss" in line] == pytest.approx([1e-3] * 3)
+    for line in (logged[1], logged[4]):
+        assert set(line) == {
+            *("step", "eval_loss", "eval_psnr", "eval_consistency"),
+            *("eval_psnr_bicubic", "eval_consistency_bicubic"),
+        }
+    state = restored(whole)
+    assert state.step == 6
+    assert not same_bits(state.params, state.ema_params)
+
+
+def test_the_resumed_run_is_the_uninterrupted_one_to_the_bit(whole, folder, tmp_path):
+    assert run(folder, tmp_path, REAL, train={"num_steps": 3}) == 0
+    assert steps_of(tmp_path) == [3]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')  # what a killed run had come to
+    assert run(folder, tmp_path, REAL) == 0
+    assert same_bits(restored(tmp_path), restored(whole))
+
+    def numbers(workdir: Path, first: int) -> list[dict]:
+        timed = ("step_ms", "images_per_second", "data_wait")
+        return [
+            {name: value for name, value in line.items() if name not in timed}
+            for line in lines(workdir)
+            if line["step"] > first and (line["step"] != 4 or "eval_loss" in line)
+        ]
+
+    # The line of step 4 is the mean over steps 3 and 4 in one run and over step 4 in the other.
+    assert numbers(tmp_path, 3) == numbers(whole, 3)
+    # What was saved in passing, while the run went on, is what the other run ended with.
+    for workdir in (whole, tmp_path):
+        shutil.copytree(workdir / "checkpoints" / "3", tmp_path / workdir.name / "checkpoints" / "3")
+    names = (whole.name, tmp_path.name)
+    early = [checkpoint.load_ema(tmp_path / name) for name in names]
+    assert early[0][1] == 3 and same_bits(early[0], early[1])
+
+
+def test_a_complete_run_started_again_does_nothing(whole, folder, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "copy")
+    before = lines(workdir)
+    assert run(folder, workdir, REAL) == 0
+    assert lines(workdir) == before and steps_of(workdir) == [3, 6]
+    assert f"Done: 6 steps, saved in {workdir}." in capsys.readouterr().err
+
+
+def test_evaluation_is_of_all_pictures_once_and_the_same_each_time(folder, whole, monkeypatch):
+    """Five pictures on eight devices: the means are over the five."""
+    seen = {}
+    monkeypatch.setattr(heldout, "picture_grid", lambda rows, **titles: seen.update(rows=rows, **titles))
+    objective = experiment.read(tiny.config(folder, **REAL)).objective
+    crops = np.random.default_rng(0).integers(0, 256, (HELD_OUT, 16, 16, 3), dtype=np.uint8)
+    evaluate = heldout.HeldOut(
+        objective, {"image": crops}, parallel.make_mesh(), steps=2, solver="ddim", seed=0
+    )
+    params = restored(whole).ema_params
+    values, _ = evaluate(params)
+    assert evaluate(params)[0] == values
+    low_res = images.degrade(images.to_unit(crops), 4)
+    bicubic = images.to_uint8(images.upsample(low_res, 4))
+    assert values["eval_psnr_bicubic"] == pytest.approx(float(metrics.psnr(bicubic, crops).mean()), rel=1e-4)
+    low_res = images.to_uint8(low_res)
+    wanted = float(metrics.consistency(bicubic, low_res).mean())
+    assert values["eval_consistency_bicubic"] == pytest.approx(wanted, rel=1e-3)
+    assert seen["column_titles"] == ["low-res", "bicubic", "output", "original"]
+    assert len(seen["rows"]) == HELD_OUT
+    outputs = np.stack([row[2] for row in seen["rows"]])
+    assert values["eval_psnr"] == pytest.approx(float(metrics.psnr(outputs, crops).mean()), rel=1e-4)
+    for index, row in enumerate(seen["rows"]):
+        for cell, column in ((0, low_res), (1, bicubic), (3, crops)):
+            np.testing.assert_array_equal(row[cell], column[index])
+        assert row[2].shape == (16, 16, 3) and np.any(row[2] != row[1])
+
+
+# ---- The order of things, with a stand-in for the step
+
+
+class StandIn:
+    """A step with given losses that adds 1 to all there is, evaluation without work, three weights in all.
+
+    It keeps a record of what happened when.
+    """
+
+    def __init__(self, monkeypatch, losses=(1.0,) * 100, norms=(1.0,) * 100) -> None:
+        self.events: list[tuple] = []
+        self.states: list = []
+        self.evaluated: list = []
+        real_jit, real_finite, real_global = jax.jit, loop._finite, parallel.to_global
+
+        def make_train_step(objective, optimizer, *, ema_decay, accumulation):
+            self.options = {"ema_decay": ema_decay, "accumulation": accumulation}
+            return self.step
+
+        def jit(function=None, **options):
+            if function != self.step:
+                return real_jit(function, **options)
+            compiled = real_jit(function, **options)
+
+            def dispatch(state, batch, key):
+                self.states.append(state)
+                self.events.append(("dispatch", len(self.states)))
+                return compiled(state, batch, key)
+
+            return dispatch
+
+        def finite(pending, workdir):
+            self.events.append(("read", pending[0]))
+            return real_finite(pending, workdir)
+
+        def to_global(batch, mesh):
+            self.events.append(("fetch",))
+            return real_global(batch, mesh)
+
+        class HeldOut:
+            def __init__(held_out, objective, batch, mesh, **options) -> None:
+                self.held_out = batch
+
+            def __call__(held_out, params):
+                self.evaluated.append(jax.device_get(params))
+                return {"eval_loss": 1.0}, np.zeros((4, 4, 3), np.uint8)
+
+        def init_params(self, key):
+            return {"w": jax.random.normal(key, (3,))}
+
+        self._losses, self._norms = jnp.asarray(losses), jnp.asarray(norms)
+        for target, name, value in (
+            (loop, "make_train_step", make_train_step),
+            (loop, "_finite", finite),
+            (loop, "HeldOut", HeldOut),
+            (experiment.Experiment, "init_params", init_params),
+            (parallel, "to_global", to_global),
+            (jax, "jit", jit),
+        ):
+            monkeypatch.setattr(target, name, value)
+
+    def step(self, state, batch, key):
+        values = {"loss": self._losses[state.step], "grad_norm": self._norms[state.step]}
+        ema = jax.tree.map(lambda leaf: leaf + 1, state.ema_params)  # and 1 again:
+        return jax.tree.map(lambda leaf: leaf + 1, dataclasses.replace(state, ema_params=ema)), values
+
+
+def plain(**train) -> dict:
+    return {"train": {"log_every": 100} | train, "eval": {"every": 100}, "checkpoint": {"every": 100}}
+
+
+def test_each_line_is_the_mean_of_its_own_steps_whatever_comes_between(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch, losses=np.arange(1.0, 9), norms=10 * np.arange(1.0, 9))
+    sections = plain(num_steps=8, log_every=3) | {"eval": {"every": 2}, "checkpoint": {"every": 5}}
+    assert run(folder, tmp_path, sections) == 0
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in logged] == [
+        (3, 2.0, 20.0),
+        (6, 5.0, 50.0),
+        (8, 7.5, 75.0),  # the last steps too
+    ]
+    assert [line["learning_rate"] for line in logged] == pytest.approx([1e-3] * 3)
+    assert [line["step"] for line in lines(tmp_path) if "eval_loss" in line] == [2, 4, 6, 8]
+    assert steps_of(tmp_path) == [5, 8]
+
+
+def test_a_line_for_every_step_has_every_loss_and_the_rate_of_its_update(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch, losses=np.arange(1.0, 9))
+    run(folder, tmp_path, plain(num_steps=4, log_every=1), optim={"warmup_steps": 4})
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [(line["step"], line["loss"]) for line in logged] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert [line["learning_rate"] for line in logged] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+
+
+def test_the_device_always_has_its_next_step_before_the_last_one_is_read(folder, tmp_path, monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    run(folder, tmp_path, plain(num_steps=4))
+    assert stand_in.events == [
+        ("fetch",),
+        *(("dispatch", 1), ("fetch",)),
+        *(("dispatch", 2), ("fetch",), ("read", 1)),
+        *(("dispatch", 3), ("fetch",), ("read", 2)),
+        *(("dispatch", 4), ("fetch",), ("read", 3), ("read", 4)),
+    ]
+
+
+def test_every_state_is_donated_to_the_next_step(folder, tmp_path, monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    run(folder, tmp_path, plain(num_steps=4))
+    assert len(stand_in.states) == 4
+    assert all(leaf.is_deleted() for state in stand_in.states for leaf in jax.tree.leaves(state))
+
+
+def test_options_reach_the_step_and_evaluation_is_of_the_average(folder, tmp_path, monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    run(
+        folder,
+        tmp_path,
+        plain(num_steps=2, accumulation=2, batch_size=16),
+        optim={"ema_decay": 0.7},
+        checkpoint={"keep": 1, "every": 1},
+    )
+    assert stand_in.options == {"ema_decay": 0.7, "accumulation": 2}
+    assert steps_of(tmp_path) == [2]
+    state = restored(tmp_path)
+    assert same_bits(stand_in.evaluated[-1], state.ema_params)
+    assert not same_bits(state.params, state.ema_params)
+
+
+# ---- Ways to stop
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_resume_and_gives_its_code(
+    folder, tmp_path, monkeypatch, capsys, number, code
+):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    StandIn(monkeypatch)
+    add = loop.Window.add
+
+    def interrupted(window, loss, grad_norm):
+        add(window, loss, grad_norm)
+        if len(window._losses) == 2:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(loop.Window, "add", interrupted)
+    assert run(folder, tmp_path, plain(num_steps=50)) == code
+    assert steps_of(tmp_path) == [3]
+    message = "Stopped at step 3 and saved. Run the same command again to go on from there.\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    monkeypatch.setattr(loop.Window, "add", add)
+    assert run(folder, tmp_path, plain(num_steps=5)) == 0
+    assert "going on from step 3" in capsys.readouterr().err
+    assert steps_of(tmp_path) == [3, 5]
+
+
+def test_a_second_ctrl_c_acts_at_once(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch)
+
+    def twice(window, loss, grad_norm):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.Window, "add", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path, plain(num_steps=50))
+
+
+def test_sigterm_to_the_command(folder, tmp_path):
+    """In a process of its own: killed while it trains, it saves and leaves by the shell's code."""
+    config, workdir = tmp_path / "config.py", tmp_path / "workdir"
+    sections = REAL | plain(num_steps=10**6, log_every=1)
+    config.write_text(f"def get_config():\n    return {tiny.config(folder, **sections)!r}\n")
+    command = [sys.executable, "-m", "sr3_jax", "train", f"--config={config}", f"--workdir={workdir}"]
+    environment = os.environ | {  # so that it finds what the runs above have compiled
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        patience = time.monotonic() + 240
+        log = workdir / "metrics.jsonl"
+        while not (log.exists() and log.stat().st_size) and process.poll() is None:
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    step = int(last.split()[3])
+    assert last == f"Stopped at step {step} and saved. Run the same command again to go on from there."
+    assert steps_of(workdir) == [step]
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "step"),
+    [
+        ([1, 1, 1, np.nan, 1, 1], [1] * 6, 4),  # at a step that would be saved
+        ([1, 1, np.inf, 1, 1, 1], [1] * 6, 3),
+        ([1] * 6, [1, 1, 1, 1, np.nan, 1], 5),
+        ([1, 1, 1, 1, 1, np.nan], [1] * 6, 6),  # the last step
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
+    folder, tmp_path, monkeypatch, losses, norms, step
+):
+    StandIn(monkeypatch, losses=losses, norms=norms)
+    with pytest.raises(UserError) as error:
+        run(folder, tmp_path, plain(num_steps=6), checkpoint={"every": 2}, eval={"every": 3})
+    text = str(error.value)
+    assert text.startswith(f"the loss of step {step} is ") and "\n" not in text
+    assert f"the last good checkpoint is in {tmp_path}" in text
+    assert "Lower config.optim.learning_rate" in text
+    assert steps_of(tmp_path) == list(range(2, step, 2))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored(tmp_path)))
+
+
+def test_a_loss_that_is_not_finite_as_a_signal_comes_is_not_saved_either(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch, losses=[1, 1, np.nan])
+    add = loop.Window.add
+
+    def interrupted(window, loss, grad_norm):
+        add(window, loss, grad_norm)
+        if len(window._losses) == 2:  # step 3, whose loss nobody has read, is under way
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Window, "add", interrupted)
+    with pytest.raises(UserError, match="the loss of step 3 is nan"):
+        run(folder, tmp_path, plain(num_steps=50))
+    assert steps_of(tmp_path) == []
+
+
+def test_the_clock_stops_a_run_that_is_then_evaluated_and_saved(folder, tmp_path, monkeypatch, capsys):
+    stand_in, seconds = StandIn(monkeypatch), iter(range(10**6))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    assert run(folder, tmp_path, plain(num_steps=1000, minutes=0.5)) == 0
+    [step] = steps_of(tmp_path)
+    assert 3 <= step <= 15  # about 30 looks at the clock, a few of them a step
+    assert len(stand_in.evaluated) == 1
+    assert capsys.readouterr().err.endswith(f"The 0.5 minutes are over at step {step}; saved.\n")
+    monkeypatch.undo()
+
+
+# ---- Ways to start
+
+
+@pytest.fixture
+def stopped_at_3(folder, tmp_path) -> Path:
+    """A workdir with a checkpoint of the stand-in's."""
+    with pytest.MonkeyPatch.context() as patch:
+        StandIn(patch)
+        assert run(folder, tmp_path / "run", plain(num_steps=3)) == 0
+    return tmp_path / "run"
+
+
+def test_a_damaged_checkpoint_is_not_trained_over(stopped_at_3, folder):
+    shutil.rmtree(stopped_at_3 / "checkpoints" / "3" / "train")
+    before = sorted(stopped_at_3.rglob("*"))
+    with pytest.raises(UserError, match=r"checkpoint .*/3 cannot be restored .* delete that folder"):
+        run(folder, stopped_at_3, plain(num_steps=6))
+    assert sorted(stopped_at_3.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "was"),
+    [
+        ("model", "channels", 8, 4),
+        ("model", "multipliers", (2,), (1,)),
+        ("model", "film", True, False),
+        ("diffusion", "kind", "eps", "v"),
+        ("optim", "ema_decay", 0.5, 0.9),
+        ("data", "scale", 2, 4),
+    ],
+)
+def test_another_network_or_task_is_refused(stopped_at_3, folder, section, field, value, was):
+    config = (stopped_at_3 / "config.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        run(folder, stopped_at_3, plain(num_steps=6), **{section: {field: value}})
+    assert str(error.value) == (
+        f"config.{section}.{field} is {value!r} but {stopped_at_3} was trained with {was!r}: "
+        "give that value to go on, or another workdir to start anew"
+    )
+    assert (stopped_at_3 / "config.json").read_bytes() == config
+
+
+def test_a_run_of_an_older_version_goes_on_if_newer_fields_are_at_their_defaults(
+    stopped_at_3, folder, monkeypatch
+):
+    config = checkpoint.read_config(stopped_at_3)
+    del config["model"]["film"], config["model"]["patch"]
+    checkpoint.write_config(stopped_at_3, config)
+    with pytest.raises(UserError, match=r"config.model.patch is 2 but .* was trained with 1"):
+        run(folder, stopped_at_3, plain(num_steps=4))
+    config["model"]["patch"] = 2
+    checkpoint.write_config(stopped_at_3, config)
+    StandIn(monkeypatch)
+    assert run(folder, stopped_at_3, plain(num_steps=4)) == 0
+    assert checkpoint.read_config(stopped_at_3)["model"]["film"] is False
+
+
+@pytest.mark.parametrize("kind", ["workdir", "export"])
+def test_a_run_starts_from_given_weights(whole, folder, tmp_path, monkeypatch, kind):
+    model, start, init_params = load(whole), whole, experiment.Experiment.init_params
+    if kind == "export":
+        start = tmp_path / "model.safetensors"
+        checkpoint.export(start, model.params, model.config)
+    StandIn(monkeypatch)
+    monkeypatch.setattr(experiment.Experiment, "init_params", init_params)
+    assert run(folder, tmp_path / "new", plain(num_steps=1, init_from=str(start))) == 0
+    state = restored(tmp_path / "new")
+    assert state.step == 1
+    assert same_bits(state.params, jax.tree.map(lambda leaf: np.asarray(leaf) + 1, model.params))
+    assert same_bits(state.ema_params, jax.tree.map(lambda leaf: np.asarray(leaf) + 2, model.params))
+
+
+def test_weights_of_another_network_and_none_at_all_are_refused(whole, folder, tmp_path):
+    start = str(whole)
+    with pytest.raises(UserError, match=rf"config.train.init_from='{start}' is a model of another network"):
+        run(folder, tmp_path / "new", plain(num_steps=1, init_from=start), model={"channels": 8})
+    with pytest.raises(UserError, match="no model 'none': give a workdir"):
+        run(folder, tmp_path / "new", plain(num_steps=1, init_from="none"))
+
+
+def labelled(*labels: int) -> Source:
+    """Pictures with these labels."""
+    picture = np.zeros((16, 16, 3), np.uint8)
+    return Source("labelled", lambda index: {"image": picture.copy(), "label": labels[index]}, len(labels))
+
+
+@pytest.mark.parametrize("which", ["source", "eval_source"])
+def test_a_network_of_classes_needs_labels(folder, tmp_path, monkeypatch, which):
+    open_source = loop.open_source
+    monkeypatch.setattr(
+        loop,
+        "open_source",
+        lambda name, **options: labelled(0) if "yes" in name else open_source(name, **options),
+    )
+    other = {"source": "eval_source", "eval_source": "source"}[which]
+    with pytest.raises(UserError) as error:
+        run(folder, tmp_path, plain(), model={"num_classes": 3}, data={other: "yes"})
+    assert str(error.value) == f"config.model.num_classes=3 but folder:{folder} has no labels: set it to 0"
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_out_of_range_is_refused(folder, tmp_path, monkeypatch, label):
+    monkeypatch.setattr(loop, "open_source", lambda name, **options: labelled(0, 2, 1, label))
+    StandIn(monkeypatch)
+    with pytest.raises(UserError, match=f"num_classes=3 but labelled has a label {label}: set it higher"):
+        run(folder, tmp_path, plain(num_steps=2), model={"num_classes": 3})
+
+
+def test_a_damaged_first_picture_does_not_stop_a_run(folder, tmp_path, monkeypatch):
+    pictures = shutil.copytree(folder, tmp_path / "pictures")
+    first = min(pictures.iterdir())
+    first.write_bytes(first.read_bytes()[:200])
+    stand_in = StandIn(monkeypatch)
+    assert run(pictures, tmp_path / "run", plain(num_steps=2), eval={"num_images": 8}) == 0
+    assert len(stand_in.held_out["image"]) == 7
