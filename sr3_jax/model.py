@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,16 +255,16 @@ def load(path_or_name: str | Path) -> Model:
     """
     path = Path(path_or_name)
     shipped = SHIPPED / f"{path_or_name}.safetensors"
-    if path.is_dir():
+    if os.path.isdir(path):  # not path.is_dir(), which raises for a name that is too long
         if not (path / CONFIG_FILE).is_file():
             raise UserError(f"model folder {path} has no {CONFIG_FILE}; give a workdir of sr3 train")
         config = read_config(path)
         params, step = load_ema(path)
         return from_config(config, params, name=f"{path} at step {step}")
-    if path.is_file():
+    if os.path.isfile(path):
         params, config = read_export(path)
         return from_config(config, params, name=path.name)
-    if shipped.is_file():
+    if os.path.isfile(shipped):
         params, config = read_export(shipped)
         return from_config(config, params, name=str(path_or_name))
     names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors"))) or "none"

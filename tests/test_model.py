@@ -280,6 +280,11 @@ def test_a_shipped_model_is_loaded_by_its_name(model, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", ["no/such/model", "x" * 5000, "nul\0"])
+def test_names_that_are_no_model_are_refused(name):
+    assert refusal(name).startswith("no model ")
+
+
 def refusal(path) -> str:
     with pytest.raises(UserError) as error:
         models.load(path)

@@ -528,7 +528,7 @@ def test_a_network_of_classes_needs_labels(folder, tmp_path, monkeypatch, which)
 def test_a_label_out_of_range_is_refused(folder, tmp_path, monkeypatch, label):
     monkeypatch.setattr(loop, "open_source", lambda name, **options: labelled(0, 2, 1, label))
     StandIn(monkeypatch)
-    with pytest.raises(UserError, match=f"num_classes=3 but labelled has a label {label}: set it higher"):
+    with pytest.raises(UserError, match=f"num_classes=3 but labelled has a label {label}: labels go from 0"):
         run(folder, tmp_path, plain(num_steps=2), model={"num_classes": 3})
 
 

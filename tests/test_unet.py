@@ -226,6 +226,9 @@ def test_bfloat16_of_activations_and_float32_where_digits_count(layout, norm):
     assert len(convolutions) > 8
     assert convolutions[-1] == ("float32", "float32")
     assert set(convolutions[:-1]) == {("bfloat16", "bfloat16")}
+    # Without it the accelerators' float32 is bfloat16 or TF32 inside.
+    highest = jax.lax.Precision.HIGHEST
+    assert found["conv_general_dilated"][-1].params["precision"] == (highest, highest)
 
     def kinds(*names: str) -> set[str]:
         return {str(e.invars[0].aval.dtype) for name in names for e in found.get(name, [])}

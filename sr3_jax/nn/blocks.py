@@ -88,14 +88,23 @@ class Norm(nn.Module):
 
 
 def conv(
-    channels: int, kernel: int, dtype: jnp.dtype, init: Callable | None = None, name: str | None = None
+    channels: int,
+    kernel: int,
+    dtype: jnp.dtype,
+    init: Callable | None = None,
+    name: str | None = None,
+    precision: jax.lax.Precision | None = None,
 ) -> nn.Conv:
-    """A stride-1 convolution that keeps the size; float32 weights, computed in `dtype`."""
+    """A stride-1 convolution that keeps the size; float32 weights, computed in `dtype`.
+
+    With float32 and no `precision` a TPU still multiplies in bfloat16, and an NVIDIA card in TF32.
+    """
     return nn.Conv(
         channels,
         (kernel, kernel),
         dtype=dtype,
         kernel_init=init or nn.initializers.lecun_normal(),
+        precision=precision,
         name=name,
     )
 

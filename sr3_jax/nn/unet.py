@@ -92,7 +92,8 @@ class UNet(nn.Module):
         x = body(x, embedding, train)
 
         x = nn.swish(Norm(self.norm, name="output_norm")(x.astype(jnp.float32)))
-        x = conv(self.out_channels * self.patch**2, 3, jnp.float32, zeros, name="output")(x)
+        channels, highest = self.out_channels * self.patch**2, jax.lax.Precision.HIGHEST
+        x = conv(channels, 3, jnp.float32, zeros, name="output", precision=highest)(x)
         return depth_to_space(x, self.patch)
 
     def _embed(self, gamma: NoiseLevel, cond: Conditioning) -> jax.Array:

@@ -218,7 +218,8 @@ def _check_labels(rows: Mapping[str, np.ndarray], config: Mapping[str, Any], nam
     wrong = [label for label in rows["label"].tolist() if not 0 <= label < classes] if classes else []
     if wrong:
         raise UserError(
-            f"config.model.num_classes={classes} but {name} has a label {wrong[0]}: set it higher"
+            f"config.model.num_classes={classes} but {name} has a label {wrong[0]}: labels go from 0 to "
+            "num_classes - 1"
         )
 
 
