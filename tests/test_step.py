@@ -153,6 +153,20 @@ def test_the_loss_gives_the_network_the_noisy_target_and_the_condition_of_its_ow
     assert seen["train"] is False and np.any(first != seen["mask"])  # dropout's key follows the step's
 
 
+def test_dropout_is_on_in_the_step(objective, images):
+    seen = []
+
+    class Spy:
+        def apply(self, variables, y_t, gamma, cond, *, train, rngs):
+            seen.append(train)
+            return y_t * variables["params"]["w"]
+
+    step = make_train_step(dataclasses.replace(objective, network=Spy()), OPTIMIZER, ema_decay=DECAY)
+    state = start_from({"w": np.ones((), np.float32)}, OPTIMIZER, parallel.make_mesh())
+    jax.eval_shape(step, state, {"image": images}, jax.random.key(0))
+    assert seen == [True]
+
+
 # ---- What a step does
 
 
