@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
             "data": {"source": "photos:train", "crop": 96, "scale": 4},
             "optim": {"learning_rate": 5e-4, "warmup_steps": 300, "ema_decay": 0.999},
             "train": {"num_steps": 1_000_000, "batch_size": 16},
-            "eval": {"every": 1000, "num_images": 8, "steps": 10, "solver": "dpmpp_2m"},
+            "eval": {"every": 1000, "num_images": 8, "steps": 5, "solver": "dpmpp_2m"},
             "checkpoint": {"every": 500},
         }
     )

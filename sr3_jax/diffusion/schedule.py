@@ -16,6 +16,9 @@ import numpy as np
 from sr3_jax.aliases import Key, NoiseLevel
 
 Spacing = Literal["log_snr", "uniform", "karras"]
+# Noisier levels than this hold no signal that a step could win: `linear` ends at -10.03, `cosine` at -21, and a few
+# steps spread evenly over its whole range would mostly be spent there.
+LEAST_LOG_SNR = -10.1
 KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: how strongly the grid leans towards low noise
 
 
@@ -98,8 +101,8 @@ def cosine(num_steps: int = 2000, offset: float = 0.008, beta_max: float = 0.999
 def respace(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "log_snr") -> NoiseSchedule:
     """An inference schedule of N steps from the training schedule's noisiest level to clean.
 
-    The end points stay, so y_T is as noisy as the network knows it; keeping betas instead would leave signal in
-    y_T. The first noisy level is the training schedule's gamma_1, whatever the spacing.
+    The end points stay, so y_T is as noisy as the network knows it (or a log-SNR of -10.1, if that is less noisy);
+    keeping betas instead would leave signal in y_T. The first noisy level is the training schedule's gamma_1.
 
     Args:
         schedule: the training schedule.
@@ -117,6 +120,7 @@ def respace(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "log_snr
             )
         return from_gamma(schedule.gamma64[np.linspace(0, total, num_steps + 1).round().astype(int)])
     first, last = log_snr64(schedule.gamma64[[1, -1]])
+    last = max(last, min(LEAST_LOG_SNR, first))
     if num_steps == 1:
         first = last
     if spacing == "log_snr":
