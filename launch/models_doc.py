@@ -190,21 +190,22 @@ def write(facts_path: Path, paths: Mapping[str, Path], output: Path) -> None:
     model = evaluated(facts, fingerprint(load(file)), sets)
     folder = output.parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    images: dict[str, dict[str, str]] = {}
-    for number, (title, path) in enumerate(paths.items()):
-        grids = {"grid": CAPTION}
-        if number == 0 and (path.parent / f"grid_{model['label']}.png").is_file():
-            grids[f"grid_{model['label']}"] = "The same pictures by every sampler."
-        for grid, caption in grids.items():
-            suffix, data = fitted(path.parent / f"{grid}.png")
-            stem = re.sub(r"\W+", "_", f"{facts['name']} {title}{grid[4:] and ' samplers'}").lower()
-            for old in folder.glob(f"{stem}.*"):
-                old.unlink()
-            (folder / f"{stem}{suffix}").write_bytes(data)
-            images.setdefault(title, {})[caption] = f"images/{stem}{suffix}"
+    # Pictures of the first set alone: those of others, such as Set14, may not be ours to pass on.
+    title, path = next(iter(paths.items()))
+    grids = {"grid": CAPTION}
+    if (path.parent / f"grid_{model['label']}.png").is_file():
+        grids[f"grid_{model['label']}"] = "The same pictures by every sampler."
+    images: dict[str, dict[str, str]] = {title: {}}
+    for grid, caption in grids.items():
+        suffix, data = fitted(path.parent / f"{grid}.png")
+        stem = re.sub(r"\W+", "_", f"{facts['name']} {title}{grid[4:] and ' samplers'}").lower()
+        for old in folder.glob(f"{stem}.*"):
+            old.unlink()
+        (folder / f"{stem}{suffix}").write_bytes(data)
+        images[title][caption] = f"images/{stem}{suffix}"
     megabytes = file.stat().st_size / 1e6
     output.write_text(page(facts, model, megabytes, sets, images), encoding="utf-8")
-    print(f"{output} and {sum(map(len, images.values()))} pictures in {folder}")
+    print(f"{output} and {len(grids)} picture(s) in {folder}")
 
 
 if __name__ == "__main__":
