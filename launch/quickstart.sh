@@ -49,7 +49,7 @@ echo "== 2 of 3: train configs/photos_4x_small.py for $minutes min"
 
 echo
 echo "== 3 of 3: compare on the test photographs"
-"$sr3" evaluate --model "$here/run" --model photo_4x --data photos:test --steps 10 -o "$here/evaluation"
+"$sr3" evaluate --model "$here/run" --model photo_4x --data photos:test -o "$here/evaluation"
 
 cp "$here"/*.png "$here"/evaluation/*.png "$out/"
 echo

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sr3_jax.aliases import Params, UserError
 from sr3_jax.train.state import TrainState
@@ -159,7 +159,8 @@ def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str 
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(flat, partial, metadata={"format": FORMAT, "config": json.dumps(config, sort_keys=True)})
+        metadata = {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}
+        partial.write_bytes(save(flat, metadata))  # save_file would leave it unreadable to others
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be written ({_first_line(error)}); choose another place") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -275,15 +276,25 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
     path = tmp_path / "model.safetensors"
     checkpoint.export(path, WEIGHTS, {"old": 1})
 
-    def half(flat, file, metadata):
-        Path(file).write_bytes(b"half")
+    def half(file, data):
+        with open(file, "wb") as opened:
+            opened.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(UserError, match=r"model\.safetensors cannot be written .*No space left"):
         checkpoint.export(path, WEIGHTS, {"new": 1})
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     assert checkpoint.read_export(path)[1] == {"old": 1}
+
+
+def test_an_export_can_be_read_by_others(tmp_path):
+    before = os.umask(0o022)
+    try:
+        checkpoint.export(tmp_path / "model.safetensors", WEIGHTS, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_an_export_to_no_folder_is_refused(tmp_path):
