@@ -96,7 +96,7 @@ def page(
         "| --- | ---: | --- |",
         *(f"| {_linked(data)} | {data['pictures']:,} | {data['licence']} |" for data in facts["data"]),
         "",
-        "Made by:",
+        "Made and measured by:",
         "",
         "```",
         *facts["commands"],
