@@ -224,3 +224,9 @@ def test_recorded_y_t_is_the_diffused_image():
     eps = to_eps(y0, seen["y_t"], seen["gamma"])
     np.testing.assert_allclose(diffuse(y0, eps, seen["gamma"]), seen["y_t"], atol=1e-5)
     np.testing.assert_allclose(loss, np.mean(np.abs(eps), axis=(1, 2, 3)), rtol=1e-4)
+
+
+def test_a_prediction_of_another_shape_is_refused():
+    y0 = jnp.zeros((2, 4, 4, 3))
+    with pytest.raises(ValueError, match=r"must predict \(2, 4, 4, 3\), got \(2, 4, 4, 1\)"):
+        denoising_loss(lambda y, gamma, cond: y[..., :1], jax.random.key(0), y0, {}, schedule=linear())

@@ -20,7 +20,8 @@ Weighting = Callable[[NoiseLevel, Kind], jax.Array]
 def min_snr(clamp: float = 5.0) -> Weighting:
     """Weights that keep the easy, low-noise levels from ruling the gradient (Hang et al. 2023).
 
-    With S = gamma / (1 - gamma): min(S, clamp) on the y0 error, hence over S for eps and over S + 1 for v.
+    With S = gamma / (1 - gamma): min(S, clamp) on the squared y0 error, hence over S for eps and over S + 1 for v.
+    The three are the same loss under 'l2' alone.
     """
 
     def weight(gamma: NoiseLevel, kind: Kind) -> jax.Array:
@@ -63,6 +64,8 @@ def denoising_loss(
     eps = jax.random.normal(eps_key, y0.shape)
     z0 = space.encode(y0, cond)
     prediction = denoiser(diffuse(z0, eps, gamma), gamma, cond)
+    if prediction.shape != z0.shape:  # [B,H,W,1] would broadcast without a word
+        raise ValueError(f"the denoiser must predict {z0.shape}, got {prediction.shape}")
     error = prediction - target(z0, eps, gamma, kind)
     error = jnp.abs(error) if norm == "l1" else jnp.square(error)
     loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))  # [B]

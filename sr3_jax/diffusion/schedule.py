@@ -101,8 +101,8 @@ def cosine(num_steps: int = 2000, offset: float = 0.008, beta_max: float = 0.999
 def respace(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "log_snr") -> NoiseSchedule:
     """An inference schedule of N steps from the training schedule's noisiest level to clean.
 
-    The end points stay, so y_T is as noisy as the network knows it (or a log-SNR of -10.1, if that is less noisy);
-    keeping betas instead would leave signal in y_T. The first noisy level is the training schedule's gamma_1.
+    y_T stays as noisy as the network knows it; keeping betas instead would leave signal in it. Except for 'uniform',
+    the cleanest noisy level is the training schedule's gamma_1 and the noisiest has a log-SNR of at least -10.1.
 
     Args:
         schedule: the training schedule.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr3_jax.diffusion.schedule import NoiseSchedule, log_snr64
+from sr3_jax.diffusion.schedule import NoiseSchedule, Spacing, log_snr64
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 """(y [B,H,W,C], gamma scalar) -> the clipped estimate of y0 [B,H,W,C]."""
@@ -42,7 +42,7 @@ class Solver:
     init: Callable[[NoiseSchedule, jax.Array], tuple[Carry, Any]]
     step: Callable[[Denoise, Carry, jax.Array | None, Any], Carry]
     stochastic: bool
-    spacing: str = "log_snr"
+    spacing: Spacing = "log_snr"
 
 
 class LinearRow(NamedTuple):
