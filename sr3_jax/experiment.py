@@ -114,8 +114,9 @@ def complete(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    plain = given.to_dict() if isinstance(given, ConfigDict) else dict(given)
-    return {name: part.to_dict() if isinstance(part, ConfigDict) else part for name, part in plain.items()}
+    return {
+        name: part.to_dict() if isinstance(part, ConfigDict) else part for name, part in dict(given).items()
+    }
 
 
 def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:

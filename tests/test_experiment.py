@@ -163,7 +163,8 @@ def test_overrides_that_cannot_be_are_refused(config_file, override, sentence):
 
 
 @pytest.mark.parametrize(
-    "override", ["--config.train=8", "--batch=8", "8", "--config.train.batch_size", "--config.=8"]
+    "override",
+    ["--config.train=8", "--batch=8", "8", "train.batch_size=8", "--config.train.batch_size", "--config.=8"],
 )
 def test_arguments_that_are_no_override_are_refused(config_file, override):
     assert refusal(load_config, config_file, [override]) == (
