@@ -88,8 +88,10 @@ def sample(
 def _pair(key: Key) -> tuple[Key, Key]:
     """Two keys from one, or two [B] from [B]."""
     if key.ndim == 0:
-        return tuple(jax.random.split(key))
-    return jax.vmap(lambda one: tuple(jax.random.split(one)))(key)
+        first, second = jax.random.split(key)
+    else:
+        first, second = jax.vmap(lambda one: tuple(jax.random.split(one)))(key)
+    return first, second
 
 
 def _of_step(key: Key, index: jax.Array) -> Key:
