@@ -83,6 +83,20 @@ class Run:
 
 
 @pytest.fixture(scope="module")
+def gradients(objective):
+    """(weights, 8 crops, key) -> the mean loss and its gradient, on one device."""
+
+    @jax.jit
+    def run(params, rows, key):
+        def loss(params):
+            return jnp.mean(batch_losses(params, {"image": rows}, key, objective=objective, train=True))
+
+        return jax.value_and_grad(loss)(params)
+
+    return run
+
+
+@pytest.fixture(scope="module")
 def one_device(objective, params) -> Run:
     devices = np.array(jax.devices()[:1]).reshape(1, 1)
     return Run(objective, params, Mesh(devices, parallel.AXES, axis_types=(AxisType.Auto,) * 2))
@@ -176,13 +190,10 @@ def test_overfitting_one_batch_lowers_the_loss(eight_devices, images):
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
 
 
-def test_first_step_in_full(eight_devices, objective, params, images):
+def test_first_step_in_full(eight_devices, gradients, params, images):
     """Its gradient is that of the mean loss at fold_in(key, step); then the optimiser; then the moving average."""
 
-    def loss(params, key):
-        return jnp.mean(batch_losses(params, {"image": images}, key, objective=objective, train=True))
-
-    value, grads = jax.jit(jax.value_and_grad(loss))(params, jax.random.fold_in(jax.random.key(1), 5))
+    value, grads = gradients(params, images, jax.random.fold_in(jax.random.key(1), 5))
     updates, opt_state = OPTIMIZER.update(grads, OPTIMIZER.init(params), params)
     wanted = optax.apply_updates(params, updates)
     state, [metrics] = eight_devices(images, seed=1, step=5)
@@ -254,20 +265,13 @@ def test_the_old_state_is_donated_whole(name, images, request):
 # ---- In parts
 
 
-def test_accumulation_is_the_mean_of_the_parts_every_second_row_each(objective, params, images):
+def test_accumulation_is_the_mean_of_the_parts_every_second_row_each(objective, gradients, params, images):
     images = np.concatenate([images, 255 - images])
     run = Run(objective, params, parallel.make_mesh(), rows=16, accumulation=2)
     state, [metrics] = run(images, seed=4)
 
-    @jax.jit
-    def part(params, rows, key):
-        def loss(params):
-            return jnp.mean(batch_losses(params, {"image": rows}, key, objective=objective, train=True))
-
-        return jax.value_and_grad(loss)(params)
-
     keys = jax.random.split(jax.random.fold_in(jax.random.key(4), 0), 2)
-    parts = [part(params, images[start::2], keys[start]) for start in range(2)]
+    parts = [gradients(params, images[start::2], keys[start]) for start in range(2)]
     value, grads = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
