@@ -6,10 +6,12 @@ One mesh of ('data', 'fsdp'): batches are split over both axes, the large arrays
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sr3_jax.aliases import UserError
@@ -18,13 +20,20 @@ AXES = ("data", "fsdp")
 FSDP_MIN_BYTES = 4 * 2**20  # smaller arrays cost less to keep everywhere than to gather
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices of all processes; -1 for one of the sizes takes what is left.
 
+    Where the devices come in slices (TPU pods joined by the data-centre network), 'data' goes across the slices and
+    'fsdp' stays within one: gathering weights needs the fast links, averaging gradients once a step does not.
+
+    Args:
+        devices: instead of all that there are, such as those of a topology that is only planned for.
+
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or 'fsdp' does not fit a slice.
     """
-    count = jax.device_count()
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
     known = math.prod(size for size in (data, fsdp) if size != -1)
     if (data, fsdp).count(-1) == 1 and known > 0 and count % known == 0:
         data, fsdp = (count // known if size == -1 else size for size in (data, fsdp))
@@ -33,8 +42,20 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
             f"mesh.data={data} and mesh.fsdp={fsdp} do not fit {count} devices: "
             f"give sizes whose product is {count}, or -1 for one of them"
         )
+    slices = len({getattr(device, "slice_index", None) for device in devices})
     # Auto axes: Linen's convolutions fail on sharded weights under jax.make_mesh's default of Explicit ones.
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+    auto = (AxisType.Auto,) * 2
+    if slices == 1:
+        return jax.make_mesh((data, fsdp), AXES, axis_types=auto, devices=devices)
+    if data % slices:
+        raise UserError(
+            f"mesh.fsdp={fsdp} does not fit a slice of {count // slices} devices ({slices} slices): "
+            "give a size that divides it"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=auto)
 
 
 def fsdp_spec(shape: tuple[int, ...], itemsize: int, fsdp: int) -> PartitionSpec:

@@ -25,7 +25,7 @@ from sr3_jax.model import load
 from sr3_jax.report import Report
 from sr3_jax.train.heldout import HeldOut
 from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
-from sr3_jax.train.step import make_train_step
+from sr3_jax.train.step import jit_train_step, make_train_step
 from sr3_jax.train.window import Window
 
 _log = logging.getLogger("sr3_jax")
@@ -63,16 +63,15 @@ def train(experiment: Experiment, workdir: Path) -> int:
             checkpoint.write_config(workdir, config)
 
         # ---- Compile once, for every step.
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_fn = jax.jit(
+        step_fn = jit_train_step(
             make_train_step(
                 experiment.objective,
                 optimizer,
                 ema_decay=config["optim"]["ema_decay"],
                 accumulation=run["accumulation"],
             ),
-            out_shardings=(shardings, parallel.replicated(mesh)),
-            donate_argnums=0,
+            state,
+            mesh,
         )
         evaluate = HeldOut(
             experiment.objective,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from sr3_jax.aliases import Conditioning, Image, Key, Params
 from sr3_jax.diffusion.loss import Norm, Weighting, denoising_loss
@@ -20,6 +21,7 @@ from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
 from sr3_jax.images import degrade, to_unit, upsample
 from sr3_jax.nn.unet import UNet
+from sr3_jax.parallel import replicated
 from sr3_jax.train.state import TrainState, update_ema
 
 Batch = dict[str, jax.Array]
@@ -119,3 +121,17 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return train_step
+
+
+def jit_train_step(
+    train_step: Callable[[TrainState, Batch, Key], tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The step as every machine runs it: the new state where the old one was, the metrics on every device.
+
+    Args:
+        state: arrays, or shapes with shardings (`abstract_state`); its buffers are given to the new one.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(train_step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
