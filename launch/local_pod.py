@@ -1,0 +1,334 @@
+"""A pod on one machine: N processes of K simulated CPU devices each, joined by the real jax.distributed.
+
+    bash launch/local_pod.sh [--dry-run] [--logs DIR] N K COMMAND...
+
+COMMAND is any program, such as `sr3 train ...`. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+JAX_PROCESS_ID, JAX_PLATFORMS=cpu and, in XLA_FLAGS beside the user's own, the number of devices. Process 0 writes to
+the terminal; the lines of process 1 begin with "[1] ", or with --logs are added to DIR/1.log.
+
+SIGTERM and Ctrl-C go to all processes. When one fails, the others get SIGTERM a moment later. Whatever still runs
+SR3_GRACE seconds (default 30) after its signal is killed. The exit code is that of the first that failed (128 + the
+signal's number if one ended it), 0 if none did, 2 for wrong arguments. Nothing that was started outlives the launcher,
+not even when the launcher itself is killed: a supervisor, its child, does the work, adopts what the processes leave
+behind, and is told by the kernel when the launcher dies. That last part needs Linux; the rest is any Unix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT)
+NEVER = float("inf")
+_PDEATHSIG, _SUBREAPER = 1, 36  # of prctl, in linux/prctl.h
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def fail(sentence: str) -> NoReturn:
+    print(f"local_pod.sh: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def say(sentence: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"local_pod.sh: {sentence}", file=sys.stderr, flush=True)
+
+
+def whole(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        fail(f"{name} must be a whole number above 0, got '{text}': local_pod.sh N K COMMAND...")
+    return int(text)
+
+
+def parse(arguments: list[str]) -> tuple[bool, str | None, int, int, list[str]]:
+    """(dry run?, folder of the logs, processes, devices of each, command)."""
+    dry_run, logs, rest = False, None, list(arguments)
+    while rest and rest[0].startswith("-"):
+        option, _, value = rest.pop(0).partition("=")
+        if option in ("-h", "--help"):
+            print(__doc__)
+            sys.exit(0)
+        elif option == "--dry-run":
+            dry_run = True
+        elif option == "--logs":
+            logs = value or (rest.pop(0) if rest else "")
+            if not logs:
+                fail("--logs needs a folder: --logs DIR.")
+        else:
+            fail(f"unknown option '{option}': --dry-run, --logs DIR and --help, before N and K.")
+    if len(rest) < 3:
+        fail(
+            "it takes the number of processes, of devices of each, and a command: local_pod.sh N K COMMAND..."
+        )
+    count, devices = whole("N, the number of processes,", rest[0]), whole("K, the devices of each,", rest[1])
+    return dry_run, logs, count, devices, rest[2:]
+
+
+def grace_seconds() -> float:
+    text = os.environ.get("SR3_GRACE", "30")
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", text, re.ASCII):
+        fail(f"SR3_GRACE must be a number of seconds, got '{text}'.")
+    return float(text)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to outgoing connections in the meantime."""
+    for port in random.sample(range(20000, 30000), 200):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    fail("no free port was found between 20000 and 30000.")
+
+
+def environments(count: int, devices: int, port: int) -> list[dict[str, str]]:
+    """What is set for each process, beside what it inherits."""
+    theirs = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
+    return [
+        {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join([*theirs.split(), f"--xla_force_host_platform_device_count={devices}"]),
+        }
+        for index in range(count)
+    ]
+
+
+def descendants() -> dict[int, int]:
+    """Every process below this one, with its process group; none where there is no /proc."""
+    found: dict[int, tuple[int, int]] = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+                parent, group = (
+                    file.read().rpartition(")")[2].split()[1:3]
+                )  # the name in () may hold anything
+                found[int(name)] = int(parent), int(group)
+    below: dict[int, int] = {}
+    new = {os.getpid()}
+    while new:
+        new = {pid for pid, (parent, _) in found.items() if parent in new}
+        below |= {pid: found[pid][1] for pid in new}
+    return below
+
+
+class Supervisor:
+    """Starts the processes, each in a session of its own, and stays until nothing of them is left."""
+
+    def __init__(self, command: list[str], *, logs: str | None, grace: float, mask: set[signal.Signals]):
+        self.command, self.logs, self.grace, self.mask = command, logs, grace, mask
+        self.running: dict[int, int] = {}  # pid, which is also the process group -> index
+        self.told: set[int] = set()  # the process groups that were sent SIGTERM or SIGINT
+        self.pipes = selectors.DefaultSelector()
+        self.code = 0  # of the first that failed
+        self.tell_at = self.kill_at = NEVER
+
+    def run(self, settings: list[dict[str, str]]) -> int:
+        if _LIBC is not None:
+            _LIBC.prctl(_SUBREAPER, 1, 0, 0, 0)
+        wake, waker = os.pipe()  # a signal ends a wait for output
+        for end in (wake, waker):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        self.pipes.register(wake, selectors.EVENT_READ)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        for number in FORWARDED:
+            signal.signal(number, lambda number, frame: self.forward(number))
+        for index, extra in enumerate(settings):
+            try:
+                self.start(index, extra)
+            except OSError as error:
+                say(f"{error.filename or self.command[0]}: {error.strerror}.")
+                self.code, self.tell_at = 2, 0.0
+                break
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)  # what came in the meantime is forwarded now
+        while self.reap():
+            now = time.monotonic()
+            if now >= self.tell_at:
+                self.tell_at = NEVER
+                self.forward(signal.SIGTERM)
+            if now >= self.kill_at:
+                self.kill()
+            self.relay(min(max(min(self.kill_at, self.tell_at) - now, 0.0), 60.0))
+        while self.relay(0):
+            pass  # what was written last
+        return self.code
+
+    def start(self, index: int, extra: dict[str, str]) -> None:
+        supervisor = os.getpid()
+
+        def settle() -> None:
+            """In the new process: signals as from a shell, and gone when the supervisor is killed."""
+            for number in FORWARDED:
+                signal.signal(number, signal.SIG_DFL)
+            if _LIBC is not None:
+                _LIBC.prctl(_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+                if os.getppid() != supervisor:
+                    os._exit(137)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+        with contextlib.ExitStack() as stack:
+            output = error = None
+            if index and self.logs is not None:
+                output = stack.enter_context(open(os.path.join(self.logs, f"{index}.log"), "ab"))
+                error = subprocess.STDOUT
+            elif index:
+                output = error = subprocess.PIPE
+            process = subprocess.Popen(
+                self.command,
+                env=os.environ | extra | {"PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=error,
+                start_new_session=True,  # Ctrl-C in the terminal comes once, from us
+                preexec_fn=settle,
+            )
+        process.returncode = 0  # it is waited for in reap, not by this object
+        self.running[process.pid] = index
+        for pipe, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+            if pipe is not None:
+                line_of = (f"[{index}] ".encode(), target.buffer, bytearray())
+                self.pipes.register(pipe, selectors.EVENT_READ, line_of)
+
+    def forward(self, number: int) -> None:
+        """A signal to every process and its children; also called as a handler, at any moment."""
+        self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+        for pid in list(self.running):
+            self.told.add(pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, number)
+
+    def kill(self) -> None:
+        if self.running:
+            names = ", ".join(str(index) for index in sorted(self.running.values()))
+            say(f"still running {self.grace:g} s after the signal to stop, and killed: process {names}.")
+        for pid in list(self.running):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        for pid in descendants():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        self.kill_at = time.monotonic() + 0.1  # again, for what was just being started
+
+    def reap(self) -> bool:
+        """Collect what has ended; False when nothing is left, the processes' own children included."""
+        had = bool(self.running)
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return False
+            if ended is None:
+                break
+            index = self.running.pop(
+                ended.si_pid, None
+            )  # no more signals to this number, then it is given back
+            status = os.waitpid(ended.si_pid, 0)[1]
+            if index is not None:
+                self.ended(index, os.waitstatus_to_exitcode(status))
+        if had and not self.running:
+            # Theirs are left. Those in a group that was told to stop are stopping, and the others are told now.
+            self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
+            for pid, group in descendants().items():
+                if group not in self.told:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, signal.SIGTERM)
+        return True
+
+    def ended(self, index: int, code: int) -> None:
+        code = 128 - code if code < 0 else code
+        if code == 0 or self.code:
+            return
+        self.code = code
+        # Who has had its signal gets no second one: to sr3 that means at once, without saving. The others get theirs
+        # in a moment, in which those that fail of the same may say so.
+        if self.running and not self.told:
+            say(f"process {index} ended with exit code {code}: the others are stopped.")
+            self.tell_at = time.monotonic() + min(2.0, self.grace)
+
+    def relay(self, seconds: float) -> bool:
+        """Wait for output or a signal, at most that long; write lines with the number of their process."""
+        moved = False
+        for key, _ in self.pipes.select(seconds):
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(key.fd, 65536)
+                if key.data is None:  # the pipe that signals wake us by
+                    continue
+                moved = True
+                prefix, target, rest = key.data
+                lines = (rest + data).split(b"\n")
+                rest[:] = lines.pop()
+                if not data:
+                    self.pipes.unregister(key.fileobj)
+                    lines += [bytes(rest)] if rest else []
+                with contextlib.suppress(BrokenPipeError, ValueError):  # nobody reads on: the run goes on
+                    target.write(b"".join(prefix + line + b"\n" for line in lines))
+                    target.flush()
+        return moved
+
+
+def main() -> int:
+    dry_run, logs, count, devices, command = parse(sys.argv[1:])
+    grace, settings = grace_seconds(), environments(count, devices, free_port())
+    if dry_run:
+        for index, extra in enumerate(settings):
+            line = shlex.join(["env", *(f"{name}={value}" for name, value in extra.items()), *command])
+            print(
+                line
+                + (f" >>{shlex.quote(os.path.join(logs, f'{index}.log'))} 2>&1" if index and logs else "")
+            )
+        return 0
+    if shutil.which(command[0]) is None:
+        fail(f"there is no program '{command[0]}': activate the environment that has it, or give its path.")
+    if logs is not None:
+        try:
+            os.makedirs(logs, exist_ok=True)
+        except OSError as error:
+            fail(f"--logs {logs}: {error.strerror}.")
+    os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # another way to say how many devices, which would win
+
+    # Signals wait until the launcher and the supervisor are both ready for them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGHUP, signal.SIGCHLD})
+    launcher = os.getpid()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.setsid()
+            if _LIBC is not None:
+                _LIBC.prctl(_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+            if os.getppid() == launcher:
+                code = Supervisor(command, logs=logs, grace=grace, mask=mask).run(settings)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def pass_on(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM if number == signal.SIGHUP else number)
+
+    for number in (*FORWARDED, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
