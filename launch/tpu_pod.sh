@@ -1,0 +1,244 @@
+#!/usr/bin/env bash
+# A Cloud TPU VM pod from start to end, with gcloud: bash launch/tpu_pod.sh ACTION [OPTIONS] [-- COMMAND...]
+#   create   ask for the TPU and wait until it is there (nothing to do if it is)
+#   copy     the files that git tracks, as they are now, to every worker; install there; mount the bucket
+#   run      COMMAND (such as: sr3 train ...) on every worker, in ~/sr3_jax; shows worker 0. Ctrl-C leaves it running;
+#            the same --job follows it again
+#   stop     SIGTERM to what runs: sr3 saves, and ends with 143
+#   logs     the output of the job (the newest without --job) of every worker, into out/tpu/NAME
+#   status   the TPU's state, and what each worker runs
+#   delete   the TPU; what is on its disks is lost
+#   all      create, copy, run; once more after 143, 1 or death by a signal, at most SR3_MAX_RESTARTS times (20);
+#            a TPU that was taken away is made again
+# Options, or their names in the environment:
+#   --name SR3_TPU_NAME (sr3)    --zone SR3_TPU_ZONE    --type SR3_TPU_TYPE, such as v5litepod-256
+#   --version SR3_TPU_VERSION, the runtime, such as v2-alpha-tpuv5-lite
+#   --bucket SR3_TPU_BUCKET, a Cloud Storage bucket that every worker sees as bucket/ in ~/sr3_jax
+#   --job JOB, the name of what runs (the time)    --spot SR3_TPU_SPOT=1    --queued SR3_TPU_QUEUED=1
+#   --dry-run, every command printed and none run
+# Project and account are gcloud's own. Exit code: that of COMMAND (2 if any worker's is), 2 for a mistake.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+    echo "tpu_pod.sh: $1" >&2
+    exit 2
+}
+
+action=${1:-}
+case $action in
+create | copy | run | stop | logs | status | delete | all) shift ;;
+*) fail "the first word is create, copy, run, stop, logs, status, delete or all, got '$action'." ;;
+esac
+name=${SR3_TPU_NAME:-sr3} zone=${SR3_TPU_ZONE:-} type=${SR3_TPU_TYPE:-} version=${SR3_TPU_VERSION:-}
+bucket=${SR3_TPU_BUCKET:-} spot=${SR3_TPU_SPOT:-} queued=${SR3_TPU_QUEUED:-} job='' dry_run=''
+restarts=${SR3_MAX_RESTARTS:-20} poll=${SR3_TPU_POLL:-30}
+while (($# > 0)); do
+    option=$1
+    shift
+    case $option in
+    --) break ;;
+    --spot) spot=1 ;;
+    --queued) queued=1 ;;
+    --dry-run) dry_run=1 ;;
+    --name | --zone | --type | --version | --bucket | --job)
+        [[ -n ${1:-} && $1 != -* ]] || fail "$option needs a value."
+        printf -v "${option#--}" %s "$1"
+        shift
+        ;;
+    *) fail "unknown option '$option'; the command comes after '--'." ;;
+    esac
+done
+[[ -n $zone ]] || fail "which zone? Give --zone or set SR3_TPU_ZONE."
+[[ $restarts =~ ^[0-9]+$ ]] || fail "SR3_MAX_RESTARTS must be a whole number, got '$restarts'."
+[[ $name$job =~ ^[a-zA-Z0-9-]+$ ]] || fail "--name and --job take letters, digits and '-', got '$name' and '$job'."
+case $action in
+create | all)
+    [[ -n $type && -n $version ]] || fail "$action needs --type and --version (or SR3_TPU_TYPE and SR3_TPU_VERSION)."
+    ;;
+esac
+case $action in
+run | all)
+    (($# > 0)) || fail "$action needs a command, after '--'."
+    job=${job:-$(date +%Y%m%d-%H%M%S)}
+    ;;
+*) (($# == 0)) || fail "$action takes no command, got '$*'." ;;
+esac
+if [[ -z $dry_run ]]; then
+    command -v gcloud >/dev/null || fail "gcloud was not found: install the Google Cloud CLI, or use --dry-run."
+    [[ -n $(gcloud auth list --filter=status:ACTIVE --format='value(account)' 2>/dev/null) ]] ||
+        fail "gcloud is not logged in: run 'gcloud auth login', or use --dry-run."
+fi
+
+quoted() { # the words as a shell reads them back
+    local word line='' quote="'\\''"
+    for word in "$@"; do
+        case $word in
+        '' | *[!a-zA-Z0-9_./:=@%+,-]*) line+=" '${word//\'/$quote}'" ;;
+        *) line+=" $word" ;;
+        esac
+    done
+    echo "${line# }"
+}
+
+do_it() {
+    if [[ -n $dry_run ]]; then
+        quoted "$@"
+    else
+        "$@"
+    fi
+}
+
+tpus() {
+    do_it gcloud compute tpus "$@"
+}
+
+on_workers() { # on_workers COMMAND [OPTION...]: the same command on each
+    tpus tpu-vm ssh "$name" --zone="$zone" --worker=all "${@:2}" --command "$1"
+}
+
+state_of() { # state_of tpu-vm|queued-resources: nothing if there is none
+    local field=state errors state
+    if [[ $1 == queued-resources ]]; then field=state.state; fi
+    if [[ -n $dry_run ]]; then return; fi
+    errors=$(mktemp)
+    if state=$(gcloud compute tpus "$1" describe "$name" --zone="$zone" --format="value($field)" 2>"$errors"); then
+        echo "$state"
+    elif ! grep -q NOT_FOUND "$errors"; then
+        cat "$errors" >&2
+        rm "$errors"
+        return 1
+    fi
+    rm "$errors"
+}
+
+create() {
+    local state extra=()
+    state=$(state_of tpu-vm)
+    case $state in
+    READY)
+        echo "tpu_pod.sh: $name is there."
+        return
+        ;;
+    PREEMPTED | TERMINATED) delete ;; # such a one does not come back
+    esac
+    if [[ -n $spot ]]; then extra=(--spot); fi
+    if [[ -z $queued ]]; then
+        tpus tpu-vm create "$name" --zone="$zone" --accelerator-type="$type" --version="$version" \
+            ${extra[@]+"${extra[@]}"}
+        return
+    fi
+    state=$(state_of queued-resources)
+    case $state in FAILED | SUSPENDED) delete && state='' ;; esac
+    if [[ -z $state ]]; then
+        tpus queued-resources create "$name" --node-id="$name" --zone="$zone" --accelerator-type="$type" \
+            --runtime-version="$version" ${extra[@]+"${extra[@]}"}
+    fi
+    if [[ -n $dry_run ]]; then
+        tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)'
+        return
+    fi
+    while true; do
+        state=$(state_of queued-resources)
+        case $state in
+        ACTIVE) return ;;
+        '' | FAILED | SUSPENDED) fail "the queued resource $name is '$state': delete it and create it again." ;;
+        esac
+        echo "tpu_pod.sh: $(date +%H:%M) the queued resource $name is $state."
+        sleep "$poll"
+    done
+}
+
+copy() {
+    local archive=out/tpu/sr3_jax.tar.gz
+    [[ -e .git ]] || fail "copy sends what git tracks, and this is no git repository: run 'git init' and 'git add .'."
+    do_it mkdir -p out/tpu
+    if [[ -n $dry_run ]]; then
+        echo "git ls-files -z | tar -czf $archive --null -T -"
+    else
+        git ls-files -z | tar -czf "$archive" --null -T -
+    fi
+    tpus tpu-vm scp "$archive" "$name:sr3_jax.tar.gz" --zone="$zone" --worker=all
+    on_workers "mkdir -p sr3_jax && tar -xzf sr3_jax.tar.gz -C sr3_jax && bash sr3_jax/launch/tpu_worker.sh install"
+    if [[ -n $bucket ]]; then on_workers "bash sr3_jax/launch/tpu_worker.sh mount $(quoted "$bucket")"; fi
+}
+
+follow=''
+unfollow() {
+    if [[ -n $follow ]]; then kill "$follow" 2>/dev/null || true; fi
+    follow=''
+}
+trap unfollow EXIT
+
+run() { # run COMMAND..., as $job
+    local folder=out/tpu/$name/$job code=0
+    do_it mkdir -p "$folder"
+    if [[ -z $dry_run ]]; then
+        echo "tpu_pod.sh: job $job; the output of every worker goes to $folder."
+        rm -f "$folder"/*.log
+        tail -n +1 -F "$folder/0.log" 2>/dev/null &
+        follow=$!
+    fi
+    on_workers "bash sr3_jax/launch/tpu_worker.sh run $(quoted "$job" "$@")" --output-directory="$folder" || code=$?
+    if [[ -z $dry_run ]]; then
+        sleep 1.5 # for the last lines
+        unfollow
+        # gcloud gives the code of one worker; those of all are in their last lines.
+        if grep -qsx "tpu_worker.sh: exit code 2" "$folder"/*.log; then code=2; fi
+        echo "tpu_pod.sh: job $job ended with exit code $code."
+    fi
+    return "$code"
+}
+
+logs() {
+    local folder=out/tpu/$name/${job:-newest}
+    do_it mkdir -p "$folder"
+    on_workers "bash sr3_jax/launch/tpu_worker.sh log${job:+ $job}" --output-directory="$folder"
+}
+
+status() {
+    tpus tpu-vm describe "$name" --zone="$zone" --format='value(state,health)'
+    on_workers "bash sr3_jax/launch/tpu_worker.sh status"
+}
+
+delete() {
+    local kind=tpu-vm extra=()
+    if [[ -n $queued ]]; then kind=queued-resources extra=(--force); fi
+    if [[ -n $dry_run || -n $(state_of "$kind") ]]; then
+        tpus "$kind" delete "$name" --zone="$zone" ${extra[@]+"${extra[@]}"} --quiet
+    else
+        echo "tpu_pod.sh: there is no $name."
+    fi
+}
+
+all() {
+    local restart=0 first=$job code state
+    create
+    copy
+    while true; do
+        code=0
+        run "$@" || code=$?
+        # Once more after 143 and other signals (137, 134), 1 (a lost machine) and 255 (a lost connection).
+        ((code == 1 || code >= 129 && code != 130)) && ((restart < restarts)) || return "$code"
+        ((++restart))
+        echo "tpu_pod.sh: restart $restart of at most $restarts."
+        while true; do
+            state=$(state_of tpu-vm)
+            case $state in '' | READY | PREEMPTED | TERMINATED) break ;; esac
+            echo "tpu_pod.sh: $(date +%H:%M) $name is $state."
+            sleep "$poll"
+        done
+        if [[ $state != READY ]]; then
+            create
+            copy
+        elif ((code == 255)); then
+            continue # the job may well run on: it is followed
+        fi
+        job=$first-$restart
+    done
+}
+
+case $action in
+stop) on_workers "bash sr3_jax/launch/tpu_worker.sh stop" ;;
+*) "$action" "$@" ;;
+esac

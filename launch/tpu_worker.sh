@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# What launch/tpu_pod.sh does on each worker of a TPU VM: bash launch/tpu_worker.sh ACTION
+#   install              .venv with the [tpu] extra; a Python of its own where the machine's is older than 3.11
+#   mount BUCKET         a Cloud Storage bucket as bucket/, here
+#   run JOB COMMAND...   start JOB, or follow it if it was started before; its exit code. It does not end with the
+#                        connection: gcloud gives a command again after a cut, which must find the same job
+#   stop                 SIGTERM to what runs
+#   log [JOB]            the output of JOB, or of the newest
+#   status               what runs, or ran
+set -euo pipefail
+cd "$(dirname "$0")/.."
+jobs=$HOME/sr3_jobs # a folder each: pid, log and, when it has ended, code
+
+fail() {
+    echo "tpu_worker.sh: $1" >&2
+    exit 2
+}
+
+suitable() {
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+install() {
+    if ! suitable python3.13 && ! suitable python3.12 && ! suitable python3.11 && ! suitable python3; then
+        python3 -m pip install --user --quiet uv
+        "$HOME/.local/bin/uv" python install --quiet 3.12
+        SR3_PYTHON=$("$HOME/.local/bin/uv" python find 3.12)
+        export SR3_PYTHON
+    fi
+    bash launch/setup_venv.sh tpu
+}
+
+mount() {
+    if mountpoint -q bucket; then return; fi
+    command -v gcsfuse >/dev/null || fail "gcsfuse is not installed here; docs/pods.md says how."
+    mkdir -p bucket
+    gcsfuse --implicit-dirs "$1" bucket
+}
+
+running() { # running JOB
+    [[ -s $jobs/$1/pid && ! -e $jobs/$1/code ]] && kill -0 "$(<"$jobs/$1/pid")" 2>/dev/null
+}
+
+names() { # of all jobs, the newest first
+    if [[ -d $jobs ]]; then ls -t "$jobs"; fi
+}
+
+run() {
+    local job=$1 folder=$jobs/$1 other code
+    mkdir -p "$jobs"
+    exec 9>"$HOME/.sr3_jobs_lock"
+    flock 9
+    if [[ ! -e $folder ]]; then
+        for other in $(names); do
+            if running "$other"; then fail "job $other is running: stop it first, or follow it with --job $other."; fi
+        done
+        mkdir "$folder"
+        # In a session of its own, which the end of the connection does not reach.
+        setsid bash launch/tpu_worker.sh keep "$@" >"$folder/log" 2>&1 </dev/null 9>&- &
+        until [[ -s $folder/pid ]]; do sleep 0.1; done
+    fi
+    exec 9>&-
+    if running "$job"; then
+        tail -n +1 -F --pid="$(<"$folder/pid")" "$folder/log" 2>/dev/null
+        for _ in {1..50}; do # the code is written a moment after the process has gone
+            if [[ -e $folder/code ]]; then break; fi
+            sleep 0.1
+        done
+    else
+        cat "$folder/log"
+    fi
+    code=137 # none was written: the machine went down
+    if [[ -e $folder/code ]]; then code=$(<"$folder/code"); fi
+    echo "tpu_worker.sh: exit code $code"
+    return "$code"
+}
+
+keep() { # keep JOB COMMAND...: run it and write down its pid and exit code
+    local folder=$jobs/$1 code=0
+    PATH=$PWD/.venv/bin:$PATH "${@:2}" &
+    echo $! >"$folder/pid"
+    wait $! || code=$?
+    echo "$code" >"$folder/code.part"
+    mv "$folder/code.part" "$folder/code"
+}
+
+stop() {
+    local job
+    for job in $(names); do
+        if running "$job"; then kill -TERM "$(<"$jobs/$job/pid")"; fi
+    done
+}
+
+log() {
+    local job=${1:-$(names | head -n 1)}
+    [[ -e $jobs/$job/log ]] || fail "there is no job '$job' here."
+    cat "$jobs/$job/log"
+}
+
+status() {
+    local job
+    for job in $(names); do
+        if running "$job"; then
+            echo "$(hostname) $job runs: $(tail -n 1 "$jobs/$job/log")"
+        else
+            echo "$(hostname) $job ended with exit code $(cat "$jobs/$job/code" 2>/dev/null || echo 137)"
+        fi
+    done
+}
+
+case ${1:-} in
+install | mount | run | keep | stop | log | status) "$@" ;;
+*) fail "unknown action '${1:-}'." ;;
+esac
