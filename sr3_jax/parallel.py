@@ -5,11 +5,13 @@ One mesh of ('data', 'fsdp'): batches are split over both axes, the large arrays
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -86,7 +88,63 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> the global arrays, split over all devices; returns before the copy is done."""
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that lie on this process's devices, ascending: what it has to decode."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def to_global(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows: np.ndarray | None = None, batch_size: int = 0
+) -> dict[str, jax.Array]:
+    """Rows of a batch on the host -> the global arrays, split over all devices; returns before the copy is done.
+
+    Args:
+        rows, batch_size: which rows of a batch of that size these are (`local_rows`); None where every process has
+            the whole batch.
+    """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+    def place(array: np.ndarray) -> jax.Array:
+        whole = np.arange(len(array)) if rows is None else rows
+        shape = (len(array) if rows is None else batch_size, *array.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            first = int(np.searchsorted(whole, start))
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}
+
+
+def to_host(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of any sharding -> whole NumPy arrays, on every process. All processes must call it."""
+    if jax.process_count() > 1:
+        tree = _gather(mesh)(tree)
+    return jax.device_get(tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def highest(code: int, mesh: Mesh) -> Any:
+    """The highest of the processes' numbers, on all of them; int() of it waits for the answer.
+
+    This is how processes stop at the same step: a signal, or the clock, reaches each of them at another moment.
+    All processes must call it.
+    """
+    if jax.process_count() == 1:
+        return code
+    mine = np.full([len(mesh.local_devices)], code, np.int32)
+    rows = local_rows(mesh, mesh.size)
+    numbers = to_global({"codes": mine}, mesh, rows=rows, batch_size=mesh.size)["codes"]
+    return _maximum(mesh)(numbers)
+
+
+@functools.cache
+def _maximum(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=replicated(mesh))

@@ -214,9 +214,9 @@ class StandIn:
             self.events.append(("read", pending[0]))
             return real_finite(pending, workdir)
 
-        def to_global(batch, mesh):
+        def to_global(batch, mesh, **options):
             self.events.append(("fetch",))
-            return real_global(batch, mesh)
+            return real_global(batch, mesh, **options)
 
         class HeldOut:
             def __init__(held_out, objective, batch, mesh, **options) -> None:
@@ -326,14 +326,14 @@ def test_a_signal_saves_says_how_to_resume_and_gives_its_code(
 
     monkeypatch.setattr(loop.Window, "add", interrupted)
     assert run(folder, tmp_path, plain(num_steps=50)) == code
-    assert steps_of(tmp_path) == [3]
-    message = "Stopped at step 3 and saved. Run the same command again to go on from there.\n"
+    assert steps_of(tmp_path) == [4]  # all processes take the step that was agreed on before the signal
+    message = "Stopped at step 4 and saved. Run the same command again to go on from there.\n"
     assert capsys.readouterr().err.endswith(message)
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     monkeypatch.setattr(loop.Window, "add", add)
     assert run(folder, tmp_path, plain(num_steps=5)) == 0
-    assert "going on from step 3" in capsys.readouterr().err
-    assert steps_of(tmp_path) == [3, 5]
+    assert "going on from step 4" in capsys.readouterr().err
+    assert steps_of(tmp_path) == [4, 5]
 
 
 def test_a_second_ctrl_c_acts_at_once(folder, tmp_path, monkeypatch):

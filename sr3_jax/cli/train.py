@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when complete, 128 + the signal's number when one stopped it."""
     from sr3_jax.experiment import load_config, read
+    from sr3_jax.processes import start_processes
     from sr3_jax.train.loop import train
 
+    start_processes()
     return train(read(load_config(args.config, args.rest)), args.workdir)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,7 @@ def batches(
     batch_size: int,
     crop: int,
     first_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -42,27 +41,21 @@ def batches(
     Every epoch is a new permutation of the photographs; each gives one crop, mirrored half of the time.
 
     Args:
-      batch_size: B, over all processes; this process gets rows [k*B/n, (k+1)*B/n) with k = process_index,
-        n = process_count, and decodes no others.
+      batch_size: B, over all processes.
+      rows: those of this process (`parallel.local_rows`), in their order; it decodes no others. None for all.
       first_step: the step of the first batch; no earlier one is made.
       threads: each makes whole batches; 0 makes them in the caller.
       prefetch: batches made ahead.
 
     Raises:
-      UserError: `batch_size` does not divide; while iterating, 100 unusable pictures in a row.
+      UserError: while iterating, 100 unusable pictures in a row.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} does not divide by {process_count} processes: use a multiple of that"
-        )
     import grain  # takes most of a second
 
-    rows = range(
-        process_index * batch_size // process_count, (process_index + 1) * batch_size // process_count
-    )
+    own = range(batch_size) if rows is None else [int(row) for row in rows]
     draw = _Draw(source, seed=seed, crop=crop)
     steps = grain.MapDataset.range(first_step, _NO_LAST_STEP)
-    pipeline = steps.map(lambda step: _stack([draw(int(step) * batch_size + row) for row in rows]))
+    pipeline = steps.map(lambda step: _stack([draw(int(step) * batch_size + row) for row in own]))
     return iter(
         pipeline.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     )

@@ -86,7 +86,7 @@ class HeldOut:
         """Metrics of these weights, and a grid: low-res, bicubic, output, original."""
         key = jax.random.fold_in(jax.random.key(self._seed), 2**31 + 1)  # the same each time
         values, images = self._metrics(params, parallel.to_global(self._batch, self._mesh), key)
-        images = jax.device_get(images) | {"original": self._originals}
+        images = parallel.to_host(images, self._mesh) | {"original": self._originals}
         columns = [images[name] for name in ("low_res", "bicubic", "output", "original")]
         count = min(GRID_ROWS, len(self._originals))
         rows = [[column[row] for column in columns] for row in range(count)]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,14 @@ from sr3_jax.experiment import Experiment, check_batch
 from sr3_jax.fields import DEFAULTS
 from sr3_jax.model import load
 from sr3_jax.report import Report
+from sr3_jax.signals import polled_signals
 from sr3_jax.train.heldout import HeldOut
 from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
 from sr3_jax.train.step import jit_train_step, make_train_step
 from sr3_jax.train.window import Window
 
 _log = logging.getLogger("sr3_jax")
+_TIME_IS_OVER = 1  # below the exit codes of signals
 SAME_ON_RESUME = {"model": (), "diffusion": (), "optim": (), "data": ("scale",)}  # (): all fields
 
 
@@ -51,7 +51,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
 
     with (
         checkpoint.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as checkpoints,
-        _signals() as stopped,
+        polled_signals() as stopped,
     ):
         # ---- Restore: the newest checkpoint, else given weights, else fresh ones. Never fresh over a failed restore.
         first_step = checkpoints.latest_step or 0
@@ -82,21 +82,21 @@ def train(experiment: Experiment, workdir: Path) -> int:
             seed=run["seed"],
         )
         key = jax.random.key(run["seed"])
+        rows = parallel.local_rows(mesh, run["batch_size"])
         crops = batches(
             source,
             seed=run["seed"],
             batch_size=run["batch_size"],
             crop=data["crop"],
             first_step=first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             threads=data["threads"],
         )
 
         def next_batch() -> dict[str, jax.Array]:
-            rows = next(crops)
-            _check_labels(rows, config, source.name)
-            return parallel.to_global(rows, mesh)
+            crops_here = next(crops)
+            _check_labels(crops_here, config, source.name)
+            return parallel.to_global(crops_here, mesh, rows=rows, batch_size=run["batch_size"])
 
         lr_schedule = experiment.lr_schedule()
         minutes = run["minutes"] or None
@@ -125,10 +125,18 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 if step % run["log_every"] == 0 or step == run["num_steps"]:
                     report.scalars(step, window.summary() | {"learning_rate": float(lr_schedule(step - 1))})
 
+            def ending() -> Any:
+                """0 to go on, else why any of the processes wants to stop; asked by all at the same step."""
+                return parallel.highest(
+                    stopped() or (_TIME_IS_OVER if time.monotonic() > deadline else 0), mesh
+                )
+
             batch = next_batch()
             step = evaluated = first_step
-            while step < run["num_steps"] and time.monotonic() < deadline and stopped() is None:
+            reason = int(ending())
+            while step < run["num_steps"] and not reason:
                 # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1.
+                asked = ending()  # before the step, so that reading the answer does not wait for it
                 before = time.monotonic()
                 state, metrics = step_fn(state, batch, key)
                 if step == first_step:
@@ -139,6 +147,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 window.waited += time.monotonic() - before
                 book()
                 pending = (step, metrics)
+                reason = int(asked)
                 # ---- Evaluate and save, on state whose loss is known to be finite
                 ends = step == run["num_steps"]
                 to_save, to_evaluate = (
@@ -156,12 +165,11 @@ def train(experiment: Experiment, workdir: Path) -> int:
             # ---- Stop
             book()
             checkpoints.save(state, wait=True)
-            reason = stopped()
-            if reason is not None:
+            if reason > _TIME_IS_OVER:
                 report.message(
                     f"Stopped at step {step} and saved. Run the same command again to go on from there."
                 )
-                return 128 + reason
+                return reason
             if step < run["num_steps"]:
                 if step > evaluated:
                     _evaluate(evaluate, state, step, report)
@@ -250,20 +258,3 @@ def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Sou
         f"{count / 1e6:.2f}M parameters, {len(source)} pictures in {source.name}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {start}"
     )
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], int | None]]:
-    """Within it SIGINT and SIGTERM only set the value that the yielded function gives; a second one acts at once."""
-    caught: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: caught[0] if caught else None
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
