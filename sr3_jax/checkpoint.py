@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sr3_jax.aliases import Params, UserError
+from sr3_jax.parallel import highest
 from sr3_jax.train.state import TrainState
 
+_log = logging.getLogger("sr3_jax")
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 FORMAT = "sr3_jax.1"
@@ -98,23 +101,48 @@ class Checkpoints:
         if wait and response is not None:
             response.result()
 
-    def restore(self, abstract: TrainState) -> TrainState:
+    def restore(self, abstract: TrainState, *, allow_older: bool = False) -> TrainState:
         """The newest state, onto the shardings of `abstract`, whatever mesh it was saved from.
+
+        Args:
+            allow_older: go on from the newest that can be read; damaged ones are renamed to STEP.damaged and told.
 
         Raises:
             UserError: it is damaged or of another network. Training never starts afresh over it.
         """
-        step = self.latest_step
+        mesh = abstract.step.sharding.mesh
+        while True:
+            step = self.latest_step
+            error: Exception | None = None
+            try:
+                state = self._load(step, abstract)
+            except (
+                Exception
+            ) as caught:  # Orbax and TensorStore raise many kinds for one fact: it can't be read.
+                error = caught
+            # One process may meet a damaged part that no other one reads.
+            if not int(highest(int(error is not None), mesh)):
+                return state
+            folder = self._checkpointer.directory / str(step)
+            reason = "another process failed" if error is None else _first_line(error)
+            what = f"checkpoint {folder} cannot be restored ({reason})"
+            older = [other.step for other in self._checkpointer.checkpoints if other.step != step]
+            if not (allow_older and older):
+                way = (
+                    f"give --config.checkpoint.allow_older=true to go on from step {max(older)}, or a new workdir"
+                    if older
+                    else "there is no older one: give a new workdir to start anew"
+                )
+                raise UserError(f"{what}; {way}") from error
+            _log.warning("%s; going on from step %d, and keeping it as %s.damaged", what, max(older), step)
+            if jax.process_index() == 0:
+                os.rename(folder, _unused(Path(f"{folder}.damaged")))
+            int(highest(0, mesh))  # all wait for the renaming
+            self._checkpointer.reload()
+
+    def _load(self, step: int | None, abstract: TrainState) -> TrainState:
         train = {"step": abstract.step, "params": abstract.params, "opt_state": abstract.opt_state}
-        try:
-            items = self._checkpointer.load_checkpointables(
-                step, {"ema": abstract.ema_params, "train": train}
-            )
-        except Exception as error:  # Orbax and TensorStore raise many kinds for one fact: it can't be read.
-            raise UserError(
-                f"checkpoint {self._checkpointer.directory / str(step)} cannot be restored ({_first_line(error)}); "
-                "delete that folder to go on from the one before it, or give a new workdir"
-            ) from error
+        items = self._checkpointer.load_checkpointables(step, {"ema": abstract.ema_params, "train": train})
         return TrainState(
             items["train"]["step"], items["train"]["params"], items["ema"], items["train"]["opt_state"]
         )
@@ -202,3 +230,9 @@ def _first_line(error: Exception) -> str:
     """What is wrong, in one line; Orbax puts its reason last, after 'Error details:'."""
     text = str(error).rpartition("Error details:")[2].strip() or type(error).__name__
     return text.splitlines()[0][:200]
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with the first number that makes it new."""
+    names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(2, 1000)))
+    return next(name for name in names if not name.exists())

@@ -72,7 +72,11 @@ DEFAULTS: Mapping[str, Any] = {
         "steps": 25,  # of the sampler; also the model's default
         "solver": "dpmpp_2m",
     },
-    "checkpoint": {"every": 5000, "keep": 3},
+    "checkpoint": {
+        "every": 5000,
+        "keep": 3,
+        "allow_older": False,  # go on from an older one where the newest is damaged
+    },
     "mesh": {"data": -1, "fsdp": 1},
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -74,15 +75,18 @@ def find_group(environment: Mapping[str, str]) -> Group | None:
     return Group(address, int(count), int(index))
 
 
-def start_processes(environment: Mapping[str, str] = os.environ) -> None:
+def start_processes(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Join the group of this process, if it has one; before anything else of JAX.
+
+    Returns:
+        The number of this process and how many there are: (0, 1) for one on its own.
 
     Raises:
         UserError: not all of its processes came within SR3_START_TIMEOUT seconds; the sentence says which.
     """
     group = find_group(environment)
-    if group is None or group.count == 1 or jax.distributed.is_initialized():
-        return
+    if group is None or group.count == 1:
+        return 0, 1
     timeout = environment.get(TIMEOUT, str(DEFAULT_TIMEOUT))
     try:
         seconds = float(timeout)
@@ -98,6 +102,18 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> None:
         initialization_timeout=max(60, int(seconds)),
         shutdown_timeout_seconds=_LEAVE_TIMEOUT,
     )
+    return group.index, group.count
+
+
+def abandon(code: int) -> None:
+    """End this process now if it has peers: they may wait for it in a step that it will never take.
+
+    JAX's own way out waits for all of them, which here would be forever; the launcher ends them by this exit code.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def roll_call(group: Group, *, timeout: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,3 +31,14 @@ def polled_signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def leave_if(code: int) -> None:
+    """End the command with the code that `polled_signals` gives, if it gives one; what is finished stays finished.
+
+    Raises:
+        SystemExit: of that code.
+    """
+    if code:
+        print("Stopped. Run the same command again to go on from there.", file=sys.stderr)
+        raise SystemExit(code)

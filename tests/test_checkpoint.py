@@ -158,7 +158,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.filterwarnings("ignore")  # Orbax leaves coroutines behind
-def test_a_damaged_newest_checkpoint_is_named_and_never_passed_over(workdir, damage):
+def test_a_damaged_newest_checkpoint_is_named_and_never_passed_over_unasked(workdir, damage, caplog):
     newest = workdir / "checkpoints" / "5"
     DAMAGE[damage](newest)
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -167,16 +167,35 @@ def test_a_damaged_newest_checkpoint_is_named_and_never_passed_over(workdir, dam
             checkpoints.restore(abstract_state(init_params, OPTIMIZER, parallel.make_mesh()))
     text = str(error.value)
     assert text.startswith(f"checkpoint {newest} cannot be restored (") and "\n" not in text
-    assert text.endswith("delete that folder to go on from the one before it, or give a new workdir")
+    assert text.endswith("; give --config.checkpoint.allow_older=true to go on from step 3, or a new workdir")
     if "moments" not in damage:
         with pytest.raises(UserError, match=f"checkpoint {newest} cannot be read") as error:
             checkpoint.load_ema(workdir)
         assert "\n" not in str(error.value)
-    # The sentence's way out works.
-    shutil.rmtree(newest)
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(abstract_state(init_params, OPTIMIZER, parallel.make_mesh()))
-    assert int(state.step) == 3
+    # The sentence's way out works, and keeps what is there.
+    with checkpoint.Checkpoints(workdir, keep=9) as checkpoints:
+        with caplog.at_level("WARNING", logger="sr3_jax"):
+            abstract = abstract_state(init_params, OPTIMIZER, parallel.make_mesh())
+            state = checkpoints.restore(abstract, allow_older=True)
+        assert checkpoints.latest_step == 3
+        checkpoints.save(state_at(5, parallel.make_mesh()))  # the run comes to that step again
+    assert int(state.step) == 3 and same_bits(state, state_at(3, parallel.make_mesh()))
+    assert f"checkpoint {newest} cannot be restored" in caplog.text and "going on from step 3" in caplog.text
+    found = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert found == {"3", "5", "5.damaged"}
+    assert checkpoint.load_ema(workdir)[1] == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_all_are_damaged_nothing_is_started_afresh(workdir):
+    for step in (3, 5):
+        cut(workdir / "checkpoints" / str(step))
+    abstract = abstract_state(init_params, OPTIMIZER, parallel.make_mesh())
+    with (
+        checkpoint.Checkpoints(workdir) as checkpoints,
+        pytest.raises(UserError, match=r"3 cannot be restored .* there is no older one: give a new workdir"),
+    ):
+        checkpoints.restore(abstract, allow_older=True)
 
 
 def test_what_a_kill_left_half_written_is_no_checkpoint(workdir):

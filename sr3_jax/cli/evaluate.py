@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax import evaluate, evaluation_files, model, outputs, scoring, tables
     from sr3_jax.aliases import UserError
     from sr3_jax.data.sources import open_source
+    from sr3_jax.signals import leave_if, polled_signals
 
     started = time.perf_counter()
     steps = [_whole("--steps", text) for text in _listed("--steps", args.steps)]
@@ -66,7 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
     pictures = min(len(source), limit or len(source))
     total = evaluate.count_outputs(methods, pictures=pictures, samples=samples)
-    with tqdm(total=total, unit="output", disable=None, file=sys.stderr) as bar:
+    with tqdm(total=total, unit="output", disable=None, file=sys.stderr) as bar, polled_signals() as stopped:
+
+        def tell() -> None:
+            bar.update()
+            leave_if(stopped())
+
         done = evaluate.evaluate(
             methods,
             source,
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             seed=seed,
             limit=limit,
             crop=crop,
-            on_output=bar.update,
+            on_output=tell,
         )
     report = evaluation_files.assemble(
         done,

@@ -12,6 +12,7 @@ import logging
 import os
 import pkgutil
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -53,7 +54,8 @@ def commands() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code.
 
-    0 done, 1 done in part, 2 a mistake of the user (one sentence on stderr), 130 interrupted.
+    0 done, 1 done in part, 2 a mistake of the user (one sentence on stderr), 130 interrupted, 143 told to stop: the
+    same command goes on from there.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -90,7 +92,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"sr3: unknown {kind} '{printable(name)}': {hint}", file=sys.stderr)
         return 2
     _prepare()
-    from sr3_jax.aliases import UserError  # imports jax, which --help need not wait for
+    import jax  # which --help need not wait for
+
+    from sr3_jax.aliases import UserError
+    from sr3_jax.processes import abandon
 
     module = importlib.import_module(f"{sr3_jax.cli.__name__}.{name.replace('-', '_')}")
     parser = _Parser(prog=f"sr3 {name}", description=module.__doc__, allow_abbrev=False)
@@ -107,7 +112,19 @@ def _dispatch(arguments: list[str]) -> int:
         return module.run(parsed)
     except UserError as error:
         print(f"sr3 {name}: {error}", file=sys.stderr)
+        abandon(2)
         return 2
+    except KeyboardInterrupt:
+        abandon(_INTERRUPTED)
+        raise
+    except SystemExit as stop:  # told to stop in the middle of its own part of the work
+        abandon(stop.code if isinstance(stop.code, int) else 1)
+        raise
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            abandon(1)
+        raise
 
 
 def _help(known: dict[str, str]) -> str:

@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
     from sr3_jax.aliases import UserError
     from sr3_jax.picture_errors import printable
+    from sr3_jax.processes import start_processes
+    from sr3_jax.signals import leave_if, polled_signals
     from sr3_jax.upscale import Job, Outcome, find_pictures, split_finished, upscale_files
 
     found = find_pictures(args.inputs, args.output)
@@ -74,24 +76,30 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"no pictures in {', '.join(printable(path) for path in args.inputs)}: name other inputs"
         )
-    for path, failure in found.failed:
+    mine, of = start_processes()
+    jobs, unusable = found.jobs[mine::of], found.failed[mine::of]  # the same list on all, so each job on one
+    for path, failure in unusable:
         print(f"{printable(path)}: {failure}", file=sys.stderr)
-    to_do, finished = split_finished(found.jobs, overwrite=args.overwrite)
+    to_do, finished = split_finished(jobs, overwrite=args.overwrite)
     outcome = Outcome((), tuple(job.target for job in finished), (), ())
     if to_do:  # else the model need not be loaded
         from sr3_jax import model as models
 
         model = models.load(args.model)
-        with tqdm(total=len(to_do), unit="picture", disable=None, file=sys.stderr) as bar:
+        with (
+            tqdm(total=len(to_do), unit="picture", disable=None, file=sys.stderr) as bar,
+            polled_signals() as stopped,
+        ):
 
             def tell(job: Job, failure: str | None) -> None:
                 if failure is not None:
                     tqdm.write(f"{printable(job.source)}: {failure}", file=sys.stderr)
                 bar.update()
+                leave_if(stopped())
 
             outcome = upscale_files(
                 model,
-                found.jobs,
+                jobs,
                 steps=args.steps,
                 solver=args.solver,
                 seed=args.seed,
@@ -107,8 +115,9 @@ def run(args: argparse.Namespace) -> int:
     for note, paths in by_note.items():
         others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         print(f"note: {printable(paths[0])}{others}: {note}")
-    if found.ignored:
+    if found.ignored and mine == 0:
         print(f"{found.ignored} files that are no pictures were left alone")
-    failed = len(outcome.failed) + len(found.failed)
-    print(f"{len(outcome.done)} done, {len(outcome.skipped)} skipped (already there), {failed} failed")
+    failed = len(outcome.failed) + len(unusable)
+    who = f"process {mine} of {of}: " if of > 1 else ""
+    print(f"{who}{len(outcome.done)} done, {len(outcome.skipped)} skipped (already there), {failed} failed")
     return 1 if failed else 0
