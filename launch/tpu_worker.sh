@@ -54,6 +54,7 @@ run() {
         for other in $(names); do
             if running "$other"; then fail "job $other is running: stop it first, or follow it with --job $other."; fi
         done
+        join
         mkdir "$folder"
         # In a session of its own, which the end of the connection does not reach.
         setsid bash launch/tpu_worker.sh keep "$@" >"$folder/log" 2>&1 </dev/null 9>&- &
@@ -73,6 +74,20 @@ run() {
     if [[ -e $folder/code ]]; then code=$(<"$folder/code"); fi
     echo "tpu_worker.sh: exit code $code"
     return "$code"
+}
+
+metadata() { # an attribute that Cloud TPU gives each of its VMs
+    curl -sSf -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+
+join() { # the environment of a process in the group of all workers, which meet at the first
+    local endpoints first
+    endpoints=$(metadata worker-network-endpoints) # HOST,HOST,... or NAME:ID:HOST,...
+    first=${endpoints%%,*}
+    JAX_COORDINATOR_ADDRESS=${first##*:}:8482
+    JAX_NUM_PROCESSES=$(tr ',' '\n' <<<"$endpoints" | wc -l)
+    JAX_PROCESS_ID=$(metadata agent-worker-number)
+    export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID
 }
 
 keep() { # keep JOB COMMAND...: run it and write down its pid and exit code
