@@ -181,7 +181,7 @@ run() { # run COMMAND..., as $job
     fi
     on_workers "bash sr3_jax/launch/tpu_worker.sh run $(quoted "$job" "$@")" --output-directory="$folder" || code=$?
     if [[ -z $dry_run ]]; then
-        sleep 1.5 # for the last lines
+        sleep 0.5 # for the last lines
         unfollow
         # gcloud gives the code of one worker; those of all are in their last lines.
         if grep -qsx "tpu_worker.sh: exit code 2" "$folder"/*.log; then code=2; fi

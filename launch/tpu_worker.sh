@@ -62,7 +62,7 @@ run() {
     fi
     exec 9>&-
     if running "$job"; then
-        tail -n +1 -F --pid="$(<"$folder/pid")" "$folder/log" 2>/dev/null
+        tail -n +1 -s 0.2 -F --pid="$(<"$folder/pid")" "$folder/log" 2>/dev/null
         for _ in {1..50}; do # the code is written a moment after the process has gone
             if [[ -e $folder/code ]]; then break; fi
             sleep 0.1

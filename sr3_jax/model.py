@@ -9,14 +9,16 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from sr3_jax import parallel
 from sr3_jax.aliases import Conditioning, Denoiser, Key, Params, UserError
 from sr3_jax.checkpoint import CONFIG_FILE, load_ema, read_config, read_export
 from sr3_jax.diffusion import schedule as schedules
@@ -75,6 +77,15 @@ class Model:
     steps: int
     solver: str
     config: Mapping[str, Any]
+    _copies: dict[Mesh, Params] = field(default_factory=dict, init=False, repr=False)
+
+    def _on(self, mesh: Mesh) -> Params:
+        """The weights on every device of a mesh, copied there once."""
+        if mesh.size == 1:
+            return self.params
+        if mesh not in self._copies:
+            self._copies[mesh] = jax.device_put(self.params, parallel.replicated(mesh))
+        return self._copies[mesh]
 
     def denoiser(self) -> Denoiser:
         """The network with its weights, as the diffusion core takes it."""
@@ -90,8 +101,9 @@ class Model:
     ) -> np.ndarray:
         """uint8 [B,h,w,3] -> uint8 [B,s*h,s*w,3], one draw from p(y0 | x) each.
 
-        Any size: the picture is padded by its edge pixels to one of a few sizes, so that a folder of many sizes
-        compiles a few times, and worked through in tiles where it is large.
+        A batch is shared by the devices of this process. Any size: the picture is padded by its edge pixels to one
+        of a few sizes, so that a folder of many sizes compiles a few times, and worked through in tiles where it is
+        large.
 
         Args:
             key: one key, or [B] keys, which make each output independent of its batch.
@@ -117,10 +129,13 @@ class Model:
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
         name = self.solver if solver is None else solver
         schedule = inference_grid(self.schedule, self.steps if steps is None else steps, name)
+        mesh = parallel.mesh_for_batch(len(images))
+        params = self._on(mesh)
         output, finite = _upscale(
-            self.params,
-            padded,
-            key,
+            params,
+            jax.device_put(padded, parallel.batch_sharding(mesh)),
+            jax.device_put(key, parallel.batch_sharding(mesh) if key.ndim else parallel.replicated(mesh)),
+            mesh=mesh,
             network=self.network,
             schedule=schedule,
             solver=solver_named(name),
@@ -141,12 +156,16 @@ def _denoise(
     return network.apply({"params": params}, y_t, gamma, cond)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "schedule", "solver", "kind", "space", "scale"))
+_STATIC = ("mesh", "network", "schedule", "solver", "kind", "space", "scale")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _upscale(
     params: Params,
     images: jax.Array,
     key: Key,
     *,
+    mesh: Mesh,
     network: UNet,
     schedule: NoiseSchedule,
     solver: Solver,
@@ -154,6 +173,7 @@ def _upscale(
     space: Space,
     scale: int,
 ) -> tuple[jax.Array, jax.Array]:
+    # Each device works on its own rows: said of what comes out too, so that XLA cannot choose otherwise.
     cond = condition(to_unit(images), scale)
     whole = functools.partial(_denoise, network, params)
     denoiser = tiled(whole, tile=TILE, overlap=OVERLAP, stride=network.stride)
@@ -161,7 +181,8 @@ def _upscale(
     samples = sample(
         denoiser, key, cond, shape=shape, schedule=schedule, solver=solver, kind=kind, space=space
     )
-    return to_uint8(samples.image), jnp.all(jnp.isfinite(samples.image))
+    output = jax.lax.with_sharding_constraint(to_uint8(samples.image), parallel.batch_sharding(mesh))
+    return output, jnp.all(jnp.isfinite(samples.image))
 
 
 def _bucket(side: int, unit: int) -> int:

@@ -60,6 +60,13 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | 
     return Mesh(grid, AXES, axis_types=auto)
 
 
+def mesh_for_batch(batch_size: int) -> Mesh:
+    """A mesh over as many of this process's own devices as share a batch equally: its part of a folder is its own."""
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    return Mesh(np.asarray(devices[:count])[:, None], AXES, axis_types=(AxisType.Auto,) * 2)
+
+
 def fsdp_spec(shape: tuple[int, ...], itemsize: int, fsdp: int) -> PartitionSpec:
     """The rule of the state: arrays above 4 MB are split over 'fsdp' on their largest axis that divides."""
     if fsdp == 1 or math.prod(shape) * itemsize < FSDP_MIN_BYTES:

@@ -54,11 +54,11 @@ def train(experiment: Experiment, workdir: Path) -> int:
         polled_signals() as stopped,
     ):
         # ---- Restore: the newest checkpoint, else given weights, else fresh ones. Never fresh over a failed restore.
-        first_step = checkpoints.latest_step or 0
         if checkpoints.latest_step is not None:
             _check_same_run(checkpoint.read_config(workdir), config, workdir)
         optimizer = experiment.optimizer()
         state = _initial_state(experiment, optimizer, mesh, checkpoints)
+        first_step = int(state.step)
         if jax.process_index() == 0:
             checkpoint.write_config(workdir, config)
 
@@ -190,7 +190,10 @@ def _initial_state(
     experiment: Experiment, optimizer: Any, mesh: Mesh, checkpoints: checkpoint.Checkpoints
 ) -> TrainState:
     if checkpoints.latest_step is not None:
-        return checkpoints.restore(abstract_state(experiment.init_params, optimizer, mesh))
+        return checkpoints.restore(
+            abstract_state(experiment.init_params, optimizer, mesh),
+            allow_older=experiment.section("checkpoint")["allow_older"],
+        )
     start = experiment.section("train")["init_from"]
     key = jax.random.fold_in(jax.random.key(experiment.section("train")["seed"]), 2**31)
     if not start:
