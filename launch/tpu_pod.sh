@@ -176,6 +176,7 @@ run() { # run COMMAND..., as $job
     if [[ -z $dry_run ]]; then
         echo "tpu_pod.sh: job $job; the output of every worker goes to $folder."
         rm -f "$folder"/*.log
+        : >"$folder/0.log"
         tail -n +1 -F "$folder/0.log" 2>/dev/null &
         follow=$!
     fi

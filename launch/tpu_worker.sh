@@ -58,12 +58,13 @@ run() {
         mkdir "$folder"
         # In a session of its own, which the end of the connection does not reach.
         setsid bash launch/tpu_worker.sh keep "$@" >"$folder/log" 2>&1 </dev/null 9>&- &
+        disown
         until [[ -s $folder/pid ]]; do sleep 0.1; done
     fi
     exec 9>&-
     if running "$job"; then
         tail -n +1 -s 0.2 -F --pid="$(<"$folder/pid")" "$folder/log" 2>/dev/null
-        for _ in {1..50}; do # the code is written a moment after the process has gone
+        for _ in {1..20}; do # the code is written a moment after the process has gone
             if [[ -e $folder/code ]]; then break; fi
             sleep 0.1
         done

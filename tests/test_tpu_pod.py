@@ -1,0 +1,319 @@
+"""launch/tpu_pod.sh and what it does on the workers, with a gcloud whose TPU is two folders of this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_launch import STAND_IN
+
+ROOT = Path(__file__).resolve().parent.parent
+TPU = ["--zone", "us-east1-d", "--type", "v5litepod-256", "--version", "v2-alpha-tpuv5-lite"]
+WORDS = ["a  b", "it's", "", "$HOME", '"*"', "--job"]
+
+GCLOUD = """#!/bin/bash
+# Each worker is a folder under $FAKE, which is its home.
+echo "$*" >>"$FAKE/calls"
+both() {
+    for worker in 0 1; do
+        (export HOME=$FAKE/$worker; cd "$HOME" && "$@") &
+        pids[worker]=$!
+    done
+    wait "${pids[0]}"; first=$?
+    wait "${pids[1]}"; second=$?
+    exit $((first ? first : second)) # as gcloud has it: the code of the first worker that failed
+}
+copy_in() { cp "$archive" "$HOME/"; }
+remote() {
+    if [[ -z $output ]]; then bash -c "$command"; else bash -c "$command" >"$output/$(basename "$HOME").log" 2>&1; fi
+}
+case "$*" in
+"auth list"*) [[ -e $FAKE/logged_out ]] || echo me@example.com ;;
+*" describe "*)
+    [[ -e $FAKE/state ]] || { echo "ERROR: NOT_FOUND: no such thing" >&2; exit 1; }
+    head -n 1 "$FAKE/state"
+    [[ $(wc -l <"$FAKE/state") == 1 ]] || sed -i 1d "$FAKE/state" ;;
+*" create "*) cat "$FAKE/states" >"$FAKE/state" ;;
+*" delete "*) rm "$FAKE/state" ;;
+*" scp "*) archive=$PWD/$5; both copy_in ;;
+*" ssh "*)
+    for word in "$@"; do
+        case $word in --output-directory=*) output=$PWD/${word#*=} ;; esac
+    done
+    command=${*: -1}
+    both remote ;;
+*) echo "unknown: $*" >&2; exit 2 ;;
+esac
+"""
+METADATA = """#!/bin/bash
+case "${*: -1}" in
+*/worker-network-endpoints) printf 'unknown:1:10.0.0.5,unknown:2:10.0.0.6' ;;
+*/agent-worker-number) basename "$HOME" ;;
+*) exit 22 ;;
+esac
+"""
+
+
+class Pod:
+    """A clone of the repository, two workers, and what gcloud was asked."""
+
+    def __init__(self, folder: Path):
+        self.clone, self.fake = folder / "a clone", folder / "fake"
+        shutil.copytree(ROOT / "launch", self.clone / "launch")
+        for name in ("setup.cfg", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.clone)
+        for command in (["init", "-q"], ["add", "."]):
+            subprocess.run(["git", *command], cwd=self.clone, check=True)
+        (self.clone / "not tracked").touch()
+        for name in ("bin", "0", "1"):
+            (self.fake / name).mkdir(parents=True)
+        for name, text in (("gcloud", GCLOUD), ("curl", METADATA), ("python3.13", STAND_IN)):
+            (self.fake / "bin" / name).write_text(text)
+            (self.fake / "bin" / name).chmod(0o755)
+        (self.fake / "states").write_text("READY\n")
+
+    def run(self, *arguments: str, script: str = "tpu_pod.sh", **environment: str):
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("SR3_", "JAX_"))}
+        env |= {"PATH": f"{self.fake}/bin:/usr/bin:/bin", "FAKE": str(self.fake), "SR3_TPU_POLL": "0"}
+        return subprocess.run(
+            ["bash", str(self.clone / "launch" / script), *arguments],
+            env=env | environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    def calls(self) -> list[str]:
+        """What gcloud was asked to change, in order: create, delete, scp, ssh."""
+        words = [line.split()[3] for line in (self.fake / "calls").read_text().splitlines() if "tpus" in line]
+        return [word for word in words if word != "describe"]
+
+    def log(self, job: str, worker: int) -> str:
+        return (self.clone / "out/tpu/sr3" / job / f"{worker}.log").read_text()
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    return Pod(tmp_path)
+
+
+@pytest.fixture
+def installed(pod: Pod) -> Pod:
+    """A pod that is there, with the files on its workers and nothing installed."""
+    (pod.fake / "state").write_text("READY\n")
+    for worker in "01":
+        shutil.copytree(pod.clone / "launch", pod.fake / worker / "sr3_jax/launch")
+    return pod
+
+
+def _refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("tpu_pod.sh: "), result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+# --- Dry runs: these exact lines
+
+
+def _dry(*arguments: str, **environment: str) -> list[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SR3_")}
+    env |= {"PATH": "/usr/bin:/bin"} | environment
+    command = ["bash", str(ROOT / "launch/tpu_pod.sh"), arguments[0], "--dry-run", *arguments[1:]]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _ssh(command: str, *options: str, name: str = "sr3", zone: str = "us-east1-d") -> list[str]:
+    head = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, f"--zone={zone}", "--worker=all"]
+    return [*head, *options, "--command", command]
+
+
+def test_all_of_it_dry():
+    lines = _dry("all", *TPU, "--spot", "--bucket", "my-bucket", "--job", "one", "--", "sr3", "train", *WORDS)
+    command = "bash sr3_jax/launch/tpu_worker.sh run one sr3 train " + shlex.join(WORDS).replace(
+        '"\'"', "\\'"
+    )
+    install = (
+        "mkdir -p sr3_jax && tar -xzf sr3_jax.tar.gz -C sr3_jax && bash sr3_jax/launch/tpu_worker.sh install"
+    )
+    tpu_vm = ["gcloud", "compute", "tpus", "tpu-vm"]
+    assert [shlex.split(line) for line in lines[:2] + lines[3:]] == [
+        [*tpu_vm, "create", "sr3", "--zone=us-east1-d", "--accelerator-type=v5litepod-256",
+         "--version=v2-alpha-tpuv5-lite", "--spot"],
+        ["mkdir", "-p", "out/tpu"],
+        [*tpu_vm, "scp", "out/tpu/sr3_jax.tar.gz", "sr3:sr3_jax.tar.gz", "--zone=us-east1-d", "--worker=all"],
+        _ssh(install),
+        _ssh("bash sr3_jax/launch/tpu_worker.sh mount my-bucket"),
+        ["mkdir", "-p", "out/tpu/sr3/one"],
+        _ssh(command, "--output-directory=out/tpu/sr3/one"),
+    ]  # fmt: skip
+    assert lines[2] == "git ls-files -z | tar -czf out/tpu/sr3_jax.tar.gz --null -T -"
+    assert shlex.split(command)[5:] == ["train", *WORDS]
+
+
+def test_the_other_actions_dry():
+    queued = {"SR3_TPU_NAME": "mine", "SR3_TPU_ZONE": "z", "SR3_TPU_QUEUED": "1", "SR3_TPU_TYPE": "v6e-16"}
+    queued["SR3_TPU_VERSION"] = "v2-alpha-tpuv6e"
+    tpus = "gcloud compute tpus"
+    assert _dry("create", **queued) == [
+        f"{tpus} queued-resources create mine --node-id=mine --zone=z --accelerator-type=v6e-16 "
+        "--runtime-version=v2-alpha-tpuv6e",
+        f"{tpus} queued-resources describe mine --zone=z '--format=value(state.state)'",
+    ]
+    assert _dry("delete", **queued) == [f"{tpus} queued-resources delete mine --zone=z --force --quiet"]
+    assert _dry("delete", *TPU) == [f"{tpus} tpu-vm delete sr3 --zone=us-east1-d --quiet"]
+    worker = "bash sr3_jax/launch/tpu_worker.sh"
+    assert [shlex.split(line) for line in _dry("stop", *TPU)] == [_ssh(f"{worker} stop")]
+    assert [shlex.split(line) for line in _dry("logs", *TPU, "--job", "one")] == [
+        ["mkdir", "-p", "out/tpu/sr3/one"],
+        _ssh(f"{worker} log one", "--output-directory=out/tpu/sr3/one"),
+    ]
+    assert [shlex.split(line) for line in _dry("status", *TPU)] == [
+        [*tpus.split(), "tpu-vm", "describe", "sr3", "--zone=us-east1-d", "--format=value(state,health)"],
+        _ssh(f"{worker} status"),
+    ]
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["first word", "''"]),
+        (["start"], ["'start'"]),
+        (["status"], ["--zone"]),
+        (["status", "--zone"], ["--zone"]),
+        (["create", "--zone", "z", "--type", "t"], ["--version"]),
+        (["run", *TPU], ["command"]),
+        (["stop", *TPU, "--", "sr3"], ["'sr3'"]),
+        (["run", *TPU, "sr3", "train"], ["'sr3'", "'--'"]),
+        (["run", *TPU, "--job", "a b", "--", "x"], ["'a b'"]),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(pod: Pod, arguments: list[str], words: list[str]):
+    _refused(pod.run(*arguments), *words)
+    assert not (pod.fake / "calls").exists()
+
+
+def test_without_gcloud_or_an_account_it_says_so(pod: Pod):
+    (pod.fake / "logged_out").touch()
+    _refused(pod.run("status", *TPU), "gcloud auth login", "--dry-run")
+    (pod.fake / "empty").mkdir()
+    for name in ("bash", "dirname"):
+        (pod.fake / "empty" / name).symlink_to(shutil.which(name))
+    _refused(pod.run("status", *TPU, PATH=str(pod.fake / "empty")), "gcloud was not found", "--dry-run")
+
+
+# --- From start to end
+
+
+def test_create_copy_and_run(pod: Pod):
+    program = "import os, sys; print(*(os.environ[f'JAX_{x}'] for x in sys.argv[1].split()), sys.argv[2:])"
+    names = "COORDINATOR_ADDRESS NUM_PROCESSES PROCESS_ID"
+    result = pod.run("all", *TPU, "--job", "one", "--", "python", "-c", program, names, *WORDS)
+    assert result.returncode == 0, result
+    assert pod.calls() == ["create", "scp", "ssh", "ssh"]
+    for worker in "01":
+        home = pod.fake / worker / "sr3_jax"
+        assert "--editable .[tpu]" in (home / "installs.log").read_text()
+        assert not (home / "not tracked").exists()
+        line = f"10.0.0.5:8482 2 {worker} {WORDS}"
+        assert pod.log("one", int(worker)) == f"{line}\ntpu_worker.sh: exit code 0\n"
+        assert (line in result.stdout) == (worker == "0")
+
+
+def test_what_is_there_is_not_created_again(installed: Pod):
+    assert "there" in installed.run("create", *TPU).stdout
+    assert installed.calls() == []
+    assert installed.run("delete", *TPU).returncode == 0
+    assert "no sr3" in installed.run("delete", *TPU).stdout
+    assert installed.calls() == ["delete"]
+
+
+def test_a_queued_resource_is_waited_for(pod: Pod):
+    (pod.fake / "states").write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
+    result = pod.run("create", *TPU, "--queued")
+    assert result.returncode == 0, result
+    assert "WAITING" in result.stdout and "PROVISIONING" in result.stdout
+    (pod.fake / "state").unlink()
+    (pod.fake / "states").write_text("WAITING_FOR_RESOURCES\nFAILED\n")
+    result = pod.run("create", *TPU, "--queued")
+    assert result.returncode == 2 and "'FAILED'" in result.stderr
+
+
+def test_a_run_that_was_stopped_is_started_again(pod: Pod):
+    once = "[ -e ../again ] && exit 0; touch ../again; exit 143"
+    result = pod.run("all", *TPU, "--job", "one", "--", "sh", "-c", once)
+    assert result.returncode == 0 and "restart 1 of at most 20" in result.stdout
+    assert pod.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
+    assert pod.log("one", 0).endswith("exit code 143\n") and pod.log("one-1", 0).endswith("exit code 0\n")
+
+
+def test_a_tpu_that_was_taken_away_is_made_again(pod: Pod):
+    taken = '[ -e ../again ] && exit 0; touch ../again; echo PREEMPTED >"$FAKE/state"; exit 1'
+    result = pod.run("all", *TPU, "--", "sh", "-c", taken)
+    assert result.returncode == 0, result
+    start = ["create", "scp", "ssh", "ssh"]
+    assert pod.calls() == [*start, "delete", *start]
+
+
+def test_a_mistake_of_any_worker_is_not_started_again(pod: Pod):
+    mistake = '[ "$JAX_PROCESS_ID" = 1 ] && exit 2; exit 134'
+    result = pod.run("all", *TPU, "--", "sh", "-c", mistake)
+    assert result.returncode == 2 and "restart" not in result.stdout
+    assert pod.calls() == ["create", "scp", "ssh", "ssh"]
+
+
+def test_restarts_come_to_an_end(pod: Pod):
+    result = pod.run("all", *TPU, "--", "sh", "-c", "exit 1", SR3_MAX_RESTARTS="1")
+    assert result.returncode == 1
+    assert pod.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
+
+
+# --- A job on a worker
+
+
+def _worker(pod: Pod, *arguments: str) -> subprocess.Popen[str]:
+    env = os.environ | {"PATH": f"{pod.fake}/bin:/usr/bin:/bin", "HOME": str(pod.fake / "0")}
+    return subprocess.Popen(
+        ["bash", str(pod.fake / "0/sr3_jax/launch/tpu_worker.sh"), *arguments],
+        env=env, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_a_job_outlives_its_connection_and_is_followed_again(installed: Pod):
+    script = (
+        "echo started >>started; trap 'echo saved; exit 143' TERM; echo ready; while :; do sleep 0.1; done"
+    )
+    job = ["run", "one", "sh", "-c", script]
+    first = _worker(installed, *job)
+    assert first.stdout.readline() == "ready\n"
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    second = _worker(installed, *job)
+    assert second.stdout.readline() == "ready\n"
+    refused = _worker(installed, "run", "two", "true")
+    assert "job one is running" in refused.communicate(timeout=20)[0] and refused.returncode == 2
+    assert "one runs: ready" in _worker(installed, "status").communicate(timeout=20)[0]
+    assert _worker(installed, "stop").wait(timeout=20) == 0
+    assert second.communicate(timeout=20)[0] == "saved\ntpu_worker.sh: exit code 143\n"
+    third = _worker(installed, *job)
+    assert third.communicate(timeout=20)[0] == "ready\nsaved\ntpu_worker.sh: exit code 143\n"
+    assert (second.returncode, third.returncode) == (143, 143)
+    assert (installed.fake / "0/sr3_jax/started").read_text() == "started\n"
+    assert "one ended with exit code 143" in _worker(installed, "status").communicate(timeout=20)[0]
+
+
+def test_a_job_whose_machine_went_down_counts_as_killed(installed: Pod):
+    job = ["run", "one", "sh", "-c", "echo $PPID; exec sleep 60"]
+    first = _worker(installed, *job)
+    keeper = int(first.stdout.readline())
+    os.killpg(keeper, signal.SIGKILL)  # the job and who writes down its code
+    assert first.communicate(timeout=20)[0] == "tpu_worker.sh: exit code 137\n"
+    assert first.returncode == 137
+    time.sleep(0.1)
+    again = _worker(installed, *job)
+    assert again.communicate(timeout=20)[0] == f"{keeper}\ntpu_worker.sh: exit code 137\n"
