@@ -108,7 +108,9 @@ stop() {
 }
 
 log() {
-    local job=${1:-$(names | head -n 1)}
+    local all job
+    all=$(names)
+    job=${1:-${all%%$'\n'*}}
     [[ -e $jobs/$job/log ]] || fail "there is no job '$job' here."
     cat "$jobs/$job/log"
 }
