@@ -36,7 +36,8 @@ def _flops(equation: Any) -> float:
         return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
-        made = kernel[params["dimension_numbers"].rhs_spec[0]]  # output features: each needs the rest of the kernel
+        # The output features: each of them needs the rest of the kernel.
+        made = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / made
     inner = [flops(part) for part in _inner(equation)]
     if name == "cond":
@@ -54,6 +55,23 @@ def peak_bytes(jaxpr: Jaxpr | ClosedJaxpr, size: Callable[[Any], float]) -> floa
         size: aval -> bytes, such as those of a shard.
     """
     return _peak(_open(jaxpr), size)
+
+
+def moved_bytes(jaxpr: Jaxpr | ClosedJaxpr, size: Callable[[Any], float]) -> float:
+    """Bytes that matrix products and convolutions read and write, twice that for all else that goes on between them.
+
+    An estimate: the elementwise work between two products is taken to read and write what the products do.
+    """
+    total = 0.0
+    for equation in _open(jaxpr).eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            total += 2 * sum(size(var.aval) for var in (*equation.invars, *equation.outvars))
+        inner = [moved_bytes(part, size) for part in _inner(equation)]
+        if equation.primitive.name == "cond":
+            total += max(inner, default=0.0)
+        else:
+            total += sum(inner) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total
 
 
 def _peak(jaxpr: Jaxpr, size: Callable[[Any], float]) -> float:
