@@ -139,6 +139,26 @@ def test_lint_reads_it_too():
     assert "launch/slurm.sbatch" in (ROOT / "launch/lint.sh").read_text()
 
 
+# --- The guide
+
+
+def test_the_dry_runs_of_the_guide_run(tmp_path: Path):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/pods.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    dry = [line for line in lines if "--dry-run" in line]
+    assert {line.split()[1] for line in dry} == {
+        f"launch/{x}" for x in ("local_pod.sh", "tpu_pod.sh", "slurm.sbatch")
+    }
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    for line in dry:
+        result = subprocess.run(
+            line, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0 and "sr3 train" in result.stdout, (line, result)
+    scripts = set(re.findall(r"launch/[\w.]+", "".join(blocks)))
+    assert len(scripts) >= 5 and all((ROOT / script).exists() for script in scripts)
+
+
 # --- GKE. The file as a whole was checked against the schema of the JobSet controller's CRD.
 
 
