@@ -119,11 +119,10 @@ def advise(
         overrides[field] = value
         left *= factor
 
-    # The state: sharding it costs messages, which the links are made for. Up to what leaves half for the rest.
+    # The state, until it is a quarter: sharding it costs messages, which the links are made for.
     for size in fsdp_sizes(topology):
-        if size > fsdp and need() > limit and resident(size) < resident(fsdp):
-            if resident(fsdp) <= min(limit / 2, limit - left):
-                break
+        large = need() > limit and resident(fsdp) > limit / 4
+        if size > fsdp and large and resident(size) < resident(fsdp):
             fsdp = size
             overrides["mesh.fsdp"] = size
     # The activations: half as wide, recomputed, of fewer examples at a time.
