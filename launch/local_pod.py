@@ -229,15 +229,12 @@ class Supervisor:
         had = bool(self.running)
         while True:
             try:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return False
-            if ended is None:
+            if pid == 0:
                 break
-            index = self.running.pop(
-                ended.si_pid, None
-            )  # no more signals to this number, then it is given back
-            status = os.waitpid(ended.si_pid, 0)[1]
+            index = self.running.pop(pid, None)
             if index is not None:
                 self.ended(index, os.waitstatus_to_exitcode(status))
         if had and not self.running:

@@ -156,7 +156,7 @@ def test_the_dry_runs_of_the_guide_run(tmp_path: Path):
         )
         assert result.returncode == 0 and "sr3 train" in result.stdout, (line, result)
     scripts = set(re.findall(r"launch/[\w.]+", "".join(blocks)))
-    assert len(scripts) >= 5 and all((ROOT / script).exists() for script in scripts)
+    assert scripts and all((ROOT / script).exists() for script in scripts)
 
 
 # --- GKE. The file as a whole was checked against the schema of the JobSet controller's CRD.

@@ -98,7 +98,8 @@ def test_the_environment_of_each_process(pod):
 
 
 def test_output_is_told_apart_line_by_line_and_stream_by_stream(pod):
-    script = "[ $JAX_PROCESS_ID != 0 ] || exec echo mine; printf 'one\\ntw'; sleep 0.1; printf 'o\\nend'; echo wrong >&2"
+    halves = "printf 'one\\ntw'; sleep 0.1; printf 'o\\nend'; echo wrong >&2"
+    script = f"[ $JAX_PROCESS_ID != 0 ] || exec echo mine; {halves}"
     code, out, err = pod("3", "1", "sh", "-c", script).finish()
     assert (code, sorted(err.splitlines())) == (0, ["[1] wrong", "[2] wrong"])
     lines = [

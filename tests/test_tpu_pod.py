@@ -273,6 +273,17 @@ def test_restarts_come_to_an_end(pod: Pod):
     assert pod.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
 
 
+def test_logs_and_status_of_what_ran(installed: Pod):
+    run = ["run", *TPU, "--job", "one", "--", "sh", "-c", "echo line of $JAX_PROCESS_ID; exit 3"]
+    assert installed.run(*run).returncode == 3
+    shutil.rmtree(installed.clone / "out")
+    assert installed.run("logs", *TPU).returncode == 0
+    assert [installed.log("newest", worker) for worker in (0, 1)] == ["line of 0\n", "line of 1\n"]
+    status = installed.run("status", *TPU).stdout
+    assert status.startswith("READY\n") and status.count("one ended with exit code 3") == 2
+    assert installed.run("stop", *TPU).returncode == 0  # nothing runs: nothing to do
+
+
 # --- A job on a worker
 
 
