@@ -99,14 +99,14 @@ def interrupt(job: Job, workdir: Path, delay: float, chance: random.Random) -> b
             raise SystemExit(f"a run ended by itself with code {code}:\n{log_of(workdir)}")
         return False
     except subprocess.TimeoutExpired:
-        victims = members(process.pid) if job.processes > 1 else [process.pid]
-        os.kill(chance.choice(victims) if victims else process.pid, signal.SIGKILL)
+        victims = members(process.pid, chance.randrange(job.processes)) if job.processes > 1 else []
+        os.kill(victims[0] if victims else process.pid, signal.SIGKILL)
         process.wait(PATIENCE)
         return True
 
 
-def members(launcher: int) -> list[int]:
-    """The training processes below a launcher."""
+def members(launcher: int, index: int) -> list[int]:
+    """Process `index` of those below a launcher; none if it has not started."""
     parents = {}
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -116,18 +116,13 @@ def members(launcher: int) -> list[int]:
     while added:
         added = {child for child, parent in parents.items() if parent in below} - below
         below |= added
-    return [pid for pid in below - {launcher} if b"sr3_jax\0train" in cmdline(pid)]
+    return [pid for pid in below - {launcher} if f"JAX_PROCESS_ID={index}\0".encode() in environment_of(pid)]
 
 
-def cmdline(pid: int) -> bytes:
+def environment_of(pid: int) -> bytes:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes() if "local_pod" not in executable(pid) else b""
+        return Path(f"/proc/{pid}/environ").read_bytes()
     return b""
-
-
-def executable(pid: int) -> str:
-    parts = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return parts[1].decode(errors="replace") if len(parts) > 1 else ""
 
 
 def log_of(workdir: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,26 @@ def test_a_real_model_end_to_end(folder, capsys):
     assert (folder / "two.png").read_bytes() == (folder / "one" / "odd.png").read_bytes()
     assert main(["upscale", str(folder / "in"), "-o", str(folder / "three"), *options, "--solver", "x"]) == 2
     assert "solver must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_stop_it_finishes_its_picture_and_the_next_run_goes_on(
+    folder, stand_in, monkeypatch, capsys, number, code
+):
+    real = stand_in.upscale
+
+    def upscale(images, key, **options):
+        if not signalled:
+            signalled.append(number)
+            signal.raise_signal(number)
+        return real(images, key, **options)
+
+    signalled: list[int] = []
+    monkeypatch.setattr(stand_in, "upscale", upscale)
+    command = ["upscale", str(folder / "in"), "-o", str(folder / "out")]
+    assert main(command) == code
+    assert "Stopped. Run the same command again to go on from there." in capsys.readouterr().err
+    first = [path for path in (folder / "out").rglob("*") if path.is_file()]
+    assert len(first) >= 1
+    assert main(command) == 0
+    assert f"{2 - len(first)} done, {len(first)} skipped" in capsys.readouterr().out

@@ -103,6 +103,36 @@ def test_with_a_key_each_an_output_does_not_depend_on_its_batch(model):
     assert np.mean(model.upscale(images[:1], keys(8)) != together[0]) > 0.5
 
 
+def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, monkeypatch):
+    seen = []
+    real = models._upscale
+
+    def upscale(*arguments, **options):
+        seen.append(real.lower(*arguments, **options).compile().as_text())
+        output, finite = real(*arguments, **options)
+        seen.append(output)
+        return output, finite
+
+    monkeypatch.setattr(models, "_upscale", upscale)
+    images = np.concatenate([pictures(1, 8, 8)] * 16)
+    images[8:] = 255 - images[8:]
+    output = model.upscale(images, keys(*range(16)))
+    program, array = seen
+    assert {shard.data.shape for shard in array.addressable_shards} == {(2, 32, 32, 3)}
+    assert len({shard.device for shard in array.addressable_shards}) == 8
+    rows = re.findall(r"\w+\[(\d+),\d+,\d+,\d+\]\S* convolution\(", program)
+    assert len(rows) > 5 and set(rows) == {"2"}
+    assert not re.search(r"\w+\[16,\d+,\d+,\d+\]", program)
+    for row in (0, 9):  # and each is what it is in a batch of another size
+        alone = model.upscale(images[row : row + 1], keys(row))
+        assert np.abs(alone[0].astype(int) - output[row]).max() <= 1
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(1, 1), (2, 2), (6, 6), (7, 7), (9, 3), (16, 8)])
+def test_as_many_devices_as_share_a_batch_equally(batch, devices):
+    assert parallel.mesh_for_batch(batch).size == devices
+
+
 def test_the_picture_tells_the_output_what_to_show(model):
     dark, light = (np.full((1, 8, 8, 3), level, np.uint8) for level in (40, 200))
     for image in (dark, light):

@@ -19,7 +19,7 @@ from PIL import Image as PillowImage
 
 from sr3_jax import experiment, parallel
 from sr3_jax.train.state import start_from
-from sr3_jax.train.step import batch_losses, make_pair, make_train_step
+from sr3_jax.train.step import batch_losses, jit_train_step, make_pair, make_train_step
 from tests import tiny
 
 OPTIMIZER = optax.adam(0.03, eps=1e-2)
@@ -56,11 +56,8 @@ class Run:
 
     def __init__(self, objective, params, mesh: Mesh, *, rows: int = 8, **options) -> None:
         self.mesh, self.params = mesh, params
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state())
-        step = jax.jit(
-            make_train_step(objective, OPTIMIZER, ema_decay=DECAY, **options),
-            out_shardings=(shardings, parallel.replicated(mesh)),
-            donate_argnums=0,
+        step = jit_train_step(
+            make_train_step(objective, OPTIMIZER, ema_decay=DECAY, **options), self.state(), mesh
         )
         image = jax.ShapeDtypeStruct((rows, 16, 16, 3), np.uint8, sharding=parallel.batch_sharding(mesh))
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -231,9 +228,9 @@ def test_a_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images
 
 
 def test_one_device_eight_devices_and_sharded_weights_do_the_same(one_device, eight_devices, sharded, images):
-    state, metrics = one_device(images, count=3)
+    state, metrics = one_device(images, count=5)
     for run in (eight_devices, sharded):
-        other, other_metrics = run(images, count=3)
+        other, other_metrics = run(images, count=5)
         near(other, state)
         near(other_metrics, metrics)
 
@@ -260,6 +257,43 @@ def test_the_old_state_is_donated_whole(name, images, request):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(new))
     assert run.compiled.memory_analysis().alias_size_in_bytes == held
+
+
+@pytest.mark.parametrize(
+    ("model", "accumulation"),
+    [({}, 1), ({"remat": True}, 2), ({"remat": True, "dtype": "bfloat16"}, 1)],
+    ids=["plain", "remat and accumulation", "remat and bfloat16"],
+)
+def test_fully_sharded_it_is_the_step_of_one_device(
+    params, one_device, images, monkeypatch, model, accumulation
+):
+    monkeypatch.setattr(parallel, "FSDP_MIN_BYTES", 64)
+    objective = experiment.read(tiny.config(model=tiny.CONFIG["model"] | model)).objective
+    rows = 8 * accumulation
+    crops = np.concatenate([images] * accumulation)
+    run = Run(objective, params, parallel.make_mesh(data=1, fsdp=8), rows=rows, accumulation=accumulation)
+    new, _ = run.compiled(run.state(), run.batch(crops), jax.random.key(1))
+    split = [leaf for leaf in jax.tree.leaves(new) if not leaf.sharding.is_fully_replicated]
+    assert len(split) > 20
+    assert all(shard.data.size == leaf.size // 8 for leaf in split for shard in leaf.addressable_shards)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(new))
+    assert run.compiled.memory_analysis().alias_size_in_bytes == held  # no second copy of the state
+    found = re.findall(r"\w+\[(\d+),8,8,\d+\]\S* convolution\(", run.compiled.as_text())
+    assert found and set(found) == {"1"}
+    if accumulation == 1:
+        state, metrics = run(crops, count=5)
+        wanted, wanted_metrics = one_device(images, count=5)
+    else:  # the parts have keys of their own
+        state, metrics = run(crops, count=5)
+        alone = Run(objective, params, one_device.mesh, rows=rows, accumulation=accumulation)
+        wanted, wanted_metrics = alone(crops, count=5)
+    if "dtype" not in model:
+        near(state, wanted)
+        near(metrics, wanted_metrics)
+    else:  # 8 bits of mantissa
+        losses = [[one["loss"] for one in of] for of in (metrics, wanted_metrics)]
+        np.testing.assert_allclose(*losses, rtol=0.02)
+        assert losses[0] != losses[1]
 
 
 # ---- In parts
