@@ -89,3 +89,51 @@ def test_each_device_gets_its_own_rows_of_a_batch(data, fsdp):
 def test_replicated_is_whole_everywhere():
     array = jax.device_put(np.ones((3, 5)), parallel.replicated(parallel.make_mesh(data=2, fsdp=4)))
     assert [shard.data.shape for shard in array.addressable_shards] == [(3, 5)] * 8
+
+
+class Device:
+    """What a mesh asks of a device of a pod of two slices."""
+
+    platform, device_kind = "gpu", "H100"
+
+    def __init__(self, index: int, slice_index: int) -> None:
+        self.id, self.slice_index, self.process_index = index, slice_index, index // 2
+
+
+def two_slices() -> list:
+    order = np.random.default_rng(0).permutation(16)
+    return [Device(int(index), int(index) // 8) for index in order]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(16, 1), (4, 4), (2, 8)])
+def test_weights_are_gathered_within_a_slice_and_gradients_averaged_across(data, fsdp):
+    mesh = parallel.make_mesh(data=data, fsdp=-1, devices=two_slices())
+    assert mesh.devices.shape == (data, fsdp) and mesh.axis_names == ("data", "fsdp")
+    assert len({device.id for device in mesh.devices.flat}) == 16
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert all(len(set(row)) == 1 for row in slices)
+    assert (slices[: data // 2] == 0).all() and (slices[data // 2 :] == 1).all()
+
+
+def test_weights_over_more_than_a_slice_are_refused():
+    with pytest.raises(UserError, match=r"mesh.fsdp=16 does not fit a slice of 8 devices \(2 slices\)"):
+        parallel.make_mesh(data=1, fsdp=16, devices=two_slices())
+
+
+def test_the_rows_of_a_process_are_those_of_its_devices():
+    """Of a mesh in any order: half of the devices stand for a process."""
+    mesh = parallel.make_mesh(devices=[jax.devices()[index] for index in (5, 0, 7, 2, 1, 4, 3, 6)])
+    assert list(parallel.local_rows(mesh, 16)) == list(range(16))
+    rows = {"image": np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)}
+    batch = parallel.to_global(rows, mesh, rows=parallel.local_rows(mesh, 16), batch_size=16)["image"]
+    np.testing.assert_array_equal(batch, rows["image"])
+    for shard in batch.addressable_shards:
+        place = [device.id for device in mesh.devices.flat].index(shard.device.id)
+        np.testing.assert_array_equal(shard.data, rows["image"][2 * place : 2 * place + 2])
+
+
+def test_on_one_process_a_vote_is_its_own_and_the_host_gets_whole_arrays():
+    mesh = parallel.make_mesh()
+    assert parallel.highest(7, mesh) == 7
+    array = jax.device_put(np.arange(16.0), parallel.batch_sharding(mesh))
+    np.testing.assert_array_equal(parallel.to_host({"a": array}, mesh)["a"], np.arange(16.0))
