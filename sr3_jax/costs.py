@@ -122,7 +122,7 @@ def _memory(stats: Any) -> dict[str, int]:
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """Programs for chips that are not here are not kept among those that can run."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

@@ -249,7 +249,7 @@ def test_ctrl_c_keeps_what_is_done(folder, stand_in, capsys):
             raise KeyboardInterrupt
 
     stand_in.before = before
-    arguments = ["upscale", str(folder / "in"), "-o", str(folder / "out")]
+    arguments = ["upscale", str(folder / "in"), "-o", str(folder / "out"), "--batch-size=1"]
     assert main(arguments) == 130
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 done, 1 skipped (already there), 0 failed"
@@ -286,7 +286,7 @@ def test_told_to_stop_it_finishes_its_picture_and_the_next_run_goes_on(
 
     signalled: list[int] = []
     monkeypatch.setattr(stand_in, "upscale", upscale)
-    command = ["upscale", str(folder / "in"), "-o", str(folder / "out")]
+    command = ["upscale", str(folder / "in"), "-o", str(folder / "out"), "--batch-size=1"]
     assert main(command) == code
     assert "Stopped. Run the same command again to go on from there." in capsys.readouterr().err
     first = [path for path in (folder / "out").rglob("*") if path.is_file()]

@@ -52,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=_seed, default=0, metavar="S", help="same seed, same bytes (default: 0)"
     )
     parser.add_argument(
-        "--batch-size", type=_count, default=1, metavar="B",
-        help="pictures done at once; above 1 pays for many pictures of one size on a GPU (default: 1)",
+        "--batch-size", type=_count, default=None, metavar="B",
+        help="pictures done at once, shared by the devices; more than one each pays for many pictures of one size "
+        "(default: the number of devices)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="do finished pictures again")
     parser.add_argument(
@@ -83,9 +84,12 @@ def run(args: argparse.Namespace) -> int:
     to_do, finished = split_finished(jobs, overwrite=args.overwrite)
     outcome = Outcome((), tuple(job.target for job in finished), (), ())
     if to_do:  # else the model need not be loaded
+        import jax
+
         from sr3_jax import model as models
 
         model = models.load(args.model)
+        batch_size = args.batch_size or jax.local_device_count()
         with (
             tqdm(total=len(to_do), unit="picture", disable=None, file=sys.stderr) as bar,
             polled_signals() as stopped,
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
                 steps=args.steps,
                 solver=args.solver,
                 seed=args.seed,
-                batch_size=args.batch_size,
+                batch_size=batch_size,
                 overwrite=args.overwrite,
                 max_megapixels=args.max_megapixels,
                 on_result=tell,
