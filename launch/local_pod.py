@@ -298,8 +298,12 @@ def main() -> int:
             fail(f"--logs {logs}: {error.strerror}.")
     os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # another way to say how many devices, which would win
 
-    # Signals wait until the launcher and the supervisor are both ready for them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGHUP, signal.SIGCHLD})
+    # The launcher handles its signals one by one, between waits; the supervisor as soon as it is ready for them.
+    mine = {*FORWARDED, signal.SIGCHLD, signal.SIGHUP}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        mine.remove(signal.SIGHUP)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, mine)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # else it may be dropped, not kept
     launcher = os.getpid()
     child = os.fork()
     if child == 0:
@@ -315,15 +319,14 @@ def main() -> int:
         finally:
             os._exit(code)
 
-    def pass_on(number: int, frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        number = signal.sigwait(mine)
+        if number != signal.SIGCHLD:
             os.kill(child, signal.SIGTERM if number == signal.SIGHUP else number)
-
-    for number in (*FORWARDED, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code
 
 
