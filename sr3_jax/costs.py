@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from sr3_jax import counting, hlo
 from sr3_jax.parallel import fsdp_spec
@@ -121,10 +122,12 @@ def _memory(stats: Any) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
-    """Programs for chips that are not here are not kept among those that can run."""
+    """Programs for chips that are not here cannot be read back from JAX's cache, so they are not put there."""
     before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # else it goes on as it began
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

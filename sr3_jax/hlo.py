@@ -209,7 +209,7 @@ def _instruction(name: str, text: str) -> Instruction:
     text = text.split(", metadata=")[0] + " " + text.partition("backend_config=")[2]
     shape, operation, rest = _split(text)
     arrays = tuple(
-        (_bytes(kind) * math.prod(map(int, filter(None, sides.split(",")))), "S(1)" in layout)
+        (_bytes(kind) * _items(sides, layout), "S(1)" in layout)
         for kind, sides, layout in _ARRAY.findall(shape)
     )
     inside, _, after = rest.partition(")")
@@ -229,6 +229,18 @@ def _split(text: str) -> tuple[str, str, str]:
     if not found:
         return text, "", ""
     return text[: found.start()], found[1], text[found.end() :]
+
+
+def _items(sides: str, layout: str) -> int:
+    """How many items an array takes: a TPU lays it out in tiles, {1,0:T(8,128)}, and fills up the last of them."""
+    shape = [int(side) for side in sides.split(",") if side]
+    found = re.match(r"\{([\d,]*):T\(([\d,]+)\)", layout)
+    if found:
+        order = [int(axis) for axis in found[1].split(",") if axis]  # the innermost axis first
+        tile = [int(side) for side in found[2].split(",")]
+        for axis, side in zip(order, reversed(tile), strict=False):
+            shape[axis] += -shape[axis] % side
+    return math.prod(shape)
 
 
 def _bytes(kind: str) -> float:

@@ -107,7 +107,7 @@ def test_what_is_inside_a_fusion_stays_on_the_chip_but_not_a_fused_collective():
 
 def test_memory_traffic_by_hand():
     body = """  %p = f32[8,4]{1,0} parameter(0)
-  %q = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} convert(%p)
+  %q = bf16[8,4]{1,0:S(1)} convert(%p)
   %c = (f32[8,4]{1,0}, f32[8,4]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%p)
   %d = f32[8,4]{1,0:S(1)} copy-done(%c)
   %m = f32[8,4]{1,0} add(%d, %q)
@@ -116,6 +116,26 @@ def test_memory_traffic_by_hand():
 """
     # convert reads 128 into the chip; the copy reads 128; add writes 128 from the chip; the slice reads and writes 32
     assert traffic(program(body), devices=1).memory == 128 + 128 + 128 + 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("array", "size"),
+    [
+        ("f32[8,4]{1,0}", 128),
+        ("f32[8,4]{1,0:T(8,128)}", 4096),
+        ("f32[8,4]{0,1:T(8,128)}", 4 * 8 * 128),
+        ("bf16[2,9,200]{2,1,0:T(8,128)(2,1)}", 2 * 2 * 16 * 256),
+        ("bf16[9,2,200]{2,0,1:T(8,128)(2,1)}", 2 * 2 * 16 * 256),
+        ("f32[100]{0:T(256)}", 1024),
+        ("f32[]{:T(128)}", 4),
+        ("s8[10]{0}", 10),
+        ("pred[10]{0}", 10),
+        ("u4[10]{0}", 5),
+    ],
+)
+def test_arrays_take_their_tiles(array, size):
+    body = f"  %p = {array} parameter(0)\n  ROOT %n = f32[]{{:T(128)S(1)}} reduce(%p)\n"
+    assert traffic(program(body), devices=1).memory == size
 
 
 def test_one_branch_of_a_conditional_runs():
