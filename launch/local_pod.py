@@ -190,7 +190,8 @@ class Supervisor:
                 output = error = subprocess.PIPE
             process = subprocess.Popen(
                 self.command,
-                env=os.environ | extra | {"PYTHONUNBUFFERED": "1"},
+                # Lines of the others come at once; process 0, unbuffered, would write its in pieces, between theirs.
+                env=os.environ | extra | ({"PYTHONUNBUFFERED": "1"} if index else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=error,

@@ -51,7 +51,7 @@ class Pod:
         while count:
             line = self.process.stdout.readline()
             assert line, self.process.communicate()
-            count -= word in line
+            count -= line.count(word)
 
     def wait_until_none_is_left(self) -> None:
         end = time.monotonic() + 20
@@ -86,15 +86,15 @@ def pod() -> Iterator[type[Pod]]:
 
 
 def test_the_environment_of_each_process(pod):
-    show = "echo $JAX_COORDINATOR_ADDRESS,$JAX_NUM_PROCESSES,$JAX_PROCESS_ID,$JAX_PLATFORMS,$XLA_FLAGS,$MINE"
+    show = "echo $JAX_COORDINATOR_ADDRESS,$JAX_NUM_PROCESSES,$JAX_PROCESS_ID,$JAX_PLATFORMS,$XLA_FLAGS,$MINE,$PYTHONUNBUFFERED"
     flags = f"--mine=1 {FLAG}=8 {FLAG}=7 --other"
     code, out, err = pod("3", "4", "sh", "-c", show, XLA_FLAGS=flags, MINE="kept").finish()
     assert (code, err) == (0, "")
     lines = sorted(out.splitlines(), key=lambda line: line.split(",")[2])
     address = lines[0].split(",")[0]
     assert re.fullmatch(r"127\.0\.0\.1:\d{4,5}", address)
-    rest = f"cpu,--mine=1 --other {FLAG}=4,kept"
-    assert lines == [f"{prefix}{address},3,{i},{rest}" for i, prefix in enumerate(["", "[1] ", "[2] "])]
+    rest = f"cpu,--mine=1 --other {FLAG}=4,kept,"
+    assert lines == [f"{address},3,0,{rest}"] + [f"[{i}] {address},3,{i},{rest}1" for i in (1, 2)]
 
 
 def test_output_is_told_apart_line_by_line_and_stream_by_stream(pod):
