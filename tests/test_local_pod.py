@@ -31,7 +31,7 @@ class Pod:
         name, value = self.mark.split("=")
         self.process = subprocess.Popen(
             ["bash", SCRIPT, *arguments],
-            env=os.environ | {name: value, "SR3_GRACE": "0.5"} | environment,
+            env=os.environ | {name: value, "SR3_GRACE": "0.5", "PYTHONUNBUFFERED": ""} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,7 +86,8 @@ def pod() -> Iterator[type[Pod]]:
 
 
 def test_the_environment_of_each_process(pod):
-    show = "echo $JAX_COORDINATOR_ADDRESS,$JAX_NUM_PROCESSES,$JAX_PROCESS_ID,$JAX_PLATFORMS,$XLA_FLAGS,$MINE,$PYTHONUNBUFFERED"
+    names = "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID JAX_PLATFORMS XLA_FLAGS MINE PYTHONUNBUFFERED"
+    show = "echo " + ",".join(f"${name}" for name in names.split())
     flags = f"--mine=1 {FLAG}=8 {FLAG}=7 --other"
     code, out, err = pod("3", "4", "sh", "-c", show, XLA_FLAGS=flags, MINE="kept").finish()
     assert (code, err) == (0, "")
