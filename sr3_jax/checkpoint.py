@@ -142,10 +142,20 @@ class Checkpoints:
 
     def _load(self, step: int | None, abstract: TrainState) -> TrainState:
         train = {"step": abstract.step, "params": abstract.params, "opt_state": abstract.opt_state}
-        items = self._checkpointer.load_checkpointables(step, {"ema": abstract.ema_params, "train": train})
+        items = _read(self._checkpointer.directory / str(step), {"ema": abstract.ema_params, "train": train})
         return TrainState(
             items["train"]["step"], items["train"]["params"], items["ema"], items["train"]["opt_state"]
         )
+
+
+def _read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The items of a step, each process on its own: one that fails must not leave the others at Orbax's barrier."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    with ocp.Context(multiprocessing_options=alone):
+        return ocp.load_checkpointables(folder, abstract)
 
 
 def load_ema(workdir: Path) -> tuple[Params, int]:
@@ -165,7 +175,7 @@ def load_ema(workdir: Path) -> tuple[Params, int]:
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata
         )
-        return ocp.load_checkpointables(folder / str(step), {"ema": abstract})["ema"], step
+        return _read(folder / str(step), {"ema": abstract})["ema"], step
     except Exception as error:  # as in `restore`
         raise UserError(f"checkpoint {folder / str(step)} cannot be read ({_first_line(error)})") from error
 
