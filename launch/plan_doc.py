@@ -66,11 +66,12 @@ def compute(
     topology: str,
     program: str,
     *,
+    quick: bool = False,
     run: Callable[[list[str]], dict[str, Any]],
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """Plan a row, again with the plan's own changes while it does not fit; the last plan is the row's."""
-    overrides = list(EVERYWHERE + SETTINGS.get((preset, topology), ()))
+    overrides = list(EVERYWHERE + SETTINGS.get((preset, topology), ())) + ["--quick"] * quick
     for attempt in range(1, TRIES + 1):
         found = run(command(preset, topology, program, overrides))
         change = found["programs"][program].get("change", {"overrides": []})["overrides"]
@@ -121,6 +122,10 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
             *dict.fromkeys(row["command"] for row in rows),
             "```",
             "",
+            "With `--quick` the compiler makes less effort, and memory comes out above what the job will need. Its last "
+            "pass, which orders the instructions inside an operation and moves no memory, is always left out: it takes "
+            "most of an hour.",
+            "",
             f"Compiled on {'; '.join(machines)}, with {'; '.join(versions)}.",
         ]
     if missing:
@@ -160,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compute", action="store_true", help="plan the rows that are missing")
     parser.add_argument("--rows", type=int, default=10**6, help="at most that many of them")
     parser.add_argument("--program", choices=("train", "sample"), help="of that program alone")
+    parser.add_argument("--quick", action="store_true", help="plan them with less effort of the compiler")
     args = parser.parse_args(argv)
     left = args.rows
     for preset, topology, program in wanted() if args.compute else ():
@@ -170,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             print(f"{preset} on {topology}: {plan_text.TITLES[program].lower()}", file=sys.stderr, flush=True)
             ROWS.mkdir(parents=True, exist_ok=True)
-            compute(preset, topology, program, run=plan_here)
+            compute(preset, topology, program, run=plan_here, quick=args.quick)
             write()
             left -= 1
     write()

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,12 +16,24 @@ from jax.experimental.compilation_cache import compilation_cache
 from sr3_jax import counting, hlo
 from sr3_jax.parallel import fsdp_spec
 
+# libtpu schedules the instructions inside each operation last, when memory is laid out: that takes most of an hour for
+# the gradient of a float32 convolution at highest precision, and changes no figure here.
+OPTIONS: Mapping[str, Any] = {"xla_jf_critical_path_scheduler": False}
+# With less effort temporaries and traffic come out higher than they will be, FLOPs and arguments the same.
+QUICK: Mapping[str, Any] = {**OPTIONS, "exec_time_optimization_effort": -1.0}
 Watch = Callable[[str], AbstractContextManager[Any]]  # shows that what is named is being worked on
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of|\(([\d.]+)([KMGT]?)\) exceeds")
 
 
 def compiled(
-    jitted: Any, arguments: tuple[Any, ...], *, title: str, platform: str, devices: int, watch: Watch
+    jitted: Any,
+    arguments: tuple[Any, ...],
+    *,
+    title: str,
+    platform: str,
+    devices: int,
+    watch: Watch,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The costs of a jitted program, from the compiler of the devices in its arguments' shardings.
 
@@ -35,11 +47,11 @@ def compiled(
         traced = jitted.trace(*arguments)
         flops = counting.flops(traced.jaxpr)
         lowered = traced.lower(lowering_platforms=(platform,))
-    found: dict[str, Any] = {"flops": flops}
+    found: dict[str, Any] = {"flops": flops, "compiler_options": dict(options)}
     with watch(f"compiling {title}"):
         try:
             with _no_cache():
-                program = lowered.compile()
+                program = lowered.compile(compiler_options=dict(options))
         except jax.errors.JaxRuntimeError as error:
             needed = out_of_memory(str(error))
             if needed is None:

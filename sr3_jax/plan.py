@@ -33,6 +33,7 @@ def plan(
     *,
     programs: Sequence[str] = tuple(PROGRAMS),
     estimate: bool = False,
+    quick: bool = False,
     cache: Path | None = None,
     refresh: bool = False,
     watch: Watch = lambda title: contextlib.nullcontext(),
@@ -44,6 +45,7 @@ def plan(
 
     Args:
         programs: 'train', the training step; 'sample', the held-out evaluation with its sampler.
+        quick: let the compiler make less effort, which takes half the time and memory somewhat above the truth.
         cache: a folder of earlier results, which are used unless `refresh`.
 
     Raises:
@@ -58,7 +60,9 @@ def plan(
     with contextlib.ExitStack() as stack:
         mesh: Mesh | None = None
         for program in programs:
-            name = plan_cache.key(config, topology=topology.name, program=program, estimate=estimate)
+            options = costs.QUICK if quick else costs.OPTIONS
+            how = "estimate" if estimate else dict(options)
+            name = plan_cache.key(config, topology=topology.name, program=program, how=how)
             file = None if cache is None else cache / f"{name}.json"
             found = None if file is None or refresh else plan_cache.load(file)
             if found is None:
@@ -66,7 +70,7 @@ def plan(
                     found = _estimate(experiment, program, state, sizes, watch)
                 else:
                     mesh = mesh or _mesh(config, topology, stack.enter_context(compiler(topology)))
-                    found = _compile(experiment, topology, program, mesh, watch)
+                    found = _compile(experiment, topology, program, mesh, options, watch)
                 found |= plan_cache.circumstances()
                 if file is not None:
                     plan_cache.save(file, found)
@@ -167,7 +171,12 @@ def _key(mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
 
 
 def _compile(
-    experiment: Experiment, topology: Topology, program: str, mesh: Mesh, watch: Watch
+    experiment: Experiment,
+    topology: Topology,
+    program: str,
+    mesh: Mesh,
+    options: Mapping[str, Any],
+    watch: Watch,
 ) -> dict[str, Any]:
     if program == "train":
         jitted, arguments = _train_program(experiment, mesh)
@@ -180,6 +189,7 @@ def _compile(
         platform=topology.chip.backend,
         devices=topology.count,
         watch=watch,
+        options=options,
     )
 
 

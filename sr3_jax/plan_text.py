@@ -68,7 +68,9 @@ def _program(name: str, program: Mapping[str, Any], plan: Mapping[str, Any]) -> 
         detail = ", ".join(f"{title} {duration(seconds[part])}" for part, title in parts.items())
         rows.append(("time", f"{duration(seconds['low'])} to {duration(seconds['high'])} ({detail})"))
     if "seconds_to_compile" in program:
-        rows.append(("compiled in", f"{program['seconds_to_compile']:.0f} s on {program['machine']}"))
+        effort = "exec_time_optimization_effort" in program["compiler_options"]
+        quick = ", with less effort: memory is above what the job will need" if effort else ""
+        rows.append(("compiled in", f"{program['seconds_to_compile']:.0f} s on {program['machine']}{quick}"))
     return [f"{TITLES[name]}{examples}", *(f"  {title:<16} {value}" for title, value in rows)]
 
 

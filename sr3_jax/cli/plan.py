@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--estimate", action="store_true", help="from shapes alone, in seconds, without the TPU's compiler"
     )
     parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="less effort of the compiler: sooner, with memory above the truth",
+    )
+    parser.add_argument(
         "--refresh", action="store_true", help="compile again what an earlier plan has compiled"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there as well")
@@ -56,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
         topology,
         programs=(args.only,) if args.only else ("train", "sample"),
         estimate=args.estimate,
+        quick=args.quick,
         cache=plan_cache.folder(),
         refresh=args.refresh,
         watch=watch,
     )
     given = [f"--config={args.config}", f"--topology={topology.name}", *args.rest]
     given += [f"--only={args.only}"] if args.only else []
-    given += ["--estimate"] if args.estimate else []
+    given += [f"--{name}" for name in ("estimate", "quick") if getattr(args, name)]
     found = {"name": Path(args.config).stem, "command": " ".join(["sr3 plan", *given]), **found}
     if args.json:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
