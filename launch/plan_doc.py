@@ -122,7 +122,7 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
             *dict.fromkeys(row["command"] for row in rows),
             "```",
             "",
-            "With `--quick` the compiler makes less effort, and memory comes out above what the job will need. Its last "
+            "With `--quick` the compiler makes less effort, and memory comes out above what a job will need. Its last "
             "pass, which orders the instructions inside an operation and moves no memory, is always left out: it takes "
             "most of an hour.",
             "",

@@ -20,11 +20,15 @@ import jax
 from sr3_jax.aliases import UserError
 
 DEFAULT_TIMEOUT = 300.0  # seconds
-_TPU_PORT = 8476
+_TPU_PORT = 8482  # what JAX itself takes; 8476 is the TPU runtime's
 _LEAVE_TIMEOUT = 7 * 24 * 3600  # a process that is done with its part of a folder waits for the others
 _NAMED = 8  # missing processes in a sentence
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TIMEOUT = "SR3_START_TIMEOUT"
+
+
+class NotAllCame(UserError):
+    """Some processes of a group are missing: on a cluster, trying again may help."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def find_group(environment: Mapping[str, str]) -> Group | None:
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"{ADDRESS}={address!r} must be HOST:PORT, such as 10.0.0.1:8476")
+        raise UserError(f"{ADDRESS}={address!r} must be HOST:PORT, such as 10.0.0.1:8482")
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise UserError(f"{INDEX}={index!r} must be a whole number under {COUNT}={count!r}")
     return Group(address, int(count), int(index))
@@ -82,7 +86,8 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> tuple[int, i
         The number of this process and how many there are: (0, 1) for one on its own.
 
     Raises:
-        UserError: not all of its processes came within SR3_START_TIMEOUT seconds; the sentence says which.
+        NotAllCame: some of its processes did not come within SR3_START_TIMEOUT seconds; the sentence says which.
+        UserError: what the environment says does not fit together.
     """
     group = find_group(environment)
     if group is None or group.count == 1:
@@ -120,11 +125,12 @@ def roll_call(group: Group, *, timeout: float) -> None:
     """Return on every process once all have come.
 
     Raises:
-        UserError: some have not; or two go by one number, or their counts differ.
+        NotAllCame: some have not.
+        UserError: two go by one number, or their counts differ.
     """
     verdict = (_take if group.index == 0 else _report)(group, time.monotonic() + timeout, timeout)
     if verdict:
-        raise UserError(verdict)
+        raise (NotAllCame if "waited" in verdict else UserError)(verdict)
 
 
 def _take(group: Group, deadline: float, timeout: float) -> str:

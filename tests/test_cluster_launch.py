@@ -198,7 +198,7 @@ def test_a_mistake_ends_it_and_everything_else_starts_it_again(jobset, job, cont
     (pods,) = job["podFailurePolicy"]["rules"]
     assert pods == {
         "action": "FailJob",
-        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2]},
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2, 3]},
     }
     # One pod that failed in any other way fails the job as well, for another reason: backoffLimit.
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"

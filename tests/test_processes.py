@@ -35,8 +35,8 @@ SLICES = TPU | {
         (EXPLICIT, Group("h:8", 4, 2)),
         (EXPLICIT | {"SLURM_NTASKS": "16", "SLURM_PROCID": "9"} | TPU, Group("h:8", 4, 2)),
         (SLURM, Group("h:8", 16, 9)),
-        (TPU, Group("a:8476", 4, 3)),
-        (SLICES, Group("m:8476", 8, 7)),
+        (TPU, Group("a:8482", 4, 3)),
+        (SLICES, Group("m:8482", 8, 7)),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[::1]:80"}, Group("[::1]:80", 4, 2)),
     ],
 )
@@ -112,6 +112,8 @@ def test_those_that_came_say_who_did_not():
         "SR3_START_TIMEOUT to wait longer"
     )
     assert call((0, 4), (2, 4), timeout=0.5) == [missing] * 2
+    with pytest.raises(processes.NotAllCame):  # which launchers try again
+        processes.roll_call(Group(f"127.0.0.1:{free_port()}", 2, 0), timeout=0.2)
     [many] = call((0, 40), timeout=0.2)
     assert "without 1, 2, 3, 4, 5, 6, 7, 8 and 31 more: " in many
 

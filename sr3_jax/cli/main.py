@@ -54,7 +54,7 @@ def commands() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code.
 
-    0 done, 1 done in part, 2 a mistake of the user (one sentence on stderr), 130 interrupted, 143 told to stop: the
+    0 done, 3 done in part, 2 a mistake of the user (one sentence on stderr), 130 interrupted, 143 told to stop: the
     same command goes on from there.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -95,7 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
     import jax  # which --help need not wait for
 
     from sr3_jax.aliases import UserError
-    from sr3_jax.processes import abandon
+    from sr3_jax.processes import NotAllCame, abandon
 
     module = importlib.import_module(f"{sr3_jax.cli.__name__}.{name.replace('-', '_')}")
     parser = _Parser(prog=f"sr3 {name}", description=module.__doc__, allow_abbrev=False)
@@ -112,8 +112,9 @@ def _dispatch(arguments: list[str]) -> int:
         return module.run(parsed)
     except UserError as error:
         print(f"sr3 {name}: {error}", file=sys.stderr)
-        abandon(2)
-        return 2
+        code = 1 if isinstance(error, NotAllCame) else 2  # launchers try 1 again
+        abandon(code)
+        return code
     except KeyboardInterrupt:
         abandon(_INTERRUPTED)
         raise
