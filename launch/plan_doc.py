@@ -122,9 +122,9 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
             *dict.fromkeys(row["command"] for row in rows),
             "```",
             "",
-            "With `--quick` the compiler makes less effort, and memory comes out above what a job will need. Its last "
-            "pass, which orders the instructions inside an operation and moves no memory, is always left out: it takes "
-            "most of an hour.",
+            "With `--quick` the compiler makes less effort: on a small network its temporaries came out 1.5 times as "
+            "large as without. libtpu's scheduling of the instructions inside an operation is always left out: it comes "
+            "after memory is laid out, and on two cores it did not end within half an hour of processor time.",
             "",
             f"Compiled on {'; '.join(machines)}, with {'; '.join(versions)}.",
         ]
