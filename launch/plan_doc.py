@@ -123,7 +123,7 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
             "```",
             "",
             "With `--quick` the compiler makes less effort: on a small network its temporaries came out 1.5 times as "
-            "large as without. libtpu's scheduling of the instructions inside an operation is always left out: it comes "
+            "large as without. libtpu's ordering of the instructions within an operation is always left out; it comes "
             "after memory is laid out, and on two cores it did not end within half an hour of processor time.",
             "",
             f"Compiled on {'; '.join(machines)}, with {'; '.join(versions)}.",
