@@ -90,19 +90,20 @@ def complete(job: Job, workdir: Path) -> float:
     return time.monotonic() - started
 
 
-def interrupt(job: Job, workdir: Path, delay: float, chance: random.Random) -> bool:
-    """Start the run and kill it after `delay` seconds; False if it was complete before that."""
+def interrupt(job: Job, workdir: Path, delay: float, chance: random.Random) -> float:
+    """Start the run and kill it after `delay` seconds: 0; or the seconds that it took, if it was complete before."""
+    started = time.monotonic()
     process = job.start(workdir)
     try:
         code = process.wait(delay)
         if code:
             raise SystemExit(f"a run ended by itself with code {code}:\n{log_of(workdir)}")
-        return False
+        return time.monotonic() - started
     except subprocess.TimeoutExpired:
         victims = members(process.pid, chance.randrange(job.processes)) if job.processes > 1 else []
         os.kill(victims[0] if victims else process.pid, signal.SIGKILL)
         process.wait(PATIENCE)
-        return True
+        return 0.0
 
 
 def members(launcher: int, index: int) -> list[int]:
@@ -173,15 +174,16 @@ def soak(job: Job, folder: Path, *, kills: int, seed: int, say=print) -> dict:
     done, rounds, halves, arrays = 0, 0, 0, len(wanted[0])
     while done < kills:
         workdir = folder / f"run{rounds}"
-        here = 0
+        here, took = 0, 0.0
         # At most eight in a run: each start has to get a little further, or it would never end.
-        while (
-            done < kills and here < 8 and interrupt(job, workdir, chance.uniform(0.2, 1.0) * seconds, chance)
-        ):
-            done, here = done + 1, here + 1
+        while done < kills and here < 8 and not took:
+            took = interrupt(job, workdir, chance.uniform(0.1, 1.0) * length, chance)
+            if took and here == 0:
+                length = took  # the machine has become faster, and the kill came too late
+            done, here = done + (not took), here + (not took)
             halves += half_written(workdir) > 0
-        took = complete(job, workdir)
-        length = took if here == 0 else length  # the machine has become faster, and the kills came too late
+        if not took:
+            complete(job, workdir)
         found = result(workdir)
         different = [name for name in wanted[0] if found[0].get(name) != wanted[0][name]]
         if different or found[1] != wanted[1]:
