@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sr3_jax import plan_text
+from sr3_jax.planning import text as plan_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, ROWS = ROOT / "docs" / "pods.md", ROOT / "docs" / "pods"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sr3_jax import counting
+from sr3_jax.planning import counting
 
 
 def trace(function, *shapes):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sr3_jax.hlo import traffic
+from sr3_jax.planning.hlo import traffic
 
 HEAD = "HloModule jit_f, is_scheduled=true\n\n"
 

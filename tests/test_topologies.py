@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from sr3_jax import topologies
 from sr3_jax.aliases import UserError
+from sr3_jax.planning import topologies
 
 
 @pytest.mark.parametrize(

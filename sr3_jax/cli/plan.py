@@ -48,11 +48,12 @@ def run(args: argparse.Namespace) -> int:
 
     # Chips that are only planned for need none that are here; a plan must not take a GPU from a job.
     jax.config.update("jax_platforms", "cpu")
-    from sr3_jax import plan_cache, plan_text
     from sr3_jax.experiment import load_config, read
     from sr3_jax.outputs import write_text
-    from sr3_jax.plan import plan
-    from sr3_jax.topologies import parse
+    from sr3_jax.planning import cache as plan_cache
+    from sr3_jax.planning import text as plan_text
+    from sr3_jax.planning.plan import plan
+    from sr3_jax.planning.topologies import parse
 
     topology = parse(args.topology)
     experiment = read(load_config(args.config, args.rest))
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
     print(plan_text.report(found))
-    return 0 if found["fits"] else 1
+    return 0 if found["fits"] else 3
 
 
 @contextmanager

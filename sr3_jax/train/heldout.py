@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,46 @@ from sr3_jax.model import inference_grid, solver_named
 from sr3_jax.train.step import Batch, Objective, batch_losses, condition
 
 GRID_ROWS = 6
+
+
+def jit_held_out(objective: Objective, mesh: Mesh, *, rows: int, steps: int, solver: str) -> Any:
+    """(weights, batch of uint8 crops, key) -> (means over the first `rows` crops, uint8 images of the whole batch)."""
+    schedule = inference_grid(objective.schedule, steps, solver)
+    network, scale = objective.network, objective.scale
+
+    def metrics(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Batch]:
+        loss_key, sample_key = jax.random.split(key)
+        image = to_unit(batch["image"])
+        low_res = degrade(image, scale)
+        cond = condition(low_res, scale, batch.get("label"))
+
+        def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
+            return network.apply({"params": params}, y_t, gamma, cond)
+
+        output = to_uint8(
+            sample(
+                denoiser,
+                sample_key,
+                cond,
+                shape=image.shape,
+                schedule=schedule,
+                solver=solver_named(solver),
+                kind=objective.kind,
+                space=objective.space,
+            ).image
+        )
+        bicubic, low_res = to_uint8(upsample(low_res, scale)), to_uint8(low_res)
+        values = {
+            "eval_loss": batch_losses(params, batch, loss_key, objective=objective, train=False),
+            "eval_psnr": psnr(output, batch["image"]),
+            "eval_psnr_bicubic": psnr(bicubic, batch["image"]),
+            "eval_consistency": consistency(output, low_res),
+            "eval_consistency_bicubic": consistency(bicubic, low_res),
+        }
+        means = {name: jnp.mean(value[:rows]) for name, value in values.items()}
+        return means, {"low_res": low_res, "bicubic": bicubic, "output": output}
+
+    return jax.jit(metrics, out_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh)))
 
 
 class HeldOut:
@@ -43,44 +85,7 @@ class HeldOut:
         self._batch = {name: column[filled] for name, column in batch.items()}
         self._seed = seed
         self._mesh = mesh
-        schedule = inference_grid(objective.schedule, steps, solver)
-        network, scale = objective.network, objective.scale
-
-        def metrics(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Batch]:
-            loss_key, sample_key = jax.random.split(key)
-            image = to_unit(batch["image"])
-            low_res = degrade(image, scale)
-            cond = condition(low_res, scale, batch.get("label"))
-
-            def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
-                return network.apply({"params": params}, y_t, gamma, cond)
-
-            output = to_uint8(
-                sample(
-                    denoiser,
-                    sample_key,
-                    cond,
-                    shape=image.shape,
-                    schedule=schedule,
-                    solver=solver_named(solver),
-                    kind=objective.kind,
-                    space=objective.space,
-                ).image
-            )
-            bicubic, low_res = to_uint8(upsample(low_res, scale)), to_uint8(low_res)
-            values = {
-                "eval_loss": batch_losses(params, batch, loss_key, objective=objective, train=False),
-                "eval_psnr": psnr(output, batch["image"]),
-                "eval_psnr_bicubic": psnr(bicubic, batch["image"]),
-                "eval_consistency": consistency(output, low_res),
-                "eval_consistency_bicubic": consistency(bicubic, low_res),
-            }
-            means = {name: jnp.mean(value[:rows]) for name, value in values.items()}
-            return means, {"low_res": low_res, "bicubic": bicubic, "output": output}
-
-        self._metrics = jax.jit(
-            metrics, out_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh))
-        )
+        self._metrics = jit_held_out(objective, mesh, rows=rows, steps=steps, solver=solver)
 
     def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
         """Metrics of these weights, and a grid: low-res, bicubic, output, original."""

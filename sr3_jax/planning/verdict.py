@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sr3_jax.parallel import fsdp_spec
-from sr3_jax.topologies import Chip, Topology
+from sr3_jax.planning.topologies import Chip, Topology
 
 # How much of a data sheet's figure a program is assumed to reach. Assumed, not measured.
 REACHED = {"flops": 0.5, "memory": 0.8, "interconnect": 0.5}

@@ -10,16 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from sr3_jax import costs, plan_cache, verdict
 from sr3_jax.aliases import UserError
-from sr3_jax.costs import Watch
 from sr3_jax.experiment import Experiment, check_batch
 from sr3_jax.parallel import AXES, batch_sharding, make_mesh, replicated
-from sr3_jax.topologies import Topology, compiler
-from sr3_jax.train.heldout import HeldOut
+from sr3_jax.planning import cache as results
+from sr3_jax.planning import costs, verdict
+from sr3_jax.planning.costs import Watch
+from sr3_jax.planning.topologies import Topology, compiler
+from sr3_jax.train.heldout import jit_held_out
 from sr3_jax.train.state import TrainState, abstract_state
 from sr3_jax.train.step import jit_train_step, make_train_step
 
@@ -56,25 +56,27 @@ def plan(
     sizes = mesh_sizes(config["mesh"], topology.count)
     check_batch(config, devices=topology.count, processes=1)
     state = abstract_state(experiment.init_params, experiment.optimizer(), _abstract_mesh(sizes))
-    results: dict[str, Any] = {}
+    judged: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         mesh: Mesh | None = None
         for program in programs:
             options = costs.QUICK if quick else costs.OPTIONS
             how = "estimate" if estimate else dict(options)
-            name = plan_cache.key(config, topology=topology.name, program=program, how=how)
+            name = results.key(config, topology=topology.name, program=program, how=how)
             file = None if cache is None else cache / f"{name}.json"
-            found = None if file is None or refresh else plan_cache.load(file)
+            found = None if file is None or refresh else results.load(file)
             if found is None:
                 if estimate:
                     found = _estimate(experiment, program, state, sizes, watch)
                 else:
-                    mesh = mesh or _mesh(config, topology, stack.enter_context(compiler(topology)))
+                    mesh = mesh or make_mesh(
+                        **config["mesh"], devices=stack.enter_context(compiler(topology))
+                    )
                     found = _compile(experiment, topology, program, mesh, options, watch)
-                found |= plan_cache.circumstances()
+                found |= results.circumstances()
                 if file is not None:
-                    plan_cache.save(file, found)
-            results[program] = _judge(found, program, config, topology, state, sizes)
+                    results.save(file, found)
+            judged[program] = _judge(found, program, config, topology, state, sizes)
     return {
         "topology": topology.name,
         "chips": topology.count,
@@ -85,8 +87,8 @@ def plan(
         "batch_size": config["train"]["batch_size"],
         "eval_images": config["eval"]["num_images"],
         "assumed": dict(verdict.REACHED),
-        "programs": results,
-        "fits": all(result["fits"] for result in results.values()),
+        "programs": judged,
+        "fits": all(result["fits"] for result in judged.values()),
     }
 
 
@@ -113,17 +115,6 @@ def _abstract_mesh(sizes: tuple[int, int]) -> Any:
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def _mesh(config: Mapping[str, Any], topology: Topology, devices: Sequence[jax.Device]) -> Mesh:
-    try:
-        return make_mesh(**config["mesh"], devices=devices)
-    except NotImplementedError as error:  # jax lays an axis of the mesh along whole sides of the torus
-        sizes = ", ".join(map(str, verdict.fsdp_sizes(topology)))
-        raise UserError(
-            f"mesh.fsdp={config['mesh']['fsdp']} does not lie along whole sides of {topology.name}: give one of "
-            f"{sizes} with --config.mesh.fsdp"
-        ) from error
-
-
 # ---- The programs, as the training loop has them.
 
 
@@ -145,12 +136,12 @@ def _train_step(experiment: Experiment, optimizer: Any) -> Callable:
 
 def _sample_program(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
     section = experiment.section("eval")
-    crops = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in _batch(experiment, rows).items()}
-    steps, solver = section["steps"], section["solver"]
-    held_out = HeldOut(experiment.objective, crops, mesh, steps=steps, solver=solver, seed=0)
+    jitted = jit_held_out(
+        experiment.objective, mesh, rows=rows, steps=section["steps"], solver=section["solver"]
+    )
     params = abstract_state(experiment.init_params, experiment.optimizer(), mesh).ema_params
     batch = _batch(experiment, rows + -rows % mesh.size, mesh)  # filled up, as HeldOut does
-    return held_out._metrics, (params, batch, _key(mesh))
+    return jitted, (params, batch, _key(mesh))
 
 
 def _batch(experiment: Experiment, rows: int, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:

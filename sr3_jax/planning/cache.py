@@ -33,8 +33,8 @@ BESIDE = (
     "models/",
     "report.py",
     "picture",
-    "plan_text.py",
-    "topologies.py",
+    "planning/text.py",
+    "planning/topologies.py",
     "processes.py",
     "signals.py",
 )
