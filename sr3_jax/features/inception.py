@@ -1,0 +1,166 @@
+"""The Inception network of FID: TensorFlow's of 2015-12-05 (Szegedy et al. 2015), 1008 classes.
+
+FID, KID and IS are defined by this one set of weights, and by details in which it differs from the Inception v3 of
+model zoos: average pools that leave the padding out of the mean, and a max pool in the last block. Weights come
+from a file that the user names, in PyTorch's layout and names (pytorch-fid's pt_inception-2015-12-05-6726825d.pth,
+or the same arrays as safetensors). Distances in any other weights' features are not FID.
+
+Shape legend: B batch, H height, W width. Each batch norm is folded into its convolution, in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr3_jax.aliases import UserError
+from sr3_jax.features.inception_layers import CLASSES, SIDE, WIDTH, convolve, kernel_shapes, layers
+from sr3_jax.features.statistics import FeatureProtocol
+from sr3_jax.features.weights import read_arrays, read_file
+
+# Of pytorch-fid's file, which torch-fidelity also ships; its first digits are in the file's name.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+EPSILON = 1e-3  # of the batch norms
+PREPROCESSING = {
+    "tf1": "levels 0..255, TF1 bilinear to 299x299 (corner-aligned grid, no anti-aliasing), (x - 128) / 128",
+    "pytorch_fid": "levels 0..255, bilinear to 299x299 (half-pixel centres, no anti-aliasing), x / 127.5 - 1",
+}
+Preprocessing = Literal["tf1", "pytorch_fid"]
+Weights = Mapping[str, Mapping[str, jax.Array]]
+
+
+class Outputs(NamedTuple):
+    """What the metrics take from the network, float32."""
+
+    pool3: jax.Array  # [B,2048] for FID and KID
+    logits: jax.Array  # [B,1008] for IS, without the bias, as in Salimans et al.'s code
+
+
+@dataclass(frozen=True)
+class Inception:
+    """The network with its weights and the way pictures come in.
+
+    `verified`: the weights are the published file, so that a Frechet distance of its features is FID.
+    """
+
+    weights: Weights
+    sha256: str
+    preprocessing: Preprocessing
+
+    @property
+    def verified(self) -> bool:
+        return self.sha256 == INCEPTION_SHA256
+
+    @property
+    def protocol(self) -> FeatureProtocol:
+        network = "inception-2015-12-05" if self.verified else "inception-of-unknown-weights"
+        return FeatureProtocol(
+            network=network,
+            distance="fid" if self.verified else "frechet_inception_unknown",
+            weights_sha256=self.sha256,
+            preprocessing=PREPROCESSING[self.preprocessing],
+        )
+
+    def outputs(self, images: jax.Array | np.ndarray) -> Outputs:
+        """uint8 [B,H,W,3] of any size -> features and logits. The network is compiled once for each B."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"Inception takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}")
+        return _outputs(self.weights, resized(jnp.asarray(images), preprocessing=self.preprocessing))
+
+    def features(self, images: jax.Array | np.ndarray) -> np.ndarray:
+        """uint8 [B,H,W,3] -> pool3, float32 [B,2048]."""
+        return np.asarray(self.outputs(images).pool3)
+
+
+def load_inception(path: Path, *, preprocessing: Preprocessing = "tf1") -> Inception:
+    """The network with the weights in a .pth or .safetensors file, of which no code is run.
+
+    preprocessing: 'tf1' as the original FID code and torch-fidelity, 'pytorch_fid' as pytorch-fid; figures differ a
+    little, so the protocol says which. UserError if the file cannot be read or holds another network.
+    """
+    if preprocessing not in PREPROCESSING:
+        raise UserError(f"preprocessing {preprocessing!r} is unknown: take one of {', '.join(PREPROCESSING)}")
+    content, sha256 = read_file(path)
+    weights = folded(read_arrays(content, str(path)), str(path))
+    return Inception(weights=weights, sha256=sha256, preprocessing=preprocessing)
+
+
+def folded(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, dict[str, jax.Array]]:
+    """PyTorch's arrays -> kernel [h,w,in,out] and bias [out] of each convolution and of 'fc', float32."""
+    weights = {}
+    for layer, (height, width, into, out) in kernel_shapes().items():
+        kernel = _array(arrays, f"{layer}.conv.weight", (out, into, height, width), name)
+        gain, offset, mean, variance = (
+            _array(arrays, f"{layer}.bn.{part}", (out,), name)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        gain = gain / np.sqrt(variance + EPSILON)
+        weights[layer] = {
+            "kernel": jnp.asarray((kernel * gain.reshape(-1, 1, 1, 1)).transpose(2, 3, 1, 0), jnp.float32),
+            "bias": jnp.asarray(offset - mean * gain, jnp.float32),
+        }
+    head = _array(arrays, "fc.weight", (CLASSES, WIDTH), name)
+    bias = _array(arrays, "fc.bias", (CLASSES,), name)
+    weights["fc"] = {"kernel": jnp.asarray(head.T, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+    return weights
+
+
+def _array(arrays: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], name: str) -> np.ndarray:
+    if key not in arrays or arrays[key].shape != shape:
+        got = arrays[key].shape if key in arrays else "none"
+        raise UserError(
+            f"{name} is not the Inception of FID, which has {key} of {shape}, and here is {got}: name "
+            "pt_inception-2015-12-05-6726825d.pth"
+        )
+    return arrays[key].astype(np.float64)
+
+
+def network(weights: Weights, x: jax.Array) -> dict[str, jax.Array]:
+    """[B,299,299,3] in [-1,1] -> what each block gives by its name, then 'pool3' [B,2048] and 'logits' [B,1008]."""
+
+    def convolution(
+        x: jax.Array, layer: str, out: int, size: tuple[int, int], stride: int, padding: str
+    ) -> jax.Array:
+        bias = weights[layer]["bias"].reshape(1, 1, 1, -1)
+        return jax.nn.relu(convolve(x, weights[layer]["kernel"], stride, padding) + bias)
+
+    found = layers(x, convolution)
+    product = jnp.matmul(found["pool3"], weights["fc"]["kernel"], precision=jax.lax.Precision.HIGHEST)
+    return found | {"logits": product + weights["fc"]["bias"].reshape(1, -1)}
+
+
+@jax.jit
+def _outputs(weights: Weights, x: jax.Array) -> Outputs:
+    found = network(weights, x)
+    return Outputs(pool3=found["pool3"], logits=found["logits"] - weights["fc"]["bias"].reshape(1, -1))
+
+
+@functools.partial(jax.jit, static_argnames="preprocessing")
+def resized(images: jax.Array, *, preprocessing: Preprocessing) -> jax.Array:
+    """uint8 [B,H,W,3] -> float32 [B,299,299,3] in [-1,1], as PREPROCESSING says."""
+    half_pixel = preprocessing == "pytorch_fid"
+    rows, columns = (_bilinear(side, half_pixel) for side in images.shape[1:3])
+    x = jnp.einsum(
+        "ih,bhwc,jw->bijc", rows, images.astype(jnp.float32), columns, precision=jax.lax.Precision.HIGHEST
+    )
+    return x / 127.5 - 1.0 if half_pixel else (x - 128.0) / 128.0
+
+
+def _bilinear(side: int, half_pixel: bool) -> np.ndarray:
+    """[299,side]: each row the weights of one pixel of the result."""
+    at = np.arange(SIDE) * (side / SIDE)
+    if half_pixel:
+        at = np.maximum(at + 0.5 * side / SIDE - 0.5, 0.0)
+    low = np.minimum(np.floor(at).astype(int), side - 1)
+    share = at - low
+    matrix = np.zeros((SIDE, side), np.float32)
+    matrix[np.arange(SIDE), low] += 1.0 - share
+    matrix[np.arange(SIDE), np.minimum(low + 1, side - 1)] += share
+    return matrix

