@@ -155,9 +155,9 @@ def resized(images: jax.Array, *, preprocessing: Preprocessing) -> jax.Array:
 
 def _bilinear(side: int, half_pixel: bool) -> np.ndarray:
     """[299,side]: each row the weights of one pixel of the result."""
-    at = np.arange(SIDE) * (side / SIDE)
-    if half_pixel:
-        at = np.maximum(at + 0.5 * side / SIDE - 0.5, 0.0)
+    step = np.float32(side) / np.float32(SIDE)  # places in float32, as both libraries have them
+    at = np.arange(SIDE, dtype=np.float32)
+    at = np.maximum((at + np.float32(0.5)) * step - np.float32(0.5), 0) if half_pixel else at * step
     low = np.minimum(np.floor(at).astype(int), side - 1)
     share = at - low
     matrix = np.zeros((SIDE, side), np.float32)

@@ -78,10 +78,10 @@ def layers(image: jax.Array, convolution: Convolution) -> dict[str, jax.Array]:
         ]
         x = found[block] = jnp.concatenate(branches, axis=-1)
 
-    crossed = (("_1", 192, one), ("_2", 192, wide), ("_3", 192, high), ("_4", 192, three, 2))
+    reducing = (("_1", 192, one), ("_2", 192, wide), ("_3", 192, high), ("_4", 192, three, 2))
     branches = [
         tower(x, "Mixed_7a.branch3x3", ("_1", 192, one), ("_2", 320, three, 2)),
-        tower(x, "Mixed_7a.branch7x7x3", *crossed),
+        tower(x, "Mixed_7a.branch7x7x3", *reducing),
         _max_pool(x, stride=2),
     ]
     x = found["Mixed_7a"] = jnp.concatenate(branches, axis=-1)  # [B,8,8,1280]

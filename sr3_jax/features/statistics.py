@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,10 +78,11 @@ def _merge(a: Statistics, b: Statistics) -> Statistics:
 def save_statistics(path: Path, statistics: Statistics) -> None:
     """One .npz with the protocol in it, written whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    arrays = {name: np.asarray(value) for name, value in asdict(statistics.protocol).items()}
+    arrays: dict[str, Any] = {**asdict(statistics.protocol), "count": statistics.count}
+    arrays |= {"mean": statistics.mean, "scatter": statistics.scatter}
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, count=statistics.count, mean=statistics.mean, scatter=statistics.scatter, **arrays)
+            np.savez(file, **arrays)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name a place that can") from error
