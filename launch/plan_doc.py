@@ -27,13 +27,11 @@ PAGE, ROWS = ROOT / "docs" / "pods.md", ROOT / "docs" / "pods"
 BEGIN, END = "<!-- plan:begin -->", "<!-- plan:end -->"
 PRESETS = ("faces_16_128", "imagenet_64_256", "faces_64_512", "faces_256_1024")
 TOPOLOGIES = ("v5e:16x16", "v4:4x4x4", "v6e:4x4")
-# 16 chips are a whole ring or plane of each of these slices. The rest is where a first plan did not fit, or an estimate
-# said that it would not.
+# Beside the presets' own mesh: where a first plan did not fit, or an estimate said that it would not.
 SETTINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("faces_64_512", "v6e:4x4"): ("--config.train.accumulation=2",),
     ("faces_256_1024", "v6e:4x4"): ("--config.train.accumulation=2",),
 }
-EVERYWHERE = ("--config.mesh.fsdp=16",)
 TRIES = 3
 
 
@@ -71,7 +69,7 @@ def compute(
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """Plan a row, again with the plan's own changes while it does not fit; the last plan is the row's."""
-    overrides = list(EVERYWHERE + SETTINGS.get((preset, topology), ())) + ["--quick"] * quick
+    overrides = list(SETTINGS.get((preset, topology), ())) + ["--quick"] * quick
     for attempt in range(1, TRIES + 1):
         found = run(command(preset, topology, program, overrides))
         change = found["programs"][program].get("change", {"overrides": []})["overrides"]
