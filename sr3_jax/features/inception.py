@@ -5,7 +5,7 @@ model zoos: average pools that leave the padding out of the mean, and a max pool
 from a file that the user names, in PyTorch's layout and names (pytorch-fid's pt_inception-2015-12-05-6726825d.pth,
 or the same arrays as safetensors). Distances in any other weights' features are not FID.
 
-Shape legend: B batch, H height, W width. Each batch norm is folded into its convolution, in float64.
+Shape legend: B batch, H height, W width. Each batch norm is folded into its convolution.
 """
 
 from __future__ import annotations
@@ -98,12 +98,13 @@ def folded(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, dict[str, j
     for layer, (height, width, into, out) in kernel_shapes().items():
         kernel = _array(arrays, f"{layer}.conv.weight", (out, into, height, width), name)
         gain, offset, mean, variance = (
-            _array(arrays, f"{layer}.bn.{part}", (out,), name)
+            _array(arrays, f"{layer}.bn.{part}", (out,), name).astype(np.float64)
             for part in ("weight", "bias", "running_mean", "running_var")
         )
         gain = gain / np.sqrt(variance + EPSILON)
+        kernel = kernel * gain.astype(np.float32).reshape(-1, 1, 1, 1)
         weights[layer] = {
-            "kernel": jnp.asarray((kernel * gain.reshape(-1, 1, 1, 1)).transpose(2, 3, 1, 0), jnp.float32),
+            "kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0), jnp.float32),
             "bias": jnp.asarray(offset - mean * gain, jnp.float32),
         }
     head = _array(arrays, "fc.weight", (CLASSES, WIDTH), name)
@@ -119,7 +120,7 @@ def _array(arrays: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], n
             f"{name} is not the Inception of FID, which has {key} of {shape}, and here is {got}: name "
             "pt_inception-2015-12-05-6726825d.pth"
         )
-    return arrays[key].astype(np.float64)
+    return arrays[key]
 
 
 def network(weights: Weights, x: jax.Array) -> dict[str, jax.Array]:
