@@ -25,7 +25,8 @@ DEFAULTS: Mapping[str, Any] = {
         "dropout": 0.0,
         "num_classes": 0,
         "augment": False,
-        "remat": False,
+        "remat": False,  # recompute activations in the backward pass
+        "remat_keeps": "nothing",  # or convs: all but what convolutions gave
         "dtype": "float32",  # or bfloat16
     },
     "diffusion": {
@@ -94,6 +95,7 @@ CHOICES = (
     ("model", "patch", (1, 2, 4)),
     ("model", "norm", ("group", "pixel")),
     ("model", "dtype", ("float32", "bfloat16")),
+    ("model", "remat_keeps", ("nothing", "convs")),
 )
 POSITIVE = (
     ("diffusion", "residual_scale"),

@@ -261,7 +261,7 @@ def test_the_old_state_is_donated_whole(name, images, request):
 
 @pytest.mark.parametrize(
     ("model", "accumulation"),
-    [({}, 1), ({"remat": True}, 2), ({"remat": True, "dtype": "bfloat16"}, 1)],
+    [({}, 1), ({"remat": True, "remat_keeps": "convs"}, 2), ({"remat": True, "dtype": "bfloat16"}, 1)],
     ids=["plain", "remat and accumulation", "remat and bfloat16"],
 )
 def test_fully_sharded_it_is_the_step_of_one_device(

@@ -162,10 +162,11 @@ def test_without_a_strength_of_augmentation_it_is_zero():
 # ---- What training needs
 
 
-def test_remat_changes_nothing_but_memory():
+@pytest.mark.parametrize("keeps", ["nothing", "convs"])
+def test_remat_changes_nothing_but_memory(keeps):
     network = NETWORKS["biggan"]
     y_t, gamma, cond = inputs(network)
-    again = network.clone(remat=True)
+    again = network.clone(remat=True, remat_keeps=keeps)
     assert jax.tree.structure(weights(again)) == jax.tree.structure(weights(network))  # checkpoints fit both
     out, grads = gradients(network)(weights(network), y_t, gamma, cond)
     out_again, grads_again = gradients(again)(weights(network), y_t, gamma, cond)
@@ -175,6 +176,20 @@ def test_remat_changes_nothing_but_memory():
     count = sum(equation.primitive.name == "remat2" for equation in equations(trace(again)))
     count += sum(equation.primitive.name == "checkpoint" for equation in equations(trace(again)))
     assert count == len([name for name in weights(network) if name.startswith(("up", "down", "mid"))])
+
+
+def test_what_remat_keeps_is_not_computed_again():
+    network = NETWORKS["biggan"]
+    y_t, gamma, cond = inputs(network)
+
+    def convolutions(**options) -> int:
+        chosen = network.clone(**options)
+        loss = lambda params: jnp.sum(chosen.apply({"params": params}, y_t, gamma, cond))  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(weights(network)).jaxpr
+        return sum(each.primitive.name == "conv_general_dilated" for each in equations(jaxpr))
+
+    plain = convolutions()
+    assert convolutions(remat=True, remat_keeps="convs") == plain < convolutions(remat=True)
 
 
 def test_dropout_in_training_alone_through_remat_too():

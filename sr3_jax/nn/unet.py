@@ -25,6 +25,10 @@ from sr3_jax.nn.blocks import (
 )
 
 
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive in (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
+
+
 class UNet(nn.Module):
     """Predicts eps, v or y0 from a noisy image, its noise level and the condition.
 
@@ -45,6 +49,8 @@ class UNet(nn.Module):
         num_classes: 0, or the number of labels; label `num_classes` then means "no label".
         augment: take cond['augment'], the strength [B] in [0,1] of the condition's augmentation.
         remat: recompute each block's activations in the backward pass rather than keep them.
+        remat_keeps: then 'nothing' of a block is kept, or what its 'convs' and matrix products gave: more memory, and
+            no product is computed twice.
         dtype: 'float32' or 'bfloat16': of activations; weights, norms, softmax and last conv are float32.
         out_channels: of the prediction.
     """
@@ -63,6 +69,7 @@ class UNet(nn.Module):
     num_classes: int = 0
     augment: bool = False
     remat: bool = False
+    remat_keeps: str = "nothing"
     dtype: str = "float32"
     out_channels: int = 3
 
@@ -115,13 +122,17 @@ class UNet(nn.Module):
         return x
 
     def _block(self, channels: int, name: str, resample: str | None = None) -> Any:
-        module = nn.remat(ResidualBlock, static_argnums=(3,)) if self.remat else ResidualBlock
+        module = self._rematerialised(ResidualBlock, static_argnums=(3,))
         return module(
             channels, self.norm, jnp.dtype(self.dtype), resample, self.film, self.dropout, name=name
         )
 
+    def _rematerialised(self, module: Any, **options: Any) -> Any:
+        policy = _is_product if self.remat_keeps == "convs" else None
+        return nn.remat(module, policy=policy, **options) if self.remat else module
+
     def _attention(self, name: str) -> Any:
-        module = nn.remat(Attention) if self.remat else Attention
+        module = self._rematerialised(Attention)
         return module(self.norm, jnp.dtype(self.dtype), self.head_channels, name=name)
 
     def _stage(self, x: jax.Array, embedding: jax.Array, train: bool, level: int, name: str) -> jax.Array:
