@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -216,6 +217,23 @@ def test_a_model_without_finite_outputs_is_one_sentence(house, tmp_path, monkeyp
     monkeypatch.setattr("sr3_jax.model.Model.upscale", broken)
     assert run(house, "--steps", "3", out=tmp_path) == 2
     assert "not finite (ddim, 3 steps)" in capsys.readouterr().err
+
+
+def test_told_to_stop_it_keeps_what_is_there_and_the_next_run_goes_on(house, tmp_path, monkeypatch, capsys):
+    real, calls = evaluate.timed, []
+
+    def signalled(run, low_res, key, *, warm):
+        calls.append(low_res.shape)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(run, low_res, key, warm=warm)
+
+    monkeypatch.setattr(evaluate, "timed", signalled)
+    assert run(house, "--steps", "2", out=tmp_path) == 143
+    assert "Stopped. Run the same command again to go on from there." in capsys.readouterr().err
+    assert not (tmp_path / "evaluation.json").exists() and len(calls) == 3
+    assert run(house, "--steps", "2", out=tmp_path) in (0, 3)
+    assert "3 outputs were there already" in capsys.readouterr().out
 
 
 def test_an_exact_output_has_infinite_psnr_and_the_files_are_json(tmp_path):

@@ -103,7 +103,7 @@ def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_go_on(tmp_path, m
     with pod(2, 4, *command) as process:
         patience = time.monotonic() + 300
         log = workdir / "metrics.jsonl"
-        while not (log.exists() and log.read_text().count("\n") >= 2) and process.poll() is None:
+        while not (log.exists() and log.read_text().count("\n") >= 5) and process.poll() is None:
             assert time.monotonic() < patience
             time.sleep(0.1)
         [second] = soak_resume.members(process.pid, 1)
@@ -113,7 +113,7 @@ def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_go_on(tmp_path, m
     assert "Traceback" not in err
     [step] = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert f"Stopped at step {step} and saved. Run the same command again to go on from there." in err
-    assert max(losses(workdir)) == step >= 2
+    assert max(losses(workdir)) == step >= 5
 
     # ---- 8 devices of one process, from the start
     whole = tmp_path / "whole"
