@@ -50,7 +50,7 @@ def read_file(path: Path) -> tuple[bytes, str]:
 
 
 def read_arrays(content: bytes, name: str) -> dict[str, np.ndarray]:
-    """Every array in a .safetensors, a PyTorch file (of any age) or a pickle of NumPy arrays, by its dotted name.
+    """Every array in a .safetensors, a PyTorch file or a pickle of NumPy arrays (protocol 3, 4), by dotted name.
 
     `name` is what errors call the file. Raises UserError if it is none of these, is damaged, or would run code.
     """
