@@ -118,6 +118,9 @@ def sampled(
         own = (solver, count) == (model.solver, model.steps)
         return Method(label, model.scale, run, identity, solver, count, evaluations(solver, count), own)
 
+    if model.network.regression:  # one pass, whatever is asked of the others
+        one = method(model.solver, 1)
+        return [Method(label, model.scale, one.run, one.identity, evaluations=1)]
     return [method(solver, count) for solver in solvers or [model.solver] for count in steps or [model.steps]]
 
 

@@ -119,14 +119,14 @@ def by_model(methods: Sequence[Method]) -> dict[str, list[int]]:
     """The numbers of each model's methods."""
     groups: dict[str, list[int]] = {}
     for number, method in enumerate(methods):
-        if method.solver is not None:
+        if method.evaluations:
             groups.setdefault(method.name, []).append(number)
     return groups
 
 
 def representative(methods: Sequence[Method], numbers: Sequence[int]) -> int:
     """Of a model's methods the one to show: its own sampler, else the first of those with the most steps."""
-    return max(numbers, key=lambda number: (methods[number].own, methods[number].steps))
+    return max(numbers, key=lambda number: (methods[number].own, methods[number].steps or 0))
 
 
 def write_grids(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path} is not a Python file; give one that defines get_config()")
     module = importlib.util.module_from_spec(spec)
+    beside = str(path.parent.absolute())  # so that a config can import its twin
+    sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
         given = _plain(module.get_config())
     except Exception as error:  # whatever a user's file raises is the user's to mend
         raise UserError(f"--config={path} does not load ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(beside)
     config = complete(given)
     for override in overrides:
         name, equals, text = override.removeprefix("--config.").partition("=")
@@ -137,6 +142,8 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
             data["crop"],
             f"be a multiple of {multiple}, for the network's stride and the scale",
         )
+    if model["regression"]:
+        _check_regression(config)
     if diffusion["num_steps"] < 2:
         refuse("diffusion", "num_steps", diffusion["num_steps"], "be at least 2")
     try:
@@ -153,6 +160,21 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
         scale=data["scale"],
     )
     return Experiment(config, objective)
+
+
+def _check_regression(config: Mapping[str, Any]) -> None:
+    """A regression is what is left of the diffusion where the network sees no noise: y0 by the squared error, once."""
+    for section, field, value in (
+        ("diffusion", "kind", "y0"),
+        ("diffusion", "norm", "l2"),
+        ("diffusion", "weighting", "none"),
+        ("eval", "steps", 1),
+        ("eval", "solver", "ddim"),
+    ):
+        if config[section][field] != value:
+            refuse(
+                section, field, config[section][field], f"be {value} where config.model.regression is true"
+            )
 
 
 def check_batch(config: Mapping[str, Any], *, devices: int, processes: int) -> None:

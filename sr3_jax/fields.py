@@ -27,6 +27,7 @@ DEFAULTS: Mapping[str, Any] = {
         "augment": False,
         "remat": False,  # recompute activations in the backward pass
         "remat_keeps": "nothing",  # or convs: all but what convolutions gave
+        "regression": False,  # the paper's baseline: one pass from the low-res image, no diffusion
         "dtype": "float32",  # or bfloat16
     },
     "diffusion": {
@@ -76,6 +77,7 @@ DEFAULTS: Mapping[str, Any] = {
     "checkpoint": {
         "every": 5000,
         "keep": 3,
+        "best": False,  # keep the weights of the highest held-out PSNR as best.safetensors
         "allow_older": False,  # go on from an older one where the newest is damaged
     },
     "mesh": {"data": -1, "fsdp": 1},

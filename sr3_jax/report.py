@@ -23,6 +23,8 @@ from sr3_jax.aliases import UserError
 
 PLAIN_SECONDS = 30.0  # between two progress lines where stderr is a file or a pipe
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Report:
     """The books of one training run, kept in `workdir`; a context manager, or call `close`.
@@ -53,9 +55,9 @@ class Report:
             return
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            _drop_later_lines(self.workdir / "metrics.jsonl", first_step)
+            _drop_later_lines(self.workdir / METRICS_FILE, first_step)
             # Open as long as the run: closed by `close`, and every line is flushed.
-            self._lines = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self._lines = open(self.workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise UserError(
                 f"workdir {workdir} cannot be written ({error.strerror}): choose another"

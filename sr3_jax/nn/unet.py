@@ -51,6 +51,7 @@ class UNet(nn.Module):
         remat: recompute each block's activations in the backward pass rather than keep them.
         remat_keeps: then 'nothing' of a block is kept, or what its 'convs' and matrix products gave: more memory, and
             no product is computed twice.
+        regression: the paper's baseline (section 4): the low-res image alone goes in, neither y_t nor gamma.
         dtype: 'float32' or 'bfloat16': of activations; weights, norms, softmax and last conv are float32.
         out_channels: of the prediction.
     """
@@ -70,6 +71,7 @@ class UNet(nn.Module):
     augment: bool = False
     remat: bool = False
     remat_keeps: str = "nothing"
+    regression: bool = False
     dtype: str = "float32"
     out_channels: int = 3
 
@@ -90,8 +92,11 @@ class UNet(nn.Module):
                 "pad the image or use fewer levels"
             )
         dtype = jnp.dtype(self.dtype)
+        if self.regression:
+            fields, gamma = [cond["upsampled"]], jnp.ones_like(gamma)
+        else:
+            fields = [y_t, cond["upsampled"]] if "upsampled" in cond else [y_t]
         embedding = self._embed(gamma, cond)
-        fields = [y_t, cond["upsampled"]] if "upsampled" in cond else [y_t]
         x = jnp.concatenate([space_to_depth(field, self.patch) for field in fields], axis=-1)
         x = conv(self.channels, 3, dtype, name="input")(x.astype(dtype))
 

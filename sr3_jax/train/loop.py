@@ -22,6 +22,7 @@ from sr3_jax.fields import DEFAULTS
 from sr3_jax.model import load
 from sr3_jax.report import Report
 from sr3_jax.signals import polled_signals
+from sr3_jax.train.best import Best
 from sr3_jax.train.heldout import HeldOut
 from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
 from sr3_jax.train.step import jit_train_step, make_train_step
@@ -81,6 +82,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             solver=config["eval"]["solver"],
             seed=run["seed"],
         )
+        best = Best(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
         key = jax.random.key(run["seed"])
         rows = parallel.local_rows(mesh, run["batch_size"])
         crops = batches(
@@ -159,7 +161,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     if to_save:
                         checkpoints.save(state)
                     if to_evaluate:
-                        _evaluate(evaluate, state, step, report)
+                        _evaluate(evaluate, state, step, report, best)
                         evaluated = step
                     window.skip(time.monotonic() - before)
             # ---- Stop
@@ -172,7 +174,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 return reason
             if step < run["num_steps"]:
                 if step > evaluated:
-                    _evaluate(evaluate, state, step, report)
+                    _evaluate(evaluate, state, step, report, best)
                 report.message(f"The {minutes:g} minutes are over at step {step}; saved.")
             else:
                 report.message(f"Done: {step} steps, saved in {workdir}.")
@@ -246,9 +248,11 @@ def _finite(pending: tuple[int, Mapping[str, jax.Array]], workdir: Path) -> tupl
     return step, loss, grad_norm
 
 
-def _evaluate(evaluate: HeldOut, state: TrainState, step: int, report: Report) -> None:
+def _evaluate(evaluate: HeldOut, state: TrainState, step: int, report: Report, keep: Best | None) -> None:
     values, grid = evaluate(state.ema_params)
     report.scalars(step, values)
+    if keep is not None:
+        keep(values["eval_psnr"], state.ema_params)
     report.images(step, "samples", grid)
     numbers = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
     report.message(f"step {step}: held out: {numbers}")

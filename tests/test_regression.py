@@ -1,0 +1,136 @@
+"""The regression baseline: the low-res image alone goes in, one pass comes out, and the best weights are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr3_jax import evaluate, experiment, parallel
+from sr3_jax import model as models
+from sr3_jax.aliases import UserError
+from sr3_jax.train import best, loop
+from sr3_jax.train.step import batch_losses, make_pair
+from tests import tiny
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SWITCH = {
+    "model": tiny.CONFIG["model"] | {"regression": True},
+    "diffusion": tiny.CONFIG["diffusion"] | {"kind": "y0"},
+    "eval": tiny.CONFIG["eval"] | {"steps": 1},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def regression():
+    return experiment.read(tiny.config(**SWITCH))
+
+
+@pytest.fixture(scope="module")
+def params(regression):
+    return tiny.perturbed(jax.device_get(regression.init_params(jax.random.key(0))))
+
+
+def test_the_network_sees_the_low_res_image_alone(regression, params):
+    network = regression.objective.network
+    generator = np.random.default_rng(0)
+    noisy, other, low = (generator.standard_normal((2, 16, 16, 3)).astype(np.float32) for _ in range(3))
+
+    def run(y_t, gamma, upsampled):
+        return network.apply({"params": params}, y_t, jnp.asarray(gamma), {"upsampled": upsampled})
+
+    out = run(noisy, [0.1, 0.2], low)
+    np.testing.assert_array_equal(out, run(other, [0.9, 0.5], low))
+    assert np.abs(out - run(noisy, [0.1, 0.2], other)).max() > 1e-3
+    # The same network but for the first convolution, which takes one image for two.
+    twin = experiment.read(tiny.config())
+    fewer = 3 * 3 * (3 * 2**2) * 4  # 3x3, the channels of an image in 2x2 squares, the network's width
+    assert experiment.count_parameters(twin.config) - experiment.count_parameters(regression.config) == fewer
+
+
+def test_its_loss_is_the_squared_error(regression, params):
+    crops = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    objective = regression.objective
+    found = batch_losses(params, {"image": crops}, jax.random.key(0), objective=objective, train=False)
+    image, cond = make_pair({"image": crops}, 4)
+    out = objective.network.apply({"params": params}, cond["upsampled"], jnp.ones(4), cond)
+    wanted = jnp.mean((out - objective.space.encode(image, cond)) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_it_upscales_in_one_pass_whatever_the_key(regression, params):
+    model = models.from_config(json.loads(json.dumps(regression.config)), params, name="tiny")
+    images = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    outputs = [model.upscale(images, jax.random.key(seed)) for seed in (0, 1)]
+    np.testing.assert_array_equal(*outputs)
+    [row] = evaluate.sampled(model, "r", solvers=["heun", "ddim"], steps=[5, 10])
+    assert (row.name, row.solver, row.steps, row.evaluations) == ("r", None, None, 1)
+    np.testing.assert_array_equal(row.run(images[0], jax.random.key(3)), outputs[0][0])
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("diffusion", "kind", "eps"), ("diffusion", "norm", "l1"), ("eval", "steps", 5), ("eval", "solver", "heun")],
+)  # fmt: skip
+def test_what_is_no_regression_is_refused(section, field, value):
+    config = tiny.config(**SWITCH)
+    config[section][field] = value
+    with pytest.raises(
+        UserError, match=rf"config.{section}.{field} must be .* where config.model.regression"
+    ):
+        experiment.read(config)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_regression.py")), ids=lambda path: path.stem)
+def test_a_config_is_its_twin_but_for_the_switch(path):
+    found = experiment.load_config(path)
+    twin = experiment.load_config(path.with_name(path.name.replace("_regression", "")))
+    differ = {
+        f"{section}.{field}"
+        for section, fields in found.items()
+        for field, value in fields.items()
+        if twin[section][field] != value
+    }
+    switch = {"model.regression", "checkpoint.best", "diffusion.kind", "diffusion.norm"}
+    assert differ <= switch | {"eval.steps", "eval.solver", "optim.learning_rate"}
+    assert found["model"]["regression"] and found["checkpoint"]["best"]
+    assert experiment.read(found).objective.norm == "l2"
+
+
+# ---- The best weights
+
+
+def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):
+    mesh = parallel.make_mesh()
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 5, "eval_psnr": 20.0}\n{"step": 9, "eval_psnr": 30.0}\nhalf'
+    )
+    keep = best.Best(tmp_path, regression.config, mesh, 5)
+    file = tmp_path / best.BEST_FILE
+    keep(19.0, params)
+    assert not file.exists()  # an earlier evaluation of this run was better
+    for psnr, scale in ((21.0, 1.0), (23.0, 2.0), (22.0, 3.0)):
+        keep(psnr, jax.tree.map(lambda leaf, scale=scale: leaf * scale, params))
+    found = models.load(file)
+    wanted = jax.tree.map(lambda leaf: leaf * 2.0, params)
+    assert all(map(np.array_equal, jax.tree.leaves(found.params), jax.tree.leaves(wanted)))
+
+
+def test_a_run_keeps_its_best(tmp_path):
+    folder = tiny.pictures(tmp_path / "pictures")
+    sections = SWITCH | {"checkpoint": {"best": True, "every": 4}, "eval": SWITCH["eval"] | {"every": 2}}
+    config = tiny.config(folder, **sections)
+    assert loop.train(experiment.read(config), tmp_path / "run") == 0
+    assert models.load(tmp_path / "run" / best.BEST_FILE).network.regression
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_psnr" in line for line in lines) == 2
