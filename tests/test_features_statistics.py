@@ -201,6 +201,12 @@ def test_kid_in_subsets_is_unbiased_and_seeded():
     assert abs(same.mean) < 0.1 * whole
 
 
+def test_a_kid_subset_has_no_picture_twice():
+    """Subsets as large as the set are the set: where the other kind is all one picture, they differ in nothing."""
+    a, b = np.ones((21, 3)), features(15, 20, 3)
+    assert kernel_distance(a, b, seed=0, subsets=5, subset_size=20).deviation == pytest.approx(0, abs=1e-9)
+
+
 def test_inception_score_has_its_closed_forms():
     assert inception_score(np.zeros((40, 8))).mean == pytest.approx(1)  # nothing recognised
     sure = 1000 * np.eye(8)[np.arange(80) % 8]  # each class as often, without doubt

@@ -120,11 +120,9 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """The symmetric square root. Eigenvalues that are rounding errors of 0 are 0: their roots would not be small."""
+    """The symmetric square root; eigenvalues below 0 are rounding errors of 0."""
     values, vectors = np.linalg.eigh(covariance)
-    noise = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
-    values = np.where(values > noise, values, 0.0)
-    return (vectors * np.sqrt(values)[None]) @ vectors.T
+    return (vectors * np.sqrt(np.maximum(values, 0.0))[None]) @ vectors.T
 
 
 @dataclass(frozen=True)

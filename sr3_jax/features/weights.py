@@ -117,26 +117,19 @@ class _Reader(pickle.Unpickler):
 
 
 def _names() -> dict[tuple[str, str], Any]:
-    """What the names in a file of weights stand for. New ones for each file, so that none can spoil the next."""
+    """What the names in a file of weights stand for.
 
-    class Array(_Array):
-        pass
-
-    class Dtype(_Dtype):
-        pass
-
-    class Ordered(OrderedDict):
-        pass
-
+    A pickle may set attributes of what it is given: OrderedDict takes none, and the functions are new for each file.
+    """
     known: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): Ordered,
+        ("collections", "OrderedDict"): OrderedDict,
         ("numpy", "ndarray"): "ndarray",
-        ("numpy", "dtype"): lambda *code: Dtype(*code),
+        ("numpy", "dtype"): lambda *code: _Dtype(*code),
         ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _tensor(*arguments),
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        known[module, "_reconstruct"] = lambda *_: Array()
+        known[module, "_reconstruct"] = lambda *_: _Array()
     return known | {("torch", storage): code for storage, code in STORAGES.items()}
 
 
