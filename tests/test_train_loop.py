@@ -336,6 +336,15 @@ def test_a_signal_saves_says_how_to_resume_and_gives_its_code(
     assert steps_of(tmp_path) == [4, 5]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it, even where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_acts_at_once(folder, tmp_path, monkeypatch):
     StandIn(monkeypatch)
 
@@ -439,7 +448,7 @@ def stopped_at_3(folder, tmp_path) -> Path:
 def test_a_damaged_checkpoint_is_not_trained_over(stopped_at_3, folder):
     shutil.rmtree(stopped_at_3 / "checkpoints" / "3" / "train")
     before = sorted(stopped_at_3.rglob("*"))
-    with pytest.raises(UserError, match=r"checkpoint .*/3 cannot be restored .* delete that folder"):
+    with pytest.raises(UserError, match=r"checkpoint .*/3 cannot be restored .* give a new workdir"):
         run(folder, stopped_at_3, plain(num_steps=6))
     assert sorted(stopped_at_3.rglob("*")) == before
 
