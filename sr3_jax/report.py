@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -175,3 +175,10 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, as far as they are whole; none if there is no such file."""
+    log = workdir / METRICS_FILE
+    lines = log.read_bytes().splitlines() if log.is_file() else []
+    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]

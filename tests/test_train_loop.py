@@ -151,6 +151,22 @@ def test_a_complete_run_started_again_does_nothing(whole, folder, tmp_path, caps
     assert f"Done: 6 steps, saved in {workdir}." in capsys.readouterr().err
 
 
+def test_an_evaluation_that_a_kill_came_before_is_made_up_for(folder, tmp_path, monkeypatch):
+    """The checkpoint of its step was there, its line in the log was not."""
+    stand_in = StandIn(monkeypatch)
+    sections = plain(num_steps=3, log_every=1) | {"eval": {"every": 3}}
+    assert run(folder, tmp_path, sections) == 0
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text("".join(line for line in whole.splitlines(True) if "eval_" not in line))
+    assert run(folder, tmp_path, sections) == 0
+    assert [line for line in log.read_text().splitlines() if "eval_" in line] == [
+        line for line in whole.splitlines() if "eval_" in line
+    ]
+    count = len(stand_in.evaluated)
+    assert run(folder, tmp_path, sections) == 0 and len(stand_in.evaluated) == count  # once is enough
+
+
 def test_evaluation_is_of_all_pictures_once_and_the_same_each_time(folder, whole, monkeypatch):
     """Five pictures on eight devices: the means are over the five."""
     seen = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from sr3_jax.aliases import Params
 from sr3_jax.checkpoint import export
 from sr3_jax.parallel import to_host
-from sr3_jax.report import METRICS_FILE
+from sr3_jax.report import read_metrics
 
 BEST_FILE = "best.safetensors"
 
@@ -28,7 +27,8 @@ class Best:
 
     def __init__(self, workdir: Path, config: Mapping[str, Any], mesh: Mesh, first_step: int) -> None:
         self._path, self._config, self._mesh = workdir / BEST_FILE, config, mesh
-        self._psnr = max(_evaluated(workdir / METRICS_FILE, first_step), default=float("-inf"))
+        rows = (row for row in read_metrics(workdir) if row["step"] <= first_step)
+        self._psnr = max((row["eval_psnr"] for row in rows if "eval_psnr" in row), default=float("-inf"))
 
     def __call__(self, psnr: float, ema_params: Params) -> None:
         """Write these weights if no earlier ones had a PSNR as high. All processes must call it."""
@@ -38,16 +38,3 @@ class Best:
         params = to_host(ema_params, self._mesh)
         if jax.process_index() == 0:
             export(self._path, params, self._config)
-
-
-def _evaluated(log: Path, last_step: int) -> list[float]:
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    values = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # half a line, of a run that was killed
-            continue
-        if "eval_psnr" in row and row["step"] <= last_step:
-            values.append(float(row["eval_psnr"]))
-    return values

@@ -20,7 +20,7 @@ from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.experiment import Experiment, check_batch
 from sr3_jax.fields import DEFAULTS
 from sr3_jax.model import load
-from sr3_jax.report import Report
+from sr3_jax.report import Report, read_metrics
 from sr3_jax.signals import polled_signals
 from sr3_jax.train.best import Best
 from sr3_jax.train.heldout import HeldOut
@@ -133,9 +133,20 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     stopped() or (_TIME_IS_OVER if time.monotonic() > deadline else 0), mesh
                 )
 
+            def evaluate_now() -> None:
+                values, grid = evaluate(state.ema_params)
+                report.scalars(step, values)
+                report.images(step, "samples", grid)
+                numbers = (f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
+                report.message(f"step {step}: held out: {', '.join(numbers)}")
+                if best is not None:
+                    best(values["eval_psnr"], state.ema_params)
+
             batch = next_batch()
             step = evaluated = first_step
             reason = int(ending())
+            if int(parallel.highest(int(_evaluation_is_missing(workdir, first_step, config)), mesh)):
+                evaluate_now()  # the run was killed between the checkpoint of this step and its evaluation
             while step < run["num_steps"] and not reason:
                 # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1.
                 asked = ending()  # before the step, so that reading the answer does not wait for it
@@ -161,7 +172,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     if to_save:
                         checkpoints.save(state)
                     if to_evaluate:
-                        _evaluate(evaluate, state, step, report, best)
+                        evaluate_now()
                         evaluated = step
                     window.skip(time.monotonic() - before)
             # ---- Stop
@@ -174,7 +185,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 return reason
             if step < run["num_steps"]:
                 if step > evaluated:
-                    _evaluate(evaluate, state, step, report, best)
+                    evaluate_now()
                 report.message(f"The {minutes:g} minutes are over at step {step}; saved.")
             else:
                 report.message(f"Done: {step} steps, saved in {workdir}.")
@@ -248,14 +259,9 @@ def _finite(pending: tuple[int, Mapping[str, jax.Array]], workdir: Path) -> tupl
     return step, loss, grad_norm
 
 
-def _evaluate(evaluate: HeldOut, state: TrainState, step: int, report: Report, keep: Best | None) -> None:
-    values, grid = evaluate(state.ema_params)
-    report.scalars(step, values)
-    if keep is not None:
-        keep(values["eval_psnr"], state.ema_params)
-    report.images(step, "samples", grid)
-    numbers = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
-    report.message(f"step {step}: held out: {numbers}")
+def _evaluation_is_missing(workdir: Path, step: int, config: Mapping[str, Any]) -> bool:
+    due = step > 0 and (step == config["train"]["num_steps"] or step % config["eval"]["every"] == 0)
+    return due and not any(row["step"] == step and "eval_psnr" in row for row in read_metrics(workdir))
 
 
 def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Source, first_step: int) -> str:
