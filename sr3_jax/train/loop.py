@@ -261,7 +261,7 @@ def _finite(pending: tuple[int, Mapping[str, jax.Array]], workdir: Path) -> tupl
 
 def _evaluation_is_missing(workdir: Path, step: int, config: Mapping[str, Any]) -> bool:
     due = step > 0 and (step == config["train"]["num_steps"] or step % config["eval"]["every"] == 0)
-    return due and not any(row["step"] == step and "eval_psnr" in row for row in read_metrics(workdir))
+    return due and not any(row["step"] == step and "eval_loss" in row for row in read_metrics(workdir))
 
 
 def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Source, first_step: int) -> str:
