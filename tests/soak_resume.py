@@ -66,14 +66,14 @@ class Job:
             )
 
 
-def make_job(folder: Path, *, processes: int, devices: int, steps: int) -> Job:
+def make_job(folder: Path, *, processes: int, devices: int, steps: int, every: int = 5) -> Job:
     """A tiny run on pictures of its own, whose checkpoints come so often that many kills meet one."""
     from tests import tiny
 
     sections = {
         "train": {"num_steps": steps, "log_every": 1, "batch_size": 8},
         "eval": {"every": steps},
-        "checkpoint": {"every": 5, "keep": 2},
+        "checkpoint": {"every": every, "keep": 2},
     }
     config = tiny.config(tiny.pictures(folder / "pictures"), **sections)
     (folder / "config.py").write_text(f"def get_config():\n    return {config!r}\n")
