@@ -194,7 +194,7 @@ def test_options_reach_the_model(folder, stand_in, capsys):
     assert stand_in.calls == [((2, 10, 14, 3), 3, "heun")] * 3
     x, y, z = ((folder / f"{name}.png").read_bytes() for name in "xyz")
     assert x == y != z
-    assert main(["upscale", source, "-o", str(folder / "small"), "--max-megapixels", "0.0001"]) == 3
+    assert main(["upscale", source, "-o", str(folder / "small"), "--max-megapixels", "0.0001"]) == 1
     assert "over the limit of 0.0001 megapixels" in capsys.readouterr().err
 
 
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_listed_is_a_failure(folder, stand_in, capsys, m
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert main(["upscale", str(folder / "in"), "-o", str(folder / "out")]) == 3
+    assert main(["upscale", str(folder / "in"), "-o", str(folder / "out")]) == 1
     captured = capsys.readouterr()
     assert f"{folder / 'in' / 'sub'}: permission denied\n" in captured.err
     assert captured.out.splitlines()[-1] == "1 done, 0 skipped (already there), 1 failed"

@@ -32,7 +32,7 @@ def test_upscale(made, tmp_path, monkeypatch, capsys, batch_size):
     monkeypatch.setattr(model, "load", lambda name: StandIn())
     out = tmp_path / "out"
     arguments = ["upscale", str(folder), "-o", str(out), "--batch-size", str(batch_size)]
-    assert main(arguments) == 3
+    assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     closing = f"{len(files.good)} done, 0 skipped (already there), {len(files.bad)} failed"
@@ -51,7 +51,7 @@ def test_upscale(made, tmp_path, monkeypatch, capsys, batch_size):
         assert after.grey == before.grey, path
     written = {os.path.join(at, name) for at, _, names in os.walk(out) for name in names}
     assert written == {str(jobs[path]) for path in files.good}, "something is left behind"
-    assert main(arguments) == 3
+    assert main(arguments) == 1
     closing = f"0 done, {len(files.good)} skipped (already there), {len(files.bad)} failed"
     assert capsys.readouterr().out.splitlines()[-1] == closing
 
@@ -64,7 +64,7 @@ def test_upscale_of_each_file_named_by_hand(made, tmp_path, monkeypatch, capsys)
     names = sorted(path.name for path in files.good if path.parent.name == "names")
     assert main(["upscale", "-o", str(tmp_path / "out"), "--", *names]) == 0
     assert sorted(os.listdir(tmp_path / "out")) == names
-    assert main(["upscale", *map(str, files.ignored), "-o", str(tmp_path / "none")]) == 3
+    assert main(["upscale", *map(str, files.ignored), "-o", str(tmp_path / "none")]) == 1
     failed = capsys.readouterr().err.splitlines()
     assert len(failed) == len(files.ignored)
     assert not (tmp_path / "none").exists()
@@ -75,7 +75,7 @@ def test_prepare(made, tmp_path, capsys, monkeypatch):
     folder, files = made
     data_dir = tmp_path / "data"
     monkeypatch.setenv("SR3_DATA_DIR", str(data_dir))
-    assert main(["prepare", str(folder), "--name", "hostile", "--data-dir", str(data_dir)]) == 3
+    assert main(["prepare", str(folder), "--name", "hostile", "--data-dir", str(data_dir)]) == 1
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     good = {path: size for path, size in files.good.items() if not path.name.startswith(".")}

@@ -314,7 +314,7 @@ def test_mistakes_are_one_sentence(config_file, options, words, capsys):
 def test_exit_code_1_when_it_does_not_fit(config_file, monkeypatch, capsys):
     chip = topologies.Chip("cpu", "cpu", memory=1000)
     monkeypatch.setitem(topologies.CHIPS, "cpu", chip)
-    assert main.main(["plan", f"--config={config_file}", "--topology=cpu:8", "--only=sample"]) == 3
+    assert main.main(["plan", f"--config={config_file}", "--topology=cpu:8", "--only=sample"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 

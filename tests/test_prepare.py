@@ -54,7 +54,7 @@ def test_round_trip_with_classes_and_a_test_split(tmp_path, capsys):
         save(folder / kind / f"{n}.png", n) for n, kind in enumerate(["dog", "cat", "dog", "cat", "eel"])
     ]
     (folder / "README.md").write_text("no picture, but no reason to have no classes either")
-    assert main(["prepare", str(folder), "--name", "pets", "--test-count", "2"]) == 3
+    assert main(["prepare", str(folder), "--name", "pets", "--test-count", "2"]) == 1
     out, err = capsys.readouterr()
     assert "tfds:pets:train  3 pictures, 3 classes" in out and "tfds:pets:test  2 pictures" in out
     assert f"1 left out:\n  {folder}/README.md: is not a picture" in err
@@ -150,7 +150,7 @@ def test_every_bad_file_is_listed_with_its_reason_and_the_good_are_done(tmp_path
     (folder / "text.png").write_text("words")
     (folder / "gone.png").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe.png")  # would block whoever opens it
-    assert main(["prepare", str(folder), "--name", "mixed"]) == 3
+    assert main(["prepare", str(folder), "--name", "mixed"]) == 1
     out, err = capsys.readouterr()
     assert "tfds:mixed:train  2 pictures\n" in out
     listed = [line for line in err.splitlines() if line.startswith("  ")]
@@ -172,7 +172,7 @@ def test_bad_files_do_not_count_for_the_test_split(tmp_path):
         path = save(folder / f"{index}.png", index)
         if index % 2:
             path.write_bytes(path.read_bytes()[:-200])
-    assert main(["prepare", str(folder), "--name", "half", "--test-count", "5"]) == 3
+    assert main(["prepare", str(folder), "--name", "half", "--test-count", "5"]) == 1
     train, test = records("half", "train"), records("half", "test")
     assert (len(train), len(test)) == (1, 5)
     assert {name for name, _, _ in train + test} == {f"{index}.png" for index in range(0, 12, 2)}

@@ -2,7 +2,7 @@
 
 Each picture is made small, upscaled by each model with each solver and number of steps, and compared with
 the original. DIR gets evaluation.json, .md and .csv, grids with the worst, median and best picture, and every
-output. The same command again goes on where it was stopped. Exit code 3 if a picture could not be used.
+output. The same command again goes on where it was stopped. Exit code 1 if a picture could not be used.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     reused = f", {done.reused} outputs were there already" if done.reused else ""
     print(f"\n{tables.markdown(report)}")
     print(f"{', '.join(path.name for path in grids)} and evaluation.json, .md, .csv in {folder}{reused}")
-    return 3 if done.failed else 0
+    return 1 if done.failed else 0
 
 
 def _listed(option: str, text: str | None) -> list[str]:

@@ -54,8 +54,8 @@ def commands() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code.
 
-    0 done, 3 done in part, 2 a mistake of the user (one sentence on stderr), 130 interrupted, 143 told to stop: the
-    same command goes on from there.
+    0 done, 1 done in part (3 of several processes, whose launchers try 1 again), 2 a mistake of the user (one
+    sentence on stderr), 130 interrupted, 143 told to stop: the same command goes on from there.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
     print(plan_text.report(found))
-    return 0 if found["fits"] else 3
+    return 0 if found["fits"] else 1
 
 
 @contextmanager

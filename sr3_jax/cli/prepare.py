@@ -73,4 +73,4 @@ def run(args: argparse.Namespace) -> int:
     if args.data_dir and str(data_dir) not in store.search_path():
         print(f"(set SR3_DATA_DIR={shown(data_dir)} to use it)")
     tell(made.rejected)
-    return 3 if made.rejected else 0
+    return 1 if made.rejected else 0

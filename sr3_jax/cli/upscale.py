@@ -1,7 +1,7 @@
 """Upscale pictures and folders of pictures with a model.
 
 Folders are mirrored under OUT; results that are there already are skipped, so an interrupted run goes on
-where it stopped. Exit code 3 if a picture could not be done; each such picture is named with the reason.
+where it stopped. Exit code 1 (3 of several processes) if a picture could not be done; each is named with the reason.
 """
 
 from __future__ import annotations
@@ -124,4 +124,4 @@ def run(args: argparse.Namespace) -> int:
     failed = len(outcome.failed) + len(unusable)
     who = f"process {mine} of {of}: " if of > 1 else ""
     print(f"{who}{len(outcome.done)} done, {len(outcome.skipped)} skipped (already there), {failed} failed")
-    return 3 if failed else 0
+    return (3 if of > 1 else 1) if failed else 0
