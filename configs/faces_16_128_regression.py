@@ -5,15 +5,13 @@ sr3 train --config=configs/faces_16_128_regression.py --workdir=out/faces_16_128
 The weights of the highest held-out PSNR are kept as out/faces_16_128_regression/best.safetensors.
 """
 
+from _baseline import regression
 from faces_16_128 import get_config as diffusion
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The diffusion's config with the lines of a regression (paper section 4) changed."""
-    config = diffusion()
-    config.model.regression = True
-    config.update({"diffusion": {"kind": "y0", "norm": "l2"}, "checkpoint": {"best": True}})
-    config.eval.update({"steps": 1, "solver": "ddim"})
+    """The twin's config as a regression."""
+    config = regression(diffusion())
     config.update({"optim": {"learning_rate": 1e-5}})  # paper section 3
     return config

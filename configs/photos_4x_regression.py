@@ -5,14 +5,11 @@ sr3 train --config=configs/photos_4x_regression.py --workdir=out/photos_4x_regre
 The weights of the highest held-out PSNR are kept as out/photos_4x_regression/best.safetensors.
 """
 
+from _baseline import regression
 from ml_collections import ConfigDict
 from photos_4x import get_config as diffusion
 
 
 def get_config() -> ConfigDict:
-    """The diffusion's config with the lines of a regression (paper section 4) changed."""
-    config = diffusion()
-    config.model.regression = True
-    config.update({"diffusion": {"kind": "y0", "norm": "l2"}, "checkpoint": {"best": True}})
-    config.eval.update({"steps": 1, "solver": "ddim"})
-    return config
+    """The twin's config as a regression."""
+    return regression(diffusion())

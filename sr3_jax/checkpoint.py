@@ -116,9 +116,7 @@ class Checkpoints:
             error: Exception | None = None
             try:
                 state = self._load(step, abstract)
-            except (
-                Exception
-            ) as caught:  # Orbax and TensorStore raise many kinds for one fact: it can't be read.
+            except Exception as caught:  # Orbax and TensorStore raise many kinds: it can't be read
                 error = caught
             # One process may meet a damaged part that no other one reads.
             if not int(highest(int(error is not None), mesh)):

@@ -50,7 +50,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | 
             f"mesh.fsdp={fsdp} does not fit a slice of {count // slices} devices ({slices} slices): "
             "give a size that divides it"
         )
-    # What jax.make_mesh does, which lays axes along whole sides of most tori, where 8 of 4x4 chips have no side.
+    # Not jax.make_mesh: on most tori it lays axes along whole sides alone, and 8 of 4x4 chips are no whole side.
     if slices == 1:
         grid = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
     else:

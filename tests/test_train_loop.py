@@ -352,6 +352,25 @@ def test_a_signal_saves_says_how_to_resume_and_gives_its_code(
     assert steps_of(tmp_path) == [4, 5]
 
 
+def test_told_to_stop_it_saves_and_leaves_the_evaluation_to_the_next_start(folder, tmp_path, monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    add = loop.Window.add
+
+    def interrupted(window, loss, grad_norm):
+        add(window, loss, grad_norm)
+        if len(window._losses) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Window, "add", interrupted)
+    sections = plain(num_steps=6) | {"eval": {"every": 4}}
+    assert run(folder, tmp_path, sections) == 143
+    assert steps_of(tmp_path) == [4] and not stand_in.evaluated
+    monkeypatch.setattr(loop.Window, "add", add)
+    assert run(folder, tmp_path, sections) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "eval_loss" in line] == [4, 6]
+
+
 @pytest.fixture
 def interruptible():
     """Ctrl-C as a terminal has it, even where the tests were started in the background, which ignores it."""

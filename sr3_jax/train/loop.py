@@ -171,7 +171,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     before = time.monotonic()
                     if to_save:
                         checkpoints.save(state)
-                    if to_evaluate:
+                    # Told to stop it only saves, and the next start evaluates.
+                    if to_evaluate and reason <= _TIME_IS_OVER:
                         evaluate_now()
                         evaluated = step
                     window.skip(time.monotonic() - before)
