@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 
 from sr3_jax import model as models
 from sr3_jax.aliases import Key, Params, UserError
+from sr3_jax.augment import Augmentation
 from sr3_jax.diffusion.loss import min_snr
 from sr3_jax.fields import DEFAULTS, check_ranges, check_section, parse, refuse, typed
 from sr3_jax.nn.unet import UNet
 from sr3_jax.train import optim
+from sr3_jax.train.examples import Task
 from sr3_jax.train.step import Objective
 
 
@@ -134,14 +136,15 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
     model, diffusion, data = config["model"], config["diffusion"], config["data"]
     network = build_network(model)
     check_ranges(config)
-    multiple = math.lcm(network.stride, data["scale"])
+    multiple = data["shrink"] * math.lcm(network.stride, data["scale"])
     if data["crop"] % multiple:
         refuse(
             "data",
             "crop",
             data["crop"],
-            f"be a multiple of {multiple}, for the network's stride and the scale",
+            f"be a multiple of {multiple}, for shrink, the network's stride and the scale",
         )
+    _check_stage(config)
     if model["regression"]:
         _check_regression(config)
     if diffusion["num_steps"] < 2:
@@ -157,9 +160,55 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
         kind=diffusion["kind"],
         norm=diffusion["norm"],
         weighting=min_snr() if diffusion["weighting"] == "min_snr" else None,
-        scale=data["scale"],
+        task=_task(config),
     )
     return Experiment(config, objective)
+
+
+def _task(config: Mapping[str, Any]) -> Task:
+    model, data = config["model"], config["data"]
+    augmentation = None
+    if data["augment"] != "none":
+        augmentation = Augmentation(data["augment"], data["augment_largest"], data["augment_share"])
+    return Task(
+        scale=data["scale"] if model["low_res"] else None,
+        shrink=data["shrink"],
+        augmentation=augmentation,
+        num_classes=model["num_classes"],
+        label_dropout=data["label_dropout"],
+    )
+
+
+def _check_stage(config: Mapping[str, Any]) -> None:
+    """What a base stage cannot have, what augmentation and dropped labels need, and the size that a stage makes."""
+    model, data, size = config["model"], config["data"], config["stage"]["size"]
+    if not model["low_res"]:
+        for section, field, value in (
+            ("data", "scale", 1),
+            ("diffusion", "space", "image"),
+            ("model", "regression", False),
+            ("model", "augment", False),
+            ("data", "augment", "none"),
+            ("checkpoint", "best", False),
+        ):
+            if config[section][field] != value:
+                rule = f"be {value} where config.model.low_res is false"
+                refuse(section, field, config[section][field], rule)
+        if size not in (0, data["crop"] // data["shrink"]):
+            refuse("stage", "size", size, "be crop / shrink where config.model.low_res is false, or 0")
+    if size % data["scale"]:
+        refuse("stage", "size", size, f"be a multiple of config.data.scale={data['scale']}")
+    if data["augment"] == "noise" and data["augment_largest"] > 1:
+        refuse("data", "augment_largest", data["augment_largest"], "be 1 at most where augment is noise")
+    if model["augment"] and data["augment"] == "none":
+        refuse(
+            "model",
+            "augment",
+            True,
+            "be false where config.data.augment is none: there is no strength to tell",
+        )
+    if data["label_dropout"] and not model["num_classes"]:
+        refuse("data", "label_dropout", data["label_dropout"], "be 0 where config.model.num_classes is 0")
 
 
 def _check_regression(config: Mapping[str, Any]) -> None:

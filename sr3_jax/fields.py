@@ -27,6 +27,7 @@ DEFAULTS: Mapping[str, Any] = {
         "augment": False,
         "remat": False,  # recompute activations in the backward pass
         "remat_keeps": "nothing",  # or convs: all but what convolutions gave
+        "low_res": True,  # False: a generator without a low-res image, the base of a cascade
         "regression": False,  # the paper's baseline: one pass from the low-res image, no diffusion
         "dtype": "float32",  # or bfloat16
     },
@@ -46,7 +47,12 @@ DEFAULTS: Mapping[str, Any] = {
         "eval_source": "photos:test",
         "framing": "crop",  # random crops; or square: the whole centre square, shrunk to the crop
         "crop": 128,
-        "scale": 4,
+        "shrink": 1,  # crops are shrunk by it before anything else: stages of a cascade share one data set
+        "scale": 4,  # 1 where config.model.low_res is false
+        "label_dropout": 0.0,  # share of examples without their label, for guidance
+        "augment": "none",  # or blur, noise: of the low-res image in training
+        "augment_largest": 1.0,  # the blur's standard deviation in low-res pixels, or the noise's in [-1,1]
+        "augment_share": 0.5,  # of the examples
         "threads": 4,
         "cache_mb": 1024,  # decoded pictures kept in memory
     },
@@ -81,6 +87,10 @@ DEFAULTS: Mapping[str, Any] = {
         "allow_older": False,  # go on from an older one where the newest is damaged
     },
     "mesh": {"data": -1, "fsdp": 1},
+    "stage": {  # of a cascade
+        "name": "",
+        "size": 0,  # the side of the pictures it makes, in pixels; 0: of any
+    },
 }
 
 
@@ -91,6 +101,7 @@ CHOICES = (
     ("diffusion", "weighting", ("none", "min_snr")),
     ("diffusion", "schedule", ("linear", "quadratic", "cosine")),
     ("data", "framing", ("crop", "square")),
+    ("data", "augment", ("none", "blur", "noise")),
     ("optim", "decay", ("constant", "cosine")),
     ("eval", "solver", ("ancestral", "ddim", "dpmpp_2m", "heun")),
     ("model", "layout", ("biggan", "efficient")),
@@ -102,7 +113,9 @@ CHOICES = (
 POSITIVE = (
     ("diffusion", "residual_scale"),
     ("data", "crop"),
+    ("data", "shrink"),
     ("data", "scale"),
+    ("data", "augment_largest"),
     ("data", "threads"),
     ("optim", "learning_rate"),
     ("train", "num_steps"),
@@ -120,8 +133,9 @@ NOT_NEGATIVE = (
     ("optim", "warmup_steps"),
     ("optim", "clip_norm"),
     ("train", "minutes"),
+    ("stage", "size"),
 )
-BELOW_ONE = (("optim", "b1"), ("optim", "b2"), ("optim", "ema_decay"))
+BELOW_ONE = (("optim", "b1"), ("optim", "b2"), ("optim", "ema_decay"), ("data", "label_dropout"))
 
 TYPES = {
     tuple: "a tuple of whole numbers",
@@ -153,6 +167,8 @@ def check_ranges(config: Mapping[str, Mapping[str, Any]]) -> None:
     for field in ("beta_start", "beta_end"):
         if not 0 < config["diffusion"][field] < 1:
             refuse("diffusion", field, config["diffusion"][field], "be above 0 and under 1")
+    if not 0 < config["data"]["augment_share"] <= 1:
+        refuse("data", "augment_share", config["data"]["augment_share"], "be above 0 and at most 1")
     if not 0 <= config["train"]["seed"] < 2**32:  # jax.random.key reads 32 bits: 2**32 would be 0 again
         refuse("train", "seed", config["train"]["seed"], f"be from 0 to {2**32 - 1}")
 

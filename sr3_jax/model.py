@@ -32,7 +32,7 @@ from sr3_jax.diffusion.space import Space
 from sr3_jax.diffusion.tiling import tiled
 from sr3_jax.images import to_uint8, to_unit
 from sr3_jax.nn.unet import UNet
-from sr3_jax.train.step import condition
+from sr3_jax.train.examples import condition
 
 SHIPPED = Path(__file__).parent / "models"
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m", "heun")
@@ -193,9 +193,9 @@ def _bucket(side: int, unit: int) -> int:
 
 
 def init_params(network: UNet, key: Key) -> Params:
-    """Fresh weights of an SR network, from the smallest input that it takes."""
+    """Fresh weights of a network, from the smallest input that it takes."""
     image = jnp.zeros((1, network.stride, network.stride, network.out_channels))
-    cond: Conditioning = {"upsampled": image}
+    cond: Conditioning = {"upsampled": image} if network.low_res else {}
     if network.num_classes:
         cond = {**cond, "label": jnp.zeros((1,), jnp.int32)}
     return network.init(key, image, jnp.full((1,), 0.5), cond)["params"]

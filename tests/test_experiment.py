@@ -77,7 +77,7 @@ def test_an_experiment_is_what_its_config_says():
         )
     )
     objective = made.objective
-    assert (objective.kind, objective.norm, objective.scale) == ("y0", "l1", 4)
+    assert (objective.kind, objective.norm, objective.task.scale) == ("y0", "l1", 4)
     assert objective.schedule.num_steps == 100
     assert float(objective.weighting(np.float32(0.5), "y0")) == 1.0
     z = objective.space.encode(np.ones((1, 1, 1, 3)), {"upsampled": np.ones((1, 1, 1, 3))})
@@ -251,7 +251,7 @@ def test_arguments_that_are_no_override_are_refused(config_file, override):
         (
             "data",
             {"crop": 18},
-            "config.data.crop must be a multiple of 4, for the network's stride and the scale, got",
+            "config.data.crop must be a multiple of 4, for shrink, the network's stride and the scale, got",
         ),
         (
             "data",

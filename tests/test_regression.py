@@ -14,7 +14,8 @@ from sr3_jax import evaluate, experiment, parallel
 from sr3_jax import model as models
 from sr3_jax.aliases import UserError
 from sr3_jax.train import best, loop
-from sr3_jax.train.step import batch_losses, make_pair
+from sr3_jax.train.examples import Task, make_pair
+from sr3_jax.train.step import batch_losses
 from tests import tiny
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -62,7 +63,7 @@ def test_its_loss_is_the_squared_error(regression, params):
     crops = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     objective = regression.objective
     found = batch_losses(params, {"image": crops}, jax.random.key(0), objective=objective, train=False)
-    image, cond = make_pair({"image": crops}, 4)
+    image, cond = make_pair({"image": crops}, Task(scale=4))
     out = objective.network.apply({"params": params}, cond["upsampled"], jnp.ones(4), cond)
     wanted = jnp.mean((out - objective.space.encode(image, cond)) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)

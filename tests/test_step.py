@@ -18,8 +18,9 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image as PillowImage
 
 from sr3_jax import experiment, parallel
+from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.state import start_from
-from sr3_jax.train.step import batch_losses, jit_train_step, make_pair, make_train_step
+from sr3_jax.train.step import batch_losses, jit_train_step, make_train_step
 from tests import tiny
 
 OPTIMIZER = optax.adam(0.03, eps=1e-2)
@@ -116,7 +117,9 @@ def sharded(objective, params):
 
 
 def test_the_condition_is_made_from_the_crop_as_pillow_would(images):
-    target, cond = jax.jit(make_pair, static_argnums=1)({"image": images, "label": np.arange(8)}, 4)
+    target, cond = jax.jit(make_pair, static_argnums=1)(
+        {"image": images, "label": np.arange(8)}, Task(scale=4)
+    )
     np.testing.assert_allclose(target, images / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(cond["label"], np.arange(8))
     bicubic = PillowImage.Resampling.BICUBIC
@@ -147,7 +150,7 @@ def test_the_loss_gives_the_network_the_noisy_target_and_the_condition_of_its_ow
     losses = batch_losses("weights", batch, jax.random.key(0), objective=spied, train=True)
     assert losses.shape == (8,) and losses.dtype == jnp.float32
     assert seen["train"] is True and seen["params"] == "weights"
-    target, cond = make_pair(batch, 4)
+    target, cond = make_pair(batch, Task(scale=4))
     for name in ("upsampled", "label"):
         np.testing.assert_array_equal(seen["cond"][name], cond[name])
     # y_t = sqrt(gamma) z0 + sqrt(1 - gamma) eps with unit eps, and the loss is the mean square of v.

@@ -52,6 +52,7 @@ class UNet(nn.Module):
         remat_keeps: then 'nothing' of a block is kept, or what its 'convs' and matrix products gave: more memory, and
             no product is computed twice.
         regression: the paper's baseline (section 4): the low-res image alone goes in, neither y_t nor gamma.
+        low_res: whether there is a low-res image at all; without one it is the base stage of a cascade.
         dtype: 'float32' or 'bfloat16': of activations; weights, norms, softmax and last conv are float32.
         out_channels: of the prediction.
     """
@@ -72,6 +73,7 @@ class UNet(nn.Module):
     remat: bool = False
     remat_keeps: str = "nothing"
     regression: bool = False
+    low_res: bool = True
     dtype: str = "float32"
     out_channels: int = 3
 
@@ -84,7 +86,7 @@ class UNet(nn.Module):
     def __call__(self, y_t: Image, gamma: NoiseLevel, cond: Conditioning, train: bool = False) -> jax.Array:
         """[B,H,W,C] float32 prediction from y_t [B,H,W,C], gamma [B] and cond; `train` turns dropout on.
 
-        cond['upsampled'] [B,H,W,C], when there, is concatenated to y_t on the channels.
+        cond['upsampled'] [B,H,W,C] is concatenated to y_t on the channels where the network takes a low-res image.
         """
         if y_t.shape[1] % self.stride or y_t.shape[2] % self.stride:
             raise ValueError(
@@ -95,7 +97,7 @@ class UNet(nn.Module):
         if self.regression:
             fields, gamma = [cond["upsampled"]], jnp.ones_like(gamma)
         else:
-            fields = [y_t, cond["upsampled"]] if "upsampled" in cond else [y_t]
+            fields = [y_t, cond["upsampled"]] if self.low_res else [y_t]
         embedding = self._embed(gamma, cond)
         x = jnp.concatenate([space_to_depth(field, self.patch) for field in fields], axis=-1)
         x = conv(self.channels, 3, dtype, name="input")(x.astype(dtype))

@@ -12,24 +12,26 @@ from jax.sharding import Mesh
 from sr3_jax import parallel
 from sr3_jax.aliases import Conditioning, Key, Params
 from sr3_jax.diffusion.sampler import sample
-from sr3_jax.images import degrade, picture_grid, to_uint8, to_unit, upsample
+from sr3_jax.images import picture_grid, to_uint8, upsample
 from sr3_jax.metrics import consistency, psnr
 from sr3_jax.model import inference_grid, solver_named
-from sr3_jax.train.step import Batch, Objective, batch_losses, condition
+from sr3_jax.train.examples import Batch, condition
+from sr3_jax.train.step import Objective, batch_losses
 
 GRID_ROWS = 6
+COLUMNS = ("low_res", "bicubic", "output", "original")
 
 
 def jit_held_out(objective: Objective, mesh: Mesh, *, rows: int, steps: int, solver: str) -> Any:
     """(weights, batch of uint8 crops, key) -> (means over the first `rows` crops, uint8 images of the whole batch)."""
     schedule = inference_grid(objective.schedule, steps, solver)
-    network, scale = objective.network, objective.scale
+    network, task = objective.network, objective.task
 
     def metrics(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Batch]:
         loss_key, sample_key = jax.random.split(key)
-        image = to_unit(batch["image"])
-        low_res = degrade(image, scale)
-        cond = condition(low_res, scale, batch.get("label"))
+        image = task.target(batch)
+        low_res = task.low_res(image)
+        cond = condition(low_res, task.scale, batch.get("label"))
 
         def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
             return network.apply({"params": params}, y_t, gamma, cond)
@@ -46,16 +48,19 @@ def jit_held_out(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
                 space=objective.space,
             ).image
         )
-        bicubic, low_res = to_uint8(upsample(low_res, scale)), to_uint8(low_res)
-        values = {
-            "eval_loss": batch_losses(params, batch, loss_key, objective=objective, train=False),
-            "eval_psnr": psnr(output, batch["image"]),
-            "eval_psnr_bicubic": psnr(bicubic, batch["image"]),
-            "eval_consistency": consistency(output, low_res),
-            "eval_consistency_bicubic": consistency(bicubic, low_res),
-        }
-        means = {name: jnp.mean(value[:rows]) for name, value in values.items()}
-        return means, {"low_res": low_res, "bicubic": bicubic, "output": output}
+        original = to_uint8(image)
+        values = {"eval_loss": batch_losses(params, batch, loss_key, objective=objective, train=False)}
+        images = {"output": output, "original": original}
+        if low_res is not None and task.scale is not None:
+            bicubic, small = to_uint8(upsample(low_res, task.scale)), to_uint8(low_res)
+            values |= {
+                "eval_psnr": psnr(output, original),
+                "eval_psnr_bicubic": psnr(bicubic, original),
+                "eval_consistency": consistency(output, small),
+                "eval_consistency_bicubic": consistency(bicubic, small),
+            }
+            images = {"low_res": small, "bicubic": bicubic, **images}
+        return {name: jnp.mean(value[:rows]) for name, value in values.items()}, images
 
     return jax.jit(metrics, out_shardings=(parallel.replicated(mesh), parallel.batch_sharding(mesh)))
 
@@ -78,8 +83,7 @@ class HeldOut:
         solver: str,
         seed: int,
     ) -> None:
-        self._originals = batch["image"]
-        rows = len(self._originals)
+        self._rows = rows = len(batch["image"])
         # The devices take equal shares: rows come again to fill them, and are left out of the means.
         filled = np.arange(rows + -rows % mesh.size) % rows
         self._batch = {name: column[filled] for name, column in batch.items()}
@@ -88,12 +92,14 @@ class HeldOut:
         self._metrics = jit_held_out(objective, mesh, rows=rows, steps=steps, solver=solver)
 
     def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """Metrics of these weights, and a grid: low-res, bicubic, output, original."""
+        """Metrics of these weights, and a grid: low-res and bicubic unless it is a base stage, output, original."""
         key = jax.random.fold_in(jax.random.key(self._seed), 2**31 + 1)  # the same each time
         values, images = self._metrics(params, parallel.to_global(self._batch, self._mesh), key)
-        images = parallel.to_host(images, self._mesh) | {"original": self._originals}
-        columns = [images[name] for name in ("low_res", "bicubic", "output", "original")]
-        count = min(GRID_ROWS, len(self._originals))
-        rows = [[column[row] for column in columns] for row in range(count)]
-        grid = picture_grid(rows, column_titles=["low-res", "bicubic", "output", "original"])
+        images = parallel.to_host(images, self._mesh)
+        names = [name for name in COLUMNS if name in images]
+        count = min(GRID_ROWS, self._rows)
+        grid = picture_grid(
+            [[images[name][row] for name in names] for row in range(count)],
+            column_titles=[name.replace("_", "-") for name in names],
+        )
         return {name: float(value) for name, value in values.items()}, grid

@@ -14,17 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sr3_jax.aliases import Conditioning, Image, Key, Params
+from sr3_jax.aliases import Conditioning, Key, Params
 from sr3_jax.diffusion.loss import Norm, Weighting, denoising_loss
 from sr3_jax.diffusion.process import Kind
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
-from sr3_jax.images import degrade, to_unit, upsample
 from sr3_jax.nn.unet import UNet
 from sr3_jax.parallel import replicated
+from sr3_jax.train.examples import Batch, Task, make_pair
 from sr3_jax.train.state import TrainState, update_ema
-
-Batch = dict[str, jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class Objective:
     """What the network is trained to do; all of it fixed at trace time.
 
     Attributes:
-        scale: of the super-resolution: the low-res image is made from the crop by the one bicubic.
+        task: what a training example is.
     """
 
     network: UNet
@@ -41,24 +39,15 @@ class Objective:
     kind: Kind
     norm: Norm
     weighting: Weighting | None
-    scale: int
-
-
-def condition(low_res: Image, scale: int, label: jax.Array | None = None) -> Conditioning:
-    """What the network is told: low_res [B,h,w,C] in [-1,1], upsampled to [B,h*scale,w*scale,C], and the label [B]."""
-    cond = {"upsampled": upsample(low_res, scale)}
-    return cond if label is None else {**cond, "label": label}
-
-
-def make_pair(batch: Batch, scale: int) -> tuple[Image, Conditioning]:
-    """uint8 crops -> the target in [-1,1] and the condition made from it."""
-    image = to_unit(batch["image"])
-    return image, condition(degrade(image, scale), scale, batch.get("label"))
+    task: Task
 
 
 def batch_losses(params: Params, batch: Batch, key: Key, *, objective: Objective, train: bool) -> jax.Array:
-    """[B] the denoising loss of each example of a batch; dropout is on when `train`."""
-    image, cond = make_pair(batch, objective.scale)
+    """[B] the denoising loss of each example; dropout, of labels too, and augmentation are on when `train`."""
+    pair_key = None
+    if train and objective.task.random:
+        key, pair_key = jax.random.split(key)
+    image, cond = make_pair(batch, objective.task, pair_key)
     loss_key, dropout_key = jax.random.split(key)
 
     def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
