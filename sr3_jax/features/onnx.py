@@ -1,0 +1,202 @@
+"""A classifier in an ONNX file, run by onnxruntime (the extra `onnx`), on the CPU.
+
+PATH.onnx?OPTIONS says how pictures come in, where the file's own input does not:
+
+    resnet.onnx                                            [0,1], resized to the size of the file's input
+    resnet.onnx?resize=256&crop=224&normalise=imagenet     the usual protocol of ImageNet's classifiers
+    resnet.onnx?crop=224&normalise=imagenet                the same for 256x256 outputs: as the paper's Table 4
+
+resize=N: to N x N, anti-aliased bicubic, first. crop=N: the centre of N x N. Then, if the file's input has a fixed
+size and theirs is another, to that size. normalise: unit [0,1] (the default), signed [-1,1], levels 0..255, or imagenet
+(ImageNet's mean and deviation of each channel). Layout, channels (1 or 3) and type are read from the file.
+
+Shape legend: B batch, H height, W width, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sr3_jax.aliases import UserError
+from sr3_jax.features.weights import read_file
+from sr3_jax.images import resize_bicubic
+
+NORMALISE = ("unit", "signed", "levels", "imagenet")
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # of BT.601, as Pillow's grey
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+AT_ONCE = 64  # pictures in one call, where the file does not say
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What PATH.onnx?OPTIONS says."""
+
+    resize: int | None = None
+    crop: int | None = None
+    normalise: str = "unit"
+
+
+def read_options(text: str) -> Preprocessing:
+    """`resize=256&crop=224&normalise=imagenet`; each may be left out. UserError for anything else."""
+    try:
+        pairs = urllib.parse.parse_qsl(text, strict_parsing=True, keep_blank_values=True) if text else []
+    except ValueError:
+        pairs = [(text, "")]
+    given: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in ("resize", "crop") and value.isascii() and value.isdigit() and int(value) > 0:
+            given[name] = int(value)
+        elif name == "normalise" and value in NORMALISE:
+            given[name] = value
+        else:
+            raise UserError(
+                f"option {name}={value} of an ONNX classifier is unknown: use resize=N, crop=N and "
+                f"normalise={'|'.join(NORMALISE)}"
+            )
+    return Preprocessing(**given)
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxClassifier:
+    """A session of onnxruntime and the way pictures come in.
+
+    Attributes:
+        layout: 'NCHW' or 'NHWC'.
+        batch, height, width: of the file's input; None where it takes any.
+        num_classes: 0 where the file does not say before it is run.
+    """
+
+    name: str
+    sha256: str
+    num_classes: int
+    session: Any
+    preprocessing: Preprocessing
+    layout: str
+    channels: int
+    batch: int | None
+    height: int | None
+    width: int | None
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B,H,W,3] -> the file's first output, float32 [B,K]; logits or probabilities, as it has them."""
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(
+                f"a classifier takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}"
+            )
+        at_once = self.batch or AT_ONCE
+        parts = [self._run(images[first : first + at_once]) for first in range(0, len(images), at_once)]
+        return np.concatenate(
+            [np.zeros((0, parts[0].shape[1] if parts else self.num_classes), np.float32), *parts]
+        )
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        count = len(images)
+        if self.batch is not None:  # filled up with the last picture
+            images = np.concatenate([images, np.repeat(images[-1:], self.batch - count, axis=0)])
+        inputs = self.session.get_inputs()[0]
+        x = self.prepared(images).astype(TYPES[inputs.type])
+        try:
+            found = np.asarray(self.session.run(None, {inputs.name: x})[0], np.float32)
+        except Exception as error:  # onnxruntime's exceptions have no base of their own
+            raise UserError(f"{self.name} cannot be run on pictures {x.shape} ({_line(error)})") from error
+        found = found.reshape(len(found), -1) if found.ndim else found
+        if found.ndim != 2 or len(found) != len(images):
+            raise UserError(
+                f"{self.name} gives {found.shape} for {len(images)} pictures, not [B,K]: it is no classifier"
+            )
+        return found[:count]
+
+    def prepared(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B,H,W,3] -> what the file takes, float32."""
+        options, x = self.preprocessing, images.astype(np.float32)
+        if options.resize:
+            x = _resized(x, options.resize, options.resize)
+        if options.crop:
+            x = self._cropped(x, options.crop)
+        size = (self.height or x.shape[1], self.width or x.shape[2])
+        if x.shape[1:3] != size:
+            x = _resized(x, *size)
+        if self.channels == 1:
+            x = x @ np.array(LUMA, np.float32)[:, None]
+        if TYPES[self.session.get_inputs()[0].type] == np.uint8:
+            x = np.rint(x)
+        elif options.normalise == "signed":
+            x = x / 127.5 - 1.0
+        elif options.normalise != "levels":
+            x = x / 255.0
+        if options.normalise == "imagenet":
+            x = (x - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_DEVIATION, np.float32)
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if self.layout == "NCHW" else x, np.float32)
+
+    def _cropped(self, x: np.ndarray, side: int) -> np.ndarray:
+        height, width = x.shape[1:3]
+        if min(height, width) < side:
+            raise UserError(
+                f"pictures of {width}x{height} have no centre of {side}x{side} for {self.name}: add resize=N, or "
+                "leave crop out"
+            )
+        top, left = (height - side) // 2, (width - side) // 2
+        return x[:, top : top + side, left : left + side]
+
+
+def load(path: Path, options: str = "") -> OnnxClassifier:
+    """The classifier in a file, with OPTIONS as the head of this page says. UserError if there is none."""
+    preprocessing = read_options(options)
+    content, sha256 = read_file(path)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs onnxruntime, which is not installed: run pip install 'sr3_jax[onnx]'"
+        ) from error
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(content, quiet, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no base of their own
+        raise UserError(f"{path} is no ONNX file that can be run ({_line(error)}): name another") from error
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    shape = [side if isinstance(side, int) else None for side in inputs[0].shape]
+    if len(inputs) != 1 or inputs[0].type not in TYPES or len(shape) != 4:
+        raise UserError(
+            f"{path} does not take pictures alone, [B,C,H,W] or [B,H,W,C]: name a classifier of pictures"
+        )
+    if shape[1] in (1, 3):
+        layout, channels, size = "NCHW", shape[1], shape[2:]
+    elif shape[3] in (1, 3):
+        layout, channels, size = "NHWC", shape[3], shape[1:3]
+    else:
+        raise UserError(
+            f"{path} takes {inputs[0].shape}, with no axis of 1 or 3 channels: name a classifier of pictures"
+        )
+    if preprocessing.normalise == "imagenet" and channels != 3:
+        raise UserError(f"{path} takes grey pictures, which normalise=imagenet is not for: leave it out")
+    classes = outputs[0].shape[-1] if outputs[0].shape else 0
+    return OnnxClassifier(
+        name=path.name + (f"?{options}" if options else ""),
+        sha256=sha256,
+        num_classes=classes if isinstance(classes, int) else 0,
+        session=session,
+        preprocessing=preprocessing,
+        layout=layout,
+        channels=channels,
+        batch=shape[0],
+        height=size[0],
+        width=size[1],
+    )
+
+
+def _resized(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(jnp.clip(resize_bicubic(x, height, width), 0.0, 255.0))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,60 @@
+"""A small residual network that names what a picture shows.
+
+Shape legend: B batch, H height, W width, C channels, D features, K classes. Group norms, so that a picture's logits
+depend on no other picture; all of it is float32.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sr3_jax.nn.blocks import Norm, space_to_depth, zeros
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions behind their norms, added to the input; `stride` 2 halves the sides, rounding up."""
+
+    channels: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = nn.relu(Norm("group")(x))
+        skip = x
+        if x.shape[-1] != self.channels or self.stride > 1:
+            skip = nn.Conv(self.channels, (1, 1), self.stride, use_bias=False, name="skip")(h)
+        h = nn.Conv(self.channels, (3, 3), self.stride, use_bias=False)(h)
+        h = nn.relu(Norm("group")(h))
+        return skip + nn.Conv(self.channels, (3, 3), use_bias=False, kernel_init=zeros)(h)
+
+
+class ClassifierNetwork(nn.Module):
+    """Pictures [B,H,W,3] in [-1,1] of any size -> (features [B,D], logits [B,K]), D = 4 * width.
+
+    Attributes:
+        num_classes: K.
+        width: channels of the first of three resolutions; the others have twice and four times as many.
+        patch: squares of that many pixels are one place of the first resolution.
+        blocks: at each resolution.
+        dropout: rate before the last layer, in training.
+    """
+
+    num_classes: int
+    width: int = 32
+    patch: int = 2
+    blocks: int = 1
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        margins = [(0, -side % self.patch) for side in x.shape[1:3]]
+        x = space_to_depth(jnp.pad(x, ((0, 0), *margins, (0, 0)), mode="edge"), self.patch)
+        x = nn.Conv(self.width, (3, 3), use_bias=False, name="stem")(x)
+        for level in range(3):
+            for block in range(self.blocks):
+                x = _Residual(self.width * 2**level, 2 if level and not block else 1)(x)
+        features = nn.relu(Norm("group")(x)).mean(axis=(1, 2))
+        h = nn.Dropout(self.dropout)(features, deterministic=not train)
+        return features, nn.Dense(self.num_classes, kernel_init=zeros, name="head")(h)
