@@ -21,7 +21,7 @@ import numpy as np
 from sr3_jax import parallel
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.experiment import Experiment, load_config, read
-from sr3_jax.model import inference_grid, solver_named
+from sr3_jax.sampling import inference_grid, solver_named
 from sr3_jax.train.state import create_state
 from sr3_jax.train.step import make_train_step
 

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,25 @@ from sr3_jax import parallel
 from sr3_jax.aliases import Conditioning, Denoiser, Key, Params, UserError
 from sr3_jax.checkpoint import CONFIG_FILE, load_ema, read_config, read_export
 from sr3_jax.diffusion import schedule as schedules
-from sr3_jax.diffusion import solvers
-from sr3_jax.diffusion import space as spaces
 from sr3_jax.diffusion.process import Kind
 from sr3_jax.diffusion.sampler import sample
-from sr3_jax.diffusion.schedule import NoiseSchedule, respace
-from sr3_jax.diffusion.solvers import Solver
+from sr3_jax.diffusion.schedule import NoiseSchedule
+from sr3_jax.diffusion.solvers import Solver, with_coefficients
 from sr3_jax.diffusion.space import Space
 from sr3_jax.diffusion.tiling import tiled
 from sr3_jax.images import to_uint8, to_unit
 from sr3_jax.nn.unet import UNet
+from sr3_jax.parts import build_network as build_network
+from sr3_jax.parts import build_schedule as build_schedule
+from sr3_jax.parts import build_space as build_space
+from sr3_jax.sampling import SOLVERS as SOLVERS
+from sr3_jax.sampling import Sampling, find_stored
+from sr3_jax.sampling import inference_grid as inference_grid
+from sr3_jax.sampling import solver_named as solver_named
 from sr3_jax.train.examples import condition
 
 SHIPPED = Path(__file__).parent / "models"
-SOLVERS = ("ancestral", "ddim", "dpmpp_2m", "heun")
 TILE, OVERLAP = 1024, 64  # high-res pixels; about 1 GB of activations at the shipped model's width
-
-
-@functools.cache
-def solver_named(name: str) -> Solver:
-    """The solver of that name at its default settings; the same value each time, so that jit compiles once."""
-    if name not in SOLVERS:
-        raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}")
-    return getattr(solvers, name)()
-
-
-@functools.cache
-def inference_grid(schedule: NoiseSchedule, steps: int, solver: str) -> NoiseSchedule:
-    """The grid of a sampler with that many steps, of the solver's own spacing."""
-    if steps < 1:
-        raise UserError(f"steps must be at least 1, got {steps}")
-    return respace(schedule, steps, solver_named(solver).spacing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +51,7 @@ class Model:
         name: where it came from.
         params: float32 weights (the moving average of training).
         scale: s, the super-resolution factor.
-        steps, solver: the sampler used when none is asked for.
+        sampling: the sampler used when none is asked for: what was stored beside the model, else its config's.
         config: the config it was trained with, as plain values.
     """
 
@@ -74,10 +62,19 @@ class Model:
     space: Space
     kind: Kind
     scale: int
-    steps: int
-    solver: str
+    sampling: Sampling
     config: Mapping[str, Any]
     _copies: dict[Mesh, Params] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """N of the sampler used when none is asked for."""
+        return self.sampling.steps
+
+    @property
+    def solver(self) -> str:
+        """The solver used when none is asked for."""
+        return self.sampling.solver
 
     def _on(self, mesh: Mesh) -> Params:
         """The weights on every device of a mesh, copied there once."""
@@ -98,6 +95,7 @@ class Model:
         *,
         steps: int | None = None,
         solver: str | None = None,
+        sampling: Sampling | None = None,
     ) -> np.ndarray:
         """uint8 [B,h,w,3] -> uint8 [B,s*h,s*w,3], one draw from p(y0 | x) each.
 
@@ -107,8 +105,10 @@ class Model:
 
         Args:
             key: one key, or [B] keys, which make each output independent of its batch.
-            steps: N of the sampler; None for the model's own default.
-            solver: 'ancestral', 'ddim', 'dpmpp_2m' or 'heun'; None for the model's own default.
+            steps: N of the sampler; None for that of `sampling`.
+            solver: 'ancestral', 'ddim', 'dpmpp_2m' or 'heun'; None for that of `sampling`. Steps or a solver other
+                than those of `sampling` are sampled on the solver's own grid (see `Sampling.asked`).
+            sampling: the whole sampler; None for the model's own.
 
         Raises:
             UserError: `steps` or `solver` is out of range, or the model is of labelled pictures.
@@ -127,18 +127,17 @@ class Model:
         unit = self.network.stride // math.gcd(self.network.stride, self.scale)
         padding = [(0, _bucket(side, unit) - side) for side in (height, width)]
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
-        name = self.solver if solver is None else solver
-        schedule = inference_grid(self.schedule, self.steps if steps is None else steps, name)
+        chosen = (self.sampling if sampling is None else sampling).asked(steps=steps, solver=solver)
         mesh = parallel.mesh_for_batch(len(images))
         params = self._on(mesh)
         output, finite = _upscale(
             params,
             jax.device_put(padded, parallel.batch_sharding(mesh)),
             jax.device_put(key, parallel.batch_sharding(mesh) if key.ndim else parallel.replicated(mesh)),
+            jax.device_put(chosen.coefficients(self.schedule), parallel.replicated(mesh)),
             mesh=mesh,
             network=self.network,
-            schedule=schedule,
-            solver=solver_named(name),
+            solver=chosen.program,
             kind=self.kind,
             space=self.space,
             scale=self.scale,
@@ -156,7 +155,7 @@ def _denoise(
     return network.apply({"params": params}, y_t, gamma, cond)
 
 
-_STATIC = ("mesh", "network", "schedule", "solver", "kind", "space", "scale")
+_STATIC = ("mesh", "network", "solver", "kind", "space", "scale")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -164,10 +163,10 @@ def _upscale(
     params: Params,
     images: jax.Array,
     key: Key,
+    table: Any,
     *,
     mesh: Mesh,
     network: UNet,
-    schedule: NoiseSchedule,
     solver: Solver,
     kind: Kind,
     space: Space,
@@ -178,8 +177,12 @@ def _upscale(
     whole = functools.partial(_denoise, network, params)
     denoiser = tiled(whole, tile=TILE, overlap=OVERLAP, stride=network.stride)
     shape = cond["upsampled"].shape
+    # All grids of one length share this program: the solver has its coefficients from the table, and of the
+    # schedule only the length counts.
+    any_grid = schedules.linear(len(jax.tree.leaves(table)[0]))
+    solver = with_coefficients(solver, table)
     samples = sample(
-        denoiser, key, cond, shape=shape, schedule=schedule, solver=solver, kind=kind, space=space
+        denoiser, key, cond, shape=shape, schedule=any_grid, solver=solver, kind=kind, space=space
     )
     output = jax.lax.with_sharding_constraint(to_uint8(samples.image), parallel.batch_sharding(mesh))
     return output, jnp.all(jnp.isfinite(samples.image))
@@ -215,33 +218,6 @@ def _check_params(network: UNet, params: Params, name: str) -> None:
         )
 
 
-def build_network(section: Mapping[str, Any]) -> UNet:
-    """A UNet from its fields as plain values; lists are taken for tuples, as JSON has none."""
-    return UNet(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
-    )
-
-
-def build_schedule(section: Mapping[str, Any]) -> NoiseSchedule:
-    """The training schedule of a config's `diffusion` section."""
-    steps, name = section["num_steps"], section["schedule"]
-    if name == "cosine":
-        return schedules.cosine(steps)
-    ends = {"beta_start": section["beta_start"], "beta_end": section["beta_end"]}
-    if name in ("linear", "quadratic"):
-        return getattr(schedules, name)(steps, **ends)
-    raise UserError(f"config.diffusion.schedule must be linear, quadratic or cosine, got {name!r}")
-
-
-def build_space(section: Mapping[str, Any]) -> Space:
-    """The space of a config's `diffusion` section."""
-    if section["space"] == "image":
-        return spaces.image()
-    if section["space"] == "residual":
-        return spaces.residual(section["residual_scale"])
-    raise UserError(f"config.diffusion.space must be image or residual, got {section['space']!r}")
-
-
 def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:
     """A model from weights and the config that a run or an export carries."""
     try:
@@ -256,8 +232,7 @@ def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Mode
             space=build_space(diffusion),
             kind=diffusion["kind"],
             scale=config["data"]["scale"],
-            steps=config["eval"]["steps"],
-            solver=config["eval"]["solver"],
+            sampling=Sampling(config["eval"]["solver"], config["eval"]["steps"]),
             config=config,
         )
     except UserError:
@@ -268,27 +243,39 @@ def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Mode
         ) from None
 
 
-def load(path_or_name: str | Path) -> Model:
-    """A model from a workdir, an exported .safetensors file, or the name of a shipped one.
+def locate(path_or_name: str | Path) -> Path:
+    """The workdir or .safetensors file of a model that is given so or by its shipped name.
 
     Raises:
-        UserError: there is no such model, or it can't be read; the sentence says what was looked for.
+        UserError: there is no such model; the sentence says what was looked for.
     """
-    path = Path(path_or_name)
-    shipped = SHIPPED / f"{path_or_name}.safetensors"
-    if os.path.isdir(path):  # not path.is_dir(), which raises for a name that is too long
-        if not (path / CONFIG_FILE).is_file():
-            raise UserError(f"model folder {path} has no {CONFIG_FILE}; give a workdir of sr3 train")
-        config = read_config(path)
-        params, step = load_ema(path)
-        return from_config(config, params, name=f"{path} at step {step}")
-    if os.path.isfile(path):
-        params, config = read_export(path)
-        return from_config(config, params, name=path.name)
-    if os.path.isfile(shipped):
-        params, config = read_export(shipped)
-        return from_config(config, params, name=str(path_or_name))
+    for path in (Path(path_or_name), SHIPPED / f"{path_or_name}.safetensors"):
+        if os.path.isdir(path) or os.path.isfile(path):  # path.is_dir() raises for a name that is too long
+            return path
     names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors"))) or "none"
     raise UserError(
         f"no model {str(path_or_name)!r}: give a workdir, a .safetensors file, or a shipped name ({names})"
     )
+
+
+def load(path_or_name: str | Path) -> Model:
+    """A model from a workdir, an exported .safetensors file, or the name of a shipped one.
+
+    Its sampling is what `sr3 search-schedule` stored beside it, if that is for these weights.
+
+    Raises:
+        UserError: there is no such model, or it can't be read; the sentence says what was looked for.
+    """
+    path = locate(path_or_name)
+    if path.is_dir():
+        if not (path / CONFIG_FILE).is_file():
+            raise UserError(f"model folder {path} has no {CONFIG_FILE}; give a workdir of sr3 train")
+        config = read_config(path)
+        params, step = load_ema(path)
+        name = f"{path} at step {step}"
+    else:
+        params, config = read_export(path)
+        name = path.name if os.path.isfile(path_or_name) else str(path_or_name)
+    model = from_config(config, params, name=name)
+    found = find_stored(path, own=model.sampling, params=model.params, config=config, name=name)
+    return replace(model, sampling=found)

@@ -19,7 +19,7 @@ from sr3_jax.diffusion.schedule import (
 )
 
 BUILDERS = {"linear": linear, "quadratic": quadratic, "cosine": cosine}
-SPACINGS = ("log_snr", "uniform", "karras")
+SPACINGS = ("log_snr", "uniform", "karras", "linear")
 
 
 def exact_betas(name: str, steps: int) -> list[Decimal]:
@@ -165,12 +165,66 @@ def test_karras_spacing_is_equation_5():
     np.testing.assert_allclose(np.sqrt(1 / got - 1), sigma, rtol=1e-6)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 100])
+@pytest.mark.parametrize(("noisiest", "cleanest"), [(-8.0, 7.0), (-2.5, 4.0), (-10.0, None), (None, 3.0)])
+def test_other_end_points_are_hit_and_gamma_falls_from_one(noisiest, cleanest, steps, spacing):
+    training = linear()
+    short = respace(training, steps, spacing, noisiest=noisiest, cleanest=cleanest)
+    assert short.num_steps == steps
+    assert short.gamma64[0] == 1.0 and np.all(np.diff(short.gamma64) < 0)
+    log_snr = np.log(short.gamma64[1:]) - np.log1p(-short.gamma64[1:])
+    default = respace(training, steps, spacing).log_snr
+    np.testing.assert_allclose(log_snr[-1], default[-1] if noisiest is None else noisiest, atol=1e-6)
+    if steps > 1 and (cleanest is not None or spacing != "uniform"):
+        np.testing.assert_allclose(log_snr[0], default[1] if cleanest is None else cleanest, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "beta_end"), [(1000, 0.0199), (250, 0.0781), (100, 0.188), (25, 0.610), (10, 0.970)]
+)
+def test_linear_spacing_has_the_papers_betas(steps, beta_end):
+    short = respace(linear(), steps, "linear")
+    np.testing.assert_allclose(short.beta[[0, -1]], [1e-6, beta_end], rtol=3e-3)
+    np.testing.assert_allclose(np.diff(short.beta, 2), np.zeros(steps - 2), atol=1e-7)
+
+
+def test_uniform_spacing_between_end_points_is_even_in_the_training_step():
+    training = linear()
+    known = np.log(training.gamma64[1:]) - np.log1p(-training.gamma64[1:])
+    short = respace(training, 5, "uniform", noisiest=known[1599], cleanest=known[399]).gamma64
+    np.testing.assert_allclose(short[1:], training.gamma64[[400, 700, 1000, 1300, 1600]], rtol=1e-9)
+    without = respace(training, 5, "uniform", noisiest=known[1499]).gamma64
+    np.testing.assert_allclose(without[1:], training.gamma64[[300, 600, 900, 1200, 1500]], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (
+            {"noisiest": -10.1},
+            "noisiest must be a log-SNR that the training schedule has, -10.034 to 13.816, got -10",
+        ),
+        ({"cleanest": 13.9}, "cleanest must be .*, got 13.9"),
+        ({"noisiest": float("nan")}, "noisiest must be .*, got nan"),
+        (
+            {"noisiest": 2.0, "cleanest": 1.0},
+            "noisiest must be a log-SNR below the cleanest of 1.000, got 2.000",
+        ),
+        ({"noisiest": -1.0, "cleanest": -0.9}, "5 betas that are linear from 0.711 .* noisier"),
+    ],
+)
+def test_end_points_that_make_no_grid_are_refused(ends, message):
+    with pytest.raises(ValueError, match=message):
+        respace(linear(), 5, "linear", **ends)
+
+
 def test_respacing_says_what_is_wrong():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         respace(linear(), 0)
     with pytest.raises(ValueError, match="at most the 2000 training steps, got num_steps=2001"):
         respace(linear(), 2001, "uniform")
-    with pytest.raises(ValueError, match="'log_snr', 'uniform' or 'karras', got 'even'"):
+    with pytest.raises(ValueError, match="one of log_snr, uniform, karras, linear, got 'even'"):
         respace(linear(), 10, "even")
 
 

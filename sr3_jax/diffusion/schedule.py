@@ -15,7 +15,8 @@ import numpy as np
 
 from sr3_jax.aliases import Key, NoiseLevel
 
-Spacing = Literal["log_snr", "uniform", "karras"]
+Spacing = Literal["log_snr", "uniform", "karras", "linear"]
+SPACINGS: tuple[Spacing, ...] = ("log_snr", "uniform", "karras", "linear")
 # Noisier levels than this hold no signal that a step could win: `linear` ends at -10.03, `cosine` at -21, and a few
 # steps spread evenly over its whole range would mostly be spent there.
 LEAST_LOG_SNR = -10.1
@@ -98,7 +99,14 @@ def cosine(num_steps: int = 2000, offset: float = 0.008, beta_max: float = 0.999
     return from_beta(np.minimum(1.0 - squared[1:] / squared[:-1], beta_max))
 
 
-def respace(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "log_snr") -> NoiseSchedule:
+def respace(
+    schedule: NoiseSchedule,
+    num_steps: int,
+    spacing: Spacing = "log_snr",
+    *,
+    noisiest: float | None = None,
+    cleanest: float | None = None,
+) -> NoiseSchedule:
     """An inference schedule of N steps from the training schedule's noisiest level to clean.
 
     y_T stays as noisy as the network knows it; keeping betas instead would leave signal in it. Except for 'uniform',
@@ -108,29 +116,82 @@ def respace(schedule: NoiseSchedule, num_steps: int, spacing: Spacing = "log_snr
         schedule: the training schedule.
         num_steps: N >= 1; for 'uniform' at most T.
         spacing: 'log_snr' even in log-SNR; 'uniform' every (T/N)-th training step; 'karras' even in
-            sigma^(1/7), sigma = sqrt((1-gamma)/gamma) (Karras et al. 2022, Eq. 5).
+            sigma^(1/7), sigma = sqrt((1-gamma)/gamma) (Karras et al. 2022, Eq. 5); 'linear' betas linear in the step,
+            as the paper's, the last one such that gamma_N is the noisiest level.
+        noisiest, cleanest: other end points, gamma_N and gamma_1 of the N steps as log-SNR, within the training
+            schedule's range; the paper searched for them. One step has the noisiest alone.
+
+    Raises:
+        ValueError: no such spacing, or no such grid in the training schedule.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    total = schedule.num_steps
-    if spacing == "uniform":
-        if num_steps > total:
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    known = log_snr64(schedule.gamma64[1:])
+    first, last = known[[0, -1]]
+    for name, level in (("noisiest", noisiest), ("cleanest", cleanest)):
+        if level is not None and not last - 1e-6 <= level <= first + 1e-6:
             raise ValueError(
-                f"uniform spacing has at most the {total} training steps, got num_steps={num_steps}"
+                f"{name} must be a log-SNR that the training schedule has, {last:.3f} to {first:.3f}, got {level}"
             )
-        return from_gamma(schedule.gamma64[np.linspace(0, total, num_steps + 1).round().astype(int)])
-    first, last = log_snr64(schedule.gamma64[[1, -1]])
-    last = max(last, min(LEAST_LOG_SNR, first))
+    if spacing == "uniform":
+        return _strided(schedule, num_steps, noisiest, cleanest)
+    last = max(last, min(LEAST_LOG_SNR, first)) if noisiest is None else noisiest
+    first = first if cleanest is None else cleanest
     if num_steps == 1:
         first = last
+    elif not last < first:
+        raise ValueError(f"noisiest must be a log-SNR below the cleanest of {first:.3f}, got {last:.3f}")
+    if spacing == "linear":
+        return _linear_between(num_steps, first, last)
     if spacing == "log_snr":
         log_snr = np.linspace(first, last, num_steps)
-    elif spacing == "karras":
+    else:
         root = np.linspace(np.exp(-first / 2 / KARRAS_RHO), np.exp(-last / 2 / KARRAS_RHO), num_steps)
         log_snr = -2 * KARRAS_RHO * np.log(root)
-    else:
-        raise ValueError(f"spacing must be 'log_snr', 'uniform' or 'karras', got {spacing!r}")
-    return from_gamma(np.concatenate([[1.0], 1.0 / (1.0 + np.exp(-log_snr))]))
+    return from_gamma(np.concatenate([[1.0], _gamma_of(log_snr)]))
+
+
+def _gamma_of(log_snr: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-log_snr))
+
+
+def _strided(
+    schedule: NoiseSchedule, num_steps: int, noisiest: float | None, cleanest: float | None
+) -> NoiseSchedule:
+    """Even in the training step t; between two training steps, even in log-SNR."""
+    total = schedule.num_steps
+    if num_steps > total:
+        raise ValueError(f"uniform spacing has at most the {total} training steps, got num_steps={num_steps}")
+    if noisiest is None and cleanest is None:
+        return from_gamma(schedule.gamma64[np.linspace(0, total, num_steps + 1).round().astype(int)])
+    known, t = log_snr64(schedule.gamma64[1:]), np.arange(1, total + 1)
+    end = total if noisiest is None else np.interp(-noisiest, -known, t)
+    start = end / num_steps if cleanest is None or num_steps == 1 else np.interp(-cleanest, -known, t)
+    log_snr = np.interp(np.linspace(start, end, num_steps), t, known)
+    return from_gamma(np.concatenate([[1.0], _gamma_of(log_snr)]))
+
+
+def _linear_between(num_steps: int, first: float, last: float) -> NoiseSchedule:
+    """Betas linear in the step, with these log-SNRs at gamma_1 and gamma_N. gamma_N falls with beta_N: bisection."""
+    gamma_1, gamma_n = _gamma_of(np.array([first, last]))
+    if num_steps == 1:
+        return from_gamma(np.array([1.0, gamma_n]))
+    if np.sum(np.log1p(-np.linspace(1 - gamma_1, 0.0, num_steps))) <= np.log(gamma_n):
+        raise ValueError(
+            f"{num_steps} betas that are linear from {1 - gamma_1:.3g} add more noise than noisiest={last:.3f} has: "
+            "make it noisier, or the cleanest cleaner"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):  # to the last bit
+        middle = (low + high) / 2
+        reached = np.sum(np.log1p(-np.linspace(1 - gamma_1, middle, num_steps)))
+        low, high = (middle, high) if reached > np.log(gamma_n) else (low, middle)
+    beta = np.linspace(1 - gamma_1, high, num_steps)
+    # The last level is the end point itself, not what rounding left of it.
+    gamma = np.concatenate([np.cumprod(1 - beta[:-1]), [gamma_n]])
+    return from_gamma(np.concatenate([[1.0], gamma]))
 
 
 def sample_gamma(key: Key, schedule: NoiseSchedule, batch_size: int) -> NoiseLevel:

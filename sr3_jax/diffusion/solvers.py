@@ -8,7 +8,7 @@ l = ln(a / s), half the log-SNR. Shape legend: N inference steps, y and y0 [B,H,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,24 @@ class Solver:
     step: Callable[[Denoise, Carry, jax.Array | None, Any], Carry]
     stochastic: bool
     spacing: Spacing = "log_snr"
+
+
+def coefficients(solver: Solver, schedule: NoiseSchedule) -> Any:
+    """The table of a solver on a grid, as arrays of the host: what a program may take as an argument."""
+    return jax.tree.map(np.asarray, solver.init(schedule, jnp.zeros(()))[1])
+
+
+def with_coefficients(solver: Solver, table: Any) -> Solver:
+    """The solver's steps with the coefficients of `table`, whatever the schedule: arguments of a jitted program.
+
+    Grids and variances then share one program for each solver and number of steps; with a schedule that is
+    static each of them would compile its own.
+    """
+
+    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, Any]:
+        return solver.init(schedule, y)[0], table
+
+    return replace(solver, init=init)
 
 
 class LinearRow(NamedTuple):

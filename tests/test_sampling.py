@@ -1,0 +1,295 @@
+"""How a model is sampled: settings that cannot work, what builds on which schedule, and the file beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sr3_jax import checkpoint, experiment, sampling
+from sr3_jax import model as models
+from sr3_jax.aliases import UserError
+from sr3_jax.cli import main as cli
+from sr3_jax.diffusion import solvers
+from sr3_jax.diffusion.sampler import sample
+from sr3_jax.diffusion.schedule import linear, respace
+from sr3_jax.sampling import SOLVERS, Sampling, Stored, inference_grid, solver_named
+from tests import tiny
+
+TRAINING = linear()
+# Within the noise of the tiny config, whose 100 steps end at a log-SNR of 0.43.
+SEARCHED = Sampling("ancestral", 3, "linear", noisiest=0.8, cleanest=6.0, variance=0.25)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with tiny.quick_compilation():
+        yield
+
+
+def config(**sections) -> dict:
+    return json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))
+
+
+def params_of(values: dict, *, seed: int = 0):
+    network = experiment.build_network(values["model"])
+    shapes = jax.eval_shape(lambda key: models.init_params(network, key), jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return tiny.perturbed(zeros, seed=seed)
+
+
+def exported(path, *, seed: int = 0, **sections) -> models.Model:
+    values = config(**sections)
+    checkpoint.export(path, params_of(values, seed=seed), values)
+    return models.load(path)
+
+
+def stored_for(model: models.Model, chosen: Sampling = SEARCHED) -> Stored:
+    return Stored(
+        chosen,
+        sampling.fingerprint(model.params),
+        sampling.setup_of(model.config),
+        model.name,
+        {"metric": "lpips"},
+    )
+
+
+def pictures(count: int = 1) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+
+# ---- Settings
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_without_end_points_it_is_the_solvers_own_grid(solver):
+    grid, _ = Sampling(solver, 7).build(TRAINING)
+    np.testing.assert_array_equal(grid.gamma64, inference_grid(TRAINING, 7, solver).gamma64)
+    np.testing.assert_array_equal(grid.gamma64, respace(TRAINING, 7, solver_named(solver).spacing).gamma64)
+
+
+def test_end_points_and_spacing_are_those_of_the_grid():
+    grid = SEARCHED.grid(TRAINING)
+    np.testing.assert_allclose(grid.log_snr[[1, -1]], [6.0, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(np.diff(grid.beta, 2), [0.0], atol=1e-7)
+
+
+def test_the_variances_are_the_solvers():
+    def noise_of(chosen: Sampling) -> np.ndarray:
+        return chosen.coefficients(TRAINING).noise
+
+    for chosen, solver in [
+        (Sampling("ancestral", 4, variance=0.3), solvers.ancestral(0.3)),
+        (Sampling("ddim", 4, eta=0.3), solvers.ddim(0.3)),
+        (Sampling("ancestral", 4), solvers.ancestral()),
+    ]:
+        wanted = solvers.coefficients(solver, respace(TRAINING, 4)).noise
+        np.testing.assert_array_equal(noise_of(chosen), wanted)
+        assert wanted[0] > 0
+    assert not noise_of(Sampling("ddim", 4)).any()
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        SEARCHED,
+        Sampling("ddim", 4, "karras", eta=0.5),
+        Sampling("ddim", 4),
+        Sampling("dpmpp_2m", 4),
+        Sampling("heun", 4),
+    ],
+    ids=lambda chosen: chosen.solver,
+)
+def test_coefficients_as_an_argument_give_what_the_schedule_gives(chosen):
+    def network(y, gamma, cond):
+        return 0.5 * y * gamma.reshape(-1, 1, 1, 1) ** 0.1
+
+    def draw(schedule, solver):
+        return sample(
+            network, jax.random.key(0), {}, shape=(2, 3, 3, 1), schedule=schedule, solver=solver
+        ).image
+
+    schedule, solver = chosen.build(TRAINING)
+    traced = jax.jit(
+        lambda table: draw(linear(chosen.steps), solvers.with_coefficients(chosen.program, table))
+    )
+    np.testing.assert_allclose(traced(chosen.coefficients(TRAINING)), draw(schedule, solver), atol=1e-6)
+
+
+def test_samplings_of_one_solver_and_length_share_a_program(tmp_path):
+    model = exported(tmp_path / "m.safetensors")
+    model.upscale(pictures(), jax.random.key(0), sampling=Sampling("ancestral", 5))
+    before = models._upscale._cache_size()
+    outputs = [
+        model.upscale(
+            pictures(), jax.random.key(0), sampling=dataclasses.replace(SEARCHED, steps=5, **change)
+        )
+        for change in ({}, {"variance": 0.9}, {"spacing": "karras"}, {"noisiest": 2.0})
+    ]
+    assert models._upscale._cache_size() == before
+    assert len({output.tobytes() for output in outputs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"solver": "euler"}, "solver must be one of ancestral, ddim, dpmpp_2m, heun, got 'euler'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 2.0}, "steps must be at least 1, got 2.0"),
+        ({"spacing": "even"}, "spacing must be one of log_snr, uniform, karras, linear, got 'even'"),
+        ({"solver": "ancestral", "variance": 1.5}, "variance must be from 0 to 1, got 1.5"),
+        ({"solver": "ddim", "eta": -0.1}, "eta must be from 0 to 1, got -0.1"),
+        ({"eta": 0.5}, "eta is of solver ddim alone, got solver 'dpmpp_2m': leave it out"),
+        ({"solver": "ddim", "variance": 0.5}, "variance is of solver ancestral alone, got solver 'ddim'"),
+        ({"guidance": -1}, "guidance must be at least 0, got -1"),
+        ({"guidance": float("nan")}, "guidance must be at least 0, got nan"),
+        ({"augment": True}, "augment must be from 0 to 1, got True"),
+        (
+            {"noisiest": float("inf")},
+            "noisiest must be a log-SNR, or null for the training schedule's, got inf",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_one_sentence(settings, sentence):
+    with pytest.raises(UserError) as error:
+        Sampling(**settings)
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"noisiest": -12.0},
+            "noisiest must be a log-SNR that the training schedule has, -10.034 to 13.816, got -12",
+        ),
+        ({"cleanest": 14.0}, "cleanest must be a log-SNR that the training schedule has"),
+        (
+            {"noisiest": 3.0, "cleanest": 2.0},
+            "noisiest must be a log-SNR below the cleanest of 2.000, got 3.000",
+        ),
+        ({"steps": 2001, "spacing": "uniform"}, "uniform spacing has at most the 2000 training steps"),
+    ],
+)
+def test_grids_that_the_training_schedule_does_not_have_are_refused(settings, sentence):
+    with pytest.raises(UserError) as error:
+        Sampling(**settings).grid(TRAINING)
+    assert sentence in str(error.value) and "do not fit the noise schedule" in str(error.value)
+
+
+def test_evaluations_are_the_networks_calls():
+    assert [Sampling(solver, 5).evaluations for solver in SOLVERS] == [5, 5, 5, 9]
+
+
+def test_what_is_asked_by_name_does_not_inherit_a_grid_found_for_another():
+    base = dataclasses.replace(SEARCHED, guidance=2.0, augment=0.5)
+    assert base.asked() is base and base.asked(steps=3) is base and base.asked(solver="ancestral") is base
+    assert base.asked(steps=4) == Sampling("ancestral", 4, guidance=2.0, augment=0.5)
+    assert base.asked(solver="ddim") == Sampling("ddim", 3, guidance=2.0, augment=0.5)
+    with pytest.raises(UserError, match="solver must be one of"):
+        base.asked(solver="euler")
+
+
+# ---- The file beside a model
+
+
+def test_a_stored_sampling_is_the_models_own(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = exported(path)
+    plain = model.upscale(pictures(), jax.random.key(0))
+    sampling.store(tmp_path / "m.sampling.json", stored_for(model))
+    tuned = models.load(path)
+    assert (model.sampling, tuned.sampling) == (Sampling("ddim", 2), SEARCHED)
+    assert (tuned.steps, tuned.solver) == (3, "ancestral")
+    own = tuned.upscale(pictures(), jax.random.key(0))
+    np.testing.assert_array_equal(own, model.upscale(pictures(), jax.random.key(0), sampling=SEARCHED))
+    assert np.any(own != plain)
+    np.testing.assert_array_equal(plain, tuned.upscale(pictures(), jax.random.key(0), steps=2, solver="ddim"))
+    untuned = model.upscale(pictures(), jax.random.key(0), steps=3, solver="ancestral")
+    np.testing.assert_array_equal(
+        own, tuned.upscale(pictures(), jax.random.key(0), steps=3, solver="ancestral")
+    )
+    assert np.any(own != untuned)
+
+
+def test_what_is_stored_reads_back(tmp_path):
+    stored = Stored(SEARCHED, "a", "b", "c", {"metric": "lpips", "score": 0.25})
+    sampling.store(tmp_path / "x.json", stored)
+    assert sampling.read_stored(tmp_path / "x.json") == stored
+
+
+def test_a_file_for_other_weights_is_not_used_and_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sampling._log, "propagate", True)
+    other = exported(tmp_path / "other.safetensors", seed=1)
+    exported(tmp_path / "m.safetensors")
+    sampling.store(tmp_path / "m.sampling.json", stored_for(other))
+    assert models.load(tmp_path / "m.safetensors").sampling == Sampling("ddim", 2)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "m.sampling.json was searched with other weights (other.safetensors)" in message
+    assert message.endswith("not used: run sr3 search-schedule again")
+
+
+@pytest.mark.parametrize("noise", [100, 90], ids=["same_schedule", "other_schedule"])
+def test_in_a_workdir_later_steps_of_the_same_run_use_it_with_a_word(noise, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sampling._log, "propagate", True)
+    model = exported(tmp_path / "m.safetensors")
+    later = dataclasses.replace(
+        model, config=config(diffusion={"num_steps": noise}), params=params_of(config(), seed=2)
+    )
+    sampling.store(tmp_path / sampling.FILE, stored_for(model))
+    used = sampling.find_stored(
+        tmp_path, own=model.sampling, params=later.params, config=later.config, name="run at step 9"
+    )
+    (message,) = [record.getMessage() for record in caplog.records]
+    if noise == 100:
+        assert used == SEARCHED and "it is used for run at step 9 too" in message
+    else:
+        assert used == model.sampling and "not used" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_carries_it_along(dtype, tmp_path, capsys):
+    model = exported(tmp_path / "m.safetensors")
+    sampling.store(tmp_path / "m.sampling.json", stored_for(model))
+    target = tmp_path / "out" / "new.safetensors"
+    arguments = ["export", str(tmp_path / "m.safetensors"), "-o", str(target), "--dtype", dtype]
+    assert cli.main(arguments) == 0
+    assert f"its sampling written to {tmp_path / 'out' / 'new.sampling.json'}" in capsys.readouterr().out
+    assert models.load(target).sampling == SEARCHED
+    assert capsys.readouterr().err == ""
+    carried = sampling.read_stored(tmp_path / "out" / "new.sampling.json")
+    assert carried.found == {"metric": "lpips", "searched_with": "m.safetensors"}
+    (tmp_path / "m.sampling.json").unlink()
+    again = ["export", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "plain.safetensors")]
+    assert cli.main(again) == 0 and not (tmp_path / "plain.sampling.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "holds no sampling of ours"),
+        ('{"sampling": {}}', "it has no 'format'"),
+        ('{"format": "sr3_jax.sampling.9"}', "it is of another version"),
+        ('{"format": "sr3_jax.sampling.1", "sampling": {"steps": 0}}', "steps must be at least 1, got 0"),
+        ('{"format": "sr3_jax.sampling.1", "sampling": {"order": 3}}', "order"),
+        ('{"format": "sr3_jax.sampling.1", "sampling": {}, "weights": "x"}', "setup"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_with_the_way_out(text, reason, tmp_path):
+    exported(tmp_path / "m.safetensors")
+    (tmp_path / "m.sampling.json").write_text(text)
+    with pytest.raises(UserError, match=reason) as error:
+        models.load(tmp_path / "m.safetensors")
+    assert "delete it, or make it anew with sr3 search-schedule" in str(error.value)
+
+
+def test_the_fingerprint_is_of_every_weight():
+    params = params_of(config())
+    before = sampling.fingerprint(params)
+    assert before == sampling.fingerprint(jax.tree.map(jax.numpy.asarray, params))
+    params["output"]["bias"][2] += 1e-6
+    assert sampling.fingerprint(params) != before
