@@ -47,6 +47,7 @@ DEFAULTS: Mapping[str, Any] = {
         "eval_source": "photos:test",
         "framing": "crop",  # random crops; or square: the whole centre square, shrunk to the crop
         "crop": 128,
+        "mirror": True,  # half of the crops, in training
         "shrink": 1,  # crops are shrunk by it before anything else: stages of a cascade share one data set
         "scale": 4,  # 1 where config.model.low_res is false
         "label_dropout": 0.0,  # share of examples without their label, for guidance

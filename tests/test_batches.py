@@ -139,6 +139,7 @@ def test_crops_lie_in_the_photograph_and_are_mirrored_half_of_the_time():
             mirrored += int(flip)
             corners.add((index, top, left))
     assert 0.43 < mirrored / 640 < 0.57
+
     heights = [9 + index % 3 for index in range(7)]
     possible = {
         (index, top, left)

@@ -33,17 +33,19 @@ def batches(
     crop: int,
     first_step: int = 0,
     rows: Sequence[int] | np.ndarray | None = None,
+    mirror: bool = True,
     threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches {'image': uint8 [b,crop,crop,3], 'label': int32 [b] if the source has labels}.
 
-    Every epoch is a new permutation of the photographs; each gives one crop, mirrored half of the time.
+    Every epoch is a new permutation of the photographs; each gives one crop.
 
     Args:
       batch_size: B, over all processes.
       rows: those of this process (`parallel.local_rows`), in their order; it decodes no others. None for all.
       first_step: the step of the first batch; no earlier one is made.
+      mirror: half of the crops, left to right.
       threads: each makes whole batches; 0 makes them in the caller.
       prefetch: batches made ahead.
 
@@ -53,7 +55,7 @@ def batches(
     import grain  # takes most of a second
 
     own = range(batch_size) if rows is None else [int(row) for row in rows]
-    draw = _Draw(source, seed=seed, crop=crop)
+    draw = _Draw(source, seed=seed, crop=crop, mirror=mirror)
     steps = grain.MapDataset.range(first_step, _NO_LAST_STEP)
     pipeline = steps.map(lambda step: _stack([draw(int(step) * batch_size + row) for row in own]))
     return iter(
@@ -96,10 +98,11 @@ def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarr
 class _Draw:
     """The crop at a position."""
 
-    def __init__(self, source: Source, *, seed: int, crop: int) -> None:
+    def __init__(self, source: Source, *, seed: int, crop: int, mirror: bool) -> None:
         self._source = source
         self._seed = seed % 2**64
         self._crop = crop
+        self._mirror = mirror
         self._rejections = _Rejections(source)
         # Grain's own shuffle walks a cycle of 2^16: 0.6 ms an index where there are only 32 photographs.
         self._order = functools.lru_cache(maxsize=4)(self._new_order)
@@ -130,7 +133,7 @@ class _Draw:
         height, width = item["image"].shape[:2]
         top, left = down % (height - self._crop + 1), right % (width - self._crop + 1)
         image = item["image"][top : top + self._crop, left : left + self._crop]
-        return item | {"image": image[:, ::-1] if mirror & 1 else image}
+        return item | {"image": image[:, ::-1] if self._mirror and mirror & 1 else image}
 
 
 class _Rejections:

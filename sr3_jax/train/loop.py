@@ -92,6 +92,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             crop=data["crop"],
             first_step=first_step,
             rows=rows,
+            mirror=data["mirror"],
             threads=data["threads"],
         )
 

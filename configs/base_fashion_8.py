@@ -1,0 +1,44 @@
+"""The base stage of the small cascade: class-conditional Fashion-MNIST, padded to 32x32, at 8x8.
+
+sr3 train --config=configs/base_fashion_8.py --workdir=out/base_fashion_8
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A network of half a million weights that learns v from noise, a tenth of the labels dropped for guidance."""
+    return ConfigDict(
+        {
+            "model": {
+                "channels": 32,
+                "multipliers": (2, 3),
+                "num_blocks": (2, 2),
+                "layout": "efficient",
+                "norm": "pixel",
+                "film": True,
+                "num_classes": 10,
+                "low_res": False,
+            },
+            "diffusion": {"kind": "v", "norm": "l2", "schedule": "cosine"},
+            "data": {
+                "source": "tfds:fashion_mnist_32:train",
+                "eval_source": "tfds:fashion_mnist_32:test",
+                "crop": 32,
+                "mirror": False,
+                "shrink": 4,
+                "scale": 1,
+                "label_dropout": 0.1,
+            },
+            "optim": {
+                "learning_rate": 1e-3,
+                "warmup_steps": 200,
+                "decay": "cosine",
+                "ema_decay": 0.999,
+            },
+            "train": {"num_steps": 3000, "batch_size": 64},
+            "eval": {"every": 1000, "num_images": 256, "steps": 25, "solver": "dpmpp_2m"},
+            "checkpoint": {"every": 1000, "keep": 1},
+            "stage": {"name": "base", "size": 8},
+        }
+    )

@@ -1,0 +1,47 @@
+"""Fashion-MNIST at 4x, 7x7 to 28x28: labelled pictures, so that a classifier can judge what comes out.
+
+sr3 train --config=configs/fashion_4x.py --workdir=out/fashion_4x
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A network of a quarter of a million weights, sized for minutes of one core."""
+    return ConfigDict(
+        {
+            "model": {
+                "channels": 32,
+                "multipliers": (1, 2),
+                "num_blocks": (1, 2),
+                "layout": "efficient",
+                "patch": 2,
+                "norm": "pixel",
+                "film": True,
+                "mid_attention": False,
+            },
+            "diffusion": {
+                "space": "residual",
+                "residual_scale": 3.0,
+                "kind": "y0",
+                "norm": "l2",
+                "schedule": "cosine",
+            },
+            "data": {
+                "source": "tfds:fashion_mnist:train",
+                "eval_source": "tfds:fashion_mnist:test",
+                "crop": 28,
+                "mirror": False,
+                "scale": 4,
+            },
+            "optim": {
+                "learning_rate": 1e-3,
+                "warmup_steps": 200,
+                "decay": "cosine",
+                "ema_decay": 0.999,
+            },
+            "train": {"num_steps": 5000, "batch_size": 32},
+            "eval": {"every": 1000, "num_images": 256, "steps": 10, "solver": "dpmpp_2m"},
+            "checkpoint": {"every": 1000, "keep": 1},
+        }
+    )

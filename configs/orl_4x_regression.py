@@ -1,0 +1,15 @@
+"""The regression twin of orl_4x.py: the same network and data, one pass (paper section 4).
+
+sr3 train --config=configs/orl_4x_regression.py --workdir=out/orl_4x_regression
+
+The weights of the highest held-out PSNR are kept as out/orl_4x_regression/best.safetensors.
+"""
+
+from _baseline import regression
+from ml_collections import ConfigDict
+from orl_4x import get_config as diffusion
+
+
+def get_config() -> ConfigDict:
+    """The twin's config as a regression."""
+    return regression(diffusion())
