@@ -153,6 +153,11 @@ def test_crops_lie_in_the_photograph_and_are_mirrored_half_of_the_time():
     assert {left for _, _, left in corners} == set(range(8))
 
 
+def test_letters_and_shoes_need_not_be_mirrored():
+    for batch in take(batches(source(), seed=5, batch_size=16, crop=CROP, mirror=False), 4):
+        assert (batch["image"][:, 0, 0, 2] < batch["image"][:, 0, -1, 2]).all()
+
+
 def test_an_epoch_holds_every_photograph_once_and_each_is_in_another_order():
     crops = np.concatenate([b["image"] for b in take(batches(source(), seed=2, batch_size=3, crop=CROP), 14)])
     order = crops[:42, 0, 0, 0].reshape(6, 7)
