@@ -25,11 +25,13 @@ import argparse
 import gzip
 import hashlib
 import io
+import lzma
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +111,20 @@ def fashion_mnist(source: Path | None, folder: Path, *, border: int = 0) -> dict
         source = (
             INSTALLED if INSTALLED.is_dir() else fetched(["apt-get", "download", DEBIAN], "*.deb", folder)
         )
-    if source.is_dir():
-        files = {path.name: path.read_bytes() for path in source.glob("*ubyte.gz")}
-    else:
-        files = debian_files(source)
+    try:
+        files = {path.name: path.read_bytes() for path in source.glob("*ubyte.gz")} or debian_files(source)
+        contents = {name: gzip.decompress(content) for name, content in files.items()}
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{source} cannot be read ({error}): unpack it with dpkg-deb -x, and name the folder with the .gz files"
+        ) from error
     arrays = {}
     for name, sha256 in FILES.items():
-        if f"{name}.gz" not in files:
+        if f"{name}.gz" not in contents:
             raise UserError(
                 f"{source} has no {name}.gz: name the .deb of {DEBIAN}, or a folder with its files"
             )
-        content = gzip.decompress(files[f"{name}.gz"])
+        content = contents[f"{name}.gz"]
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{name}.gz in {source} is not that of Fashion-MNIST, or damaged: fetch it again")
         arrays[name] = read_idx(content)

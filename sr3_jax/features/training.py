@@ -149,7 +149,7 @@ def train_classifier(
             f"labels must be from 0 to {network.num_classes - 1}: {len(images)} pictures have others"
         )
     key = jax.random.key(seed)
-    params = init_params(network, jax.random.fold_in(key, 2**31))
+    params = jax.jit(functools.partial(init_params, network))(jax.random.fold_in(key, 2**31))
     optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=weight_decay)
     state = optimizer.init(params)
     step = jax.jit(functools.partial(_step, network, optimizer, augmentation), donate_argnums=(0, 1))
