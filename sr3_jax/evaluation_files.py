@@ -16,7 +16,8 @@ import numpy as np
 
 from sr3_jax import __version__, showcase, tables
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluate import Evaluation, Item, Method, bicubic, fingerprint
+from sr3_jax.evaluation_parts import Evaluation, Item
+from sr3_jax.methods import Method, bicubic, fingerprint
 from sr3_jax.model import Model
 from sr3_jax.outputs import Outputs, to_json, write_text
 from sr3_jax.pictures import Picture, read_rgb, write_picture
@@ -26,10 +27,10 @@ FORMAT = "sr3_jax.evaluation.1"
 
 
 def hardware() -> str:
-    """What computes, in words."""
-    device = jax.devices()[0]
+    """What computes in this process, in words."""
+    device = jax.local_devices()[0]
     if device.platform != "cpu":
-        return f"{device.device_kind}, {jax.device_count()} of them"
+        return f"{device.device_kind}, {jax.local_device_count()} of them"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{_processor()}, {cores} core{'s' * (cores != 1)}"
 
@@ -57,8 +58,15 @@ def assemble(
     crop: int | None,
     seconds: float,
     command: Sequence[str],
+    **more: Any,
 ) -> dict[str, Any]:
-    """evaluation.json as plain values; `seconds` is the wall time of the run, `models` by `describe_model`."""
+    """evaluation.json as plain values.
+
+    Args:
+        models: by `describe_model`.
+        seconds: wall time of the run.
+        more: the rest of the protocol, as `evaluation_setup.Setup.describe` says it.
+    """
     names = [item.name for item in evaluation.items]
     rows = [
         {
@@ -66,8 +74,9 @@ def assemble(
             "scale": method.scale,
             "solver": method.solver,
             "steps": method.steps,
+            "detail": method.detail,
             "evaluations": method.evaluations,
-            "summary": {key: to_json(of) for key, of in tables.summary(scores).items()},
+            "summary": {key: to_json(of) for key, of in {**tables.summary(scores), **sets}.items()},
             "pictures": {
                 name: {
                     key: [to_json({key: float(value)})[key] for value in of[number]]
@@ -76,7 +85,7 @@ def assemble(
                 for number, name in enumerate(names)
             },
         }
-        for method, scores in zip(methods, evaluation.scores, strict=True)
+        for method, scores, sets in zip(methods, evaluation.scores, evaluation.sets, strict=True)
     ]
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -92,6 +101,7 @@ def assemble(
             "samples": samples,
             "seed": seed,
             "crop": crop,
+            **more,
         },
         "models": list(models),
         "pictures": [
@@ -168,7 +178,7 @@ def _cells(
 ) -> list[np.ndarray]:
     image = source[item.index]["image"]
     originals = {scale: original_at(image, scale, crop) for scale in scales}
-    low_res = {scale: low_res_of(original, scale) for scale, original in originals.items()}
+    low_res = {scale: low_res_of(original[None], scale)[0] for scale, original in originals.items()}
     enlarged = {scale: bicubic(scale) for scale in scales}
 
     def output(method: Method) -> np.ndarray:

@@ -110,6 +110,15 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> tuple[int, i
     return group.index, group.count
 
 
+def leave_together() -> None:
+    """Wait until all processes of the group have come here; each is on its own from then on.
+
+    JAX's way out is what all of them go through whatever happens, so one that fails before is noticed here too.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
 def abandon(code: int) -> None:
     """End this process now if it has peers: they may wait for it in a step that it will never take.
 

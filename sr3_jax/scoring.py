@@ -1,6 +1,6 @@
-"""One picture of an evaluation: what of it is upscaled, and how near an output comes. Pure, host side in and out.
+"""The pictures of an evaluation: what of them is upscaled, and how near outputs come. Pure, host side in and out.
 
-Shape legend: H x W an original, h x w its low-res picture, s the scale. Pictures are uint8 [H,W,3].
+Shape legend: B batch, H x W an original, h x w its low-res picture, s the scale. Pictures are uint8.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 
 from sr3_jax import metrics
 from sr3_jax.images import degrade, to_uint8, to_unit, upsample
+
+REVISION = 1  # of the metrics below: another one, and kept scores are computed anew from the kept pictures
 
 
 def least_side(scales: Sequence[int]) -> int:
@@ -32,20 +34,19 @@ def original_at(image: np.ndarray, scale: int, crop: int | None) -> np.ndarray:
     return np.ascontiguousarray(image[: height // scale * scale, : width // scale * scale])
 
 
-def low_res_of(original: np.ndarray, scale: int) -> np.ndarray:
-    """The low-res picture uint8 [h,w,3] of an original uint8 [H,W,3]."""
-    return np.asarray(_low_res(original[None], scale=scale))[0]
+def low_res_of(originals: np.ndarray, scale: int) -> np.ndarray:
+    """The low-res pictures uint8 [B,h,w,3] of originals uint8 [B,H,W,3]."""
+    return np.asarray(_low_res(originals, scale=scale))
 
 
 def interpolated(low_res: np.ndarray, scale: int) -> np.ndarray:
-    """Bicubic interpolation of uint8 [h,w,3] to uint8 [s*h,s*w,3]."""
-    return np.asarray(_bicubic(low_res[None], scale=scale))[0]
+    """Bicubic interpolation of uint8 [B,h,w,3] to uint8 [B,s*h,s*w,3]."""
+    return np.asarray(_bicubic(low_res, scale=scale))
 
 
-def score(output: np.ndarray, original: np.ndarray, low_res: np.ndarray, *, scale: int) -> dict[str, float]:
-    """Every metric of one output uint8 [H,W,3] by its name in a table."""
-    scores = _scores(output[None], original[None], low_res[None], scale=scale)
-    return {name: float(value[0]) for name, value in jax.device_get(scores).items()}
+def score(outputs: np.ndarray, originals: np.ndarray, low_res: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric of outputs uint8 [B,H,W,3] by its name in a table, float32 [B]. Compiled once for each shape."""
+    return jax.device_get(_scores(outputs, originals, low_res, scale=outputs.shape[1] // low_res.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnames="scale")

@@ -32,10 +32,26 @@ COLUMNS = (
     Column("ssim_luma", "SSIM-Y", 4),
     Column("consistency", "consist.", 2),
     Column("mean_colour_error", "colour", 2),
+    Column("lpips", "LPIPS", 4),
+    Column("top1", "top-1 %", 1),
+    Column("top5", "top-5 %", 1),
+    Column("fid", "FID", 2),
+    Column("kid", "KID", 2),
+    Column("inception_score", "IS", 2),
+    Column("frechet_alexnet", "Frechet (AlexNet)", 3),
+    Column("kid_alexnet", "KID (AlexNet)", 2),
+    Column("frechet_classifier", "Frechet (classifier)", 3),
+    Column("kid_classifier", "KID (classifier)", 2),
+    Column("frechet_inception_unknown", "Frechet (unknown Inception)", 2),
+    Column("kid_inception_unknown", "KID (unknown Inception)", 2),
+    Column("inception_score_inception_unknown", "IS (unknown Inception)", 2),
+    Column("diversity", "diversity", 2),
+    Column("diversity_lpips", "LPIPS of pairs", 4),
     Column("seconds", "s/picture", None),
-)
+)  # in the order of a table; a column that no row has is left out
 ROW = ("method", "scale", "solver", "steps", "evaluations")  # what tells one row of a table from another
 ROW_HEADINGS = ("method", "scale", "solver", "steps", "evals")
+_NAMES = {"fid": "FID", "frechet_alexnet": "Frechet (AlexNet)", "frechet_classifier": "Frechet (classifier)"}
 _LEFT = {"method", "solver"}  # columns of words; the others are set to the right
 
 
@@ -59,19 +75,44 @@ def summary(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
 
 
 def protocol(evaluation: Mapping[str, Any], *, source: str | None = None) -> list[str]:
-    """One sentence a line: how each figure was made. `source` is another name for the pictures."""
+    """One sentence a line. `source` is another name for the pictures."""
     how = evaluation["protocol"]
+    columns = {column.key for column in measured(evaluation["rows"])}
     count, samples = how["pictures"], how["samples"]
     crop = f", the centre {how['crop']}x{how['crop']} of each" if how["crop"] else ""
     draws = f"{samples} outputs each" if samples > 1 else "one output each"
-    seconds = f"wall time on {evaluation['hardware']}, one picture at a time, without compilation"
-    return [
+    lines = [
         f"{count} picture{'s' * (count != 1)} of {source or how['source']}{crop}, {draws}, seed {how['seed']}.",
         "low-res: cut at the bottom and right to a multiple of the scale, anti-aliased bicubic, rounded to 8 bits.",
         "PSNR (dB), SSIM: RGB, 0-255, no border crop, 11x11 Gaussian window of sigma 1.5.",
         "PSNR-Y (dB), SSIM-Y: luma of BT.601 (16-235), a border as wide as the scale cropped.",
         "consist.: squared error of the output, shrunk by the same bicubic, to the low-res; 1e-5, range 0-1.",
         "colour: largest difference between a channel's mean and the low-res picture's, of 255 levels.",
+    ]
+    if "lpips" in columns and "lpips" in how:
+        lines.append(
+            f"LPIPS to the original: {_network(how['lpips'])}, RGB, uncropped, at the picture's own size."
+        )
+    if "top1" in columns and "classifier" in how:
+        lines.append(
+            f"top-1 %, top-5 %: outputs whose label is the classifier's best guess, or among its best five; "
+            f"{_network(how['classifier'])}, {how['classifier']['classes']} classes."
+        )
+    lines += _of_sets(evaluation, columns)
+    if "diversity" in columns:
+        lines.append(
+            "diversity: standard deviation (n - 1) over the outputs of one input, of 255 levels, mean over pixels and "
+            f"channels{'; LPIPS of pairs: mean over all pairs of them' * ('diversity_lpips' in columns)}."
+        )
+    lines += how.get("absent", [])
+    batch = how.get("batch", 1)
+    at_once = (
+        "one picture at a time" if batch == 1 else f"{batch} at a time, the batch's time divided by {batch}"
+    )
+    processes = f", {how['processes']} processes" if how.get("processes", 1) > 1 else ""
+    seconds = f"wall time on {evaluation['hardware']}{processes}, {at_once}, without compilation"
+    return [
+        *lines,
         f"evals, s/picture: network evaluations and seconds a picture; {seconds}.",
         f"Means over pictures; {LEVEL:.0%} intervals from {RESAMPLES} bootstrap resamples of the pictures.",
     ]
@@ -86,18 +127,21 @@ def models(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def measured(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns that at least one row has."""
+    return [column for column in COLUMNS if any(column.key in row["summary"] for row in rows)]
+
+
 def means_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: one line a row, the mean of each column; it reads as a table in a terminal too."""
-    body = [
-        [*_row_cells(row), *(_mean(row, column) for column in COLUMNS)]
-        for row in rows
-    ]  # fmt: skip
-    return table([*ROW_HEADINGS, *(column.heading for column in COLUMNS)], body)
+    columns = measured(rows)
+    body = [[*_row_cells(row), *(_mean(row, column) for column in columns)] for row in rows]
+    return table([*ROW_HEADINGS, *(column.heading for column in columns)], body)
 
 
 def intervals_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: the intervals of every column but the time."""
-    columns = COLUMNS[:-1]
+    columns = [column for column in measured(rows) if column.key != "seconds"]
     body = [[*_row_cells(row)[:4], *(_interval(row, column) for column in columns)] for row in rows]
     return table([*ROW_HEADINGS[:4], *(column.heading for column in columns)], body)
 
@@ -116,14 +160,14 @@ def markdown(evaluation: Mapping[str, Any], *, source: str | None = None) -> str
 def comma_separated(evaluation: Mapping[str, Any]) -> str:
     """CSV: one line a row; mean, low and high of every column at full precision."""
     ends = ("mean", "low", "high")
+    columns = measured(evaluation["rows"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*ROW, *(f"{column.key}_{end}" for column in COLUMNS for end in ends)])
+    writer.writerow([*ROW, *(f"{column.key}_{end}" for column in columns for end in ends)])
     for row in evaluation["rows"]:
-        figures = [row["summary"][column.key][end] for column in COLUMNS for end in ends]
-        writer.writerow(
-            [*(_blank(row[key]) for key in ROW), *("inf" if x is None else repr(x) for x in figures)]
-        )
+        figures = [row["summary"].get(column.key, {}).get(end, "") for column in columns for end in ends]
+        cells = ["inf" if x is None else x if x == "" else repr(x) for x in figures]
+        writer.writerow([*(_blank(row[key]) for key in ROW), *cells])
     return text.getvalue()
 
 
@@ -154,17 +198,65 @@ def figure(value: float | None, digits: int | None) -> str:
     return f"{value:.3g}" if digits is None else f"{value:.{digits}f}"
 
 
+def _of_sets(evaluation: Mapping[str, Any], columns: set[str]) -> list[str]:
+    """How the figures of the set as a whole were made, if it has any."""
+    features = evaluation["protocol"].get("features")
+    if not features or features["distance"] not in columns:
+        return []
+    name = _NAMES.get(features["distance"], "Frechet (unknown Inception)")
+    kid = name.replace("Frechet", "KID") if name != "FID" else "KID"
+    against = features["reference"]
+    lines = [
+        f"{name}: Frechet distance of the first output of each picture, N = {features['count']} in every row, to "
+        f"{against}; {_network(features)}, {features['preprocessing']}. It depends on N: compare rows of one table."
+    ]
+    if f"kid{features['distance'].removeprefix('frechet').removeprefix('fid')}" in columns:
+        lines.append(
+            f"{kid}: kernel distance of the same features (1e-3), the mean over subsets of {features['subset']} where "
+            "there are more, and below 0 by chance or where outputs are close to their own originals."
+        )
+    if any(key.startswith("inception_score") for key in columns):
+        lines.append(f"IS: Inception score of the same network, {features['splits']} splits in random order.")
+    lines.append(
+        f"Intervals of these: 1.96 standard deviations of {features['resamples']} resamples of the pictures"
+        ", of KID's subsets and of IS's splits; none where there are too many features to resample."
+    )
+    if any(row["method"] == "original" for row in evaluation["rows"]):
+        halves = (
+            f"one random half of the originals, {features['count'] // 2}, beside the other: how far apart so few real "
+            "pictures are; a perfect method, beside its own originals, would have 0"
+        )
+        lines.append(f"Row 'original' of these: {features['original'] or halves}.")
+    return lines
+
+
+def _network(about: Mapping[str, Any]) -> str:
+    return f"{about['network']}, weights sha256 {about['sha256'][:16]}"
+
+
 def _row_cells(row: Mapping[str, Any]) -> list[str]:
-    scale = f"{row['scale']}x"
-    return [row["method"], scale, *(_blank(row[key]) for key in ("solver", "steps", "evaluations"))]
+    """A sampler that is not its solver's usual says so: only then are its steps not all there is to it."""
+    solver = _blank(row["solver"]) + (f" ({row['detail']})" if row.get("detail") else "")
+    return [
+        row["method"],
+        f"{row['scale']}x",
+        solver,
+        *(_blank(row[key]) for key in ("steps", "evaluations")),
+    ]
 
 
 def _mean(row: Mapping[str, Any], column: Column) -> str:
-    return figure(row["summary"][column.key]["mean"], column.digits)
+    ends = row["summary"].get(column.key)
+    return "" if ends is None else figure(ends["mean"], column.digits)
 
 
 def _interval(row: Mapping[str, Any], column: Column) -> str:
-    ends = row["summary"][column.key]
+    """A figure without an interval stands alone."""
+    ends = row["summary"].get(column.key)
+    if ends is None:
+        return ""
+    if "low" not in ends:
+        return figure(ends["mean"], column.digits)
     return f"{figure(ends['low'], column.digits)}..{figure(ends['high'], column.digits)}"
 
 

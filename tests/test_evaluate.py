@@ -12,18 +12,31 @@ import numpy as np
 import pytest
 import tiny
 
-from sr3_jax import evaluate, evaluation_files, images, metrics, scoring
+from sr3_jax import bench, evaluate, evaluation_files, images, meters, methods, metrics, scoring
+from sr3_jax.aliases import UserError
 from sr3_jax.checkpoint import export
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.experiment import read
-from sr3_jax.model import SOLVERS, from_config, inference_grid, load, solver_named
-from sr3_jax.outputs import SCORES
+from sr3_jax.model import from_config, load
 from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
+from sr3_jax.sampling import SOLVERS, evaluations, inference_grid, solver_named
 
 # Two sizes, which the model pads to one: compiling takes most of the time here.
 SIZES = {"b-wide": (41, 52), "a-tall": (54, 39), "c-wide": (40, 55)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plain():
+    """Without the weights of LPIPS, as these tests need none: tests/test_meters.py has them."""
+
+    def missing():
+        raise UserError("LPIPS needs weights that are not installed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meters, "load_lpips", missing)
+        yield
 
 
 def build(scale=4, seed=0):
@@ -120,7 +133,7 @@ def test_a_second_run_computes_only_what_is_missing_or_changed(house, finished, 
     whole = type(build()).upscale
 
     def counted(self, pictures, key, **options):
-        asked.append((pictures.shape, options["solver"], options["steps"]))
+        asked.append((pictures.shape, options["sampling"].solver, options["sampling"].steps))
         return whole(self, pictures, key, **options)
 
     monkeypatch.setattr("sr3_jax.model.Model.upscale", counted)
@@ -136,7 +149,7 @@ def test_a_second_run_computes_only_what_is_missing_or_changed(house, finished, 
     assert gone.read_bytes() == bytes_before
 
     asked.clear()
-    monkeypatch.setattr(evaluate, "fingerprint", lambda model: "other weights")
+    monkeypatch.setattr(methods, "fingerprint", lambda model: "other weights")
     assert run(house, "--steps", "2", "--solver", "ddim", out=out) == 0
     assert len(asked) == 5 and report(out)["outputs_reused"] == 3  # twice for each of two sizes
     monkeypatch.undo()
@@ -175,7 +188,7 @@ def test_two_scales_have_each_their_bicubic(house, tmp_path, capsys):
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
-    methods = [evaluate.bicubic(4)]
+    rows = [evaluate.bicubic(4)]
     good = open_source(f"folder:{house / 'in'}")
 
     def load_some(index):
@@ -185,9 +198,9 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
 
     calls = []
     source = Source("three", load_some, 3, file_name=good.file_name)
-    done = evaluate.evaluate(methods, source, tmp_path, on_output=lambda: calls.append(1))
+    done = evaluate.evaluate(rows, source, tmp_path, on_output=calls.append)
     assert done.failed == ("record 1: is truncated",)
-    assert [item.name for item in done.items] == ["a-tall", "c-wide"] and len(calls) == 3
+    assert [item.name for item in done.items] == ["a-tall", "c-wide"] and sum(calls) == 3
     assert done.scores[0]["psnr"].shape == (2, 1)
 
 
@@ -196,10 +209,10 @@ def test_each_picture_and_sample_has_noise_of_its_own(house, tmp_path):
         keys = {}
 
         def upscale(low_res, key):
-            keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key).tolist()))
+            keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key)[0].tolist()))
             return scoring.interpolated(low_res, 4)
 
-        method = evaluate.Method("m", 4, upscale, {}, "ddim", 2, 2)
+        method = evaluate.Method("m", 4, upscale, {}, "ddim", 2)
         source = open_source(f"folder:{house / 'in'}")
         evaluate.evaluate([method], source, folder, samples=2, seed=seed, limit=count)
         return {picture: set(of) for picture, of in keys.items()}
@@ -220,7 +233,7 @@ def test_a_model_without_finite_outputs_is_one_sentence(house, tmp_path, monkeyp
 
 
 def test_told_to_stop_it_keeps_what_is_there_and_the_next_run_goes_on(house, tmp_path, monkeypatch, capsys):
-    real, calls = evaluate.timed, []
+    real, calls = bench.timed, []
 
     def signalled(run, low_res, key, *, warm):
         calls.append(low_res.shape)
@@ -228,7 +241,7 @@ def test_told_to_stop_it_keeps_what_is_there_and_the_next_run_goes_on(house, tmp
             signal.raise_signal(signal.SIGTERM)
         return real(run, low_res, key, warm=warm)
 
-    monkeypatch.setattr(evaluate, "timed", signalled)
+    monkeypatch.setattr(bench, "timed", signalled)
     assert run(house, "--steps", "2", out=tmp_path) == 143
     assert "Stopped. Run the same command again to go on from there." in capsys.readouterr().err
     assert not (tmp_path / "evaluation.json").exists() and len(calls) == 3
@@ -243,8 +256,9 @@ def test_an_exact_output_has_infinite_psnr_and_the_files_are_json(tmp_path):
     )
     done = evaluate.evaluate([evaluate.bicubic(4)], flat, tmp_path)  # read back
     assert done.reused == 2 and done.scores[0]["psnr"].tolist() == [[np.inf]] * 2
-    lines = (tmp_path / "bicubic" / "4x" / SCORES).read_text().splitlines()
-    assert [json.loads(line)["scores"]["psnr"] for line in lines] == [None, None]
+    lines = (tmp_path / "bicubic" / "4x" / "scores.jsonl").read_text().splitlines()
+    found = [scores for line in lines for scores in json.loads(line)["measures"].values()]
+    assert [scores["psnr"] for scores in found] == [None, None]
     written = evaluation_files.assemble(
         done, [evaluate.bicubic(4)], [], source="flat", samples=1, seed=0, crop=None, seconds=1.0, command=[]
     )
@@ -267,13 +281,13 @@ def test_a_model_gives_a_row_for_each_solver_and_number_of_steps():
 
 def test_a_model_is_shown_by_its_own_sampler_or_by_most_steps():
     def method(name, solver, steps, own=False):
-        return evaluate.Method(name, 4, lambda low_res, key: low_res, {}, solver, steps, steps, own)
+        return evaluate.Method(name, 4, lambda low_res, key: low_res, {}, solver, steps, "", steps, own)
 
-    methods = [evaluate.bicubic(4), method("a", "ddim", 5, True), method("b", "ddim", 5)]
-    methods += [method("a", "ddim", 50), method("b", "ddim", 50), method("b", "heun", 50)]
-    groups = evaluation_files.by_model(methods)
+    rows = [evaluate.bicubic(4), method("a", "ddim", 5, True), method("b", "ddim", 5)]
+    rows += [method("a", "ddim", 50), method("b", "ddim", 50), method("b", "heun", 50)]
+    groups = evaluation_files.by_model(rows)
     assert groups == {"a": [1, 3], "b": [2, 4, 5]}
-    assert [evaluation_files.representative(methods, numbers) for numbers in groups.values()] == [1, 4]
+    assert [evaluation_files.representative(rows, numbers) for numbers in groups.values()] == [1, 4]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -294,7 +308,7 @@ def test_network_evaluations_are_counted_right(solver):
             schedule=schedule,
             solver=solver_named(solver),
         )
-    assert len(calls) == evaluate.evaluations(solver, 3)
+    assert len(calls) == evaluations(solver, 3)
 
 
 def test_only_new_sizes_are_run_twice_and_slow_ones_never(monkeypatch):
@@ -305,13 +319,13 @@ def test_only_new_sizes_are_run_twice_and_slow_ones_never(monkeypatch):
         return low_res
 
     picture = np.zeros((4, 4, 3), np.uint8)
-    assert evaluate.timed(upscale, picture, jax.random.key(3), warm=True)[0] is picture
+    assert bench.timed(upscale, picture, jax.random.key(3), warm=True)[0] is picture
     assert len(keys) == 1
-    evaluate.timed(upscale, picture, jax.random.key(3), warm=False)
+    bench.timed(upscale, picture, jax.random.key(3), warm=False)
     assert len(keys) == 3 and keys[1] == keys[2]
     clock = iter([0.0, 100.0, 100.0])
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
-    assert evaluate.timed(upscale, picture, jax.random.key(3), warm=False)[1] == 100.0
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.timed(upscale, picture, jax.random.key(3), warm=False)[1] == 100.0
     assert len(keys) == 4
 
 

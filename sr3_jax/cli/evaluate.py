@@ -12,6 +12,10 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sr3_jax.data.sources import Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +37,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", default="0", metavar="S", help="same seed, same outputs (default: 0)")
     parser.add_argument("--limit", metavar="N", help="only the first N pictures")
     parser.add_argument("--crop", metavar="C", help="only the centre of each picture, C x C pixels")
+    parser.add_argument(
+        "--batch", default="1", metavar="B",
+        help="outputs made at once, for many small pictures of one size (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classifier", metavar="SPEC",
+        help="recognition accuracy by a .safetensors file of sr3 train-classifier, an .onnx file or MODULE:FUNCTION",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", metavar="NAME",
+        help="the network of the Frechet distance and KID: inception:FILE (FID), alexnet, classifier or none "
+        "(default: alexnet, if sr3_jax[metrics] is installed)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="compare with these statistics, not with the originals"
+    )
+    parser.add_argument(
+        "--save-reference", type=Path, metavar="FILE", help="keep the statistics of the originals"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, or 1 when pictures were left out."""
+    """Exit code 0, or 1 (3 of several processes) when pictures were left out."""
     from tqdm import tqdm
 
-    from sr3_jax import evaluate, evaluation_files, model, outputs, scoring, tables
+    from sr3_jax import evaluate, evaluation_files, evaluation_parts, meters, model, outputs, scoring, tables
     from sr3_jax.aliases import UserError
     from sr3_jax.data.sources import open_source
+    from sr3_jax.features.statistics import save_statistics
+    from sr3_jax.processes import leave_together, start_processes
     from sr3_jax.signals import leave_if, polled_signals
 
     started = time.perf_counter()
@@ -50,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     samples, seed = _whole("--samples", args.samples), _whole("--seed", args.seed, least=0, most=2**32 - 1)
     limit = None if args.limit is None else _whole("--limit", args.limit)
     crop = None if args.crop is None else _whole("--crop", args.crop)
+    batch = _whole("--batch", args.batch)
+    mine, of = start_processes()
 
     names = list(dict.fromkeys(args.model or ["photo_4x"]))
     loaded = [model.load(name) for name in names]
@@ -58,32 +85,58 @@ def run(args: argparse.Namespace) -> int:
     if crop is not None and (crop % math.lcm(*scales) or crop < least):
         multiple = math.lcm(*scales)
         raise UserError(f"--crop={crop} must be a multiple of the scale, {multiple}, and at least {least}")
+    if args.save_reference and len(scales) > 1:
+        raise UserError("--save-reference takes models of one scale: others cut the originals otherwise")
+    source = open_source(args.data, min_side=crop or least)
+    setup = meters.open_setup(
+        features=args.features,
+        classifier=args.classifier,
+        labelled=_labelled(source),
+        reference=args.reference,
+        batch=batch,
+    )
+    if args.save_reference and setup.meters.network is None:
+        raise UserError("--save-reference needs a network: name it with --features")
     labels = evaluate.labels(names)
-    methods = [evaluate.bicubic(scale) for scale in scales]
+    methods = [evaluate.original(scale) for scale in scales] if setup.of_originals else []
+    methods += [evaluate.bicubic(scale) for scale in scales]
     for one, label in zip(loaded, labels, strict=True):
         methods += evaluate.sampled(one, label, solvers=solvers, steps=steps)
-    source = open_source(args.data, min_side=crop or least)
     folder = outputs.open_folder(args.output)
+    kept = folder / "outputs"
 
-    pictures = min(len(source), limit or len(source))
+    pictures = len(range(mine, min(len(source), limit or len(source)), of))
     total = evaluate.count_outputs(methods, pictures=pictures, samples=samples)
     with tqdm(total=total, unit="output", disable=None, file=sys.stderr) as bar, polled_signals() as stopped:
 
-        def tell() -> None:
-            bar.update()
+        def tell(count: int) -> None:
+            bar.update(count)
             leave_if(stopped())
 
-        done = evaluate.evaluate(
+        part = evaluate.measure_part(
             methods,
             source,
-            folder / "outputs",
+            kept,
+            meters=setup.meters,
             environment={"hardware": evaluation_files.hardware()},
             samples=samples,
             seed=seed,
             limit=limit,
             crop=crop,
+            batch=batch,
+            process=(mine, of),
             on_output=tell,
         )
+    parts = [part]
+    if of > 1:
+        evaluation_parts.write_part(kept, part, process=mine)
+        leave_together()
+        if mine > 0:
+            return 0  # the first one speaks for all
+        parts = [evaluation_parts.read_part(kept, process=number) for number in range(of)]
+    done = evaluate.put_together(
+        parts, methods, source.name, kept, meters=setup.meters, reference=setup.reference
+    )
     report = evaluation_files.assemble(
         done,
         methods,
@@ -92,17 +145,34 @@ def run(args: argparse.Namespace) -> int:
         samples=samples,
         seed=seed,
         crop=crop,
+        batch=batch,
+        processes=of,
         seconds=time.perf_counter() - started,
         command=["sr3", *sys.argv[1:]],
+        **meters.describe(setup, done),
     )
     evaluation_files.write_tables(folder, report)
     grids = evaluation_files.write_grids(folder, done, methods, source, crop=crop)
+    if args.save_reference and (how := evaluate.set_meter(kept, setup.meters)):
+        save_statistics(args.save_reference, evaluation_parts.reference_of(parts, 0, how))
     for failure in done.failed:
         print(f"left out: {failure}", file=sys.stderr)
     reused = f", {done.reused} outputs were there already" if done.reused else ""
     print(f"\n{tables.markdown(report)}")
     print(f"{', '.join(path.name for path in grids)} and evaluation.json, .md, .csv in {folder}{reused}")
-    return 1 if done.failed else 0
+    return (3 if of > 1 else 1) if done.failed else 0
+
+
+def _labelled(source: Source) -> bool:
+    """Whether the pictures have labels, by the first that can be read."""
+    from sr3_jax.pictures import PictureError
+
+    for index in range(len(source)):
+        try:
+            return "label" in source[index]
+        except PictureError:
+            continue
+    return False
 
 
 def _listed(option: str, text: str | None) -> list[str]:

@@ -1,0 +1,157 @@
+"""What each process of an evaluation found, and all of it put together: scores of every picture, figures of the set.
+
+Shape legend: P pictures, S samples. A part is plain values, so that it goes from process to process in a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sr3_jax.aliases import UserError
+from sr3_jax.features.figures import figures, figures_of_originals
+from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features.statistics import FeatureProtocol, Statistics, statistics_of
+from sr3_jax.outputs import write_text
+
+
+@dataclass(frozen=True)
+class Item:
+    """An evaluated picture: its place in the source, its name in files, and its size in the source."""
+
+    index: int
+    name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's part: of each picture its scores [S] (or [1]) by name, and digests of first output and original."""
+
+    scores: Sequence[Mapping[str, Sequence[float]]]
+    outputs: Sequence[str]
+    originals: Sequence[str]
+    reused: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process found: its pictures, a row a method, and (index, 'NAME: reason') of what cannot be read."""
+
+    items: Sequence[Item]
+    rows: Sequence[Row]
+    failed: Sequence[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class SetMeter:
+    """How features of the whole set are compared: `features` are kept by it, `logits` their last numbers.
+
+    reference: what outputs are compared with; None for their own originals.
+    """
+
+    features: KeptFeatures
+    protocol: FeatureProtocol
+    logits: int = 0
+    reference: Statistics | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """All pictures together.
+
+    Attributes:
+        scores: of each method {name: float64 [P,S] or [P,1]}; only what was measured of every picture.
+        sets: of each method {name: {'mean', 'low', 'high'}}, figures of all pictures together.
+        left_out: {name: of how many pictures it could not be measured}.
+        failed: 'NAME: reason' sentences.
+        reused: outputs that were there already.
+    """
+
+    items: tuple[Item, ...]
+    scores: tuple[Mapping[str, np.ndarray], ...]
+    sets: tuple[Mapping[str, Mapping[str, float]], ...]
+    left_out: Mapping[str, int]
+    failed: tuple[str, ...]
+    reused: int
+
+
+def write_part(folder: Path, part: Part, *, process: int) -> None:
+    """Write what process number `process` found. UserError if it cannot be written."""
+    write_text(_path(folder, process), json.dumps(dataclasses.asdict(part)))
+
+
+def read_part(folder: Path, *, process: int) -> Part:
+    """What process number `process` wrote."""
+    values: dict[str, Any] = json.loads(_path(folder, process).read_text(encoding="utf-8"))
+    items = [Item(**item) for item in values["items"]]
+    return Part(items, [Row(**row) for row in values["rows"]], [tuple(pair) for pair in values["failed"]])
+
+
+def combine(
+    parts: Sequence[Part], source: str, *, originals: Sequence[bool], set_meter: SetMeter | None = None
+) -> Evaluation:
+    """The parts of all processes as one evaluation, pictures in the order of the source.
+
+    Args:
+        originals: for each row, whether its outputs are the originals themselves.
+
+    Raises:
+        UserError: no picture of the source could be used.
+    """
+    failed = [reason for _, reason in sorted(pair for part in parts for pair in part.failed)]
+    items = [item for part in parts for item in part.items]
+    if not items:
+        raise UserError(f"none of the pictures of {source} can be used; the first: {failed[0]}")
+    order = sorted(range(len(items)), key=lambda at: items[at].index)
+
+    def joined(field: str, row: int) -> list[Any]:
+        values = [value for part in parts for value in getattr(part.rows[row], field)]
+        return [values[at] for at in order]
+
+    left_out: dict[str, int] = {}
+    scores, sets = [], []
+    for number, are_originals in enumerate(originals):
+        rows = joined("scores", number)
+        names = dict.fromkeys(name for row in rows for name in row)
+        lacking = {name: sum(name not in row for row in rows) for name in names}
+        left_out |= {name: count for name, count in lacking.items() if count}
+        scores.append(
+            {name: np.array([row[name] for row in rows], np.float64) for name in names if not lacking[name]}
+        )
+        outputs, reals = joined("outputs", number), joined("originals", number)
+        sets.append(_figures(set_meter, outputs, reals, are_originals) if set_meter else {})
+    reused = sum(row.reused for part in parts for row in part.rows)
+    return Evaluation(
+        tuple(items[at] for at in order), tuple(scores), tuple(sets), left_out, tuple(failed), reused
+    )
+
+
+def reference_of(parts: Sequence[Part], row: int, set_meter: SetMeter) -> Statistics:
+    """Statistics of the originals of one row, as a reference for other evaluations."""
+    digests = [text for part in parts for text in part.rows[row].originals]
+    features = set_meter.features.find(digests)
+    return statistics_of(features[:, : features.shape[1] - set_meter.logits], set_meter.protocol)
+
+
+def _figures(
+    meter: SetMeter, outputs: Sequence[str], originals: Sequence[str], are_originals: bool
+) -> dict[str, Mapping[str, float]]:
+    if meter.features.missing([*outputs, *originals]):  # some pictures are too small for the network
+        return {}
+    reals = meter.features.find(originals)
+    how: dict[str, Any] = {"logits": meter.logits, "reference": meter.reference}
+    if are_originals:
+        return figures_of_originals(reals, meter.protocol, **how)
+    return figures(meter.features.find(outputs), reals, meter.protocol, **how)
+
+
+def _path(folder: Path, process: int) -> Path:
+    return folder / f"part.{process}.json"

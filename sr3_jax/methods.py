@@ -1,0 +1,147 @@
+"""Ways to upscale, side by side: each is a row of an evaluation's table.
+
+Shape legend: B batch, h x w a low-res picture, s the scale. Pictures are uint8 NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sr3_jax import sampling as samplings
+from sr3_jax import scoring
+from sr3_jax.aliases import Key, UserError
+from sr3_jax.model import Model
+from sr3_jax.outputs import digest, file_name
+from sr3_jax.sampling import Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way to upscale: one row of the table.
+
+    Attributes:
+        name: 'original', 'bicubic', or the model's label.
+        run: (low_res uint8 [B,h,w,3], keys [B]) -> uint8 [B,s*h,s*w,3], back on the host; None for the originals,
+            which stand in the table for what a perfect method would get.
+        identity: plain values that say what `run` is: an output of another identity is another output.
+        solver, steps: None where there is no sampler.
+        detail: what else the sampler has that is not its solver's usual, in words.
+        evaluations: how often the network sees the whole picture.
+        own: whether the model itself would choose this sampler.
+    """
+
+    name: str
+    scale: int
+    run: Callable[[np.ndarray, Key], np.ndarray] | None
+    identity: Mapping[str, Any]
+    solver: str | None = None
+    steps: int | None = None
+    detail: str = ""
+    evaluations: int = 0
+    own: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where its outputs are, below the outputs of all."""
+        if not self.solver:
+            return f"{self.name}/{self.scale}x"
+        suffix = f"-{digest({'detail': self.detail})[:8]}" if self.detail else ""
+        return f"{self.name}/{self.solver}-{self.steps}{suffix}"
+
+    @property
+    def title(self) -> str:
+        """Its name in a picture grid."""
+        return f"{self.name} {self.solver} {self.steps} steps" if self.solver else self.name
+
+    def samples(self, asked: int) -> int:
+        """How many outputs of a picture it makes: one where nothing is drawn."""
+        return asked if self.solver else 1
+
+
+def original(scale: int) -> Method:
+    """The originals themselves."""
+    return Method("original", scale, None, {"original": scale})
+
+
+def bicubic(scale: int) -> Method:
+    """The baseline."""
+
+    def run(low_res: np.ndarray, keys: Key) -> np.ndarray:
+        return scoring.interpolated(low_res, scale)
+
+    return Method("bicubic", scale, run, {"bicubic": scale})
+
+
+def sampled(
+    model: Model, label: str, *, solvers: Sequence[str] = (), steps: Sequence[int] = ()
+) -> list[Method]:
+    """One method for each solver and number of steps; the model's own where none are given.
+
+    Raises:
+        UserError: there is no such solver or number of steps.
+    """
+    if model.network.regression:  # one pass, whatever is asked of the others
+        one = by_sampling(model, label, Sampling(model.solver, 1))
+        return [dataclasses.replace(one, solver=None, steps=None, evaluations=1, own=True)]
+    asked = [(solver, count) for solver in solvers or [model.solver] for count in steps or [model.steps]]
+    return [
+        by_sampling(model, label, model.sampling.asked(solver=solver, steps=count)) for solver, count in asked
+    ]
+
+
+def by_sampling(
+    model: Model, label: str, sampling: Sampling, *, weights: str | None = None, setup: str | None = None
+) -> Method:
+    """A model by one sampler.
+
+    Args:
+        weights, setup: `fingerprint` and `sampling.setup_of` of the model, where many methods share them.
+
+    Raises:
+        UserError: this model cannot be sampled so.
+    """
+    try:
+        sampling.grid(model.schedule)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
+
+    def run(low_res: np.ndarray, keys: Key) -> np.ndarray:
+        try:
+            return np.asarray(model.upscale(low_res, keys, sampling=sampling))
+        except FloatingPointError as error:  # a figure of a broken output would be no figure
+            raise UserError(f"{error} ({sampling.solver}, {sampling.steps} steps)") from error
+
+    values = dataclasses.asdict(sampling)
+    usual = dataclasses.asdict(Sampling(sampling.solver, sampling.steps))
+    return Method(
+        label,
+        model.scale,
+        run,
+        {
+            "weights": weights or fingerprint(model),
+            "setup": setup or samplings.setup_of(model.config),
+            "sampling": values,
+        },
+        solver=sampling.solver,
+        steps=sampling.steps,
+        detail=", ".join(f"{name} {value}" for name, value in values.items() if value != usual[name]),
+        evaluations=sampling.evaluations,
+        own=sampling == model.sampling,
+    )
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 of a model's weights."""
+    return samplings.fingerprint(model.params)
+
+
+def labels(names: Sequence[str | Path]) -> list[str]:
+    """A short name for each model path or name, for tables and folders: the last part, made unique."""
+    taken = {"bicubic", "original"}
+    return [file_name(Path(name).resolve().name.removesuffix(".safetensors"), taken) for name in names]
