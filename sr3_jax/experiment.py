@@ -13,9 +13,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sr3_jax import model as models
+from sr3_jax import parts
 from sr3_jax.aliases import Key, Params, UserError
-from sr3_jax.augment import Augmentation
 from sr3_jax.diffusion.loss import min_snr
 from sr3_jax.fields import DEFAULTS, check_ranges, check_section, parse, refuse, typed
 from sr3_jax.nn.unet import UNet
@@ -41,7 +40,7 @@ class Experiment:
 
     def init_params(self, key: Key) -> Params:
         """Fresh weights."""
-        return models.init_params(self.objective.network, key)
+        return parts.init_params(self.objective.network, key)
 
     def optimizer(self) -> Any:
         """The optimiser with its schedule."""
@@ -63,7 +62,7 @@ class Experiment:
 
 def build_network(section: Mapping[str, Any] | ConfigDict) -> UNet:
     """The network of a config's `model` section; missing fields take their defaults."""
-    network = models.build_network(complete({"model": _plain(section)})["model"])
+    network = parts.build_network(complete({"model": _plain(section)})["model"])
     _check_network(network)
     return network
 
@@ -71,7 +70,7 @@ def build_network(section: Mapping[str, Any] | ConfigDict) -> UNet:
 def count_parameters(config: ConfigDict | Mapping[str, Any]) -> int:
     """The number of weights of a config's network, from shapes alone: no array is made."""
     network = build_network(config["model"])
-    shapes = jax.eval_shape(lambda key: models.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
@@ -150,13 +149,13 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
     if diffusion["num_steps"] < 2:
         refuse("diffusion", "num_steps", diffusion["num_steps"], "be at least 2")
     try:
-        schedule = models.build_schedule(diffusion)
+        schedule = parts.build_schedule(diffusion)
     except ValueError as error:  # betas so large that no signal is left in float64
         raise UserError(f"config.diffusion makes no noise schedule ({error}); lower beta_end") from None
     objective = Objective(
         network=network,
         schedule=schedule,
-        space=models.build_space(diffusion),
+        space=parts.build_space(diffusion),
         kind=diffusion["kind"],
         norm=diffusion["norm"],
         weighting=min_snr() if diffusion["weighting"] == "min_snr" else None,
@@ -167,13 +166,10 @@ def read(given: ConfigDict | Mapping[str, Any]) -> Experiment:
 
 def _task(config: Mapping[str, Any]) -> Task:
     model, data = config["model"], config["data"]
-    augmentation = None
-    if data["augment"] != "none":
-        augmentation = Augmentation(data["augment"], data["augment_largest"], data["augment_share"])
     return Task(
         scale=data["scale"] if model["low_res"] else None,
         shrink=data["shrink"],
-        augmentation=augmentation,
+        augmentation=parts.build_augmentation(data),
         num_classes=model["num_classes"],
         label_dropout=data["label_dropout"],
     )

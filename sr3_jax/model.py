@@ -19,28 +19,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sr3_jax import parallel
-from sr3_jax.aliases import Conditioning, Denoiser, Key, Params, UserError
+from sr3_jax.aliases import Denoiser, Key, Params, UserError
 from sr3_jax.checkpoint import CONFIG_FILE, load_ema, read_config, read_export
-from sr3_jax.diffusion import schedule as schedules
 from sr3_jax.diffusion.process import Kind
-from sr3_jax.diffusion.sampler import sample
 from sr3_jax.diffusion.schedule import NoiseSchedule
-from sr3_jax.diffusion.solvers import Solver, with_coefficients
 from sr3_jax.diffusion.space import Space
-from sr3_jax.diffusion.tiling import tiled
-from sr3_jax.images import to_uint8, to_unit
+from sr3_jax.draw import apply, drawn
 from sr3_jax.nn.unet import UNet
-from sr3_jax.parts import build_network as build_network
-from sr3_jax.parts import build_schedule as build_schedule
-from sr3_jax.parts import build_space as build_space
-from sr3_jax.sampling import SOLVERS as SOLVERS
+from sr3_jax.parts import Stage, build_augmentation, build_network, build_schedule, build_space, check_params
 from sr3_jax.sampling import Sampling, find_stored
-from sr3_jax.sampling import inference_grid as inference_grid
-from sr3_jax.sampling import solver_named as solver_named
-from sr3_jax.train.examples import condition
 
 SHIPPED = Path(__file__).parent / "models"
-TILE, OVERLAP = 1024, 64  # high-res pixels; about 1 GB of activations at the shipped model's width
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +39,7 @@ class Model:
     Attributes:
         name: where it came from.
         params: float32 weights (the moving average of training).
-        scale: s, the super-resolution factor.
+        scale: s, the super-resolution factor; 1 where there is no low-res image.
         sampling: the sampler used when none is asked for: what was stored beside the model, else its config's.
         config: the config it was trained with, as plain values.
     """
@@ -65,6 +54,12 @@ class Model:
     sampling: Sampling
     config: Mapping[str, Any]
     _copies: dict[Mesh, Params] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def stage(self) -> Stage:
+        """What it makes, and of what."""
+        section = self.config.get("stage", {"name": "", "size": 0})
+        return Stage(section["name"], section["size"], self.scale if self.network.low_res else None)
 
     @property
     def steps(self) -> int:
@@ -86,13 +81,14 @@ class Model:
 
     def denoiser(self) -> Denoiser:
         """The network with its weights, as the diffusion core takes it."""
-        return functools.partial(_denoise, self.network, self.params)
+        return functools.partial(apply, self.network, self.params)
 
     def upscale(
         self,
         images: np.ndarray | jax.Array,
         key: Key,
         *,
+        labels: np.ndarray | None = None,
         steps: int | None = None,
         solver: str | None = None,
         sampling: Sampling | None = None,
@@ -105,87 +101,131 @@ class Model:
 
         Args:
             key: one key, or [B] keys, which make each output independent of its batch.
+            labels: [B] of pictures that have a class; None: they have none.
             steps: N of the sampler; None for that of `sampling`.
             solver: 'ancestral', 'ddim', 'dpmpp_2m' or 'heun'; None for that of `sampling`. Steps or a solver other
                 than those of `sampling` are sampled on the solver's own grid (see `Sampling.asked`).
             sampling: the whole sampler; None for the model's own.
 
         Raises:
-            UserError: `steps` or `solver` is out of range, or the model is of labelled pictures.
+            UserError: `steps`, `solver`, `labels` or `sampling` is not for this model.
             ValueError: the images are not uint8 [B,h,w,3].
             FloatingPointError: the network's output is not finite: a black picture is never returned for one.
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 [B,h,w,3], got {images.dtype} {images.shape}")
-        if self.network.num_classes:
+        if not self.network.low_res:
             raise UserError(
-                f"model {self.name} needs the class of each picture (num_classes={self.network.num_classes}), which "
-                "nothing gives here; use a model trained with config.model.num_classes=0"
+                f"model {self.name} takes no picture (config.model.low_res is false): use sr3 generate"
             )
         height, width = images.shape[1:3]
         unit = self.network.stride // math.gcd(self.network.stride, self.scale)
         padding = [(0, _bucket(side, unit) - side) for side in (height, width)]
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
         chosen = (self.sampling if sampling is None else sampling).asked(steps=steps, solver=solver)
-        mesh = parallel.mesh_for_batch(len(images))
-        params = self._on(mesh)
-        output, finite = _upscale(
-            params,
-            jax.device_put(padded, parallel.batch_sharding(mesh)),
-            jax.device_put(key, parallel.batch_sharding(mesh) if key.ndim else parallel.replicated(mesh)),
-            jax.device_put(chosen.coefficients(self.schedule), parallel.replicated(mesh)),
+        shape = (len(images), *(side * self.scale for side in padded.shape[1:3]), self.network.out_channels)
+        output = self._draw(shape, padded, self._labels(labels, len(images)), key, chosen)
+        return output[:, : height * self.scale, : width * self.scale]
+
+    def generate(
+        self,
+        count: int,
+        key: Key,
+        *,
+        labels: np.ndarray | None = None,
+        size: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> np.ndarray:
+        """uint8 [count,size,size,3] drawn from noise alone, by a base stage of a cascade.
+
+        Args:
+            key: one key, or [count] keys, which make each picture independent of its batch.
+            labels: [count], the class of each; None: of any.
+            size: side in pixels; None for that of its training.
+            sampling: the sampler; None for the model's own.
+
+        Raises:
+            UserError: the model needs a low-res picture; `labels`, `size` or `sampling` is not for it.
+            FloatingPointError: the network's output is not finite.
+        """
+        if self.network.low_res:
+            raise UserError(f"model {self.name} makes large pictures of small ones: use sr3 upscale")
+        side = (self.stage.size or self.config["data"]["crop"]) if size is None else size
+        if side < 1 or side % self.network.stride:
+            raise UserError(
+                f"size must be a multiple of {self.network.stride} for model {self.name}, got {side}"
+            )
+        shape = (count, side, side, self.network.out_channels)
+        chosen = self.sampling if sampling is None else sampling
+        return self._draw(shape, None, self._labels(labels, count), key, chosen)
+
+    def _labels(self, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+        """[count] int32 for the network, 'no label' where none are given; UserError if it cannot do without."""
+        classes = self.network.num_classes
+        if not classes:
+            if labels is not None:
+                raise UserError(f"model {self.name} was trained without labels: give none")
+            return None
+        if labels is None:
+            if not self.config["data"].get("label_dropout"):
+                raise UserError(
+                    f"model {self.name} needs the class of each picture, 0 to {classes - 1}: give labels, or use a "
+                    "model trained with config.data.label_dropout above 0 or config.model.num_classes=0"
+                )
+            return np.full(count, classes, np.int32)
+        labels = np.asarray(labels)
+        if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels must be {count} whole numbers, got {labels.dtype} {labels.shape}")
+        if count and (labels.min() < 0 or labels.max() >= classes):
+            wrong = int(labels[(labels < 0) | (labels >= classes)][0])
+            raise UserError(f"label {wrong} is none of model {self.name}: its classes are 0 to {classes - 1}")
+        return labels.astype(np.int32)
+
+    def _draw(
+        self,
+        shape: tuple[int, int, int, int],
+        images: np.ndarray | None,
+        labels: np.ndarray | None,
+        key: Key,
+        sampling: Sampling,
+    ) -> np.ndarray:
+        guidance, strength = sampling.guidance, sampling.augment
+        if guidance != 1 and not (self.network.num_classes and self.config["data"].get("label_dropout")):
+            raise UserError(
+                f"guidance={guidance:g} needs a model trained with config.data.label_dropout, which {self.name} was not"
+            )
+        if strength and not self.network.augment:
+            raise UserError(
+                f"augment={strength:g} needs a model trained with config.model.augment, which {self.name} was not"
+            )
+        mesh = parallel.mesh_for_batch(shape[0])
+        rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+        output, finite = drawn(
+            self._on(mesh),
+            {
+                name: jax.device_put(value, rows)
+                for name, value in (("image", images), ("label", labels))
+                if value is not None
+            },
+            jax.device_put(key, rows if key.ndim else everywhere),
+            jax.device_put(sampling.coefficients(self.schedule), everywhere),
+            None if guidance == 1 else jax.device_put(np.float32(guidance), everywhere),
+            None if not strength else jax.device_put(np.float32(strength), everywhere),
+            shape=shape,
             mesh=mesh,
             network=self.network,
-            solver=chosen.program,
+            solver=sampling.program,
             kind=self.kind,
             space=self.space,
             scale=self.scale,
+            augmentation=build_augmentation(self.config["data"]) if strength else None,
         )
         if not finite:
             raise FloatingPointError(
                 f"model {self.name} gave values that are not finite; try other steps or another solver, and float32"
             )
-        return np.asarray(output)[:, : height * self.scale, : width * self.scale]
-
-
-def _denoise(
-    network: UNet, params: Params, y_t: jax.Array, gamma: jax.Array, cond: Conditioning
-) -> jax.Array:
-    return network.apply({"params": params}, y_t, gamma, cond)
-
-
-_STATIC = ("mesh", "network", "solver", "kind", "space", "scale")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _upscale(
-    params: Params,
-    images: jax.Array,
-    key: Key,
-    table: Any,
-    *,
-    mesh: Mesh,
-    network: UNet,
-    solver: Solver,
-    kind: Kind,
-    space: Space,
-    scale: int,
-) -> tuple[jax.Array, jax.Array]:
-    # Each device works on its own rows: said of what comes out too, so that XLA cannot choose otherwise.
-    cond = condition(to_unit(images), scale)
-    whole = functools.partial(_denoise, network, params)
-    denoiser = tiled(whole, tile=TILE, overlap=OVERLAP, stride=network.stride)
-    shape = cond["upsampled"].shape
-    # All grids of one length share this program: the solver has its coefficients from the table, and of the
-    # schedule only the length counts.
-    any_grid = schedules.linear(len(jax.tree.leaves(table)[0]))
-    solver = with_coefficients(solver, table)
-    samples = sample(
-        denoiser, key, cond, shape=shape, schedule=any_grid, solver=solver, kind=kind, space=space
-    )
-    output = jax.lax.with_sharding_constraint(to_uint8(samples.image), parallel.batch_sharding(mesh))
-    return output, jnp.all(jnp.isfinite(samples.image))
+        return np.asarray(output)
 
 
 def _bucket(side: int, unit: int) -> int:
@@ -195,35 +235,12 @@ def _bucket(side: int, unit: int) -> int:
     return -(-side // step) * step
 
 
-def init_params(network: UNet, key: Key) -> Params:
-    """Fresh weights of a network, from the smallest input that it takes."""
-    image = jnp.zeros((1, network.stride, network.stride, network.out_channels))
-    cond: Conditioning = {"upsampled": image} if network.low_res else {}
-    if network.num_classes:
-        cond = {**cond, "label": jnp.zeros((1,), jnp.int32)}
-    return network.init(key, image, jnp.full((1,), 0.5), cond)["params"]
-
-
-def _check_params(network: UNet, params: Params, name: str) -> None:
-    wanted = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
-    shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (wanted, params))
-    ]
-    if shapes[0] != shapes[1]:
-        wrong = min(path for path, _ in shapes[0].items() ^ shapes[1].items())
-        raise UserError(
-            f"the weights of model {name} are not those of the network in its config (they differ at {wrong}); "
-            "export or train it again"
-        )
-
-
 def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:
     """A model from weights and the config that a run or an export carries."""
     try:
         diffusion = config["diffusion"]
         network = build_network(config["model"])
-        _check_params(network, params, name)
+        check_params(network, params, name)
         return Model(
             name=name,
             network=network,

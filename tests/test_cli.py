@@ -18,7 +18,7 @@ from hostile import encode, pixels
 from stand_in import StandIn
 
 import sr3_jax
-from sr3_jax import cli, model
+from sr3_jax import cli, model, parts
 from sr3_jax.checkpoint import export
 from sr3_jax.cli.main import commands, main
 from sr3_jax.experiment import complete
@@ -259,7 +259,7 @@ def test_a_real_model_end_to_end(folder, capsys):
     """An exported network of a few weights: odd sizes, and the same bytes however often and wherever."""
     config = complete(tiny.config())
     network = model.build_network(config["model"])
-    shapes = jax.eval_shape(lambda key: model.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
     params = tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
     export(folder / "tiny.safetensors", params, config)
     (folder / "in" / "odd.png").write_bytes(encode(pixels(9, 13), "PNG"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from sr3_jax import checkpoint, experiment, parallel
+from sr3_jax import checkpoint, draw, experiment, parallel, parts
 from sr3_jax import model as models
 from sr3_jax.aliases import UserError
 from sr3_jax.cli import main as cli
+from sr3_jax.sampling import Sampling
 from sr3_jax.train.state import start_from
 from tests import tiny
 
@@ -32,7 +34,7 @@ def config(**sections) -> dict:
 
 def params_of(config: dict, *, size: float = 0.1):
     network = experiment.build_network(config["model"])
-    shapes = jax.eval_shape(lambda key: models.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
     return tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), size=size)
 
 
@@ -105,7 +107,7 @@ def test_with_a_key_each_an_output_does_not_depend_on_its_batch(model):
 
 def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, monkeypatch):
     seen = []
-    real = models._upscale
+    real = draw.drawn
 
     def upscale(*arguments, **options):
         seen.append(real.lower(*arguments, **options).compile().as_text())
@@ -113,7 +115,7 @@ def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, mon
         seen.append(output)
         return output, finite
 
-    monkeypatch.setattr(models, "_upscale", upscale)
+    monkeypatch.setattr(models, "drawn", upscale)
     images = np.concatenate([pictures(1, 8, 8)] * 16)
     images[8:] = 255 - images[8:]
     output = model.upscale(images, keys(*range(16)))
@@ -192,10 +194,81 @@ def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
         assert len(set(sides.values())) < 80
 
 
-def test_a_model_of_labelled_pictures_is_refused_by_name():
-    labelled = make(model={"num_classes": 10})
-    with pytest.raises(UserError, match=r"model tiny needs the class of each picture \(num_classes=10\)"):
-        labelled.upscale(pictures(1, 8, 8), jax.random.key(0))
+def test_labels_are_asked_for_checked_and_used():
+    labelled = make(model={"num_classes": 10}, data={"label_dropout": 0.0})
+    images = np.concatenate([pictures(1, 8, 8)] * 2)
+    with pytest.raises(UserError, match="model tiny needs the class of each picture, 0 to 9: give labels"):
+        labelled.upscale(images, keys(3, 3))
+    with pytest.raises(UserError, match="label 10 is none of model tiny: its classes are 0 to 9"):
+        labelled.upscale(images, keys(3, 3), labels=np.array([0, 10]))
+    with pytest.raises(ValueError, match=r"labels must be 2 whole numbers, got int64 \(3,\)"):
+        labelled.upscale(images, keys(3, 3), labels=np.array([0, 1, 2]))
+    with pytest.raises(UserError, match="model tiny was trained without labels: give none"):
+        make().upscale(images, keys(3, 3), labels=np.array([0, 1]))
+    first, other = labelled.upscale(images, keys(3, 3), labels=np.array([2, 5]))
+    assert (first != other).any()
+    free = make(model={"num_classes": 10}, data={"label_dropout": 0.5})
+    none, told = free.upscale(images, keys(3, 3)), free.upscale(images, keys(3, 3), labels=np.array([2, 5]))
+    assert (none[0] == none[1]).all() and (none != told).any()
+
+
+BASE = {
+    "model": {"low_res": False, "num_classes": 3},
+    "diffusion": {"space": "image", "kind": "v"},
+    "data": {"scale": 1, "label_dropout": 0.1, "crop": 16, "shrink": 2},
+    "stage": {"name": "base", "size": 8},
+}
+
+
+def test_a_base_stage_draws_pictures_of_noise_each_by_its_key_and_label():
+    base = make(size=0.3, **BASE)
+    together = base.generate(3, keys(4, 5, 4), labels=np.array([0, 0, 1]))
+    assert together.shape == (3, 8, 8, 3) and together.dtype == np.uint8
+    assert (together[0] != together[1]).any() and (together[0] != together[2]).any()
+    alone = base.generate(1, keys(5), labels=np.array([0]))
+    assert np.abs(alone[0].astype(int) - together[1]).max() <= 1
+    assert base.generate(2, jax.random.key(0), size=12).shape == (2, 12, 12, 3)
+    with pytest.raises(UserError, match=r"size must be a multiple of 2 for model tiny, got 9"):
+        base.generate(1, keys(0), size=9)
+    with pytest.raises(UserError, match=r"model tiny takes no picture .* use sr3 generate"):
+        base.upscale(pictures(1, 8, 8), keys(0))
+    with pytest.raises(UserError, match=r"model tiny makes large pictures of small ones: use sr3 upscale"):
+        make().generate(1, keys(0))
+    assert base.stage == parts.Stage("base", 8, None) and make().stage == parts.Stage("", 0, 4)
+
+
+def test_guidance_goes_on_from_no_label_through_the_label():
+    """At 0 it is the picture of no label, at 1 that of the label, from 1 on another, by twice the network's batch."""
+    base = make(size=0.3, **BASE)
+    labels = np.array([1, 2])
+
+    def drawn(guidance, labels=labels):
+        return base.generate(2, keys(7, 8), labels=labels, sampling=replace(base.sampling, guidance=guidance))
+
+    np.testing.assert_array_equal(drawn(0.0), base.generate(2, keys(7, 8)))
+    labelled = base.generate(2, keys(7, 8), labels=labels)
+    np.testing.assert_array_equal(drawn(1.0), labelled)
+    assert (drawn(3.0) != labelled).any()
+    before = draw.drawn._cache_size()
+    drawn(2.0)
+    assert draw.drawn._cache_size() == before
+    with pytest.raises(UserError, match=r"guidance=2 needs a model trained with config.data.label_dropout"):
+        make().upscale(pictures(1, 8, 8), keys(0), sampling=Sampling("ddim", 2, guidance=2.0))
+
+
+def test_augmentation_when_sampling_is_of_the_asked_strength_and_told():
+    augmented = make(
+        model={"augment": True}, data={"augment": "blur", "augment_largest": 2.0, "augment_share": 0.5}
+    )
+    images, plain = pictures(2, 8, 8), augmented.upscale(pictures(2, 8, 8), keys(0, 1))
+
+    def at(strength):
+        return augmented.upscale(images, keys(0, 1), sampling=replace(augmented.sampling, augment=strength))
+
+    np.testing.assert_array_equal(at(0.0), plain)
+    assert np.abs(at(1.0).astype(int) - plain).mean() > np.abs(at(0.2).astype(int) - plain).mean() > 0
+    with pytest.raises(UserError, match=r"augment=0.5 needs a model trained with config.model.augment"):
+        make().upscale(images, keys(0, 1), sampling=Sampling("ddim", 2, augment=0.5))
 
 
 def test_a_model_whose_numbers_are_not_finite_says_so():
@@ -212,13 +285,13 @@ def test_a_model_whose_numbers_are_not_finite_says_so():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(models, "TILE", 64)
-    monkeypatch.setattr(models, "OVERLAP", 24)
+    monkeypatch.setattr(draw, "TILE", 64)
+    monkeypatch.setattr(draw, "OVERLAP", 24)
 
 
 def test_a_large_picture_goes_through_tiles_of_the_networks_size(small_tiles, monkeypatch):
     seen = []
-    tiled = models.tiled
+    tiled = draw.tiled
 
     def spied(denoiser, **options):
         def spy(y_t, gamma, cond):
@@ -227,7 +300,7 @@ def test_a_large_picture_goes_through_tiles_of_the_networks_size(small_tiles, mo
 
         return tiled(spy, **options)
 
-    monkeypatch.setattr(models, "tiled", spied)
+    monkeypatch.setattr(draw, "tiled", spied)
     output = make(size=0.0, diffusion={"kind": "y0"}).upscale(pictures(1, 40, 24), jax.random.key(0))
     assert output.shape == (1, 160, 96, 3)
     assert set(seen) == {(1, 64, 64, 3)}
@@ -238,8 +311,8 @@ def test_a_large_picture_is_nearly_the_same_in_tiles_as_in_one_piece(monkeypatch
     smooth = PillowImage.fromarray(pictures(4, 4)).resize((40, 40), PillowImage.Resampling.BICUBIC)
     outputs = []
     for tile, overlap in ((1024, 64), (64, 24)):
-        monkeypatch.setattr(models, "TILE", tile)
-        monkeypatch.setattr(models, "OVERLAP", overlap)
+        monkeypatch.setattr(draw, "TILE", tile)
+        monkeypatch.setattr(draw, "OVERLAP", overlap)
         strong = make(size=0.4, diffusion={"kind": "y0"})
         outputs.append(strong.upscale(np.asarray(smooth)[None], jax.random.key(4))[0].astype(float))
     whole, in_tiles = outputs

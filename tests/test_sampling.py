@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import checkpoint, experiment, sampling
+from sr3_jax import checkpoint, draw, experiment, parts, sampling
 from sr3_jax import model as models
 from sr3_jax.aliases import UserError
 from sr3_jax.cli import main as cli
@@ -36,7 +36,7 @@ def config(**sections) -> dict:
 
 def params_of(values: dict, *, seed: int = 0):
     network = experiment.build_network(values["model"])
-    shapes = jax.eval_shape(lambda key: models.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return tiny.perturbed(zeros, seed=seed)
 
@@ -122,14 +122,14 @@ def test_coefficients_as_an_argument_give_what_the_schedule_gives(chosen):
 def test_samplings_of_one_solver_and_length_share_a_program(tmp_path):
     model = exported(tmp_path / "m.safetensors")
     model.upscale(pictures(), jax.random.key(0), sampling=Sampling("ancestral", 5))
-    before = models._upscale._cache_size()
+    before = draw.drawn._cache_size()
     outputs = [
         model.upscale(
             pictures(), jax.random.key(0), sampling=dataclasses.replace(SEARCHED, steps=5, **change)
         )
         for change in ({}, {"variance": 0.9}, {"spacing": "karras"}, {"noisiest": 2.0})
     ]
-    assert models._upscale._cache_size() == before
+    assert draw.drawn._cache_size() == before
     assert len({output.tobytes() for output in outputs}) == 4
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sr3_jax.aliases import Conditioning, Denoiser, Image, NoiseLevel
 
 
-def guided(denoiser: Denoiser, *, guidance: float, no_label: int) -> Denoiser:
+def guided(denoiser: Denoiser, *, guidance: float | jax.Array, no_label: int) -> Denoiser:
     """The denoiser whose prediction is `without + guidance * (with - without)` the label.
 
     One call of twice the batch. At guidance 1 it is the denoiser itself and costs nothing; 0 ignores the label.
@@ -16,9 +16,10 @@ def guided(denoiser: Denoiser, *, guidance: float, no_label: int) -> Denoiser:
 
     Args:
         denoiser: trained with label dropout, else what it says of `no_label` means nothing.
+        guidance: 0 or more; as an array it may change without a new compilation, and always costs twice.
         no_label: the label that means none.
     """
-    if guidance == 1.0:
+    if isinstance(guidance, int | float) and guidance == 1:
         return denoiser
 
     def call(y_t: Image, gamma: NoiseLevel, cond: Conditioning) -> jax.Array:

@@ -65,7 +65,7 @@ def sample(
             return jax.random.normal(keys, shape)
         return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
 
-    start, rest = _pair(key)  # so that y_T is the same for every solver and number of steps
+    start, rest = split(key)  # so that y_T is the same for every solver and number of steps
     carry, table = solver.init(schedule, noise(start))
     kept = jnp.zeros((num_steps // snapshots, *shape)) if snapshots else None
 
@@ -85,7 +85,7 @@ def sample(
     return Samples(jnp.clip(space.decode(carry.y, cond), -1.0, 1.0), kept)
 
 
-def _pair(key: Key) -> tuple[Key, Key]:
+def split(key: Key) -> tuple[Key, Key]:
     """Two keys from one, or two [B] from [B]."""
     if key.ndim == 0:
         first, second = jax.random.split(key)

@@ -14,7 +14,7 @@ from sr3_jax.aliases import Conditioning, Key, Params
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.images import picture_grid, to_uint8, upsample
 from sr3_jax.metrics import consistency, psnr
-from sr3_jax.model import inference_grid, solver_named
+from sr3_jax.sampling import inference_grid, solver_named
 from sr3_jax.train.examples import Batch, condition
 from sr3_jax.train.step import Objective, batch_losses
 
