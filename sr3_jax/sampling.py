@@ -202,7 +202,12 @@ def beside(model: Path) -> Path:
 def store(path: Path, stored: Stored) -> None:
     """Write a sampling file. UserError if it cannot be written."""
     values = {"format": FORMAT, **dataclasses.asdict(stored)}
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    try:
+        write_text(path, json.dumps(values, indent=2) + "\n")
+    except UserError as error:
+        raise UserError(
+            f"{path} cannot be written: bring the model to a folder of yours with sr3 export"
+        ) from error
 
 
 def read_stored(path: Path) -> Stored:

@@ -1,0 +1,300 @@
+"""Find how a model is best sampled, at a fixed number of network evaluations, and keep it as the model's default.
+
+Spacing and ends of the grid of noise levels and the noise of each step are searched for each solver on crops of
+held-out pictures, as the paper did. Half of the pictures (or --eval-data) is not searched on: what is found is stored
+beside the model only if it beats the model's default there. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least 1")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return list(dict.fromkeys(_count(part) for part in text.split(",")))
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not a seed: choose one of 0 to {2**32 - 1}")
+    return value
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a time: it must be above 0")
+    return value
+
+
+# in errors
+_count.__name__, _seed.__name__, _minutes.__name__ = "whole number", "whole number", "number"
+_counts.__name__ = "list of whole numbers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="PATH_OR_NAME",
+        help="a workdir, an exported .safetensors file or a shipped model's name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", required=True, metavar="SOURCE",
+        help="photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH, which the model was not trained on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eval-data", metavar="SOURCE",
+        help="pictures to see on what the found sampling is worth (default: every second one of --data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR",
+        help="the folder for search.md, search.json and search.jsonl, in which every score is kept",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metric", default="lpips", metavar="NAME",
+        help="lpips (default), frechet (of AlexNet's features, 100 crops at least), psnr, ssim, psnr_luma, ssim_luma, "
+        "consistency or mean_colour_error",
+    )  # fmt: skip
+    parser.add_argument("--solver", type=_names, metavar="NAME,NAME", help="sampling methods (default: all)")
+    parser.add_argument(
+        "--steps", type=_counts, metavar="N,N",
+        help="network evaluations, of which Heun's method takes two a step (default: the model's)",
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=_minutes, metavar="T", help="end the search after so long")
+    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N pictures")
+    parser.add_argument(
+        "--crop", type=_count, metavar="C", help="side of a crop in pixels (default: as in training)"
+    )
+    parser.add_argument(
+        "--crops",
+        type=_count,
+        metavar="N",
+        help="crops to search on, and as many to see on (default: 32; frechet: 128)",
+    )
+    parser.add_argument(
+        "--candidates", type=_count, default=24, metavar="N", help="samplings to start with (default: 24)"
+    )
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="S", help="same seed, same search (default: 0)"
+    )
+    parser.add_argument("--no-store", action="store_true", help="leave the model's default as it is")
+    parser.add_argument(
+        "--no-guard", action="store_true",
+        help="let a sampling win that agrees much less with the low-res pictures than the default does",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0, also where the model's default stands."""
+    from tqdm import tqdm
+
+    from sr3_jax import __version__, model, outputs, search, search_report, search_scores
+    from sr3_jax.aliases import UserError
+    from sr3_jax.sampling import SOLVERS, Sampling, Stored, beside, fingerprint, setup_of, store
+    from sr3_jax.signals import leave_if, polled_signals
+
+    started = time.perf_counter()
+    if args.metric not in search_scores.METRICS:
+        raise UserError(f"--metric must be one of {', '.join(search_scores.METRICS)}, got {args.metric!r}")
+    loaded = model.load(args.model)
+    if loaded.network.regression:
+        raise UserError(
+            f"model {loaded.name} is a regression, of one pass without a schedule: name another model"
+        )
+    own = Sampling(loaded.config["eval"]["solver"], loaded.config["eval"]["steps"])
+    solvers, budgets = args.solver or list(SOLVERS), args.steps or [own.evaluations]
+    plain = {
+        (solver, budget): Sampling(solver, search.steps_for(solver, budget))
+        for budget in budgets
+        for solver in dict.fromkeys([own.solver, *solvers])
+    }
+    usual = {budget: plain[own.solver, budget] for budget in budgets}
+    for sampling in plain.values():
+        sampling.grid(loaded.schedule)  # which may say what is wrong with so many steps
+    place = beside(model.locate(args.model))
+    if not args.no_store:
+        outputs.open_folder(place.parent)  # now rather than after an hour
+    folder = outputs.open_folder(args.output)
+    crops, batch, crop = _open_crops(args, loaded)
+    measures, features = _open_measures(args.metric, crop)
+    ledger = search_scores.Ledger(folder / "search.jsonl")
+    counts = [len(one.images) for one in crops]
+    rounds = [batch * 2**power for power in range(math.ceil(math.log2(counts[0] / batch)))] + [counts[0]]
+    if args.metric == "frechet":
+        rounds = [count for count in rounds if count >= search_scores.LEAST_FRECHET]
+    with tqdm(unit="batch", disable=None, file=sys.stderr) as bar, polled_signals() as stopped:
+
+        def tell() -> None:
+            bar.update()
+            leave_if(stopped())
+
+        judges = [
+            search_scores.Judge(
+                loaded,
+                of,
+                ledger,
+                measures=measures,
+                features=features,
+                batch=batch,
+                seed=args.seed,
+                on_batch=tell,
+            )
+            for of in crops
+        ]
+        outcomes, tried = [], 0
+        races = [(solver, budget) for budget in budgets for solver in solvers]
+        end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+        for number, (solver, budget) in enumerate(races):
+            bar.set_description(f"{solver}, {budget} evaluations")
+            now = time.monotonic()
+            judges[0].deadline = now + (end - now) / (len(races) - number)  # equal shares of what is left
+            race = search.Race(
+                loaded.schedule,
+                plain[solver, budget],
+                augment=loaded.network.augment,
+                guidance=bool(loaded.network.num_classes and loaded.config["data"].get("label_dropout")),
+            )
+            score = search_scores.score_by(
+                judges[0], args.metric, default=usual[budget], guarded=not args.no_guard
+            )
+            found = search.best(race, score, candidates=args.candidates, counts=rounds, seed=args.seed)
+            outcomes.append(search_report.Outcome(budget, race.default, *found))
+        judges[0].deadline = math.inf
+        searched = max(outcome.pictures for outcome in outcomes)
+        outcomes += [
+            search_report.Outcome(budget, sampling, sampling, searched)
+            for budget, sampling in usual.items()
+            if own.solver not in solvers
+        ]
+        bar.set_description("on the other pictures")
+        rows = search_report.rows_of(
+            outcomes, search=judges[0], check=judges[1], counts=(counts[0], counts[1]), metric=args.metric
+        )
+        tried = len(judges[0].tried)
+    chosen, default = search_report.choose(rows, own=usual, metric=args.metric)
+    report = {
+        "model": loaded.name,
+        "metric": args.metric,
+        "data": args.data,
+        "eval_data": args.eval_data,
+        "crop": crop,
+        "search_crops": counts[0],
+        "check_crops": counts[1],
+        "pictures": [one.pictures for one in crops],
+        "seed": args.seed,
+        "guarded": not args.no_guard,
+        "tried": tried,
+        "version": __version__,
+        "rows": rows,
+        "chosen": chosen["sampling"] if chosen else None,
+        "seconds": round(time.perf_counter() - started, 1),
+        "command": ["sr3", *sys.argv[1:]],
+    }
+    report["choice"] = search_report.in_words(report, chosen, default)
+    search_report.write(folder, report)
+    print(f"\n{search_report.markdown(report)}")
+    if chosen is not None and not args.no_store:
+        store(
+            place,
+            Stored(
+                Sampling(**chosen["sampling"]),
+                fingerprint(loaded.params),
+                setup_of(loaded.config),
+                loaded.name,
+                search_report.provenance(report, chosen, default),
+            ),
+        )
+        print(f"stored in {place}: the model is sampled so from now on; delete the file to go back")
+    print(f"search.md, search.json and search.jsonl in {folder}")
+    return 0
+
+
+def _open_crops(args: argparse.Namespace, model: Any) -> tuple[list[Any], int, int]:
+    """The crops to search on, those to see on, and B and C."""
+    import numpy as np
+
+    from sr3_jax import search_scores
+    from sr3_jax.aliases import UserError
+    from sr3_jax.data.crops import Crops, crops_of, halves
+    from sr3_jax.data.sources import open_source, squares
+
+    section = model.config["data"]
+    crop = args.crop or section["crop"]
+    if crop % model.scale or crop < 11:
+        raise UserError(f"--crop={crop} must be a multiple of the scale, {model.scale}, and at least 11")
+    frechet = args.metric == "frechet"
+    wanted = args.crops or (128 if frechet else 32)
+
+    def open_one(name: str) -> Any:
+        if section.get("framing") == "square":
+            return squares(open_source(name, cache_mb=0), crop)
+        return open_source(name, min_side=crop)
+
+    sources = [open_one(args.data)]
+    numbers = [list(range(min(len(sources[0]), args.limit or len(sources[0]))))]
+    if args.eval_data:
+        sources.append(open_one(args.eval_data))
+        numbers.append(list(range(len(sources[1]))))
+    else:
+        sources, numbers = sources * 2, list(halves(len(numbers[0])))
+        if not numbers[1]:
+            raise UserError(
+                f"{args.data} has one picture to use, and none to see on what the search is worth: give --eval-data"
+            )
+    found = [
+        crops_of(source, of, crop=crop, count=wanted, seed=args.seed)
+        for source, of in zip(sources, numbers, strict=True)
+    ]
+    fewest = min(len(one.images) for one in found)
+    if frechet and fewest < search_scores.LEAST_FRECHET:
+        raise UserError(
+            f"--metric=frechet needs {search_scores.LEAST_FRECHET} crops to search on and as many to see on, there "
+            f"are {fewest}: give a smaller --crop, more --crops or more pictures"
+        )
+    batch = min(8, fewest)
+    whole = [
+        Crops(
+            one.images[: len(one.images) // batch * batch],
+            None if one.labels is None else np.asarray(one.labels)[: len(one.images) // batch * batch],
+            one.pictures,
+        )
+        for one in found
+    ]
+    return whole, batch, crop
+
+
+def _open_measures(metric: str, crop: int) -> tuple[list[Any], Any]:
+    """What is measured of every output, and AlexNet's features where the metric needs them."""
+    from sr3_jax import measures
+    from sr3_jax.aliases import UserError
+    from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
+    from sr3_jax.features.substitute import AlexNetFeatures
+
+    if metric == "lpips" and crop < LEAST_SIDE:
+        raise UserError(
+            f"--metric=lpips needs a --crop of {LEAST_SIDE} pixels at least, got {crop}: name another"
+        )
+    try:
+        lpips = load_lpips()
+    except UserError as error:
+        if metric not in ("lpips", "frechet"):
+            return [measures.plain()], None
+        raise UserError(f"{error}, or name another --metric than {metric}") from error
+    found = [measures.plain(), *([measures.perceptual(lpips)] if crop >= LEAST_SIDE else [])]
+    return found, AlexNetFeatures(lpips) if metric == "frechet" else None
