@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 
 def _count(text: str) -> int:
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0, also where the model's default stands."""
     from tqdm import tqdm
 
-    from sr3_jax import __version__, model, outputs, search, search_report, search_scores
+    from sr3_jax import __version__, model, outputs, search, search_inputs, search_report, search_scores
     from sr3_jax.aliases import UserError
     from sr3_jax.sampling import SOLVERS, Sampling, Stored, beside, fingerprint, setup_of, store
     from sr3_jax.signals import leave_if, polled_signals
@@ -131,8 +130,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_store:
         outputs.open_folder(place.parent)  # now rather than after an hour
     folder = outputs.open_folder(args.output)
-    crops, batch, crop = _open_crops(args, loaded)
-    measures, features = _open_measures(args.metric, crop)
+    crop = args.crop or loaded.config["data"]["crop"]
+    measures, features = search_inputs.open_measures(args.metric, crop)
+    crops, batch = search_inputs.open_crops(
+        loaded, args.data, args.eval_data, metric=args.metric, crop=crop, count=args.crops, limit=args.limit,
+        seed=args.seed,
+    )  # fmt: skip
     ledger = search_scores.Ledger(folder / "search.jsonl")
     counts = [len(one.images) for one in crops]
     rounds = [batch * 2**power for power in range(math.ceil(math.log2(counts[0] / batch)))] + [counts[0]]
@@ -223,78 +226,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"stored in {place}: the model is sampled so from now on; delete the file to go back")
     print(f"search.md, search.json and search.jsonl in {folder}")
     return 0
-
-
-def _open_crops(args: argparse.Namespace, model: Any) -> tuple[list[Any], int, int]:
-    """The crops to search on, those to see on, and B and C."""
-    import numpy as np
-
-    from sr3_jax import search_scores
-    from sr3_jax.aliases import UserError
-    from sr3_jax.data.crops import Crops, crops_of, halves
-    from sr3_jax.data.sources import open_source, squares
-
-    section = model.config["data"]
-    crop = args.crop or section["crop"]
-    if crop % model.scale or crop < 11:
-        raise UserError(f"--crop={crop} must be a multiple of the scale, {model.scale}, and at least 11")
-    frechet = args.metric == "frechet"
-    wanted = args.crops or (128 if frechet else 32)
-
-    def open_one(name: str) -> Any:
-        if section.get("framing") == "square":
-            return squares(open_source(name, cache_mb=0), crop)
-        return open_source(name, min_side=crop)
-
-    sources = [open_one(args.data)]
-    numbers = [list(range(min(len(sources[0]), args.limit or len(sources[0]))))]
-    if args.eval_data:
-        sources.append(open_one(args.eval_data))
-        numbers.append(list(range(len(sources[1]))))
-    else:
-        sources, numbers = sources * 2, list(halves(len(numbers[0])))
-        if not numbers[1]:
-            raise UserError(
-                f"{args.data} has one picture to use, and none to see on what the search is worth: give --eval-data"
-            )
-    found = [
-        crops_of(source, of, crop=crop, count=wanted, seed=args.seed)
-        for source, of in zip(sources, numbers, strict=True)
-    ]
-    fewest = min(len(one.images) for one in found)
-    if frechet and fewest < search_scores.LEAST_FRECHET:
-        raise UserError(
-            f"--metric=frechet needs {search_scores.LEAST_FRECHET} crops to search on and as many to see on, there "
-            f"are {fewest}: give a smaller --crop, more --crops or more pictures"
-        )
-    batch = min(8, fewest)
-    whole = [
-        Crops(
-            one.images[: len(one.images) // batch * batch],
-            None if one.labels is None else np.asarray(one.labels)[: len(one.images) // batch * batch],
-            one.pictures,
-        )
-        for one in found
-    ]
-    return whole, batch, crop
-
-
-def _open_measures(metric: str, crop: int) -> tuple[list[Any], Any]:
-    """What is measured of every output, and AlexNet's features where the metric needs them."""
-    from sr3_jax import measures
-    from sr3_jax.aliases import UserError
-    from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
-    from sr3_jax.features.substitute import AlexNetFeatures
-
-    if metric == "lpips" and crop < LEAST_SIDE:
-        raise UserError(
-            f"--metric=lpips needs a --crop of {LEAST_SIDE} pixels at least, got {crop}: name another"
-        )
-    try:
-        lpips = load_lpips()
-    except UserError as error:
-        if metric not in ("lpips", "frechet"):
-            return [measures.plain()], None
-        raise UserError(f"{error}, or name another --metric than {metric}") from error
-    found = [measures.plain(), *([measures.perceptual(lpips)] if crop >= LEAST_SIDE else [])]
-    return found, AlexNetFeatures(lpips) if metric == "frechet" else None

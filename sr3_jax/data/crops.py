@@ -24,6 +24,12 @@ class Crops:
     labels: np.ndarray | None
     pictures: int
 
+    def whole_batches(self, size: int) -> Crops:
+        """Without the last ones, which would not fill a batch."""
+        count = len(self.images) // size * size
+        labels = None if self.labels is None else self.labels[:count]
+        return Crops(self.images[:count], labels, self.pictures)
+
 
 def halves(count: int) -> tuple[list[int], list[int]]:
     """The numbers of `count` pictures in two parts, by turns: one for a search, one to see what it is worth."""
