@@ -187,7 +187,7 @@ class Outputs:
             return None
         path = self.path(record.name, record.sample)
         try:
-            write_picture(path, Picture(record.image))
+            write_picture(path, Picture(record.image), durable=False)  # `find` checks it
         except PictureError as error:
             raise UserError(f"{printable(path)} {error}") from error
         return _file_digest(path)

@@ -97,3 +97,49 @@ def test_the_page_says_how_each_figure_was_made():
     ]
     assert [words for words in wanted if words not in text] == []
     assert "1 picture of Set14" in tables.markdown(evaluation([row()], pictures=1), source="Set14")
+
+
+def test_a_column_that_only_some_rows_have_is_blank_elsewhere():
+    rows = [row(), row("m", solver="ddim", steps=5)]
+    for one in rows:
+        one["summary"] = {"psnr": one["summary"]["psnr"]}
+    rows[1]["summary"] |= {"fid": {"mean": 3.25}, "diversity": {"mean": 1.0, "low": 0.5, "high": 1.5}}
+    rows[1]["detail"] = "spacing karras"
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables.means_table(rows).splitlines()
+    ]
+    assert lines[0][5:] == ["PSNR", "FID", "diversity"]
+    assert lines[2][5:] == ["20.00", "", ""] and lines[3][2:] == [
+        "ddim (spacing karras)", "5", "5", "20.00", "3.25", "1.00"
+    ]  # fmt: skip
+    text = tables.intervals_table(rows).splitlines()[3]
+    assert "| 3.25 |" in " ".join(text.split()) and "0.50..1.50" in text
+    read = list(csv.DictReader(io.StringIO(tables.comma_separated(evaluation(rows)))))
+    assert (read[0]["fid_mean"], read[1]["fid_mean"], read[1]["fid_low"]) == ("", "3.25", "")
+    assert "ssim_mean" not in read[0]
+
+
+def test_each_network_is_named_with_its_weights_and_the_reference():
+    networks = {
+        "lpips": {"network": "lpips_alex", "sha256": "1" * 64},
+        "classifier": {"network": "clothes", "sha256": "2" * 64, "classes": 10},
+        "features": {
+            "network": "alexnet", "sha256": "3" * 64, "distance": "frechet_alexnet", "preprocessing": "as is",
+            "count": 3, "reference": "their own originals", "original": "", "subset": 1000, "splits": 10,
+            "resamples": 50,
+        },
+        "absent": ["IS is left out: no logits."],
+        "batch": 16,
+        "processes": 2,
+    }  # fmt: skip
+    text = " ".join(tables.protocol(evaluation([row(), row("original")], **networks)))
+    wanted = ["lpips_alex, weights sha256 1111", "clothes, weights sha256 2222222222222222, 10 classes"]
+    wanted += ["alexnet, weights sha256 3333", "N = 3 in every row, to their own originals", "IS is left out"]
+    wanted += [
+        "16 at a time, the batch's time divided by 16",
+        "2 processes",
+        "one random half of the originals, 1",
+    ]
+    assert [words for words in wanted if words not in text] == []
+    assert "KID (AlexNet): kernel" in text and "FID:" not in text

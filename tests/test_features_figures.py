@@ -1,0 +1,155 @@
+"""features/figures.py and features/kept.py: a set's figures against scipy and sums written out, and kept features."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from scipy import linalg
+from scipy.stats import entropy
+
+from sr3_jax.features import figures
+from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features.statistics import FeatureProtocol, statistics_of
+
+PROTOCOL = FeatureProtocol("some", "frechet_alexnet", "0" * 64, "none")
+FID = dataclasses.replace(PROTOCOL, distance="fid")
+
+
+def features(seed, count=30, width=4, mean=0.0):
+    return np.random.default_rng(seed).normal(mean, 1.0, (count, width)).astype(np.float32)
+
+
+def frechet(a, b):
+    covariances = [np.cov(x.astype(np.float64), rowvar=False) for x in (a, b)]
+    shift = a.mean(axis=0, dtype=np.float64) - b.mean(axis=0, dtype=np.float64)
+    root = linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return shift @ shift + np.trace(covariances[0] + covariances[1] - 2 * root)
+
+
+def kid(a, b):
+    """Unbiased squared MMD of the kernel (x.y / D + 1)^3, pair by pair."""
+
+    def kernel(x, y):
+        return (sum(float(p) * float(q) for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3
+
+    within = [np.mean([kernel(x, y) for x, y in itertools.permutations(s, 2)]) for s in (a, b)]
+    return sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b])
+
+
+def test_figures_are_those_of_the_definitions():
+    a, b = features(0, mean=0.3), features(1)
+    found = figures.figures(a, b, PROTOCOL)
+    assert set(found) == {"frechet_alexnet", "kid_alexnet"}
+    assert found["frechet_alexnet"]["mean"] == pytest.approx(frechet(a, b), rel=1e-6)
+    assert found["kid_alexnet"]["mean"] == pytest.approx(1e3 * kid(a, b), rel=1e-5)
+    for of in found.values():
+        assert of["low"] < of["mean"] < of["high"]
+
+
+def test_only_fids_own_network_gives_columns_of_those_names():
+    names = [
+        figures.keys(dataclasses.replace(PROTOCOL, distance=distance)) for distance in ("fid", "frechet_x")
+    ]
+    assert names == [("fid", "kid", "inception_score"), ("frechet_x", "kid_x", "inception_score_x")]
+
+
+def test_inception_score_is_of_the_logits_alone():
+    """Two classes told apart with certainty, in any order: 2 of 10 splits' means; by scipy on the same order."""
+    guesses = np.random.default_rng(2).normal(0, 3, (40, 5)).astype(np.float32)
+    both = np.hstack([features(0, 40), guesses])
+    found = figures.figures(both, np.hstack([features(1, 40), guesses]), FID, logits=5)
+    order = np.random.default_rng(0).permutation(40)
+    p = np.exp(guesses[order].astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    scores = [
+        np.exp(entropy(part, part.mean(axis=0, keepdims=True), axis=1).mean()) for part in np.split(p, 10)
+    ]
+    assert found["inception_score"]["mean"] == pytest.approx(np.mean(scores), rel=1e-6)
+    half = 1.96 * np.std(scores) / 10**0.5
+    assert found["inception_score"]["high"] == pytest.approx(np.mean(scores) + half, rel=1e-6)
+    assert found["fid"]["mean"] == pytest.approx(frechet(features(0, 40), features(1, 40)), rel=1e-6)
+    few = figures.figures(both[:19], both[:19], FID, logits=5)
+    assert "fid" in few and "inception_score" not in few
+
+
+def test_the_interval_is_as_wide_as_the_figure_varies():
+    """Beside the spread of the figure over fresh draws of both sets."""
+
+    def draw(seed):
+        common = features(seed, 300)
+        return common + features(seed + 1000, 300, mean=0.2), common
+
+    found = [figures.figures(*draw(seed), PROTOCOL) for seed in range(12)]
+    for key in ("frechet_alexnet", "kid_alexnet"):
+        widths = [(of[key]["high"] - of[key]["low"]) / 2 / 1.96 for of in found]
+        assert 0.6 < np.mean(widths) / np.std([of[key]["mean"] for of in found], ddof=1) < 1.7
+
+
+def test_a_reference_takes_the_place_of_the_originals():
+    a, b, other = features(0), features(1), features(2, 500, mean=1.0)
+    found = figures.figures(a, b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
+    assert set(found) == {"frechet_alexnet"}  # KID needs every picture of it
+    assert found["frechet_alexnet"]["mean"] == pytest.approx(frechet(a, other), rel=1e-6)
+    reals = figures.figures_of_originals(b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
+    assert reals["frechet_alexnet"]["mean"] == pytest.approx(frechet(b, other), rel=1e-6)
+
+
+def test_originals_beside_themselves_are_two_halves():
+    b = features(3, 400)
+    found = figures.figures_of_originals(b, PROTOCOL)
+    parts = [frechet(*np.split(b[np.random.default_rng(seed).permutation(400)], 2)) for seed in range(40)]
+    assert found["frechet_alexnet"]["mean"] == pytest.approx(np.mean(parts), rel=0.25)
+    assert (
+        found["frechet_alexnet"]["low"]
+        <= found["frechet_alexnet"]["mean"]
+        <= found["frechet_alexnet"]["high"]
+    )
+    assert found["kid_alexnet"]["low"] < 0 < found["kid_alexnet"]["high"]
+
+
+def test_too_few_pictures_have_no_figures_and_wide_features_no_interval(monkeypatch):
+    assert figures.figures(features(0, 1), features(1, 1), PROTOCOL) == {}
+    assert figures.figures_of_originals(features(0, 3), PROTOCOL) == {}
+    monkeypatch.setattr(figures, "WIDEST", 3)
+    found = figures.figures(features(0), features(1), PROTOCOL)
+    assert list(found["frechet_alexnet"]) == ["mean"] and "low" in found["kid_alexnet"]
+
+
+def test_kid_of_many_pictures_is_of_subsets(monkeypatch):
+    monkeypatch.setattr(figures, "SUBSET", 100)
+    a, b = features(0, 400, mean=0.5), features(1, 400)
+    found = figures.kernel_figure(a, b)
+    assert found["mean"] == pytest.approx(1e3 * kid(a[:150], b[:150]), rel=0.4)
+    assert found["low"] < 1e3 * kid(a[:150], b[:150]) * 1.2 and found["low"] < found["mean"] < found["high"]
+
+
+def digests(*numbers):
+    return [f"{number:064x}" for number in numbers]
+
+
+def test_features_are_kept_by_picture_over_runs_and_processes(tmp_path):
+    values = features(0, 5, 3)
+    KeptFeatures.of(tmp_path, PROTOCOL).add(digests(1, 2), values[:2])
+    second = KeptFeatures.of(tmp_path, PROTOCOL, process=1)
+    assert second.missing(digests(1, 2, 3)) == [2]
+    second.add(digests(3), values[2:3])
+    second.add(digests(4), values[3:4])
+    for found in (second, KeptFeatures.of(tmp_path, PROTOCOL)):
+        assert found.missing(digests(4, 3, 2, 1)) == []
+        np.testing.assert_array_equal(found.find(digests(4, 1, 3)), values[[3, 0, 2]])
+    assert KeptFeatures.of(tmp_path, FID).missing(digests(1)) == [0]
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
+def test_half_a_row_of_a_killed_run_is_overwritten(tmp_path):
+    values = features(0, 3, 3)
+    KeptFeatures(tmp_path, "n").add(digests(1, 2), values[:2])
+    [path] = tmp_path.iterdir()
+    with path.open("ab") as file:
+        file.write(b"\x01" * 7)
+    again = KeptFeatures(tmp_path, "n")
+    again.add(digests(3), values[2:])
+    np.testing.assert_array_equal(KeptFeatures(tmp_path, "n").find(digests(1, 2, 3)), values)
