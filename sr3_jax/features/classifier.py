@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sr3_jax.aliases import Params, UserError
+from sr3_jax.aliases import Key, Params, UserError
 from sr3_jax.features.weights import read_file
 from sr3_jax.images import resize_bicubic, to_unit
 from sr3_jax.nn.classifier import ClassifierNetwork
@@ -145,7 +145,7 @@ def load(path: Path) -> TrainedClassifier:
         facts = json.loads(metadata["classifier"])
         network = ClassifierNetwork(**facts["network"])
         size = (int(facts["height"]), int(facts["width"]))
-        wanted = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+        wanted = jax.eval_shape(lambda key: init_params(network, size, key), jax.random.key(0))
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
             raise UserError(f"the weights in {path} are not those of the network it names: train it again")
         about = dict(facts["about"])
@@ -157,7 +157,6 @@ def load(path: Path) -> TrainedClassifier:
     return TrainedClassifier(path.name, sha256, network, params, *size, about)
 
 
-def init_params(network: ClassifierNetwork, key: jax.Array) -> Params:
-    """Fresh weights; they do not depend on the size of the pictures."""
-    side = 4 * network.patch
-    return network.init(key, jnp.zeros((1, side, side, 3)))["params"]
+def init_params(network: ClassifierNetwork, size: tuple[int, int], key: Key) -> Params:
+    """Fresh weights for pictures of that (height, width)."""
+    return network.init(key, jnp.zeros((1, *size, 3)))["params"]

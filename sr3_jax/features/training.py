@@ -30,6 +30,9 @@ WARM_UP = 0.1  # of the training, in which the learning rate rises; then it fall
 class Augmentation:
     """By how much a picture of the training is changed at most, each by its own uniform draw.
 
+    Half of the pictures stay as they are but for the mirror: a picture in a new place is a little blurred, and those
+    that the classifier is asked about are not.
+
     Attributes:
         mirror: left and right are exchanged half of the time.
         shift, zoom: shares of the picture's side; turn: degrees; contrast: share of the levels' spread.
@@ -87,7 +90,8 @@ def patch_for(height: int, width: int) -> int:
 def augment(key: Key, images: jax.Array, augmentation: Augmentation) -> jax.Array:
     """[B,H,W,3] in [-1,1] -> the same, each picture changed by itself: bilinear, edges drawn out."""
     b, h, w, _ = images.shape
-    draws = jax.random.uniform(key, (6, b, 1, 1), minval=-1.0, maxval=1.0)
+    draws = jax.random.uniform(key, (7, b, 1, 1), minval=-1.0, maxval=1.0)
+    draws = jnp.where(draws[6:] < 0, draws.at[1:].set(0.0), draws)
     sign = jnp.where((draws[0] < 0) & augmentation.mirror, -1.0, 1.0)
     angle = jnp.deg2rad(augmentation.turn) * draws[1]
     scale = 1.0 + augmentation.zoom * draws[2]
@@ -149,10 +153,11 @@ def train_classifier(
             f"labels must be from 0 to {network.num_classes - 1}: {len(images)} pictures have others"
         )
     key = jax.random.key(seed)
-    params = jax.jit(functools.partial(init_params, network))(jax.random.fold_in(key, 2**31))
-    optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=weight_decay)
+    fresh = jax.jit(functools.partial(init_params, network, images.shape[1:3]))
+    params = fresh(jax.random.fold_in(key, 2**31))
+    optimizer = _adamw(weight_decay)
     state = optimizer.init(params)
-    step = jax.jit(functools.partial(_step, network, optimizer, augmentation), donate_argnums=(0, 1))
+    step = functools.partial(_step, network, optimizer, augmentation)
     started = time.monotonic()
     for number, rows in enumerate(order(len(images), batch_size, seed)):
         spent = 0.0 if minutes is None else (time.monotonic() - started) / (60 * minutes)
@@ -169,6 +174,13 @@ def train_classifier(
     raise AssertionError("the order never ends")
 
 
+@functools.cache
+def _adamw(weight_decay: float) -> optax.GradientTransformation:
+    """The same value each time, so that jit compiles once."""
+    return optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=weight_decay)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _step(
     network: ClassifierNetwork,
     optimizer: optax.GradientTransformation,
