@@ -155,6 +155,42 @@ def test_a_folder_is_divided_by_process_and_written_once(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_an_evaluation_is_divided_by_process_and_one_process_takes_it_over(tmp_path, capsys):
+    """2 processes, each on its own pictures, then one alone, which finds all that both have made."""
+    folder = tiny.pictures(tmp_path / "in", count=5, side=24)
+    model = tmp_path / "model.safetensors"
+    plain = experiment.read(tiny.config(folder))
+    from sr3_jax import checkpoint
+
+    checkpoint.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    options = [f"--model={model}", f"--data=folder:{folder}", "--steps=2", "--samples=2", "--features=none"]
+    with pod(2, 1, "-m", "sr3_jax", "evaluate", *options, f"-o{out}") as process:
+        text, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert (
+        text.count("| bicubic ") == 2 and "2 processes" in text
+    )  # means and intervals, by the first process alone
+    lines = {path.name: len(path.read_text().splitlines()) for path in out.glob("outputs/bicubic/4x/*.jsonl")}
+    assert lines == {"scores.jsonl": 3, "scores.1.jsonl": 2}
+
+    def report(path):
+        return json.loads((path / "evaluation.json").read_text())
+
+    first = report(out)
+    assert [picture["name"] for picture in first["pictures"]] == [f"{at:02d}" for at in range(5)]
+    assert (out / "grid.png").is_file()
+    assert cli.main(["evaluate", *options, f"-o{out}"]) == cli.main(["evaluate", *options, f"-o{alone}"]) == 0
+    second, whole = report(out), report(alone)
+    assert (second["outputs_reused"], whole["outputs_reused"]) == (15, 0)
+    assert second["rows"] == first["rows"]
+    for row, other in zip(first["rows"], whole["rows"], strict=True):
+        for key in ("psnr", "ssim", "diversity"):
+            if key in other["summary"]:
+                assert row["summary"][key]["mean"] == pytest.approx(other["summary"][key]["mean"], abs=0.02)
+    capsys.readouterr()
+
+
 def test_a_run_that_was_killed_ends_in_the_same_bits(tmp_path):
     """`kill -9` while it trains and saves, then the same command again; tests/soak_resume.py does it many times."""
     job = soak_resume.make_job(tmp_path, processes=1, devices=8, steps=120, every=25)
