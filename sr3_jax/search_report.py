@@ -40,12 +40,19 @@ class Outcome:
 
 
 def rows_of(
-    outcomes: Sequence[Outcome], *, search: Judge, check: Judge, counts: tuple[int, int], metric: str
+    outcomes: Sequence[Outcome],
+    *,
+    search: Judge,
+    check: Judge,
+    count: int,
+    own: Mapping[int, Sampling],
+    metric: str,
 ) -> list[dict[str, Any]]:
     """Two rows a race, 'default' and 'best' (one where they are the same), with figures on both sets of crops.
 
     Args:
-        counts: crops of the search and of the check.
+        count: crops of the check.
+        own: the model's default at each number of evaluations.
     """
     rows = []
     for outcome in outcomes:
@@ -60,8 +67,9 @@ def rows_of(
                     "sampling": dataclasses.asdict(sampling),
                     "pictures": outcome.pictures,
                     "search": to_json(search.figures(sampling, outcome.pictures)) if outcome.pictures else {},
-                    "check": to_json(check.figures(sampling, counts[1])),
-                    "gain": _gain(check, sampling, outcome.default, counts[1], metric),
+                    "check": to_json(check.figures(sampling, count)),
+                    "gain": _gain(check, sampling, outcome.default, count, metric),
+                    "over_own": _gain(check, sampling, own[outcome.evaluations], count, metric),
                 }
             )
     return rows
@@ -85,7 +93,8 @@ def choose(
 ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
     """The row to store and that of the model's default at as many evaluations; no row where the default stands.
 
-    The choice is made on the crops of the search. It stands only if it is better on the others too.
+    The choice is made on the crops of the search. It stands only if it is better on the others too, by more than
+    chance where there is an interval.
 
     Args:
         own: the model's default at each number of evaluations; each has its row.
@@ -100,6 +109,8 @@ def choose(
     if default is None or best is default:
         return None, default
     if default["check"] and sign * _value(best, "check", metric) >= sign * _value(default, "check", metric):
+        return None, default
+    if best["over_own"] is not None and best["over_own"]["low"] <= 0:
         return None, default
     return best, default
 
@@ -139,7 +150,10 @@ def in_words(
 ) -> str:
     """The choice as a sentence."""
     if chosen is None:
-        return "Nothing that was found beats the model's default on crops that were not searched: the default stands."
+        return (
+            "Nothing that was found beats the model's default on crops that were not searched by more than chance: "
+            "the default stands."
+        )
     metric = FRECHET if report["metric"] == "frechet" else report["metric"]
     name, sampling = _HEADINGS.get(metric, metric), Sampling(**chosen["sampling"])
     against = "none" if default is None else _figure(default["check"], metric)

@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
         ]
         bar.set_description("on the other pictures")
         rows = search_report.rows_of(
-            outcomes, search=judges[0], check=judges[1], counts=(counts[0], counts[1]), metric=args.metric
+            outcomes, search=judges[0], check=judges[1], count=counts[1], own=usual, metric=args.metric
         )
         tried = len(judges[0].tried)
     chosen, default = search_report.choose(rows, own=usual, metric=args.metric)
