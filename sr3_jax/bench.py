@@ -22,6 +22,7 @@ from sr3_jax.measures import Measure, SpreadMeasure, filled
 from sr3_jax.outputs import Kept, Outputs, Record, Scores, digest
 
 LONG = 60.0  # seconds
+_PATCHES = 8  # whose features are computed at once, at least
 
 Run = Callable[[np.ndarray, Key], np.ndarray]
 Place = tuple[int, int]  # of an output: the subject's, and the sample's number
@@ -51,7 +52,8 @@ class Bench:
 
     Attributes:
         scores: of each picture {name: one value a sample, or one of all samples}, in the order of work.
-        outputs, originals: digests of each picture's first output, and of its original.
+        outputs, originals: of each picture the keys of the features of its first output, and of its original: one, or
+            one a patch.
         reused: how many outputs were there already.
     """
 
@@ -69,8 +71,8 @@ class Bench:
         pool: ThreadPoolExecutor,
     ) -> None:
         self.scores: list[dict[str, list[float]]] = []
-        self.outputs: list[str] = []
-        self.originals: list[str] = []
+        self.outputs: list[list[str]] = []
+        self.originals: list[list[str]] = []
         self.reused = 0
         self.samples, self.scale = samples, scale
         each = tuple(one for one in meters.each if run or one.of_originals)
@@ -97,7 +99,7 @@ class Bench:
         stale = [
             (at, sample) for at, sample in places
             if self._lacks(subjects[at], found[at, sample])
-            or (sample == 0 and self._unseen(subjects[at], found[at, 0]))
+            or (sample == 0 and self._unseen(subjects[at], found[at, 0].output))
         ]  # fmt: skip
         for chunk in self._chunks(stale):
             for at, sample in chunk:
@@ -112,8 +114,8 @@ class Bench:
             if self.samples > 1:
                 row |= {name: [value] for name, value in self._spread(subject, at, together, fresh).items()}
             self.scores.append(row)
-            self.outputs.append(together[0].output)
-            self.originals.append(subject.about)
+            self.outputs.append(self._feature_keys(subject, together[0].output))
+            self.originals.append(self._feature_keys(subject, subject.about))
 
     def _chunks(self, places: Sequence[Place]) -> Iterator[Sequence[Place]]:
         for start in range(0, len(places), self._batch):
@@ -128,12 +130,18 @@ class Bench:
     def _lacks(self, subject: Subject, kept: Kept) -> bool:
         return any(key not in kept.measures for key, _ in self._wanted(subject))
 
-    def _unseen(self, subject: Subject, kept: Kept) -> bool:
+    def _feature_keys(self, subject: Subject, output: str) -> list[str]:
+        """The keys of an output's features: its digest, or one for each patch."""
+        network = self._meters.network
+        count = 1 if network is None else len(network.patches(subject.original))
+        return [output] if count == 1 else [digest({output: patch}) for patch in range(count)]
+
+    def _unseen(self, subject: Subject, output: str) -> bool:
         """Whether the features of an output are wanted and not known."""
         network = self._meters.network
         if network is None or self._features is None or min(subject.original.shape[:2]) < network.least_side:
             return False
-        return bool(self._features.missing([kept.output]))
+        return bool(self._features.missing(self._feature_keys(subject, output)))
 
     def _image(self, subject: Subject, sample: int) -> np.ndarray:
         return subject.original if self._run is None else self._store.read(subject.name, sample)
@@ -175,10 +183,11 @@ class Bench:
                 for at, ones in enumerate(lacking):
                     for key in [key for key, one in ones.items() if one is measure]:
                         added[at][key] = {name: float(column[at]) for name, column in columns.items()}
-        unseen = [number for number, (place, subject) in enumerate(zip(chunk, of, strict=True))
-                  if place[1] == 0 and self._unseen(subject, found[place])]  # fmt: skip
-        if unseen:
-            self._see(images, {number: found[chunk[number]].output for number in unseen})
+        self._see([
+            (image, self._feature_keys(subject, found[place].output))
+            for image, subject, place in zip(images, of, chunk, strict=False)
+            if place[1] == 0 and self._unseen(subject, found[place].output)
+        ])  # fmt: skip
         records = []
         for subject, place, measures, image in zip(of, chunk, added, images, strict=False):
             found[place] = replace(found[place], measures={**found[place].measures, **measures})
@@ -188,21 +197,30 @@ class Bench:
         if records:
             self._store.keep(records, map=self._pool.map)
 
-    def _see(self, images: np.ndarray, digests: Mapping[int, str]) -> None:
-        """Keep the features of some of the images [B,H,W,3], by their numbers."""
-        assert self._meters.network is not None and self._features is not None
-        features = self._meters.network.run(images)
-        once = {text: number for number, text in digests.items()}
-        self._features.add(list(once), features[list(once.values())])
+    def _see(self, seen: Sequence[tuple[np.ndarray, Sequence[str]]]) -> None:
+        """Keep the features of images [H,W,3] of one size under their keys, one a patch."""
+        if not seen or self._meters.network is None or self._features is None:
+            return
+        network = self._meters.network
+        patches = {
+            key: patch
+            for image, keys in seen
+            for key, patch in zip(keys, network.patches(image), strict=True)
+        }
+        keys = list(patches)
+        size = max(self._batch, _PATCHES if network.patch else 1)
+        for start in range(0, len(keys), size):
+            some = keys[start : start + size]
+            features = network.run(filled([patches[key] for key in some], size))
+            self._features.add(some, features[: len(some)])
 
     def _see_originals(self, subjects: Sequence[Subject]) -> None:
         """The features of the originals, with which the outputs' are compared."""
-        unknown = [
-            subject for subject in subjects if self._unseen(subject, Kept(subject.about, None, None, {}))
-        ]
-        if unknown:
-            images = filled([subject.original for subject in unknown], self._batch)
-            self._see(images, {number: subject.about for number, subject in enumerate(unknown)})
+        self._see([
+            (subject.original, self._feature_keys(subject, subject.about))
+            for subject in subjects
+            if self._unseen(subject, subject.about)
+        ])  # fmt: skip
 
     def _flat(self, subject: Subject, kept: Kept) -> Scores:
         scores = {

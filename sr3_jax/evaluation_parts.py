@@ -33,11 +33,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's part: of each picture its scores [S] (or [1]) by name, and digests of first output and original."""
+    """One method's part: of each picture its scores [S] (or [1]) by name, and keys of the features of its first output
+    and of its original."""
 
     scores: Sequence[Mapping[str, Sequence[float]]]
-    outputs: Sequence[str]
-    originals: Sequence[str]
+    outputs: Sequence[Sequence[str]]
+    originals: Sequence[Sequence[str]]
     reused: int
 
 
@@ -70,6 +71,7 @@ class Evaluation:
     Attributes:
         scores: of each method {name: float64 [P,S] or [P,1]}; only what was measured of every picture.
         sets: of each method {name: {'mean', 'low', 'high'}}, figures of all pictures together.
+        count: N of these figures: pictures, or their patches.
         left_out: {name: of how many pictures it could not be measured}.
         failed: 'NAME: reason' sentences.
         reused: outputs that were there already.
@@ -78,6 +80,7 @@ class Evaluation:
     items: tuple[Item, ...]
     scores: tuple[Mapping[str, np.ndarray], ...]
     sets: tuple[Mapping[str, Mapping[str, float]], ...]
+    count: int
     left_out: Mapping[str, int]
     failed: tuple[str, ...]
     reused: int
@@ -129,28 +132,34 @@ def combine(
         outputs, reals = joined("outputs", number), joined("originals", number)
         sets.append(_figures(set_meter, outputs, reals, are_originals) if set_meter else {})
     reused = sum(row.reused for part in parts for row in part.rows)
-    return Evaluation(
-        tuple(items[at] for at in order), tuple(scores), tuple(sets), left_out, tuple(failed), reused
-    )
+    count = sum(map(len, joined("originals", 0)))
+    ordered = tuple(items[at] for at in order)
+    return Evaluation(ordered, tuple(scores), tuple(sets), count, left_out, tuple(failed), reused)
 
 
 def reference_of(parts: Sequence[Part], row: int, set_meter: SetMeter) -> Statistics:
     """Statistics of the originals of one row, as a reference for other evaluations."""
-    digests = [text for part in parts for text in part.rows[row].originals]
-    features = set_meter.features.find(digests)
+    keys = [key for part in parts for of in part.rows[row].originals for key in of]
+    features = set_meter.features.find(keys)
     return statistics_of(features[:, : features.shape[1] - set_meter.logits], set_meter.protocol)
 
 
 def _figures(
-    meter: SetMeter, outputs: Sequence[str], originals: Sequence[str], are_originals: bool
+    meter: SetMeter,
+    outputs: Sequence[Sequence[str]],
+    originals: Sequence[Sequence[str]],
+    are_originals: bool,
 ) -> dict[str, Mapping[str, float]]:
-    if meter.features.missing([*outputs, *originals]):  # some pictures are too small for the network
+    made, real = ([key for of in keys for key in of] for keys in (outputs, originals))
+    if meter.features.missing([*made, *real]):  # some pictures are too small for the network
         return {}
-    reals = meter.features.find(originals)
+    reals = meter.features.find(real)
     how: dict[str, Any] = {"logits": meter.logits, "reference": meter.reference}
+    if len(real) > len(originals):
+        how["pictures"] = np.repeat(np.arange(len(originals)), [len(of) for of in originals])
     if are_originals:
         return figures_of_originals(reals, meter.protocol, **how)
-    return figures(meter.features.find(outputs), reals, meter.protocol, **how)
+    return figures(meter.features.find(made), reals, meter.protocol, **how)
 
 
 def _path(folder: Path, process: int) -> Path:

@@ -56,6 +56,7 @@ def open_setup(
     features: str | None,
     classifier: str | None,
     labelled: bool,
+    patch: int = 0,
     reference: Path | None = None,
     batch: int = 1,
 ) -> Setup:
@@ -65,6 +66,7 @@ def open_setup(
         features: the network of the set's figures, as `open_network` takes it.
         classifier: as `load_classifier` takes it.
         labelled: whether the pictures have labels.
+        patch: side in pixels of the squares in which larger pictures are compared; 0: as a whole.
         reference: statistics to compare with, instead of those of the originals.
 
     Raises:
@@ -78,6 +80,8 @@ def open_setup(
         absent.append(f"LPIPS is left out: {error}.")
     recogniser = load_classifier(classifier) if classifier else None
     network = open_network(features, lpips=lpips, classifier=recogniser)
+    if patch and network is not None:
+        network = network.in_patches(patch)
     if recogniser is not None and not labelled:
         absent.append(f"Recognition accuracy is left out: the pictures have no labels for {recogniser.name}.")
     each = [measures.plain()]
@@ -126,7 +130,7 @@ def describe(setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
             "classes": setup.classifier.num_classes,
         }
     if setup.meters.network is not None:
-        about["features"] = _of_network(setup, count)
+        about["features"] = _of_network(setup, evaluation)
         if not any(evaluation.sets):
             why = (
                 f"{count} of a kind is too few"
@@ -139,7 +143,7 @@ def describe(setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
     return about | {"absent": absent}
 
 
-def _of_network(setup: Setup, count: int) -> Mapping[str, Any]:
+def _of_network(setup: Setup, evaluation: Evaluation) -> Mapping[str, Any]:
     assert setup.meters.network is not None
     protocol = setup.meters.network.protocol
     own = "their own originals"
@@ -152,7 +156,9 @@ def _of_network(setup: Setup, count: int) -> Mapping[str, Any]:
         "sha256": protocol.weights_sha256,
         "preprocessing": protocol.preprocessing,
         "distance": protocol.distance,
-        "count": count,
+        "count": evaluation.count,
+        "pictures": len(evaluation.items),
+        "patch": setup.meters.network.patch,
         "reference": own,
         "original": other,
         "subset": figures.SUBSET,

@@ -206,9 +206,10 @@ def _of_sets(evaluation: Mapping[str, Any], columns: set[str]) -> list[str]:
     name = _NAMES.get(features["distance"], "Frechet (unknown Inception)")
     kid = name.replace("Frechet", "KID") if name != "FID" else "KID"
     against = features["reference"]
+    patches = f" in patches of {features['patch']}x{features['patch']}" if features.get("patch") else ""
     lines = [
-        f"{name}: Frechet distance of the first output of each picture, N = {features['count']} in every row, to "
-        f"{against}; {_network(features)}, {features['preprocessing']}. It depends on N: compare rows of one table."
+        f"{name}: Frechet distance of the first output of each picture{patches}, N = {features['count']} in every row, "
+        f"to {against}; {_network(features)}, {features['preprocessing']}. It depends on N: compare rows of one table."
     ]
     if f"kid{features['distance'].removeprefix('frechet').removeprefix('fid')}" in columns:
         lines.append(
@@ -223,7 +224,7 @@ def _of_sets(evaluation: Mapping[str, Any], columns: set[str]) -> list[str]:
     )
     if any(row["method"] == "original" for row in evaluation["rows"]):
         halves = (
-            f"one random half of the originals, {features['count'] // 2}, beside the other: how far apart so few real "
+            "one random half of the original pictures beside the other: how far apart half as many real "
             "pictures are; a perfect method, beside its own originals, would have 0"
         )
         lines.append(f"Row 'original' of these: {features['original'] or halves}.")

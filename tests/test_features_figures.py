@@ -12,6 +12,7 @@ from scipy.stats import entropy
 
 from sr3_jax.features import figures
 from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol, statistics_of
 
 PROTOCOL = FeatureProtocol("some", "frechet_alexnet", "0" * 64, "none")
@@ -153,3 +154,27 @@ def test_half_a_row_of_a_killed_run_is_overwritten(tmp_path):
     again = KeptFeatures(tmp_path, "n")
     again.add(digests(3), values[2:])
     np.testing.assert_array_equal(KeptFeatures(tmp_path, "n").find(digests(1, 2, 3)), values)
+
+
+def test_patches_of_one_picture_are_drawn_together():
+    """Ten copies of each picture are not ten times as many pictures: the interval stays, the figure too."""
+    a, b = features(0, mean=0.3), features(1)
+    copies = np.repeat(np.arange(30), 10)
+    single = figures.figures(a, b, PROTOCOL)["frechet_alexnet"]
+    many = figures.figures(a[copies], b[copies], PROTOCOL, pictures=copies)["frechet_alexnet"]
+    naive = figures.figures(a[copies], b[copies], PROTOCOL)["frechet_alexnet"]
+    assert many["mean"] == pytest.approx(single["mean"], rel=0.1)
+    widths = [of["high"] - of["low"] for of in (single, many, naive)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.1) and widths[2] < 0.5 * widths[0]
+    halves = figures.figures_of_originals(b[copies], PROTOCOL, pictures=copies)["frechet_alexnet"]
+    assert halves["mean"] > 2 * figures.figures_of_originals(b[copies], PROTOCOL)["frechet_alexnet"]["mean"]
+
+
+def test_patches_lie_side_by_side_about_the_centre():
+    image = np.arange(7 * 11 * 3).reshape(7, 11, 3)
+    network = Network(PROTOCOL, lambda images: images).in_patches(3)
+    found = network.patches(image)
+    wanted = [image[y : y + 3, x : x + 3] for y in (0, 3) for x in (1, 4, 7)]
+    assert len(found) == 6 and all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert [patch.shape for patch in network.patches(image[:2])] == [(2, 11, 3)]
+    assert "patches of 3x3" in network.protocol.preprocessing

@@ -285,3 +285,20 @@ def test_the_command_line_has_it_all(installed, monkeypatch, tmp_path, capsys):
     same = [of["rows"][2]["summary"]["frechet_alexnet"]["mean"] for of in (found, compared)]
     assert same[0] == pytest.approx(same[1], rel=1e-6) and "kid_alexnet" not in compared["rows"][2]["summary"]
     assert "reference.npz (7 pictures)" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
+def test_patches_stand_for_the_pictures(tmp_path):
+    corners = Corners()
+    network = Network(corners.protocol, corners).in_patches(16)
+    done = evaluate.evaluate(ROWS, source(), tmp_path, meters=bench.Meters((measures.plain(),), (), network))
+    bicubic = np.stack([read_rgb(tmp_path / "bicubic" / "4x" / f"{at:05d}.png") for at in range(COUNT)])
+
+    def patches(images):
+        return np.stack([image[y : y + 16, x : x + 16] for image in images for y in (0, 16) for x in (0, 16)])
+
+    expected = frechet(Corners()(patches(bicubic)), Corners()(patches(PICTURES)))
+    assert done.count == 4 * COUNT
+    assert done.sets[1]["frechet_corners"]["mean"] == pytest.approx(expected, rel=1e-5)
+    before = corners.seen
+    evaluate.evaluate(ROWS, source(), tmp_path, meters=bench.Meters((measures.plain(),), (), network))
+    assert corners.seen == before

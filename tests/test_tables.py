@@ -139,7 +139,7 @@ def test_each_network_is_named_with_its_weights_and_the_reference():
     wanted += [
         "16 at a time, the batch's time divided by 16",
         "2 processes",
-        "one random half of the originals, 1",
+        "one random half of the original pictures",
     ]
     assert [words for words in wanted if words not in text] == []
     assert "KID (AlexNet): kernel" in text and "FID:" not in text

@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: alexnet, if sr3_jax[metrics] is installed)",
     )  # fmt: skip
     parser.add_argument(
+        "--patch", metavar="P",
+        help="compare features of P x P pixel patches of larger pictures, not of the whole shrunk (default: the whole)",
+    )  # fmt: skip
+    parser.add_argument(
         "--reference", type=Path, metavar="FILE", help="compare with these statistics, not with the originals"
     )
     parser.add_argument(
@@ -76,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     limit = None if args.limit is None else _whole("--limit", args.limit)
     crop = None if args.crop is None else _whole("--crop", args.crop)
     batch = _whole("--batch", args.batch)
+    patch = 0 if args.patch is None else _whole("--patch", args.patch, least=31)
     mine, of = start_processes()
 
     names = list(dict.fromkeys(args.model or ["photo_4x"]))
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         features=args.features,
         classifier=args.classifier,
         labelled=_labelled(source),
+        patch=patch,
         reference=args.reference,
         batch=batch,
     )

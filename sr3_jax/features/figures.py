@@ -1,13 +1,14 @@
 """What a table says of a set of pictures by their features: Frechet distance, KID, Inception score, with intervals.
 
-Shape legend: N pictures, D features, K logits. Row i of two sets is of the same picture: outputs and their originals.
+Shape legend: N pictures, or patches of pictures, D features, K logits. Row i of two sets is of the same picture:
+outputs and their originals.
 Every figure is {'mean', 'low', 'high'}: the figure of all pictures, and about it 1.96 of its standard deviations.
 (Not percentiles of resamples: a picture drawn twice spreads less, which moves such distances, not only their spread.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,27 +45,29 @@ def figures(
     originals: np.ndarray,
     protocol: FeatureProtocol,
     *,
+    pictures: np.ndarray | None = None,
     logits: int = 0,
     reference: Statistics | None = None,
 ) -> dict[str, Figure]:
     """Of outputs [N,D+K] beside their originals, or beside a reference, of which KID knows too little.
 
-    Empty for fewer than 2 pictures.
+    `pictures` [N] says of which picture each row is a patch: pictures are drawn again, not patches. Empty for fewer
+    than 2 pictures.
     """
-    count = len(outputs)
-    if count < 2:
+    rows = _rows_of(pictures, len(outputs))
+    if len(rows) < 2:
         return {}
     frechet, kid, score = keys(protocol)
     (a, guesses), (b, _) = (_split(features, logits) for features in (outputs, originals))
 
-    def distance(rows: np.ndarray) -> float:
-        real = reference or statistics_of(b[rows], protocol)
-        return frechet_distance(statistics_of(a[rows], protocol), real)
+    def distance(some: np.ndarray) -> float:
+        real = reference or statistics_of(b[some], protocol)
+        return frechet_distance(statistics_of(a[some], protocol), real)
 
-    found = {frechet: _with_interval(distance, count, resampled=a.shape[1] <= WIDEST)}
+    found = {frechet: _with_interval(distance, rows, resampled=a.shape[1] <= WIDEST)}
     if reference is None:
-        found[kid] = kernel_figure(a, b)
-    if logits and count >= 2 * SPLITS:
+        found[kid] = kernel_figure(a, b, pictures=pictures)
+    if logits and len(a) >= 2 * SPLITS:
         found[score] = _score(guesses)
     return found
 
@@ -73,54 +76,60 @@ def figures_of_originals(
     originals: np.ndarray,
     protocol: FeatureProtocol,
     *,
+    pictures: np.ndarray | None = None,
     logits: int = 0,
     reference: Statistics | None = None,
 ) -> dict[str, Figure]:
-    """What a perfect method would get: originals [N,D+K] beside a reference, else one random half beside the other.
+    """Originals [N,D+K] beside a reference, else a random half of the pictures beside the other.
 
     Of halves the mean over HALVINGS, and 95% of them. Empty for fewer than 4 pictures.
     """
-    count = len(originals)
-    if count < 4:
+    rows = _rows_of(pictures, len(originals))
+    if len(rows) < 4:
         return {}
     frechet, kid, score = keys(protocol)
     features, guesses = _split(originals, logits)
+    found: dict[str, Figure] = {}
     if reference is not None:
-        found = {
-            frechet: figures(originals, originals, protocol, logits=logits, reference=reference)[frechet]
-        }
+        beside = figures(
+            originals, originals, protocol, pictures=pictures, logits=logits, reference=reference
+        )
+        found[frechet] = beside[frechet]
     else:
         draw, values = np.random.default_rng(0), []
         for _ in range(HALVINGS if features.shape[1] <= WIDEST else 1):
-            order = draw.permutation(count)
-            halves = [features[order[: count // 2]], features[order[count // 2 : count // 2 * 2]]]
-            parts = [statistics_of(half, protocol) for half in halves]
-            squared = kernel_distance(halves[0], halves[1], seed=0, subsets=1, subset_size=SUBSET).mean
-            values.append((frechet_distance(parts[0], parts[1]), KID_UNIT * squared))
-        found = {}
+            order, half = draw.permutation(len(rows)), len(rows) // 2
+            parts = [
+                features[np.concatenate([rows[at] for at in some])]
+                for some in (order[:half], order[half : 2 * half])
+            ]
+            squared = kernel_distance(parts[0], parts[1], seed=0, subsets=1, subset_size=SUBSET).mean
+            apart = frechet_distance(*(statistics_of(part, protocol) for part in parts))
+            values.append((apart, KID_UNIT * squared))
         for key, of in zip((frechet, kid), np.array(values).T, strict=True):
             low, high = np.quantile(of, [0.025, 0.975])
             found[key] = {"mean": float(of.mean()), "low": float(low), "high": float(high)}
-    if logits and count >= 2 * SPLITS:
+    if logits and len(features) >= 2 * SPLITS:
         found[score] = _score(guesses)
     return found
 
 
-def kernel_figure(a: np.ndarray, b: np.ndarray) -> Figure:
+def kernel_figure(a: np.ndarray, b: np.ndarray, *, pictures: np.ndarray | None = None) -> Figure:
     """KID of outputs and originals [N,D], in units of 1e-3.
 
-    Up to SUBSET pictures the interval is of resamples of the pictures; of more, of the subsets, whose deviation is
+    Up to SUBSET rows the interval is of resamples of the pictures; of more, of the subsets, whose deviation is
     that of the whole but for the root of the ratio of their sizes.
     """
     spread = kernel_distance(a, b, seed=0, subset_size=SUBSET)
     if spread.deviation is None:
         kernels = [_kernel_between_others(x, y) for x, y in ((a, a), (b, b), (a, b))]
-        draw, values = np.random.default_rng(0), []
+        draw, values, rows = np.random.default_rng(0), [], _rows_of(pictures, len(a))
         for _ in range(RESAMPLES):
-            times = np.bincount(draw.integers(0, len(a), len(a)), minlength=len(a)).astype(np.float64)
-            pairs = times.sum() ** 2 - (times**2).sum()  # of different pictures
-            aa, bb, ab = (times @ kernel @ times / pairs for kernel in kernels)
-            values.append(aa + bb - 2 * ab)
+            times = np.bincount(_redrawn(draw, rows), minlength=len(a)).astype(np.float64)
+            pairs = times.sum() ** 2 - (times**2).sum()  # of different rows
+            if pairs:
+                aa, bb, ab = (times @ kernel @ times / pairs for kernel in kernels)
+                values.append(aa + bb - 2 * ab)
         deviation = float(np.std(values, ddof=1))
     else:
         deviation = spread.deviation * (spread.size / len(a)) ** 0.5
@@ -136,14 +145,28 @@ def _kernel_between_others(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return kernel
 
 
-def _with_interval(distance: Callable[[np.ndarray], float], count: int, *, resampled: bool) -> Figure:
-    """A distance of all rows, and of resamples of them its deviation: none but the figure itself if not `resampled`."""
-    middle, half, draw = distance(np.arange(count)), 0.0, np.random.default_rng(0)
-    if resampled:
-        values = [distance(draw.integers(0, count, count)) for _ in range(RESAMPLES)]
-        half = NORMAL * float(np.std(values, ddof=1))
-        return {"mean": middle, "low": max(0.0, middle - half), "high": middle + half}
-    return {"mean": middle}
+def _rows_of(pictures: np.ndarray | None, count: int) -> list[np.ndarray]:
+    """The rows of each picture."""
+    if pictures is None:
+        return list(np.arange(count)[:, None])
+    return [np.flatnonzero(pictures == picture) for picture in np.unique(pictures)]
+
+
+def _redrawn(draw: np.random.Generator, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of as many pictures as there are, drawn with replacement."""
+    return np.concatenate([rows[at] for at in draw.integers(0, len(rows), len(rows))])
+
+
+def _with_interval(
+    distance: Callable[[np.ndarray], float], rows: Sequence[np.ndarray], *, resampled: bool
+) -> Figure:
+    """A distance of all rows and, if `resampled`, an interval by that of resamples of the pictures."""
+    middle, draw = distance(np.concatenate(rows)), np.random.default_rng(0)
+    if not resampled:
+        return {"mean": middle}
+    values = [distance(_redrawn(draw, rows)) for _ in range(RESAMPLES)]
+    half = NORMAL * float(np.std(values, ddof=1))
+    return {"mean": middle, "low": max(0.0, middle - half), "high": middle + half}
 
 
 def _score(logits: np.ndarray) -> Figure:

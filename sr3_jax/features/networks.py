@@ -6,7 +6,7 @@ Shape legend: B batch, H height, W width, D features, K logits of classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,30 @@ class Network:
         run: uint8 [B,H,W,3] -> float32 [B,D+K].
         logits: K, the last so many numbers of `run`; 0 if there are none that an Inception score is made of.
         least_side: pixels of a picture below which its features are not worth comparing.
+        patch: pixels; a larger picture is compared in squares of that side, at their own size. 0: as a whole.
     """
 
     protocol: FeatureProtocol
     run: Callable[[np.ndarray], np.ndarray]
     logits: int = 0
     least_side: int = 0
+    patch: int = 0
+
+    def patches(self, image: np.ndarray) -> list[np.ndarray]:
+        """Squares [P,P,3] side by side about the centre of a picture [H,W,3], or the whole of a small one."""
+        height, width = image.shape[:2]
+        rows, columns = (side // self.patch if self.patch else 0 for side in (height, width))
+        if not rows or not columns:
+            return [image]
+        top, left = (height - rows * self.patch) // 2, (width - columns * self.patch) // 2
+        tops = range(top, top + rows * self.patch, self.patch)
+        lefts = range(left, left + columns * self.patch, self.patch)
+        return [image[y : y + self.patch, x : x + self.patch] for y in tops for x in lefts]
+
+    def in_patches(self, patch: int) -> Network:
+        """The same network, by which pictures are compared in patches."""
+        how = f"patches of {patch}x{patch} side by side, pictures under that whole; {self.protocol.preprocessing}"
+        return replace(self, patch=patch, protocol=replace(self.protocol, preprocessing=how))
 
 
 def open_network(spec: str | None, *, lpips: Lpips | None, classifier: Any = None) -> Network | None:
