@@ -34,5 +34,6 @@ def get_config() -> ConfigDict:
             "train": {"num_steps": 1_000_000, "batch_size": 256},
             "eval": {"num_images": 256, "steps": 100, "solver": "ancestral"},
             "mesh": {"data": -1, "fsdp": 8},
+            "stage": {"name": "sr_1024", "size": 1024},
         }
     )

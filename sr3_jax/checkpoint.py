@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +156,22 @@ def _read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         return ocp.load_checkpointables(folder, abstract)
 
 
+def newest_step(workdir: Path) -> int | None:
+    """The step of the newest checkpoint, None if there is none; nothing of it is read."""
+    folder = workdir / CHECKPOINTS
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
 def load_ema(workdir: Path) -> tuple[Params, int]:
     """The moving-average weights of the newest checkpoint, as float32 on the default device, and its step.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read.
     """
-    folder = (workdir / CHECKPOINTS).absolute()
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not steps:
+    folder, step = (workdir / CHECKPOINTS).absolute(), newest_step(workdir)
+    if step is None:
         raise UserError(f"{workdir} has no checkpoint yet; train it first, or wait for its first one")
-    step = max(steps)
     try:
         metadata = ocp.checkpointables_metadata(folder / str(step)).metadata["ema"]
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -212,6 +217,24 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
         UserError: it is not a safetensors file, or not one of ours.
     """
     params: dict[str, Any] = {}
+    with _opened(path) as (file, config):
+        for name in file.keys():  # noqa: SIM118, it is no dict
+            *parents, leaf = name.split(".")
+            branch = params
+            for parent in parents:
+                branch = branch.setdefault(parent, {})
+            branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
+    return params, config
+
+
+def read_export_config(path: Path) -> dict[str, Any]:
+    """The config of an exported file, without its weights. UserError as `read_export`."""
+    with _opened(path) as (_, config):
+        return config
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -221,13 +244,7 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
                 )
             if "config" not in metadata:
                 raise UserError(f"{path} carries no config; make it again with sr3 export")
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                *parents, leaf = name.split(".")
-                branch = params
-                for parent in parents:
-                    branch = branch.setdefault(parent, {})
-                branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
-        return params, json.loads(metadata["config"])
+            yield file, json.loads(metadata["config"])
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:

@@ -80,22 +80,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         UserError: no such file, no get_config in it, an unknown field, a value of the wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config={path}: there is no such file; the presets are in configs/")
-    spec = importlib.util.spec_from_file_location("sr3_config", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path} is not a Python file; give one that defines get_config()")
-    module = importlib.util.module_from_spec(spec)
-    beside = str(path.parent.absolute())  # so that a config can import its twin
-    sys.path.insert(0, beside)
-    try:
-        spec.loader.exec_module(module)
-        given = _plain(module.get_config())
-    except Exception as error:  # whatever a user's file raises is the user's to mend
-        raise UserError(f"--config={path} does not load ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.remove(beside)
+    given = _get_config(Path(path))
+    if "stages" in given:
+        raise UserError(f"--config={path} is a cascade of {', '.join(given['stages'])}: name one of these")
     config = complete(given)
     for override in overrides:
         name, equals, text = override.removeprefix("--config.").partition("=")
@@ -106,6 +93,41 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             )
         config[section] = config.get(section, {}) | {field: parse(section, field, text)}
     return config
+
+
+def load_cascade(path: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The configs of the stages that a cascade's config names in `stages`, with the overrides in each; [] for others.
+
+    Raises:
+        UserError: as `load_config`; two stages of one name, or one without.
+    """
+    path = Path(path)
+    stages = _get_config(path).get("stages", ())
+    configs = [load_config(path.parent / stage, overrides) for stage in stages]
+    names = [config["stage"]["name"] for config in configs]
+    for name, stage in zip(names, stages, strict=True):
+        if names.count(name) > 1 or not name or Path(name).name != name:
+            raise UserError(f"config.stage.name of {stage} must be a folder's name of its own, got {name!r}")
+    return configs
+
+
+def _get_config(path: Path) -> dict[str, Any]:
+    """What `get_config()` of a file returns, as plain values. UserError if there is none."""
+    if not path.is_file():
+        raise UserError(f"--config={path}: there is no such file; the presets are in configs/")
+    spec = importlib.util.spec_from_file_location("sr3_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path} is not a Python file; give one that defines get_config()")
+    module = importlib.util.module_from_spec(spec)
+    beside = str(path.parent.absolute())  # so that a config can import its twin
+    sys.path.insert(0, beside)
+    try:
+        spec.loader.exec_module(module)
+        return _plain(module.get_config())
+    except Exception as error:  # whatever a user's file raises is the user's to mend
+        raise UserError(f"--config={path} does not load ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(beside)
 
 
 def complete(given: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

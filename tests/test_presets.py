@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sr3_jax import experiment
+from sr3_jax.aliases import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Table 1 and section 3 of the paper; the last column is what this reading of its text counts to.
@@ -69,9 +70,34 @@ def test_presets_are_the_papers_table(name):
     assert (optim["ema_decay"], config["eval"]["solver"]) == (0.9999, "ancestral")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[!_]*.py")), ids=lambda path: path.stem)
+STAGES = [path for path in sorted(CONFIGS.glob("[!_]*.py")) if not path.stem.startswith("cascade_")]
+CASCADES = sorted(CONFIGS.glob("cascade_*.py"))
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_every_config_is_whole_and_its_docstring_gives_its_command(path):
     read = experiment.read(experiment.load_config(path))
     assert f"sr3 train --config=configs/{path.name} " in path.read_text(encoding="utf-8")
     assert np.isclose(read.objective.schedule.gamma64[0], 1)
     experiment.check_batch(read.config, devices=8, processes=1)
+
+
+@pytest.mark.parametrize("path", CASCADES, ids=lambda path: path.stem)
+def test_every_cascade_chains(path):
+    """Each stage takes the size that the one before it makes."""
+    configs = [experiment.read(config).config for config in experiment.load_cascade(path)]
+    assert not configs[0]["model"]["low_res"] and all(config["model"]["low_res"] for config in configs[1:])
+    made = [config["stage"]["size"] for config in configs]
+    taken = [config["stage"]["size"] // config["data"]["scale"] for config in configs]
+    assert made[:-1] == taken[1:] and str(made[-1]) in path.stem
+    assert all(
+        size == config["data"]["crop"] // config["data"]["shrink"]
+        for size, config in zip(made, configs, strict=True)
+    )
+    assert f"sr3 train --config=configs/{path.name} " in path.read_text(encoding="utf-8")
+
+
+def test_a_cascade_is_no_single_config():
+    with pytest.raises(UserError, match=r"is a cascade of base_fashion_8\.py, .*: name one of these"):
+        experiment.load_config(CONFIGS / "cascade_fashion_32.py")
+    assert experiment.load_cascade(CONFIGS / "photos_4x.py") == []

@@ -1,8 +1,13 @@
-"""Train a model: sr3 train --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]."""
+"""Train a model: sr3 train --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...].
+
+The config of a cascade trains its stages one after the other, each in DIR/STAGE; an override holds for all of them.
+The same command again goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to experiment.load_config
@@ -16,9 +21,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when complete, 128 + the signal's number when one stopped it."""
-    from sr3_jax.experiment import load_config, read
+    from sr3_jax.experiment import load_cascade, load_config, read
+    from sr3_jax.outputs import open_folder, write_text
     from sr3_jax.processes import start_processes
+    from sr3_jax.stages import PLAN_FILE
     from sr3_jax.train.loop import train
 
-    start_processes()
-    return train(read(load_config(args.config, args.rest)), args.workdir)
+    configs = load_cascade(args.config, args.rest)
+    if not configs:
+        experiment = read(load_config(args.config, args.rest))
+        start_processes()
+        return train(experiment, args.workdir)
+    experiments = [read(config) for config in configs]  # all are checked before the first is trained
+    names = [config["stage"]["name"] for config in configs]
+    process, _ = start_processes()
+    if process == 0:
+        write_text(open_folder(args.workdir) / PLAN_FILE, json.dumps({"stages": names}) + "\n")
+    for name, experiment in zip(names, experiments, strict=True):
+        if process == 0:
+            print(f"stage {name}", flush=True)
+        code = train(experiment, args.workdir / name)
+        if code:
+            return code
+    return 0

@@ -1,0 +1,61 @@
+"""What the commands' options have in common: whole numbers, lists with commas, one value for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def listed(option: str, text: str | None) -> list[str]:
+    """The parts of a list with commas; none if the option was not given."""
+    from sr3_jax.aliases import UserError
+
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"{option}={text!r} has an empty part: write it as A,B,C")
+    return parts
+
+
+def whole(option: str, text: str, *, least: int = 1, most: int = 10**9) -> int:
+    """A whole number in a range."""
+    from sr3_jax.aliases import UserError
+
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        above = f"{least} or more" if most == 10**9 else f"{least} to {most}"
+        raise UserError(f"{option} must be a whole number, {above}, got {text!r}")
+    return int(text)
+
+
+def number(option: str, text: str) -> float:
+    """A number."""
+    from sr3_jax.aliases import UserError
+
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option} must be a number, got {text!r}") from None
+
+
+def by_stage(
+    option: str, text: str | None, *, stages: int, read: Callable[[str, str], T], takes: Sequence[bool]
+) -> list[T | None]:
+    """One value for each stage: A,B,C as given ('-' for the stage's own), or one for all stages that take it."""
+    from sr3_jax.aliases import UserError
+
+    parts = listed(option, text)
+    if not parts:
+        return [None] * stages
+    if len(parts) == 1:
+        value = read(option, parts[0])
+        if not any(takes):
+            raise UserError(f"{option}={text} is of use to none of the stages: leave it out")
+        return [value if taken else None for taken in takes]
+    if len(parts) != stages:
+        raise UserError(
+            f"{option}={text} has {len(parts)} values for {stages} stages: give one, or one for each"
+        )
+    return [None if part == "-" else read(option, part) for part in parts]

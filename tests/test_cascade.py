@@ -1,0 +1,265 @@
+"""Cascades end to end with tiny stages: what is refused, what is drawn, and where a stopped one goes on."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sr3_jax import cascade, experiment, stages
+from sr3_jax.aliases import UserError
+from sr3_jax.checkpoint import CONFIG_FILE, export
+from sr3_jax.cli.main import main
+from sr3_jax.model import Model
+from sr3_jax.pictures import read_rgb
+from tests import tiny
+
+BASE = {
+    "model": {"low_res": False, "num_classes": 3},
+    "diffusion": {"space": "image"},
+    "data": {"scale": 1, "shrink": 2, "label_dropout": 0.2},
+    "stage": {"name": "base", "size": 8},
+}
+MIDDLE = {"data": {"scale": 2}, "stage": {"name": "middle", "size": 16}}
+LAST = {
+    "model": {"augment": True},
+    "data": {"scale": 2, "crop": 32, "augment": "noise"},
+    "stage": {"name": "last", "size": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> dict[str, str]:
+    """A file for each stage."""
+    folder = tmp_path_factory.mktemp("stages")
+    files = {}
+    for seed, sections in enumerate((BASE, MIDDLE, LAST)):
+        read = experiment.read(tiny.config(**sections))
+        params = tiny.perturbed(jax.device_get(read.init_params(jax.random.key(0))), seed=seed, size=0.3)
+        name = sections["stage"]["name"]
+        files[name] = str(folder / f"{name}.safetensors")
+        export(Path(files[name]), params, read.config)
+    return files
+
+
+def draw(arguments: list[str], out: Path) -> int:
+    return main(["cascade", *arguments, "-o", str(out), "--batch-size=4"])
+
+
+def drawn(out: Path) -> np.ndarray:
+    return np.stack([read_rgb(path) for path in sorted(out.glob("0*.png"))])
+
+
+def test_three_stages_make_labelled_pictures_and_a_page(exported, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        draw(["--stages", *exported.values(), "-n", "6", "--labels=2,0", "--keep", "--guidance=2"], out) == 0
+    )
+    assert drawn(out).shape == (6, 32, 32, 3)
+    assert [len(list((out / "stages" / name).glob("*.png"))) for name in ("base", "middle")] == [6, 6]
+    manifest = json.loads((out / "cascade.json").read_text())
+    assert [entry["label"] for entry in manifest["pictures"]] == [2, 0] * 3
+    assert [stage["name"] for stage in manifest["stages"]] == ["base", "middle", "last"]
+    assert [stage["sampling"]["guidance"] for stage in manifest["stages"]] == [2.0, 1.0, 1.0]
+    assert read_rgb(out / "grid.png").shape[0] > 2 * 64 and (out / "stages.png").is_file()
+    assert "6 pictures, grid.png, stages.png and cascade.json in" in capsys.readouterr().out
+
+
+def test_a_stage_is_the_models_own_upscale_of_the_picture_before(exported, tmp_path):
+    """What the last stage gives is what `sr3 upscale` of its model would, by the same key."""
+    out = tmp_path / "out"
+    assert draw(["--stages", *exported.values(), "-n", "4", "--keep"], out) == 0
+    before = np.stack([read_rgb(path) for path in sorted((out / "stages" / "middle").glob("*.png"))])
+    expected = stages_model(exported["last"]).upscale(before, cascade._keys(0, 2, range(4)))
+    np.testing.assert_array_equal(drawn(out), expected)
+
+
+def stages_model(path: str) -> Model:
+    from sr3_jax.model import load
+
+    return load(path)
+
+
+def test_a_picture_follows_from_seed_index_and_label_alone(exported, tmp_path):
+    few, many, other = (tmp_path / name for name in ("few", "many", "other"))
+    assert draw(["--stages", *exported.values(), "-n", "2"], few) == 0
+    assert draw(["--stages", *exported.values(), "-n", "7"], many) == 0
+    assert draw(["--stages", *exported.values(), "-n", "2", "--seed=1"], other) == 0
+    np.testing.assert_array_equal(drawn(many)[:2], drawn(few))
+    assert (drawn(other) != drawn(few)).any(axis=(1, 2, 3)).all()
+
+
+def test_it_goes_on_after_the_last_finished_stage(exported, tmp_path, monkeypatch):
+    out, arguments = tmp_path / "out", ["--stages", *exported.values(), "-n", "4", "--keep"]
+    upscale, sizes, stops = Model.upscale, [], [2]
+
+    def counted(model, images, *args, **options):
+        sizes.append(images.shape[1])
+        if stops and len(sizes) == stops[0]:
+            stops.clear()
+            raise KeyboardInterrupt
+        return upscale(model, images, *args, **options)
+
+    monkeypatch.setattr(Model, "upscale", counted)
+    generate, generated = Model.generate, []
+
+    def spied(model, *args, **options):
+        generated.append(1)
+        return generate(model, *args, **options)
+
+    monkeypatch.setattr(Model, "generate", spied)
+    assert draw(arguments, out) == 130
+    assert draw(arguments, out) == 0
+    assert sizes == [8, 16, 16] and len(generated) == 1
+    whole = drawn(out)
+    assert draw(arguments, tmp_path / "again") == 0
+    np.testing.assert_array_equal(whole, drawn(tmp_path / "again"))
+    # Another seed, or a picture that is gone, and the stages after it are drawn anew.
+    del sizes[:]
+    assert draw([*arguments, "--seed=5"], out) == 0
+    assert sizes == [8, 16]
+    (out / "stages" / "middle" / "00001.png").unlink()
+    assert draw([*arguments, "--seed=5"], out) == 0
+    assert sizes == [8, 16, 8]
+
+
+def test_it_starts_from_given_pictures(exported, tmp_path):
+    folder, out = tiny.pictures(tmp_path / "in", count=3, side=8), tmp_path / "out"
+    assert draw(["--stages", exported["middle"], exported["last"], "--low-res", str(folder)], out) == 0
+    assert drawn(out).shape == (3, 32, 32, 3)
+    assert read_rgb(out / "stages.png").shape[1] > 3 * 128
+
+
+def test_the_weights_of_a_stage_are_freed_before_the_next_is_read(exported, tmp_path, monkeypatch):
+    alive, load = [], cascade.load
+
+    def spied(path):
+        gc.collect()
+        alive.append(sum(isinstance(thing, Model) for thing in gc.get_objects()))
+        return load(path)
+
+    monkeypatch.setattr(cascade, "load", spied)
+    assert draw(["--stages", *exported.values(), "-n", "1"], tmp_path / "out") == 0
+    assert len(alive) == 3 and len(set(alive)) == 1
+
+
+def test_sr3_generate_draws_by_a_base_stage(exported, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["generate", f"--model={exported['base']}", "-n", "5", "-o", str(out), "--labels=none"]) == 0
+    assert drawn(out).shape == (5, 8, 8, 3)
+    assert main(["generate", f"--model={exported['last']}", "-o", str(out)]) == 2
+    assert "stage last (16x16 to 32x32) needs low-res pictures" in capsys.readouterr().err
+
+
+REFUSED = {
+    "order": (["last", "middle"], [], "begin with a base stage, or give --low-res"),
+    "base_late": (
+        ["base", "base", "middle"],
+        [],
+        "stage base_2 (base, 8x8) makes pictures of noise: it must come first",
+    ),
+    "gap": (
+        ["base", "last"],
+        [],
+        "stage last (16x16 to 32x32) takes pictures of 16x16, but base (base, 8x8) gives 8x8",
+    ),
+    "swapped": (["base", "last", "middle"], [], "takes pictures of 16x16, but base (base, 8x8) gives 8x8"),
+    "base_given": (
+        ["base"],
+        ["--low-res", "PICTURES"],
+        "makes pictures of noise: leave it out with --low-res",
+    ),
+    "size_given": (["last"], ["--low-res", "PICTURES"], "takes pictures of 16x16, but --low-res gives 8x8"),
+    "too_many": (["middle"], ["--low-res", "PICTURES", "-n", "9"], "--count=9 is more than the 3 pictures"),
+    "steps": (["base", "middle"], ["--steps=2,2,2"], "--steps=2,2,2 has 3 values for 2 stages"),
+    "guidance": (
+        ["middle"],
+        ["--low-res", "PICTURES", "--guidance=2"],
+        "--guidance=2 is of use to none of the stages",
+    ),
+    "augment": (["base", "middle"], ["--augment=0.5"], "--augment=0.5 is of use to none of the stages"),
+    "strength": (["base", "middle", "last"], ["--augment=1.5"], "augment must be from 0 to 1, got 1.5"),
+    "label": (["base"], ["--labels=3"], "--labels must be a whole number, 0 to 2, got '3'"),
+    "unlabelled": (
+        ["middle"],
+        ["--low-res", "PICTURES", "--labels=0"],
+        "none of the stages was trained with labels",
+    ),
+    "missing": (
+        ["nowhere"],
+        [],
+        "no model 'nowhere': give a workdir, a .safetensors file, or a shipped name",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_in_a_sentence(case, exported, tmp_path, capsys):
+    names, options, sentence = REFUSED[case]
+    folder = str(tiny.pictures(tmp_path / "in", count=3, side=8))
+    options = [folder if option == "PICTURES" else option for option in options]
+    paths = [exported.get(name, name) for name in names]
+    assert draw(["--stages", *paths, *options], tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_channels_and_classes_must_agree(exported):
+    links = stages.find_links([exported["base"], exported["middle"]])
+    for change, sentence in (
+        ({"channels": 1}, "has 1 channels, but base"),
+        ({"classes": 5}, "has 5 classes, but"),
+    ):
+        import dataclasses
+
+        with pytest.raises(UserError, match=sentence):
+            stages.check_chain([links[0], dataclasses.replace(links[1], **change)])
+
+
+def test_a_cascade_is_trained_in_order_by_one_command_and_drawn_by_another(tmp_path, capsys):
+    folder = tiny.pictures(tmp_path / "pictures", side=32)
+    for name, sections in (
+        ("one", BASE | {"model": {"low_res": False}, "data": {"scale": 1, "shrink": 2}}),
+        ("two", MIDDLE),
+    ):
+        values = tiny.config(folder, **sections)
+        (tmp_path / f"{name}.py").write_text(f"def get_config():\n    return {values!r}\n")
+    config, workdir = tmp_path / "cascade.py", tmp_path / "work"
+    config.write_text("def get_config():\n    return {'stages': ('one.py', 'two.py')}\n")
+    train = ["train", f"--config={config}", f"--workdir={workdir}"]
+    assert main([*train, "--config.train.num_steps=2"]) == 0
+    assert [(workdir / name / "checkpoints" / "2").is_dir() for name in ("base", "middle")] == [True, True]
+    assert main([*train, "--config.train.num_steps=2"]) == 0  # all done already
+    assert draw(["--stages", str(workdir), "-n", "2"], tmp_path / "out") == 0
+    assert drawn(tmp_path / "out").shape == (2, 16, 16, 3)
+
+    # A stage that was stopped half-way, then one that was never begun.
+    config_file = workdir / "middle" / CONFIG_FILE
+    longer = json.loads(config_file.read_text())
+    longer["train"]["num_steps"] = 9
+    config_file.write_text(json.dumps(longer))
+    capsys.readouterr()
+    assert draw(["--stages", str(workdir)], tmp_path / "half") == 2
+    assert "is at step 2 of 9: finish its training, or allow it with --unfinished" in capsys.readouterr().err
+    assert draw(["--stages", str(workdir), "-n", "1", "--unfinished"], tmp_path / "half") == 0
+    (workdir / "cascade.json").write_text('{"stages": ["base", "lost"]}')
+    capsys.readouterr()
+    assert draw(["--stages", str(workdir)], tmp_path / "lost") == 2
+    assert "work/lost': give a workdir" in capsys.readouterr().err
+
+
+def test_stages_of_one_name_are_refused_before_training(tmp_path, capsys):
+    folder = tiny.pictures(tmp_path / "pictures", side=32)
+    (tmp_path / "one.py").write_text(f"def get_config():\n    return {tiny.config(folder, **MIDDLE)!r}\n")
+    (tmp_path / "cascade.py").write_text("def get_config():\n    return {'stages': ('one.py', 'one.py')}\n")
+    command = ["train", f"--config={tmp_path / 'cascade.py'}", f"--workdir={tmp_path / 'work'}"]
+    assert main(command) == 2
+    assert (
+        "config.stage.name of one.py must be a folder's name of its own, got 'middle'"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "work").exists()

@@ -1,0 +1,60 @@
+"""Training examples: shrinking, base stages, dropped labels, augmented conditions, and what sampling sees."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sr3_jax.augment import Augmentation
+from sr3_jax.images import degrade, to_unit, upsample
+from sr3_jax.train.examples import Task, condition, make_pair
+
+
+def batch(count: int = 6, side: int = 16) -> dict:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return {"image": image, "label": np.arange(count, dtype=np.int32)}
+
+
+def test_a_shrunk_target_is_what_the_next_stage_takes_as_its_low_res():
+    """The middle stage of a cascade learns to make what the last one was trained to take."""
+    crops = batch()
+    target, cond = make_pair(crops, Task(scale=2, shrink=2))
+    _, above = make_pair(crops, Task(scale=2))
+    assert target.shape == (6, 8, 8, 3)
+    np.testing.assert_array_equal(upsample(target, 2), above["upsampled"])
+    np.testing.assert_array_equal(cond["upsampled"], upsample(degrade(target, 2), 2))
+
+
+def test_a_base_stage_sees_its_label_alone():
+    target, cond = make_pair(batch(), Task(scale=None, shrink=4, num_classes=6))
+    assert target.shape == (6, 4, 4, 3) and set(cond) == {"label"}
+    assert condition(None, None) == {}
+
+
+def test_labels_are_dropped_in_training_alone():
+    crops = batch(2000, 4)
+    crops["label"] = crops["label"] % 10
+    task = Task(scale=None, num_classes=10, label_dropout=0.2)
+    _, cond = make_pair(crops, task, jax.random.key(0))
+    dropped = np.asarray(cond["label"]) == 10
+    assert abs(dropped.mean() - 0.2) < 0.03
+    np.testing.assert_array_equal(np.asarray(cond["label"])[~dropped], crops["label"][~dropped])
+    _, cond = make_pair(crops, task)
+    np.testing.assert_array_equal(cond["label"], crops["label"])
+
+
+@pytest.mark.parametrize("kind", ["blur", "noise"])
+def test_the_condition_is_augmented_in_training_alone_and_the_target_never(kind):
+    crops, task = batch(), Task(scale=2, augmentation=Augmentation(kind, 0.9, share=0.5))
+    target, cond = make_pair(crops, task, jax.random.key(1))
+    np.testing.assert_array_equal(target, to_unit(crops["image"]))
+    clean = upsample(degrade(target, 2), 2)
+    changed = np.asarray(jnp.any(cond["upsampled"] != clean, axis=(1, 2, 3)))
+    np.testing.assert_array_equal(changed, np.asarray(cond["augment"]) > 0)
+    assert 0 < changed.sum() < 6
+    _, cond = make_pair(crops, task)
+    assert set(cond) == {"upsampled", "label"}
+    np.testing.assert_array_equal(cond["upsampled"], clean)
