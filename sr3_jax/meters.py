@@ -115,9 +115,12 @@ def describe(setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
     """The networks' part of the protocol in evaluation.json, as plain values."""
     count = len(evaluation.items)
     absent = [*setup.absent]
-    for name, lacking in evaluation.left_out.items():
+    lacking = dict(evaluation.left_out)
+    if setup.lpips is not None and not any("lpips" in scores for scores in evaluation.scores):
+        lacking.setdefault("lpips", count)  # not one of them is large enough
+    for name, number in lacking.items():
         absent.append(
-            f"{_NAMES.get(name, name)} is left out: {lacking} of {count} pictures have a side under "
+            f"{_NAMES.get(name, name)} is left out: {number} of {count} pictures have a side under "
             f"{LEAST_SIDE} pixels."
         )
     about: dict[str, Any] = {}

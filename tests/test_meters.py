@@ -165,6 +165,8 @@ def test_a_column_that_not_every_picture_has_is_left_out_and_said(tmp_path):
     done = evaluate.evaluate(ROWS, mixed, tmp_path, meters=setup.meters)
     assert "lpips" not in done.scores[1] and "psnr" in done.scores[1] and done.sets == ({}, {})
     absent = meters.describe(setup, done)["absent"]
+    small = evaluate.evaluate(ROWS, source(side=28), tmp_path / "small", meters=setup.meters)
+    assert meters.describe(setup, small)["absent"][0].startswith("LPIPS is left out: 7 of 7 pictures")
     assert absent[0] == "LPIPS is left out: 1 of 4 pictures have a side under 31 pixels."
     assert "(corners) are left out: some have a side under 31 pixels" in absent[1] and len(absent) == 2
 
