@@ -73,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", type=_names, metavar="NAME,NAME", help="sampling methods (default: all)")
     parser.add_argument(
         "--steps", type=_counts, metavar="N,N",
-        help="network evaluations, of which Heun's method takes two a step (default: the model's)",
+        help="network evaluations, of which Heun's method takes two a step; what is stored is for the first "
+        "(default: the model's)",
     )  # fmt: skip
     parser.add_argument("--minutes", type=_minutes, metavar="T", help="end the search after so long")
     parser.add_argument("--limit", type=_count, metavar="N", help="only the first N pictures")
@@ -190,7 +191,9 @@ def run(args: argparse.Namespace) -> int:
             outcomes, search=judges[0], check=judges[1], count=counts[1], own=usual, metric=args.metric
         )
         tried = len(judges[0].tried)
-    chosen, default = search_report.choose(rows, own=usual, metric=args.metric)
+    chosen, default = search_report.choose(
+        rows, own=usual[budgets[0]], evaluations=budgets[0], metric=args.metric
+    )
     report = {
         "model": loaded.name,
         "metric": args.metric,
