@@ -51,7 +51,7 @@ class Method:
         """Where its outputs are, below the outputs of all."""
         if not self.solver:
             return f"{self.name}/{self.scale}x"
-        suffix = f"-{digest({'detail': self.detail})[:8]}" if self.detail else ""
+        suffix = f"-{digest(self.identity['sampling'])[:8]}" if self.detail else ""
         return f"{self.name}/{self.solver}-{self.steps}{suffix}"
 
     @property
@@ -79,9 +79,17 @@ def bicubic(scale: int) -> Method:
 
 
 def sampled(
-    model: Model, label: str, *, solvers: Sequence[str] = (), steps: Sequence[int] = ()
+    model: Model,
+    label: str,
+    *,
+    solvers: Sequence[str] = (),
+    steps: Sequence[int] = (),
+    unsearched: bool = False,
 ) -> list[Method]:
     """One method for each solver and number of steps; the model's own where none are given.
+
+    Args:
+        unsearched: where the model's own sampler comes of a search, the same solver and steps without it as well.
 
     Raises:
         UserError: there is no such solver or number of steps.
@@ -89,19 +97,22 @@ def sampled(
     if model.network.regression:  # one pass, whatever is asked of the others
         one = by_sampling(model, label, Sampling(model.solver, 1))
         return [dataclasses.replace(one, solver=None, steps=None, evaluations=1, own=True)]
-    asked = [(solver, count) for solver in solvers or [model.solver] for count in steps or [model.steps]]
-    return [
-        by_sampling(model, label, model.sampling.asked(solver=solver, steps=count)) for solver, count in asked
-    ]
+    weights = fingerprint(model)
+    found = []
+    for solver in solvers or [model.solver]:
+        for count in steps or [model.steps]:
+            asked = model.sampling.asked(solver=solver, steps=count)
+            usual = Sampling(solver, count, guidance=asked.guidance, augment=asked.augment)
+            choices = [usual, asked] if unsearched and usual != asked else [asked]
+            found += [by_sampling(model, label, choice, weights=weights) for choice in choices]
+    return found
 
 
-def by_sampling(
-    model: Model, label: str, sampling: Sampling, *, weights: str | None = None, setup: str | None = None
-) -> Method:
+def by_sampling(model: Model, label: str, sampling: Sampling, *, weights: str | None = None) -> Method:
     """A model by one sampler.
 
     Args:
-        weights, setup: `fingerprint` and `sampling.setup_of` of the model, where many methods share them.
+        weights: `fingerprint` of the model, where many methods share it.
 
     Raises:
         UserError: this model cannot be sampled so.
@@ -125,15 +136,19 @@ def by_sampling(
         run,
         {
             "weights": weights or fingerprint(model),
-            "setup": setup or samplings.setup_of(model.config),
+            "setup": samplings.setup_of(model.config),
             "sampling": values,
         },
         solver=sampling.solver,
         steps=sampling.steps,
-        detail=", ".join(f"{name} {value}" for name, value in values.items() if value != usual[name]),
+        detail=", ".join(_words(name, value) for name, value in values.items() if value != usual[name]),
         evaluations=sampling.evaluations,
         own=sampling == model.sampling,
     )
+
+
+def _words(name: str, value: Any) -> str:
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def fingerprint(model: Model) -> str:

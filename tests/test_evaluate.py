@@ -21,7 +21,7 @@ from sr3_jax.diffusion.sampler import sample
 from sr3_jax.experiment import read
 from sr3_jax.model import from_config, load
 from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
-from sr3_jax.sampling import SOLVERS, evaluations, inference_grid, solver_named
+from sr3_jax.sampling import SOLVERS, Sampling, evaluations, inference_grid, solver_named
 
 # Two sizes, which the model pads to one: compiling takes most of the time here.
 SIZES = {"b-wide": (41, 52), "a-tall": (54, 39), "c-wide": (40, 55)}
@@ -279,6 +279,25 @@ def test_a_model_gives_a_row_for_each_solver_and_number_of_steps():
     assert [row.own for row in rows] == [False, False, False, True]
 
 
+def test_a_searched_sampler_has_a_row_beside_the_usual_one():
+    searched = Sampling("ddim", 3, spacing="linear", noisiest=1.25, eta=0.5)
+    model = dataclasses.replace(build(), sampling=searched)
+    rows = evaluate.sampled(model, "m", steps=[3, 5], unsearched=True)
+    assert [(row.steps, row.detail, row.own) for row in rows] == [
+        (3, "", False),
+        (3, "spacing linear, noisiest 1.25, eta 0.5", True),
+        (5, "", False),
+    ]
+    assert len({row.folder for row in rows}) == 3
+    assert [row.own for row in evaluate.sampled(model, "m")] == [True]
+    low_res = np.random.default_rng(0).integers(0, 256, (1, 10, 12, 3), np.uint8)
+    keys = jax.vmap(jax.random.key)(np.arange(1))
+    made = [row.run(low_res, jax.random.clone(keys)) for row in rows[:2]]
+    assert not np.array_equal(*made)
+    wanted = model.upscale(low_res, jax.random.clone(keys), sampling=searched)
+    assert np.array_equal(made[1], wanted)
+
+
 def test_a_model_is_shown_by_its_own_sampler_or_by_most_steps():
     def method(name, solver, steps, own=False):
         return evaluate.Method(name, 4, lambda low_res, key: low_res, {}, solver, steps, "", steps, own)
@@ -361,6 +380,19 @@ def test_sources_know_the_names_of_their_files(house, tmp_path, monkeypatch):
         (["--samples", "-1"], "--samples must be a whole number"),
         (["--seed", "1e3"], "--seed must be a whole number, 0 to 4294967295, got '1e3'"),
         (["--limit", "0"], "--limit must be"),
+        (["--batch", "0"], "--batch must be a whole number, 1 or more, got '0'"),
+        (["--patch", "30"], "--patch must be"),
+        (
+            ["--features", "vgg"],
+            "--features=vgg is unknown: take inception:FILE, alexnet, classifier or none",
+        ),
+        (
+            ["--features", "inception"],
+            "write inception:pt_inception-2015-12-05-6726825d.pth, or take alexnet",
+        ),
+        (["--classifier", "nonesuch.onnx"], "nonesuch.onnx"),
+        (["--reference", "x.npz"], "--reference=x.npz needs the network it was made with"),
+        (["--save-reference", "x.npz"], "--save-reference needs a network: name it with --features"),
         (["--crop", "30"], "--crop=30 must be a multiple of the scale, 4, and at least 20"),
         (["--crop", "16"], "--crop=16 must be"),
         (["--crop", "400"], "holds no picture that can be used"),

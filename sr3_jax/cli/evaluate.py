@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", metavar="N,N", help="numbers of sampling steps (default: the model's)")
     parser.add_argument("--solver", metavar="NAME,NAME", help="sampling methods (default: the model's)")
+    parser.add_argument(
+        "--unsearched", action="store_true",
+        help="beside a sampler that sr3 search-schedule found also the same solver and steps as they were",
+    )  # fmt: skip
     parser.add_argument("--samples", default="1", metavar="N", help="outputs of each picture (default: 1)")
     parser.add_argument("--seed", default="0", metavar="S", help="same seed, same outputs (default: 0)")
     parser.add_argument("--limit", metavar="N", help="only the first N pictures")
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     methods = [evaluate.original(scale) for scale in scales] if setup.of_originals else []
     methods += [evaluate.bicubic(scale) for scale in scales]
     for one, label in zip(loaded, labels, strict=True):
-        methods += evaluate.sampled(one, label, solvers=solvers, steps=steps)
+        methods += evaluate.sampled(one, label, solvers=solvers, steps=steps, unsearched=args.unsearched)
     folder = outputs.open_folder(args.output)
     kept = folder / "outputs"
 
