@@ -227,7 +227,7 @@ def test_a_file_for_other_weights_is_not_used_and_said(tmp_path, caplog, monkeyp
     exported(tmp_path / "m.safetensors")
     sampling.store(tmp_path / "m.sampling.json", stored_for(other))
     assert models.load(tmp_path / "m.safetensors").sampling == Sampling("ddim", 2)
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = {record.getMessage() for record in caplog.records}
     assert "m.sampling.json was searched with other weights (other.safetensors)" in message
     assert message.endswith("not used: run sr3 search-schedule again")
 
@@ -243,7 +243,7 @@ def test_in_a_workdir_later_steps_of_the_same_run_use_it_with_a_word(noise, tmp_
     used = sampling.find_stored(
         tmp_path, own=model.sampling, params=later.params, config=later.config, name="run at step 9"
     )
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = {record.getMessage() for record in caplog.records}
     if noise == 100:
         assert used == SEARCHED and "it is used for run at step 9 too" in message
     else:
