@@ -20,17 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="FILE", help="a .safetensors file"
     )
-    parser.add_argument("--steps", default="2000", metavar="N", help="of training (default: %(default)s)")
+    parser.add_argument("--steps", default="3000", metavar="N", help="of training (default: %(default)s)")
     parser.add_argument("--minutes", metavar="M", help="end after M minutes, if the steps take longer")
     parser.add_argument(
         "--batch", default="128", metavar="B", help="pictures in a step (default: %(default)s)"
     )
-    parser.add_argument("--width", default="32", metavar="C", help="channels (default: %(default)s)")
+    parser.add_argument("--width", default="16", metavar="C", help="channels (default: %(default)s)")
     parser.add_argument(
         "--seed", default="0", metavar="S", help="same seed, same weights (default: %(default)s)"
     )
     parser.add_argument(
-        "--augment", default="1", metavar="X",
+        "--augment", default="0.5", metavar="X",
         help="how much pictures are moved, turned and zoomed: 0 not at all, 3 much (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
