@@ -18,6 +18,7 @@ from sr3_jax.data.sources import Source
 from sr3_jax.features import networks
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import FeatureProtocol, load_statistics, save_statistics, statistics_of
+from sr3_jax.outputs import Outputs
 from sr3_jax.pictures import read_rgb
 
 COUNT, SIDE = 7, 32
@@ -106,6 +107,11 @@ def test_outputs_do_not_depend_on_what_else_is_in_their_batch(tmp_path):
         name = f"noisy/ddim-2/{at:05d}.png"
         np.testing.assert_array_equal(read_rgb(tmp_path / "a" / name), read_rgb(tmp_path / "b" / name))
     np.testing.assert_allclose(whole.scores[0]["psnr"][:3, :1], part.scores[0]["psnr"])
+    odd = evaluate.measure_part([noisy()], source(), tmp_path / "c", batch=4, process=(1, 2))
+    assert [item.index for item in odd.items] == [1, 3, 5]
+    for at in (1, 3, 5):
+        name = f"noisy/ddim-2/{at:05d}.png"
+        np.testing.assert_array_equal(read_rgb(tmp_path / "a" / name), read_rgb(tmp_path / "c" / name))
     one = evaluate.evaluate([noisy()], source(), tmp_path / "a", batch=2)
     assert one.reused == 0  # another batch is another program
 
@@ -123,9 +129,11 @@ def test_other_measures_are_taken_of_the_kept_pictures(tmp_path, monkeypatch):
     assert corners.seen > 0 and lpips.shapes and before.scores[2]["lpips"].shape == (COUNT, 2)
 
     corners, lpips = Corners(), Brightness()
-    again = evaluate.evaluate(
-        [*ROWS, noisy(seen=ran)], source(), tmp_path, meters=every(corners, lpips=lpips), **options
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Outputs, "read", None)  # no picture is even opened
+        again = evaluate.evaluate(
+            [*ROWS, noisy(seen=ran)], source(), tmp_path, meters=every(corners, lpips=lpips), **options
+        )
     assert (ran, corners.seen, lpips.shapes) == ([], 0, [])
     assert all(
         a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
@@ -150,6 +158,25 @@ def test_other_measures_are_taken_of_the_kept_pictures(tmp_path, monkeypatch):
     (tmp_path / "noisy" / "ddim-2" / "00003.2.png").write_bytes(b"no picture")
     evaluate.evaluate([noisy(seen=ran)], source(), tmp_path, **options)
     assert ran == [4, 4]  # one full batch, twice: the first call of a size is not timed
+
+
+def test_the_diversity_of_other_outputs_is_another(tmp_path):
+    """Samples that were made anew, with other pixels, have no diversity yet, whatever is known of those before."""
+    size = [1]
+
+    def run(low_res, keys):
+        large = scoring.interpolated(low_res, 4).astype(int)
+        shift = jax.vmap(lambda key: jax.random.randint(key, (1, 1, 1), 0, 20))(keys)
+        return np.clip(large + size[0] * np.asarray(shift), 0, 255).astype(np.uint8)
+
+    method = evaluate.Method("m", 4, run, {}, "ddim", 2)
+    before = evaluate.evaluate([method], source(), tmp_path, samples=2)
+    size[0] = 3
+    for path in (tmp_path / "m" / "ddim-2").glob("*.png"):
+        path.unlink()
+    after = evaluate.evaluate([method], source(), tmp_path, samples=2)
+    assert after.reused == 0
+    assert after.scores[0]["diversity"].mean() > 2 * before.scores[0]["diversity"].mean() > 0
 
 
 def test_a_column_that_not_every_picture_has_is_left_out_and_said(tmp_path):
