@@ -43,7 +43,9 @@ def tiles(image: np.ndarray, count: int, side: int) -> list[np.ndarray]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--hold-out", type=int, default=30, help="photographs (default: %(default)s)")
@@ -58,7 +60,10 @@ def main() -> int:
     large = [path for path, size in zip(scan.pictures, scan.sizes, strict=True) if min(size) >= args.side]
     queue = sorted(large, key=order)
     if len(queue) <= args.hold_out:
-        print(f"{args.folder} has {len(queue)} photographs, too few to hold out {args.hold_out}", file=sys.stderr)
+        print(
+            f"{args.folder} has {len(queue)} photographs, too few to hold out {args.hold_out}",
+            file=sys.stderr,
+        )
         return 2
     for name in ("train", "tiles"):
         shutil.rmtree(args.out / name, ignore_errors=True)
@@ -70,7 +75,9 @@ def main() -> int:
         for number, tile in enumerate(tiles(read_rgb(path), args.tiles, args.side)):
             write_picture(args.out / "tiles" / f"{path.stem}-{number}.png", Picture(tile))
             count += 1
-    print(f"{len(queue) - args.hold_out} photographs to train on, {count} tiles of {args.hold_out} others in {args.out}")
+    print(
+        f"{len(queue) - args.hold_out} photographs to train on, {count} tiles of {args.hold_out} others in {args.out}"
+    )
     return 0
 
 
