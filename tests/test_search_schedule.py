@@ -222,7 +222,7 @@ def test_other_pictures_can_be_given_to_see_on(house, tmp_path):
         (["--solver", "ddim,"], "solver must be one of ancestral, ddim, dpmpp_2m, heun, got ''"),
         (["--steps", "0"], "0 is too small"),
         (["--steps", "5,x"], "invalid list of whole numbers value: '5,x'"),
-        (["--minutes", "0"], "0 is not a time"),
+        (["--minutes", "0"], "0 is out of range: it must be above 0"),
         (["--seed", "-1"], "-1 is not a seed"),
         (["--crop", "30"], "--crop=30 must be a multiple of the scale, 4, and at least 20"),
         (["--crop", "16"], "--crop=16 must be a multiple of the scale, 4, and at least 20"),

@@ -1,11 +1,42 @@
-"""What the commands' options have in common: whole numbers, lists with commas, one value for each stage."""
+"""What the commands' options have in common: numbers and their ranges, lists with commas, one value for each stage.
+
+`count`, `seed` and `positive` are types for argparse; the others raise our own sentences.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """What `jax.random.key` takes."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not a seed: choose one of 0 to {2**32 - 1}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be above 0")
+    return value
+
+
+count.__name__, seed.__name__, positive.__name__ = "whole number", "whole number", "number"  # in errors
 
 
 def listed(option: str, text: str | None) -> list[str]:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sr3_jax.cli._options import listed, whole
+
 if TYPE_CHECKING:
     from sr3_jax.data.sources import Source
 
@@ -78,13 +80,13 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.signals import leave_if, polled_signals
 
     started = time.perf_counter()
-    steps = [_whole("--steps", text) for text in _listed("--steps", args.steps)]
-    solvers = _listed("--solver", args.solver)
-    samples, seed = _whole("--samples", args.samples), _whole("--seed", args.seed, least=0, most=2**32 - 1)
-    limit = None if args.limit is None else _whole("--limit", args.limit)
-    crop = None if args.crop is None else _whole("--crop", args.crop)
-    batch = _whole("--batch", args.batch)
-    patch = 0 if args.patch is None else _whole("--patch", args.patch, least=31)
+    steps = list(dict.fromkeys(whole("--steps", text) for text in listed("--steps", args.steps)))
+    solvers = list(dict.fromkeys(listed("--solver", args.solver)))
+    samples, seed = whole("--samples", args.samples), whole("--seed", args.seed, least=0, most=2**32 - 1)
+    limit = None if args.limit is None else whole("--limit", args.limit)
+    crop = None if args.crop is None else whole("--crop", args.crop)
+    batch = whole("--batch", args.batch)
+    patch = 0 if args.patch is None else whole("--patch", args.patch, least=31)
     mine, of = start_processes()
 
     names = list(dict.fromkeys(args.model or ["photo_4x"]))
@@ -183,24 +185,3 @@ def _labelled(source: Source) -> bool:
         except PictureError:
             continue
     return False
-
-
-def _listed(option: str, text: str | None) -> list[str]:
-    """The parts of a list with commas, each once; none if the option was not given."""
-    from sr3_jax.aliases import UserError
-
-    if text is None:
-        return []
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise UserError(f"{option}={text!r} has an empty part: write it as A,B,C")
-    return list(dict.fromkeys(parts))
-
-
-def _whole(option: str, text: str, *, least: int = 1, most: int = 10**9) -> int:
-    from sr3_jax.aliases import UserError
-
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        above = f"{least} or more" if most == 10**9 else f"{least} to {most}"
-        raise UserError(f"{option} must be a whole number, {above}, got {text!r}")
-    return int(text)

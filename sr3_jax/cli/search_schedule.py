@@ -13,39 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least 1")
-    return value
+from sr3_jax.cli._options import count, positive, seed
 
 
 def _counts(text: str) -> list[int]:
-    return list(dict.fromkeys(_count(part) for part in text.split(",")))
+    return list(dict.fromkeys(count(part) for part in text.split(",")))
 
 
 def _names(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is not a seed: choose one of 0 to {2**32 - 1}")
-    return value
-
-
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a time: it must be above 0")
-    return value
-
-
-# in errors
-_count.__name__, _seed.__name__, _minutes.__name__ = "whole number", "whole number", "number"
-_counts.__name__ = "list of whole numbers"
+_counts.__name__ = "list of whole numbers"  # in errors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,22 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="network evaluations, of which Heun's method takes two a step; what is stored is for the first "
         "(default: the model's)",
     )  # fmt: skip
-    parser.add_argument("--minutes", type=_minutes, metavar="T", help="end the search after so long")
-    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N pictures")
+    parser.add_argument("--minutes", type=positive, metavar="T", help="end the search after so long")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N pictures")
     parser.add_argument(
-        "--crop", type=_count, metavar="C", help="side of a crop in pixels (default: as in training)"
+        "--crop", type=count, metavar="C", help="side of a crop in pixels (default: as in training)"
     )
     parser.add_argument(
         "--crops",
-        type=_count,
+        type=count,
         metavar="N",
         help="crops to search on, and as many to see on (default: 32; frechet: 128)",
     )
     parser.add_argument(
-        "--candidates", type=_count, default=24, metavar="N", help="samplings to start with (default: 24)"
+        "--candidates", type=count, default=24, metavar="N", help="samplings to start with (default: 24)"
     )
     parser.add_argument(
-        "--seed", type=_seed, default=0, metavar="S", help="same seed, same search (default: 0)"
+        "--seed", type=seed, default=0, metavar="S", help="same seed, same search (default: 0)"
     )
     parser.add_argument("--no-store", action="store_true", help="leave the model's default as it is")
     parser.add_argument(

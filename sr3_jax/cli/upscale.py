@@ -11,29 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is not a seed: choose one of 0 to {2**32 - 1}")
-    return value
-
-
-def _megapixels(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a size: it must be above 0")
-    return value
-
-
-_count.__name__, _seed.__name__, _megapixels.__name__ = "whole number", "whole number", "number"  # in errors
+from sr3_jax.cli._options import count, positive, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,19 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="photo_4x", metavar="PATH_OR_NAME",
         help="a shipped model's name, an exported .safetensors file or a workdir (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps (default: the model's)")
+    parser.add_argument("--steps", type=count, metavar="N", help="sampling steps (default: the model's)")
     parser.add_argument("--solver", metavar="NAME", help="sampling method (default: the model's)")
     parser.add_argument(
-        "--seed", type=_seed, default=0, metavar="S", help="same seed, same bytes (default: 0)"
+        "--seed", type=seed, default=0, metavar="S", help="same seed, same bytes (default: 0)"
     )
     parser.add_argument(
-        "--batch-size", type=_count, default=None, metavar="B",
+        "--batch-size", type=count, default=None, metavar="B",
         help="pictures done at once, shared by the devices; more than one each pays for many pictures of one size "
         "(default: the number of devices)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="do finished pictures again")
     parser.add_argument(
-        "--max-megapixels", type=_megapixels, default=64.0, metavar="N",
+        "--max-megapixels", type=positive, default=64.0, metavar="N",
         help="refuse larger pictures, before memory is taken (default: 64)",
     )  # fmt: skip
 
