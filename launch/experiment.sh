@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# An experiment of docs/results.md by one command, from nothing to its figures:
+#   bash launch/experiment.sh photos OUT PHOTOS   # photographs at 4x; PHOTOS: a folder with a hundred of them or more
+#   bash launch/experiment.sh fashion OUT         # Fashion-MNIST at 4x, with a classifier
+#   bash launch/experiment.sh orl OUT             # the ORL faces at 4x and 8x, with a classifier
+# Data, training, schedule search, evaluation, steps against quality, then docs/results/NAME.json and docs/results.md.
+# The same command goes on where it was stopped, and what is done is not done again.
+# Folders are relative to the project's. --dry-run (before NAME) prints the commands and does nothing.
+# SR3_STAGES: only these of "data train search evaluate collect". SR3_PYTHON: the Python to use.
+# SR3_REHEARSE=1: everything as small as it gets, to see that it runs; docs/ is left alone.
+set -euo pipefail
+
+fail() {
+    echo "$1" >&2
+    exit 2
+}
+
+dry=
+if [[ ${1:-} == --dry-run ]]; then
+    dry=1
+    shift
+fi
+name=${1:-} out=${2:-} photos=${3:-}
+[[ $name =~ ^(photos|fashion|orl)$ ]] || fail "experiment.sh takes photos, fashion or orl, got '$name'."
+[[ -n $out ]] || fail "experiment.sh takes a folder for its results: bash launch/experiment.sh $name OUT"
+case $name in
+    photos)
+        (($# == 3)) || fail "experiment.sh photos takes two folders: one for its results, one with photographs."
+        ;;
+    *)
+        (($# == 2)) || fail "experiment.sh $name takes one folder, for its results, got: ${*:2}"
+        ;;
+esac
+stages=${SR3_STAGES:-data train search evaluate collect}
+for stage in $stages; do
+    [[ $stage =~ ^(data|train|search|evaluate|collect)$ ]] ||
+        fail "SR3_STAGES takes data, train, search, evaluate and collect, got '$stage'."
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${SR3_PYTHON:-python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+small() { :; } # the arguments that make a command small
+docs=docs
+if [[ -n ${SR3_REHEARSE:-} ]]; then
+    docs=$out/docs
+    small() {
+        case $1 in
+            train) echo --config.train.num_steps=2 --config.train.batch_size=2 --config.eval.num_images=2 \
+                --config.train.log_every=1 ;;
+            train-classifier) echo --steps 2 --batch 8 ;;
+            search-schedule) echo --crops 4 --candidates 2 --minutes 0.5 ;;
+            evaluate) echo --limit 6 ;;
+        esac
+    }
+fi
+
+run() { # a command, printed alone in a dry run
+    if [[ -n $dry ]]; then
+        printf '%q ' "$@" | sed 's/ $/\n/; s/\\,/,/g'
+    else
+        "$@"
+    fi
+}
+sr3() {
+    # shellcheck disable=SC2046 # several options
+    if [[ -n $dry ]]; then run sr3 "$@" $(small "$1"); else run "$python" -m sr3_jax "$@" $(small "$1"); fi
+}
+stage() { [[ " $stages " == *" $1 "* ]]; }
+train() { # WORKDIR CONFIG OVERRIDES...
+    [[ -n $dry ]] || "$python" launch/results_doc.py --stamp "$out/$1"
+    sr3 train --config="configs/$2.py" --workdir="$out/$1" "${@:3}"
+}
+peak() { # of a regression the weights of the highest held-out PSNR, under its own name
+    run cp "$out/$1/best.safetensors" "$out/$1.safetensors"
+}
+classifier() {
+    [[ -n $dry || ! -f $out/classifier.safetensors ]] || return 0
+    sr3 train-classifier "$@" -o "$out/classifier.safetensors"
+}
+evaluate() { # FOLDER MODELS... -- OPTIONS...
+    local into=$1 models=()
+    shift
+    while [[ $1 != -- ]]; do
+        models+=(--model "$out/$1")
+        shift
+    done
+    sr3 evaluate "${models[@]}" "${@:2}" -o "$out/$into"
+}
+
+steps=5,10,25,100 few=5,10,25 sweep=2,5,10,25,100
+[[ -z ${SR3_REHEARSE:-} ]] || steps=1,2 few=1,2 sweep=2
+solvers=ancestral,ddim,dpmpp_2m,heun
+
+photos_4x() {
+    if stage data && [[ -n $dry || ! -d $out/tiles ]]; then
+        run "$python" launch/split_photos.py "$photos" "$out/split"
+        run mv "$out/split/train" "$out/split/tiles" "$out"
+    fi
+    if stage data && [[ -n $dry || ! -d $out/sweep_tiles ]]; then # one tile of each photograph
+        run mkdir -p "$out/new_tiles"
+        run find "$out/tiles" -name '*-3.png' -exec cp -t "$out/new_tiles" '{}' +
+        run mv "$out/new_tiles" "$out/sweep_tiles"
+    fi
+    local recipe=(--config.data.source="folder:$out/train" --config.train.num_steps=8000 --config.optim.decay=cosine
+        --config.optim.ema_decay=0.999 --config.eval.every=1000 --config.checkpoint.every=1000 --config.checkpoint.keep=1)
+    if stage train; then
+        train sr3 photos_4x_small "${recipe[@]}"
+        train regression photos_4x_small_regression "${recipe[@]}"
+        train sr3_l1 photos_4x_small "${recipe[@]}" --config.diffusion.norm=l1
+        peak regression
+    fi
+    if stage search; then
+        sr3 search-schedule --model "$out/sr3" --data photos:test --metric lpips --steps 5 --minutes 6 -o "$out/search"
+        # The paper's own solver, which the search on all of them may not choose: beside it in a copy of the model.
+        sr3 export "$out/sr3" -o "$out/searched.safetensors"
+        sr3 search-schedule --model "$out/searched.safetensors" --data photos:test --metric lpips --solver ancestral \
+            --steps 10 --minutes 6 -o "$out/search_ancestral"
+    fi
+    if stage evaluate; then
+        evaluate evaluation sr3 regression.safetensors sr3_l1 -- \
+            --data "folder:$out/tiles" --steps $steps --unsearched --batch 16
+        evaluate diversity sr3 sr3_l1 -- --data "folder:$out/sweep_tiles" --steps 25 --samples 2 --batch 15
+        evaluate searched searched.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 10 \
+            --unsearched --batch 16
+        evaluate sweep sr3 regression.safetensors -- --data "folder:$out/sweep_tiles" --solver $solvers --steps $sweep --unsearched \
+            --features none --batch 15
+    fi
+}
+
+fashion_4x() {
+    if stage data; then run "$python" launch/make_dataset.py fashion_mnist; fi
+    if stage train; then
+        train sr3 fashion_4x
+        train regression fashion_4x_regression
+        train sr3_l1 fashion_4x --config.diffusion.norm=l1
+        peak regression
+        classifier --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test --steps 2000 --width 16 \
+            --augment 0.5
+    fi
+    if stage evaluate; then
+        evaluate evaluation sr3 regression.safetensors sr3_l1 -- --data tfds:fashion_mnist:test --limit 2000 \
+            --steps $few --batch 100 --classifier "$out/classifier.safetensors" --features classifier
+    fi
+}
+
+orl() {
+    if stage data; then run "$python" launch/make_dataset.py orl_faces; fi
+    if stage train; then
+        for scale in 8x 4x; do
+            train $scale/sr3 orl_$scale
+            train $scale/regression orl_${scale}_regression
+            peak $scale/regression
+        done
+        classifier --data tfds:orl_faces:gallery --eval-data tfds:orl_faces:probe --steps 300 --batch 20 --width 16
+    fi
+    if stage evaluate; then
+        for scale in 8x 4x; do
+            evaluate $scale/evaluation $scale/sr3 $scale/regression.safetensors -- --data tfds:orl_faces:probe \
+                --steps $few --batch 20 --classifier "$out/classifier.safetensors" --features alexnet
+        done
+    fi
+}
+
+case $name in
+    photos) photos_4x ;;
+    fashion) fashion_4x ;;
+    orl) orl ;;
+esac
+if stage collect; then
+    credits=()
+    [[ -z $photos || ! -f $photos/ATTRIBUTION.csv ]] || credits=(--credits "$photos/ATTRIBUTION.csv")
+    run "$python" launch/results_doc.py --collect "$name" "$out" --docs "$docs" "${credits[@]}"
+    [[ -n $dry ]] || echo "$docs/results.md is written; this part took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+fi

@@ -1,0 +1,312 @@
+"""The figures of docs/results.md from the folders of an experiment, as plain values without the single pictures.
+
+Differences between two methods are over the same pictures, which is much sharper than two intervals side by side. Where
+pictures come in groups (tiles of one photograph, pictures of one person) whole groups are drawn again, not pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sr3_jax import showcase
+from sr3_jax.aliases import UserError
+from sr3_jax.evaluation_files import hardware
+from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
+from sr3_jax.outputs import digest, file_name
+from sr3_jax.tables import LEVEL, RESAMPLES
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMAT = "sr3_jax.results.1"
+STAMP = "made.json"
+FRECHET_RESAMPLES = 50
+NORMAL = 1.96  # standard deviations on each side of 95% of a normal distribution
+RUNS: Mapping[str, Sequence[str]] = {  # the folders of evaluations, the main one first
+    "photos": ("evaluation", "diversity", "searched", "sweep"),
+    "fashion": ("evaluation",),
+    "orl": ("8x/evaluation", "4x/evaluation"),
+}
+TRAINED: Mapping[str, Sequence[str]] = {
+    "photos": ("sr3", "regression", "sr3_l1"),
+    "fashion": ("sr3", "regression", "sr3_l1"),
+    "orl": ("8x/sr3", "8x/regression", "4x/sr3", "4x/regression"),
+}
+PEOPLE = 5  # pictures in a row of one person, in the probe of the ORL faces
+PAIRED = ("psnr", "ssim", "consistency", "lpips", "top1", "diversity", "diversity_lpips")
+
+
+def stamp(workdir: Path) -> None:
+    """Note beside a training by what code, where and when it was begun, unless that is noted."""
+    if (workdir / STAMP).exists():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    made = {"commit": commit(), "hardware": hardware(), "date": _now()}
+    (workdir / STAMP).write_text(json.dumps(made) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """The checkout's commit, '' where there is none."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def collect(name: str, out: Path, *, commands: Sequence[str], credits: Path | None = None) -> dict[str, Any]:
+    """Everything that docs/results/NAME.json holds; what is not there yet is left out.
+
+    Args:
+        commands: what was run.
+        credits: a CSV file of who made the photographs.
+
+    Raises:
+        UserError: there is no evaluation.
+    """
+    runs = {}
+    for run in RUNS[name]:
+        if (out / run / "evaluation.json").is_file():
+            runs[run] = compact(name, out / run)
+    if not runs:
+        raise UserError(f"{out} has no evaluation of {name}: run launch/experiment.sh {name} {out}")
+    search = out / "search" / "search.json"
+    return {
+        "format": FORMAT,
+        "name": name,
+        "date": _now(),
+        "commit": commit(),
+        "commands": list(commands),
+        "training": {
+            one: training(out / one) for one in TRAINED[name] if (out / one / "config.json").is_file()
+        },
+        "runs": runs,
+        "search": read(search) if search.is_file() else None,
+        "credits": credited(out / RUNS[name][0], credits) if credits else [],
+    }
+
+
+def credited(folder: Path, credits: Path) -> list[str]:
+    """Whom the photographs that an evaluation's grid shows are by, one line each."""
+    found = read(folder / "evaluation.json")
+    first = found["models"][0]
+    own = _own(first["config"])
+    row = next(row for row in found["rows"] if all(row[key] == own[key] for key in own))
+    names = list(row["pictures"])
+    psnr = np.array([np.mean(row["pictures"][name]["psnr"]) for name in names])
+    with credits.open(encoding="utf-8", newline="") as file:
+        known = {file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
+    lines = []
+    for place in showcase.chosen(psnr).values():
+        line = known.get(re.sub(r"-\d+$", "", names[place]))
+        if line is not None:
+            lines.append(f"{line['file']}: {line['author']}, {line['licence']}, from {line['package']}")
+    return list(dict.fromkeys(lines))
+
+
+def read(path: Path) -> Any:
+    """A JSON file. UserError if it can't be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): run launch/experiment.sh again"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): run launch/experiment.sh again") from error
+
+
+def training(workdir: Path) -> dict[str, Any]:
+    """What the logs of a training say: steps, seconds, the last and the best held-out figures."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = [line for line in lines if "step_ms" in line]
+    tested = [line for line in lines if "eval_psnr" in line]
+    before, seconds = 0, 0.0
+    for line in timed:
+        seconds += (line["step"] - before) * line["step_ms"] / 1000
+        before = line["step"]
+    config = read(workdir / "config.json")
+    peak = max(tested, key=lambda line: line["eval_psnr"], default=None)
+    made = read(workdir / STAMP) if (workdir / STAMP).is_file() else {}
+    return {
+        "steps": lines[-1]["step"] if lines else 0,
+        "batch": config["train"]["batch_size"],
+        "seconds": round(seconds),
+        "regression": config["model"]["regression"],
+        "norm": config["diffusion"]["norm"],
+        "seed": config["train"]["seed"],
+        "peak": {"step": peak["step"], "psnr": peak["eval_psnr"]} if peak else None,
+        "psnr": tested[-1]["eval_psnr"] if tested else None,
+        **made,
+    }
+
+
+def groups(name: str, pictures: Sequence[str]) -> np.ndarray:
+    """[N] the number of the group that each picture belongs to."""
+    if name == "photos":
+        keys = [re.sub(r"-\d+$", "", picture) for picture in pictures]
+        return np.unique(keys, return_inverse=True)[1]
+    count = np.arange(len(pictures))
+    return count // PEOPLE if name == "orl" else count
+
+
+def compact(name: str, folder: Path) -> dict[str, Any]:
+    """An evaluation without its pictures, with the differences between its rows."""
+    found = read(folder / "evaluation.json")
+    of = groups(name, [picture["name"] for picture in found["pictures"]])
+    rows = found["rows"]
+    frechets = {number: drawn for number, drawn in enumerate(frechet_draws(folder, found, of)) if drawn}
+    pairs = []
+    for a, b, kind in interesting(rows):
+        columns = differences(rows[a], rows[b], of)
+        if a in frechets and b in frechets:
+            key = found["protocol"]["features"]["distance"]
+            columns[key] = _frechet_difference(frechets[a], frechets[b])
+        pairs.append({"kind": kind, "a": a, "b": b, "columns": columns})
+    kept = ("command", "seconds", "outputs_reused", "date", "hardware", "versions", "protocol")
+    return {
+        **{key: found[key] for key in kept},
+        "groups": len(np.unique(of)),
+        "models": [{key: of for key, of in model.items() if key != "config"} for model in found["models"]],
+        "own": {model["label"]: _own(model["config"]) for model in found["models"]},
+        "rows": [{key: of for key, of in row.items() if key != "pictures"} for row in rows],
+        "pairs": pairs,
+    }
+
+
+def _own(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: config["eval"][key] for key in ("solver", "steps")}
+
+
+def interesting(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
+    """Pairs (a, b, kind) of rows whose difference a - b is a finding of the paper."""
+    pairs = []
+    for a, one in enumerate(rows):
+        for b, other in enumerate(rows):
+            if one["scale"] != other["scale"] or a == b:
+                continue
+            same = all(one[key] == other[key] for key in ("solver", "steps"))
+            if one["method"] == "regression" and other["solver"]:
+                pairs.append((a, b, "regression - diffusion"))
+            elif other["method"] == "bicubic" and one["evaluations"]:
+                pairs.append((a, b, "model - bicubic"))
+            elif one["method"] == "sr3_l1" and other["method"] == "sr3" and same:
+                if one.get("detail") == other.get("detail"):
+                    pairs.append((a, b, "L1 - L2"))
+            elif one["method"] == other["method"] and same and one.get("detail") and not other.get("detail"):
+                pairs.append((a, b, "searched - usual"))
+    return pairs
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], of: np.ndarray
+) -> dict[str, dict[str, float | None]]:
+    """{column: mean difference a - b over the same pictures, with its interval} where both have finite scores."""
+    found: dict[str, dict[str, float | None]] = {}
+    names = list(a["pictures"])
+    for key in PAIRED:
+        values = [[row["pictures"][name].get(key) for name in names] for row in (a, b)]
+        if any(one is None or None in one for row in values for one in row):
+            continue
+        x, y = (np.array([np.mean(one) for one in row]) for row in values)
+        found[key] = paired(x - y, of)
+    return found
+
+
+def paired(difference: np.ndarray, of: np.ndarray) -> dict[str, float | None]:
+    """{'mean', 'low', 'high', 'share'} of differences [N]: percentiles of resamples of the groups `of` [N].
+
+    'share' is that of the pictures where the difference is above 0.
+    """
+    count = of.max() + 1
+    sums = np.bincount(of, weights=difference, minlength=count)
+    sizes = np.bincount(of, minlength=count).astype(np.float64)
+    draw = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    means = sums[draw].sum(axis=1) / sizes[draw].sum(axis=1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    share = float((difference > 0).mean())
+    return {"mean": float(difference.mean()), "low": float(low), "high": float(high), "share": share}
+
+
+def frechet_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[list[float]]:
+    """For each row the Frechet distance of all pictures, then of resamples, the same for every row.
+
+    Empty for rows without features, such as the originals, and where pictures were compared in patches.
+    """
+    rows, about = found["rows"], found["protocol"].get("features")
+    empty: list[list[float]] = [[] for _ in rows]
+    if not about or about.get("patch"):
+        return empty
+    protocol = FeatureProtocol(
+        network=about["network"],
+        distance=about["distance"],
+        weights_sha256=about["sha256"],
+        preprocessing=about["preprocessing"],
+    )
+    kept = KeptFeatures.of(folder / "outputs", protocol)
+    names = [picture["name"] for picture in found["pictures"]]
+    members = [np.flatnonzero(of == one) for one in range(of.max() + 1)]
+    draw = np.random.default_rng(0).integers(0, len(members), (FRECHET_RESAMPLES, len(members)))
+    resamples = [np.arange(len(of)), *(np.concatenate([members[one] for one in some]) for some in draw)]
+    real: list[Any] = []
+    draws = []
+    for row in rows:
+        digests = _digests(folder / "outputs" / _folder(row), names) if row["method"] != "original" else {}
+        try:
+            features, originals = (kept.find([digests[name][at] for name in names]) for at in (0, 1))
+        except KeyError:
+            draws.append([])
+            continue
+        real = real or [statistics_of(originals[some], protocol) for some in resamples]
+        draws.append(
+            [
+                frechet_distance(statistics_of(features[some], protocol), one)
+                for some, one in zip(resamples, real, strict=True)
+            ]
+        )
+    return draws
+
+
+def _frechet_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
+    """About the difference of all pictures, by the deviation of the resamples' (which are biased, but alike)."""
+    difference = np.subtract(a, b)
+    half = NORMAL * float(difference[1:].std(ddof=1))
+    middle = float(difference[0])
+    return {"mean": middle, "low": middle - half, "high": middle + half, "share": None}
+
+
+def _folder(row: Mapping[str, Any]) -> str:
+    """Where the outputs of a row are, as `methods.Method.folder` says it."""
+    if not row["solver"]:
+        return f"{row['method']}/{row['scale']}x"
+    suffix = f"-{digest({'detail': row['detail']})[:8]}" if row.get("detail") else ""
+    return f"{row['method']}/{row['solver']}-{row['steps']}{suffix}"
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """{picture: (digest of its first output, of its original)}, the latest of each."""
+    known: dict[str, tuple[str, str]] = {}
+    wanted = set(names)
+    for path in sorted(folder.glob("scores*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # half a line of a killed run
+            if entry["sample"] == 0 and entry["picture"] in wanted:
+                known[entry["picture"]] = (entry["output"], entry["original"])
+    return known
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

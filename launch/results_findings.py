@@ -1,0 +1,251 @@
+"""Whether the paper's findings appear in collected results: judged by intervals of paired differences, in words.
+
+Pure: results are plain values as docs/results/NAME.json holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+APPEARED, PART, OPPOSITE, OPEN = "appeared", "in part", "the opposite", "not decided"
+DIGITS = {
+    "psnr": 2,
+    "ssim": 4,
+    "lpips": 4,
+    "consistency": 2,
+    "top1": 1,
+    "diversity": 2,
+    "diversity_lpips": 4,
+    "frechet_alexnet": 3,
+    "frechet_classifier": 2,
+}
+HEADINGS = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "consistency": "consist.",
+    "top1": "top-1 %",
+    "diversity": "diversity",
+    "diversity_lpips": "LPIPS of pairs",
+    "frechet_alexnet": "Frechet (AlexNet)",
+    "frechet_classifier": "Frechet (classifier)",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison: what is subtracted from what, with {column: difference}, and whether it decides."""
+
+    title: str
+    cells: Mapping[str, Mapping[str, float]]
+    decides: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A finding of the paper in one experiment.
+
+    Attributes:
+        key: its name, under which notes.json has the explanation.
+        title: what the paper found.
+        wanted: {column: +1 or -1}, the sign that the differences must have.
+        lines: the comparisons.
+    """
+
+    key: str
+    title: str
+    wanted: Mapping[str, int]
+    lines: Sequence[Line]
+
+    @property
+    def verdict(self) -> str:
+        """Of the lines that decide."""
+        signs = [
+            sign(line.cells[key]) * want
+            for line in self.lines
+            if line.decides
+            for key, want in self.wanted.items()
+            if key in line.cells
+        ]
+        return _verdict(signs)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with what it rests on."""
+        count = sum(_all_wanted(line.cells, self.wanted) for line in self.lines)
+        text = f"**{self.verdict[:1].upper()}{self.verdict[1:]}**"
+        parts = []
+        if self.verdict in (PART, OPEN):
+            for key, want in self.wanted.items():
+                of = [
+                    sign(line.cells[key]) * want for line in self.lines if line.decides and key in line.cells
+                ]
+                if of:
+                    parts.append(f"{HEADINGS[key]}: {_verdict(of)}")
+        text += f" ({'; '.join(parts)})" if parts else ""
+        return f"{text}; it holds in whole in {count} of the {len(self.lines)} comparisons."
+
+
+def sign(cell: Mapping[str, float]) -> int:
+    """1 or -1 where the interval leaves out 0, else 0."""
+    return 1 if cell["low"] > 0 else -1 if cell["high"] < 0 else 0
+
+
+def _verdict(signs: Sequence[int]) -> str:
+    if not signs:
+        return OPEN
+    if all(one > 0 for one in signs):
+        return APPEARED
+    if all(one < 0 for one in signs):
+        return OPPOSITE
+    return PART if any(one > 0 for one in signs) else OPEN
+
+
+def _all_wanted(cells: Mapping[str, Mapping[str, float]], wanted: Mapping[str, int]) -> bool:
+    present = [sign(cells[key]) * want > 0 for key, want in wanted.items() if key in cells]
+    return bool(present) and all(present)
+
+
+def findings(run: Mapping[str, Any]) -> list[Finding]:
+    """Those of one evaluation that its rows can show."""
+    found = []
+    against = _lines(run, "regression - diffusion", of="regression")
+    if against:
+        found.append(
+            Finding(
+                "distortion",
+                "The regression is above SR3 in PSNR and SSIM (differences: regression - SR3; above 0 as in the paper)",
+                {"psnr": 1, "ssim": 1},
+                against,
+            )
+        )
+        found.append(
+            Finding(
+                "perception",
+                "SR3 is better than the regression in the feature distance and LPIPS "
+                "(differences: regression - SR3; above 0 as in the paper)",
+                {"lpips": 1, "frechet_alexnet": 1, "frechet_classifier": 1},
+                against,
+            )
+        )
+    beside_bicubic = _lines(run, "model - bicubic", of="bicubic")
+    if beside_bicubic:
+        found.append(
+            Finding(
+                "consistency",
+                "Both SR3 and the regression agree with the low-res picture (here: closer than bicubic; "
+                "differences: model - bicubic; below 0 as in the paper)",
+                {"consistency": -1},
+                beside_bicubic,
+            )
+        )
+    if any("top1" in line.cells for line in against):
+        beside = [
+            Line(f"{line.title} - regression", {"top1": _turned(line.cells["top1"])}, line.decides)
+            for line in against
+        ]
+        others = [
+            Line(f"{line.title} - bicubic", {"top1": line.cells["top1"]}, line.decides)
+            for line in beside_bicubic
+            if not line.title.startswith("regression")
+        ]
+        found.append(
+            Finding(
+                "recognition",
+                "A classifier recognises SR3's outputs better than the regression's and bicubic's "
+                "(differences of top-1 %; above 0 as in the paper)",
+                {"top1": 1},
+                beside + others,
+            )
+        )
+    norms = _lines(run, "L1 - L2", of="")
+    if norms:
+        found.append(
+            Finding(
+                "norm",
+                "L1 gives a slightly better feature distance than L2 and, by later work, less diverse outputs "
+                "(differences: L1 - L2; below 0 as in the papers)",
+                {
+                    key: -1
+                    for key in ("frechet_alexnet", "frechet_classifier", "diversity", "diversity_lpips")
+                    if any(key in line.cells for line in norms)
+                },
+                norms,
+            )
+        )
+    return found
+
+
+def searched_finding(run: Mapping[str, Any]) -> Finding | None:
+    """What a stored search is worth on the pictures that everything else is judged on."""
+    lines = [
+        Line(title_of(run["rows"][pair["a"]]), pair["columns"], True)
+        for pair in run["pairs"]
+        if pair["kind"] == "searched - usual"
+    ]
+    title = (
+        "The schedule found by search, on the pictures of the tables above (differences: searched - usual; LPIPS "
+        "below 0 as in the paper)"
+    )
+    columns = {"lpips": -1} if any("lpips" in line.cells for line in lines) else {}
+    return Finding("searched", title, columns, lines) if lines and columns else None
+
+
+def search_finding(search: Mapping[str, Any]) -> Finding | None:
+    """Of a schedule search: what it gains for each solver on pictures that were not searched."""
+    lines = [
+        Line(
+            f"{row['sampling']['solver']}, {row['evaluations']} evaluations",
+            {search["metric"]: row["gain"]},
+            row["sampling"]["solver"] == "ancestral",
+        )
+        for row in search["rows"]
+        if row["which"] == "best" and row["gain"]
+    ]
+    title = (
+        "A schedule found by search is better than the usual one (gains in "
+        f"{HEADINGS.get(search['metric'], search['metric'])} on pictures that were not searched; above 0 as in the "
+        "paper, whose sampler is the ancestral one)"
+    )
+    return Finding("search", title, {search["metric"]: 1}, lines) if lines else None
+
+
+def _lines(run: Mapping[str, Any], kind: str, *, of: str) -> list[Line]:
+    lines = []
+    for pair in run["pairs"]:
+        a, b = run["rows"][pair["a"]], run["rows"][pair["b"]]
+        if pair["kind"] != kind:
+            continue
+        shown = b if of == "regression" else a
+        own = run["own"].get(shown["method"])
+        is_own = shown["solver"] is None or (
+            own is not None and all(shown[key] == own[key] for key in ("solver", "steps"))
+        )
+        decides = is_own and shown["method"] != "sr3_l1" if kind != "L1 - L2" else is_own
+        lines.append(Line(title_of(shown), pair["columns"], decides))
+    if kind == "L1 - L2" and lines and not any(line.decides for line in lines):
+        lines = [Line(line.title, line.cells, True) for line in lines]
+    return lines
+
+
+def title_of(row: Mapping[str, Any]) -> str:
+    """A row in words."""
+    if not row["solver"]:
+        return row["method"]
+    detail = " (searched)" if row.get("detail") else ""
+    return f"{row['method']} {row['solver']} {row['steps']}{detail}"
+
+
+def _turned(cell: Mapping[str, float]) -> dict[str, Any]:
+    return {"mean": -cell["mean"], "low": -cell["high"], "high": -cell["low"]}
+
+
+def cell(key: str, of: Mapping[str, float] | None) -> str:
+    """A difference with its interval."""
+    if of is None:
+        return ""
+    digits = DIGITS.get(key, 3)
+    mean, low, high = (f"{of[end]:+.{digits}f}" for end in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
