@@ -80,10 +80,10 @@ def test_any_size_is_upscaled_and_a_network_without_opinion_gives_the_bicubic(bi
 
 
 def test_a_picture_is_padded_by_its_edge_and_cropped_again(model):
-    images = pictures(1, 5, 7)
-    padded = np.pad(images, ((0, 0), (0, 3), (0, 1), (0, 0)), mode="edge")
+    images = pictures(1, 7, 9)
+    padded = np.pad(images, ((0, 0), (0, 1), (0, 7), (0, 0)), mode="edge")
     whole = model.upscale(padded, jax.random.key(1))
-    np.testing.assert_array_equal(model.upscale(images, jax.random.key(1)), whole[:, :20, :28])
+    np.testing.assert_array_equal(model.upscale(images, jax.random.key(1)), whole[:, :28, :36])
 
 
 def test_one_key_one_picture(model):
@@ -192,6 +192,23 @@ def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
             assert bucket >= side and bucket % unit == 0
             assert bucket - side < max(8, side / 8) + unit
         assert len(set(sides.values())) < 80
+
+
+def test_a_picture_of_the_training_s_size_is_not_padded(model, monkeypatch):
+    """A network of whole small pictures knows where they end."""
+    assert models._bucket(7, 1, exact=10) == 7 and models._bucket(7, 2, exact=10) == 8
+    assert models._bucket(11, 1, exact=10) == 16
+    drawn = []
+    real = models.Model._draw
+
+    def draw(self, shape, *arguments):
+        drawn.append(shape)
+        return real(self, shape, *arguments)
+
+    monkeypatch.setattr(models.Model, "_draw", draw)
+    crop = model.config["data"]["crop"]
+    model.upscale(np.zeros((1, crop // 4, crop // 4, 3), np.uint8), jax.random.key(0), steps=1)
+    assert drawn[0][1:3] == (crop, crop)
 
 
 def test_labels_are_asked_for_checked_and_used():
