@@ -121,10 +121,12 @@ photos_4x() {
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- \
             --data "folder:$out/tiles" --steps $steps --unsearched --batch 16
         evaluate diversity sr3 sr3_l1 -- --data "folder:$out/sweep_tiles" --steps 25 --samples 2 --batch 15
-        evaluate searched searched.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 10 \
-            --unsearched --batch 16
-        evaluate sweep sr3 regression.safetensors -- --data "folder:$out/sweep_tiles" --limit 15 --solver $solvers --steps $sweep --unsearched \
-            --features none --batch 15
+        if [[ -n $dry || -f $out/searched.sampling.json ]]; then # where something better was found
+            evaluate searched searched.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 10 \
+                --unsearched --batch 16
+        fi
+        evaluate sweep sr3 regression.safetensors -- --data "folder:$out/sweep_tiles" --limit 15 \
+            --solver $solvers --steps $sweep --unsearched --features none --batch 15
     fi
 }
 

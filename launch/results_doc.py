@@ -26,7 +26,7 @@ import results_figures
 from PIL import Image
 from results_findings import HEADINGS, Finding, cell, findings, search_finding, searched_finding
 
-from sr3_jax import tables
+from sr3_jax import search_report, tables
 from sr3_jax.aliases import UserError
 from sr3_jax.outputs import write_text
 
@@ -41,7 +41,8 @@ KEYS = {
     "distortion": "regression above SR3 in PSNR, SSIM",
     "perception": "SR3 better in feature distance, LPIPS",
     "consistency": "both agree with the low-res",
-    "recognition": "classifier better on SR3's outputs",
+    "recognition": "classifier better on SR3's outputs than on the regression's",
+    "recognition_bicubic": "classifier better on SR3's outputs than on bicubic's",
     "norm": "L1 better than L2, less diverse",
     "search": "schedule search helps",
 }
@@ -68,8 +69,8 @@ def sections(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], li
             continue
         scale = f", {run.partition('/')[0]}" if "/" in run else ""
         parts.append((f"{TITLES[name]}{scale}", found, findings(found)))
-    if result.get("search") and parts and (found := search_finding(result["search"])):
-        parts[0][2].append(found)
+    if parts and (gained := search_finding(result["searches"])):
+        parts[0][2].append(gained)
     return parts
 
 
@@ -218,14 +219,12 @@ def swept(result: Mapping[str, Any]) -> list[str]:
 
 
 def searched(result: Mapping[str, Any]) -> list[str]:
-    """What the schedule search found."""
-    search = result.get("search")
-    if not search:
-        return []
-    from sr3_jax.search_report import markdown
-
-    text = markdown(search).replace("# Schedule search", "### Schedule search", 1)
-    return [text.strip(), "", f"{search['seconds']:.0f} s: `{' '.join(search['command'])}`", ""]
+    """What the schedule searches found."""
+    lines: list[str] = []
+    for search in result["searches"]:
+        text = search_report.markdown(search).replace("# Schedule", "### Schedule", 1)
+        lines += [text.strip(), "", f"{search['seconds']:.0f} s: `{' '.join(search['command'])}`", ""]
+    return lines
 
 
 def made(result: Mapping[str, Any]) -> str:
@@ -278,7 +277,9 @@ def draw(result: Mapping[str, Any], out: Path | None, folder: Path) -> None:
 
 
 def _write(stem: Path, picture: Image.Image) -> None:
-    """PNG, or the best JPEG that is small enough."""
+    """PNG, or the best JPEG that is small enough; of very small pictures every pixel four times."""
+    if picture.width < 500:
+        picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
     for old in stem.parent.glob(f"{stem.name}.*"):
         old.unlink()
     data = io.BytesIO()

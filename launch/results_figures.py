@@ -80,7 +80,7 @@ def collect(name: str, out: Path, *, commands: Sequence[str], credits: Path | No
             runs[run] = compact(name, out / run)
     if not runs:
         raise UserError(f"{out} has no evaluation of {name}: run launch/experiment.sh {name} {out}")
-    search = out / "search" / "search.json"
+    searches = [out / folder / "search.json" for folder in ("search", "search_ancestral")]
     return {
         "format": FORMAT,
         "name": name,
@@ -91,7 +91,7 @@ def collect(name: str, out: Path, *, commands: Sequence[str], credits: Path | No
             one: training(out / one) for one in TRAINED[name] if (out / one / "config.json").is_file()
         },
         "runs": runs,
-        "search": read(search) if search.is_file() else None,
+        "searches": [read(file) for file in searches if file.is_file()],
         "credits": credited(out / RUNS[name][0], credits) if credits else [],
     }
 

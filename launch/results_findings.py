@@ -142,23 +142,17 @@ def findings(run: Mapping[str, Any]) -> list[Finding]:
             )
         )
     if any("top1" in line.cells for line in against):
-        beside = [
-            Line(f"{line.title} - regression", {"top1": _turned(line.cells["top1"])}, line.decides)
-            for line in against
-        ]
-        others = [
-            Line(f"{line.title} - bicubic", {"top1": line.cells["top1"]}, line.decides)
-            for line in beside_bicubic
-            if not line.title.startswith("regression")
-        ]
+        claim = (
+            "A classifier recognises SR3's outputs better than {} (differences of top-1 %: SR3 - {}; above 0 as in "
+            "the paper)"
+        )
+        beside = [Line(line.title, {"top1": _turned(line.cells["top1"])}, line.decides) for line in against]
         found.append(
-            Finding(
-                "recognition",
-                "A classifier recognises SR3's outputs better than the regression's and bicubic's "
-                "(differences of top-1 %; above 0 as in the paper)",
-                {"top1": 1},
-                beside + others,
-            )
+            Finding("recognition", claim.format("the regression's", "regression"), {"top1": 1}, beside)
+        )
+        others = [line for line in beside_bicubic if not line.title.startswith("regression")]
+        found.append(
+            Finding("recognition_bicubic", claim.format("bicubic's", "bicubic"), {"top1": 1}, others)
         )
     norms = _lines(run, "L1 - L2", of="")
     if norms:
@@ -193,23 +187,24 @@ def searched_finding(run: Mapping[str, Any]) -> Finding | None:
     return Finding("searched", title, columns, lines) if lines and columns else None
 
 
-def search_finding(search: Mapping[str, Any]) -> Finding | None:
-    """Of a schedule search: what it gains for each solver on pictures that were not searched."""
+def search_finding(searches: Sequence[Mapping[str, Any]]) -> Finding | None:
+    """Of schedule searches by one metric: what each gains for a solver on pictures that were not searched."""
+    metric = searches[0]["metric"] if searches else ""
     lines = [
         Line(
             f"{row['sampling']['solver']}, {row['evaluations']} evaluations",
-            {search["metric"]: row["gain"]},
+            {metric: row["gain"]},
             row["sampling"]["solver"] == "ancestral",
         )
+        for search in searches
         for row in search["rows"]
         if row["which"] == "best" and row["gain"]
     ]
     title = (
-        "A schedule found by search is better than the usual one (gains in "
-        f"{HEADINGS.get(search['metric'], search['metric'])} on pictures that were not searched; above 0 as in the "
-        "paper, whose sampler is the ancestral one)"
+        f"A schedule found by search is better than the usual one (gains in {HEADINGS.get(metric, metric)} on "
+        "pictures that were not searched; above 0 as in the paper, whose sampler is the ancestral one)"
     )
-    return Finding("search", title, {search["metric"]: 1}, lines) if lines else None
+    return Finding("search", title, {metric: 1}, lines) if lines else None
 
 
 def _lines(run: Mapping[str, Any], kind: str, *, of: str) -> list[Line]:
