@@ -14,7 +14,7 @@ out=$1
 python=${PYTHON:-python}
 sr3=("$python" -m sr3_jax)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-short=() classify=() measure=() draw=(-n 100) docs=docs/cascade
+short=() classify=(--steps 2500) measure=() draw=(-n 100) docs=docs/cascade
 if [[ -n ${SR3_REHEARSE:-} ]]; then
     short=(--config.train.num_steps=2 --config.train.batch_size=8 --config.eval.num_images=8)
     classify=(--steps 2) draw=(-n 4 --steps 2) docs=$out/docs

@@ -78,6 +78,13 @@ def page(found: Mapping[str, Any]) -> str:
             f"sr3 cascade --stages out/cascade -n 100 {settings(found)} -o out/pictures",
             "```",
             "",
+            "The stages that were measured here come with the package, rounded to bfloat16 and set so, "
+            "and one command is enough:",
+            "",
+            "```bash",
+            "sr3 cascade --stages fashion_base_8 fashion_8_16 fashion_16_32 -n 100 -o out/pictures",
+            "```",
+            "",
             f"`bash launch/cascade.sh out` does that and everything on this page. Measured on {found['hardware']} in "
             f"{found['seconds'] / 60:.0f} minutes, training not counted; {found['count']} pictures for each figure, "
             f"as many "
@@ -92,7 +99,7 @@ def page(found: Mapping[str, Any]) -> str:
             f"the same "
             "size. It is no FID, and is biased upward at this number of pictures, as the row of other real pictures "
             "shows.",
-            "- guidance and strength are chosen by the distance to training pictures instead.",
+            "- strength, then guidance, are chosen by the distance of the 32x32 pictures to training pictures instead.",
             "",
             "![A row of pictures for each label](images/cascade_grid.png)",
             "",
@@ -110,8 +117,8 @@ def page(found: Mapping[str, Any]) -> str:
                     for row in pick(found, group="base", guidance=best)
                 ]
                 + [
-                    ((f"drawn, strength {strength:g}", side(row)), row)
-                    for row in pick(found, group="chain", origin="drawn", augmented=True, strength=strength)
+                    ((f"drawn, guidance {best:g}", side(row)), row)
+                    for row in pick(found, group="guidance", guidance=best)
                 ],
             ),
             "",
@@ -119,9 +126,9 @@ def page(found: Mapping[str, Any]) -> str:
             "",
             verdict(drawn["plain"], drawn[0.0], drawn[strength], strength),
             "",
-            "'From real' begins with real 8x8 pictures in place of the base's: what is lost there, the "
-            "super-resolution "
-            "stages lose alone. 'Strength' is the augmentation while sampling, which the stages are told.",
+            "All at guidance 1. 'From real' begins with real 8x8 pictures in place of the base's: what is lost there, "
+            "the super-resolution stages lose alone. 'Strength' is the augmentation while sampling, which the stages "
+            "are told.",
             "",
             table(
                 ["from", "size", "trained with", "strength"],

@@ -125,19 +125,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         level: add("base", generated(stages["base"], labels, level), guidance=level)
         for level in args.guidance
     }
-    best = min((row for row in rows if row["group"] == "base"), key=lambda row: row["frechet_choice"])[
-        "guidance"
-    ]
-    eights = {"drawn": first[best], "real": smaller(real, 4)}
+    eights = {"drawn": first[1.0], "real": smaller(real, 4)}
     for origin, small in eights.items():
         for strength in args.strengths:
             middle = enlarged(stages["sr_16"], small, 1, strength)
             last = enlarged(stages["sr_32"], middle, 2, strength)
             for images in (middle, last):
-                add("chain", images, origin=origin, augmented=True, strength=strength, guidance=best)
+                add("chain", images, origin=origin, augmented=True, strength=strength)
         middle = enlarged(plain["sr_16"], small, 1, 0.0)
         for images in (middle, enlarged(plain["sr_32"], middle, 2, 0.0)):
-            add("chain", images, origin=origin, augmented=False, strength=0.0, guidance=best)
+            add("chain", images, origin=origin, augmented=False, strength=0.0)
     chosen = [
         row for row in rows if row["group"] == "chain" and row["origin"] == "drawn" and row["augmented"]
     ]
@@ -146,7 +143,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     for level, small in first.items():  # the sweep of guidance, through the whole cascade
         middle = enlarged(stages["sr_16"], small, 1, strength)
-        add("guidance", enlarged(stages["sr_32"], middle, 2, strength), guidance=level, strength=strength)
+        for images in (middle, enlarged(stages["sr_32"], middle, 2, strength)):
+            add("guidance", images, guidance=level, strength=strength)
+    swept = [row for row in rows if row["group"] == "guidance" and row["size"] == SIZE]
+    best = min(swept, key=lambda row: row["frechet_choice"])["guidance"]
     return {
         "rows": rows,
         "count": args.count,

@@ -31,6 +31,11 @@ TOPOLOGIES = ("v5e:16x16", "v4:4x4x4", "v6e:4x4")
 SETTINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("faces_64_512", "v6e:4x4"): ("--config.train.accumulation=2",),
     ("faces_256_1024", "v6e:4x4"): ("--config.train.accumulation=2",),
+    ("faces_256_1024", "v6e:1x1"): (
+        "--config.eval.num_images=1",
+        "--config.mesh.fsdp=1",
+        "--config.train.batch_size=1",
+    ),
 }
 TRIES = 3
 
@@ -41,6 +46,7 @@ def wanted() -> Iterator[tuple[str, str, str]]:
         for preset in PRESETS:
             for topology in TOPOLOGIES:
                 yield preset, topology, program
+    yield "faces_256_1024", "v6e:1x1", "sample"  # what a single picture of the largest network takes
 
 
 def row_name(preset: str, topology: str, program: str) -> str:

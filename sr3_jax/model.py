@@ -120,7 +120,8 @@ class Model:
             )
         height, width = images.shape[1:3]
         unit = self.network.stride // math.gcd(self.network.stride, self.scale)
-        exact = int(1.5 * self.config["data"]["crop"] / self.scale)  # as large as in training
+        data = self.config["data"]
+        exact = int(1.5 * data["crop"] / data.get("shrink", 1) / self.scale)  # as large as in training
         padding = [(0, _bucket(side, unit, exact=exact) - side) for side in (height, width)]
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
         chosen = (self.sampling if sampling is None else sampling).asked(steps=steps, solver=solver)
