@@ -85,6 +85,9 @@ def page(found: Mapping[str, Any]) -> str:
             "sr3 cascade --stages fashion_base_8 fashion_8_16 fashion_16_32 -n 100 -o out/pictures",
             "```",
             "",
+            f"Training took {sum(stage['minutes'] for stage in found['training'].values()):.0f} minutes of one core ("
+            + ", ".join(f"{k} {v['steps']} steps of {v['batch_size']}" for k, v in found["training"].items())
+            + "). "
             f"`bash launch/cascade.sh out` does that and everything on this page. Measured on {found['hardware']} in "
             f"{found['seconds'] / 60:.0f} minutes, training not counted; {found['count']} pictures for each figure, "
             f"as many "

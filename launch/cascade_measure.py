@@ -26,12 +26,14 @@ import numpy as np
 
 from sr3_jax import __version__
 from sr3_jax.aliases import UserError
+from sr3_jax.checkpoint import read_config
 from sr3_jax.data.sources import open_source
 from sr3_jax.evaluation_files import hardware
 from sr3_jax.features.recognition import correct, load_classifier
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.images import degrade, to_uint8, to_unit
 from sr3_jax.model import Model, load
+from sr3_jax.report import read_metrics
 from sr3_jax.sampling import fingerprint
 from sr3_jax.tables import bootstrap
 
@@ -86,6 +88,18 @@ def real_pictures(name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
 def smaller(images: np.ndarray, factor: int) -> np.ndarray:
     """Real pictures as the stages see them: by the one bicubic, step by step."""
     return images if factor == 1 else np.asarray(to_uint8(degrade(to_unit(smaller(images, factor // 2)), 2)))
+
+
+def training(workdir: Path) -> dict[str, Any]:
+    """How long a stage was trained, by its log: evaluation, checkpoints and compilation not counted."""
+    config = read_config(workdir)
+    rows = [row for row in read_metrics(workdir) if "step_ms" in row]
+    steps = np.diff([0, *(row["step"] for row in rows)])
+    return {
+        "steps": rows[-1]["step"],
+        "batch_size": config["train"]["batch_size"],
+        "minutes": float(sum(steps * [row["step_ms"] for row in rows])) / 60_000,
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -149,6 +163,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     best = min(swept, key=lambda row: row["frechet_choice"])["guidance"]
     return {
         "rows": rows,
+        "training": {name: training(args.out / "cascade" / name) for name in names},
         "count": args.count,
         "data": args.data,
         "guidance": best,
