@@ -24,7 +24,7 @@ from typing import Any
 import results_curve
 import results_figures
 from PIL import Image
-from results_findings import HEADINGS, Finding, cell, findings, search_finding, searched_finding
+from results_findings import HEADINGS, Finding, cell, findings, search_finding, searched_finding, sign
 
 from sr3_jax import search_report, tables
 from sr3_jax.aliases import UserError
@@ -46,7 +46,7 @@ KEYS = {
     "norm": "L1 better than L2, less diverse",
     "search": "schedule search helps",
 }
-SIDE = ("diversity", "searched", "sweep")  # runs that answer one question each
+SIDE = ("patches", "diversity", "searched", "sweep")  # runs that answer one question each
 CURVES = ("lpips", "psnr")
 
 
@@ -63,6 +63,14 @@ def sections(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], li
             for one in extra:  # its own columns alone: the others are of fewer pictures
                 wanted = {key: want for key, want in one.wanted.items() if key.startswith("diversity")}
                 parts[0][2].append(Finding("diversity", one.title, wanted, one.lines))
+            continue
+        if run == "patches":
+            extra = [one for one in findings(found) if one.key == "perception"]
+            for one in extra:
+                wanted = {key: want for key, want in one.wanted.items() if key.startswith("frechet")}
+                side = found["protocol"]["features"]["patch"]
+                title = f"The same in the features of patches of {side}x{side} pixels (regression - SR3)"
+                parts[0][2].append(Finding("patches", title, wanted, one.lines))
             continue
         if run == "searched":
             parts[0][2].extend(one for one in [searched_finding(found)] if one)
@@ -131,13 +139,14 @@ def experiment(result: Mapping[str, Any], notes: Mapping[str, str], images: Mapp
             note = notes.get(f"{prefix}{one.key}")
             lines += [note, ""] if note else []
     lines += swept(result)
+    lines += [notes["sweep"], ""] if "sweep" in notes and "sweep" in result["runs"] else []
     lines += searched(result)
     for caption, image in images.items():
         lines += [f"![{caption}]({image})", "", f"*{caption}*", ""]
     if result.get("credits"):
         lines += ["Photographs shown, under their own licences: " + "; ".join(result["credits"]) + ".", ""]
     lines += ["<details><summary>Every command</summary>", "", "```bash", *result["commands"][1:], "```", ""]
-    lines += ["</details>", "", made(result), ""]
+    lines += ["</details>", "", f"{made(result)} {notes.get('machine', '')}".strip(), ""]
     return lines
 
 
@@ -187,7 +196,8 @@ def trainings(of: Mapping[str, Mapping[str, Any]]) -> str:
 
 def protocol(found: Mapping[str, Any]) -> list[str]:
     """One sentence a line, with the models and what the differences are drawn from."""
-    lines = tables.protocol(found) + tables.models(found)
+    lines = [line for line in tables.protocol(found) if not line.startswith("evals, s/picture")]
+    lines += tables.models(found)
     count = found["protocol"]["pictures"]
     if found["groups"] < count:
         lines.append(
@@ -208,10 +218,15 @@ def swept(result: Mapping[str, Any]) -> list[str]:
     run = result["runs"].get("sweep")
     if run is None:
         return []
+    pairs = [pair for pair in run["pairs"] if pair["kind"] == "regression - diffusion"]
+    better = sum(sign(pair["columns"]["lpips"]) > 0 for pair in pairs if "lpips" in pair["columns"])
     return [
         "### Steps against quality, every solver",
         "",
         tables.means_table(run["rows"]),
+        "",
+        f"By {better} of these {len(pairs)} samplers SR3 is better in LPIPS than the regression by more than chance, over "
+        "the same pictures.",
         "",
         *(f"- {line}" for line in protocol(run)[:1]),
         "",

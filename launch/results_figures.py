@@ -31,7 +31,7 @@ STAMP = "made.json"
 FRECHET_RESAMPLES = 50
 NORMAL = 1.96  # standard deviations on each side of 95% of a normal distribution
 RUNS: Mapping[str, Sequence[str]] = {  # the folders of evaluations, the main one first
-    "photos": ("evaluation", "diversity", "searched", "sweep"),
+    "photos": ("evaluation", "patches", "diversity", "searched", "sweep"),
     "fashion": ("evaluation",),
     "orl": ("8x/evaluation", "4x/evaluation"),
 }
@@ -179,9 +179,15 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
         "groups": len(np.unique(of)),
         "models": [{key: of for key, of in model.items() if key != "config"} for model in found["models"]],
         "own": {model["label"]: _own(model["config"]) for model in found["models"]},
-        "rows": [{key: of for key, of in row.items() if key != "pictures"} for row in rows],
+        "rows": [_without_pictures(row) for row in rows],
         "pairs": pairs,
     }
+
+
+def _without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Nor the time, which is worth something only of a machine that does nothing else."""
+    kept = {key: of for key, of in row.items() if key != "pictures"}
+    return {**kept, "summary": {key: of for key, of in row["summary"].items() if key != "seconds"}}
 
 
 def _own(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -241,12 +247,13 @@ def paired(difference: np.ndarray, of: np.ndarray) -> dict[str, float | None]:
 def frechet_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[list[float]]:
     """For each row the Frechet distance of all pictures, then of resamples, the same for every row.
 
-    Empty for rows without features, such as the originals, and where pictures were compared in patches.
+    Empty for rows without features, such as the originals, and where pictures have unlike numbers of patches.
     """
     rows, about = found["rows"], found["protocol"].get("features")
     empty: list[list[float]] = [[] for _ in rows]
-    if not about or about.get("patch"):
+    if not about or about["count"] % about["pictures"]:
         return empty
+    patches = about["count"] // about["pictures"]
     protocol = FeatureProtocol(
         network=about["network"],
         distance=about["distance"],
@@ -255,6 +262,7 @@ def frechet_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> lis
     )
     kept = KeptFeatures.of(folder / "outputs", protocol)
     names = [picture["name"] for picture in found["pictures"]]
+    of = np.repeat(of, patches)
     members = [np.flatnonzero(of == one) for one in range(of.max() + 1)]
     draw = np.random.default_rng(0).integers(0, len(members), (FRECHET_RESAMPLES, len(members)))
     resamples = [np.arange(len(of)), *(np.concatenate([members[one] for one in some]) for some in draw)]
@@ -263,7 +271,10 @@ def frechet_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> lis
     for row in rows:
         digests = _digests(folder / "outputs" / _folder(row), names) if row["method"] != "original" else {}
         try:
-            features, originals = (kept.find([digests[name][at] for name in names]) for at in (0, 1))
+            features, originals = (
+                kept.find([key for name in names for key in _keys(digests[name][at], patches)])
+                for at in (0, 1)
+            )
         except KeyError:
             draws.append([])
             continue
@@ -291,6 +302,11 @@ def _folder(row: Mapping[str, Any]) -> str:
         return f"{row['method']}/{row['scale']}x"
     suffix = f"-{digest({'detail': row['detail']})[:8]}" if row.get("detail") else ""
     return f"{row['method']}/{row['solver']}-{row['steps']}{suffix}"
+
+
+def _keys(picture: str, patches: int) -> list[str]:
+    """The keys of a picture's features, as `bench.Bench` makes them."""
+    return [picture] if patches == 1 else [digest({picture: patch}) for patch in range(patches)]
 
 
 def _digests(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
