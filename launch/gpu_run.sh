@@ -31,7 +31,8 @@ fi
 case $stage in
 test)
     "$python" -m pytest -q -p no:cacheprovider tests/test_process.py tests/test_schedule.py tests/test_space.py \
-        tests/test_loss.py tests/test_solvers.py tests/test_unet.py tests/test_images.py tests/test_metrics.py "$@" \
+        tests/test_loss.py tests/test_solvers.py tests/test_guidance.py tests/test_augment.py tests/test_unet.py \
+        tests/test_images.py tests/test_metrics.py "$@" \
         2>&1 | tee "$out/test.log"
     ;;
 measure)
