@@ -24,7 +24,16 @@ from typing import Any
 import results_curve
 import results_figures
 from PIL import Image
-from results_findings import HEADINGS, Finding, cell, findings, search_finding, searched_finding, sign
+from results_findings import (
+    DISTANCES,
+    HEADINGS,
+    Finding,
+    cell,
+    findings,
+    search_finding,
+    searched_finding,
+    sign,
+)
 
 from sr3_jax import search_report, tables
 from sr3_jax.aliases import UserError
@@ -67,7 +76,7 @@ def sections(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], li
         if run == "patches":
             extra = [one for one in findings(found) if one.key == "perception"]
             for one in extra:
-                wanted = {key: want for key, want in one.wanted.items() if key.startswith("frechet")}
+                wanted = {key: want for key, want in one.wanted.items() if key in DISTANCES}
                 side = found["protocol"]["features"]["patch"]
                 title = f"The same in the features of patches of {side}x{side} pixels (regression - SR3)"
                 parts[0][2].append(Finding("patches", title, wanted, one.lines))
@@ -225,8 +234,8 @@ def swept(result: Mapping[str, Any]) -> list[str]:
         "",
         tables.means_table(run["rows"]),
         "",
-        f"By {better} of these {len(pairs)} samplers SR3 is better in LPIPS than the regression by more than chance, over "
-        "the same pictures.",
+        f"By {better} of these {len(pairs)} samplers SR3 is better in LPIPS than the regression by more than chance, "
+        "over the same pictures.",
         "",
         *(f"- {line}" for line in protocol(run)[:1]),
         "",

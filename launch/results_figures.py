@@ -20,6 +20,7 @@ import numpy as np
 from sr3_jax import showcase
 from sr3_jax.aliases import UserError
 from sr3_jax.evaluation_files import hardware
+from sr3_jax.features import figures
 from sr3_jax.features.kept import KeptFeatures
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
 from sr3_jax.outputs import digest, file_name
@@ -28,7 +29,7 @@ from sr3_jax.tables import LEVEL, RESAMPLES
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "sr3_jax.results.1"
 STAMP = "made.json"
-FRECHET_RESAMPLES = 50
+SET_RESAMPLES = 50
 NORMAL = 1.96  # standard deviations on each side of 95% of a normal distribution
 RUNS: Mapping[str, Sequence[str]] = {  # the folders of evaluations, the main one first
     "photos": ("evaluation", "patches", "diversity", "searched", "sweep"),
@@ -165,13 +166,14 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
     found = read(folder / "evaluation.json")
     of = groups(name, [picture["name"] for picture in found["pictures"]])
     rows = found["rows"]
-    frechets = {number: drawn for number, drawn in enumerate(frechet_draws(folder, found, of)) if drawn}
+    draws = set_draws(folder, found, of)
     pairs = []
     for a, b, kind in interesting(rows):
         columns = differences(rows[a], rows[b], of)
-        if a in frechets and b in frechets:
-            key = found["protocol"]["features"]["distance"]
-            columns[key] = _frechet_difference(frechets[a], frechets[b])
+        for key in draws[a].keys() & draws[b].keys():
+            middle = rows[a]["summary"][key]["mean"] - rows[b]["summary"][key]["mean"]
+            half = NORMAL * float(np.std(np.subtract(draws[a][key], draws[b][key]), ddof=1))
+            columns[key] = {"mean": middle, "low": middle - half, "high": middle + half}
         pairs.append({"kind": kind, "a": a, "b": b, "columns": columns})
     kept = ("command", "seconds", "outputs_reused", "date", "hardware", "versions", "protocol")
     return {
@@ -244,15 +246,16 @@ def paired(difference: np.ndarray, of: np.ndarray) -> dict[str, float | None]:
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high), "share": share}
 
 
-def frechet_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[list[float]]:
-    """For each row the Frechet distance of all pictures, then of resamples, the same for every row.
+def set_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[dict[str, list[float]]]:
+    """For each row {column: [resamples]}, the Frechet distance and KID of resamples, the same for every row.
 
-    Empty for rows without features, such as the originals, and where pictures have unlike numbers of patches.
+    Those of Frechet distances are biased, but alike: of use for the spread of differences alone. Empty for rows
+    without features, such as the originals, and where pictures have unlike numbers of patches.
     """
     rows, about = found["rows"], found["protocol"].get("features")
-    empty: list[list[float]] = [[] for _ in rows]
+    draws: list[dict[str, list[float]]] = [{} for _ in rows]
     if not about or about["count"] % about["pictures"]:
-        return empty
+        return draws
     patches = about["count"] // about["pictures"]
     protocol = FeatureProtocol(
         network=about["network"],
@@ -264,11 +267,11 @@ def frechet_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> lis
     names = [picture["name"] for picture in found["pictures"]]
     of = np.repeat(of, patches)
     members = [np.flatnonzero(of == one) for one in range(of.max() + 1)]
-    draw = np.random.default_rng(0).integers(0, len(members), (FRECHET_RESAMPLES, len(members)))
-    resamples = [np.arange(len(of)), *(np.concatenate([members[one] for one in some]) for some in draw)]
+    draw = np.random.default_rng(0).integers(0, len(members), (SET_RESAMPLES, len(members)))
+    resamples = [np.concatenate([members[one] for one in some]) for some in draw]
+    frechet, kid, _ = figures.keys(protocol)
     real: list[Any] = []
-    draws = []
-    for row in rows:
+    for row, into in zip(rows, draws, strict=True):
         digests = _digests(folder / "outputs" / _folder(row), names) if row["method"] != "original" else {}
         try:
             features, originals = (
@@ -276,24 +279,28 @@ def frechet_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> lis
                 for at in (0, 1)
             )
         except KeyError:
-            draws.append([])
             continue
         real = real or [statistics_of(originals[some], protocol) for some in resamples]
-        draws.append(
-            [
-                frechet_distance(statistics_of(features[some], protocol), one)
-                for some, one in zip(resamples, real, strict=True)
-            ]
-        )
+        into[frechet] = [
+            frechet_distance(statistics_of(features[some], protocol), one)
+            for some, one in zip(resamples, real, strict=True)
+        ]
+        into[kid] = _kernel_draws(features, originals, resamples)
     return draws
 
 
-def _frechet_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
-    """About the difference of all pictures, by the deviation of the resamples' (which are biased, but alike)."""
-    difference = np.subtract(a, b)
-    half = NORMAL * float(difference[1:].std(ddof=1))
-    middle = float(difference[0])
-    return {"mean": middle, "low": middle - half, "high": middle + half, "share": None}
+def _kernel_draws(a: np.ndarray, b: np.ndarray, resamples: Sequence[np.ndarray]) -> list[float]:
+    """KID of resamples of the rows of [N,D] and [N,D], but for what the second alone adds, the same for all rows."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    within, across = ((a @ x.T / a.shape[1] + 1.0) ** 3 for x in (a, b))
+    np.fill_diagonal(within, 0.0)
+    np.fill_diagonal(across, 0.0)
+    draws = []
+    for some in resamples:
+        times = np.bincount(some, minlength=len(a)).astype(np.float64)
+        pairs = times.sum() ** 2 - (times**2).sum()  # of different rows
+        draws.append(figures.KID_UNIT * float(times @ (within - 2.0 * across) @ times / pairs))
+    return draws
 
 
 def _folder(row: Mapping[str, Any]) -> str:

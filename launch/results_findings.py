@@ -20,6 +20,8 @@ DIGITS = {
     "diversity_lpips": 4,
     "frechet_alexnet": 3,
     "frechet_classifier": 2,
+    "kid_alexnet": 2,
+    "kid_classifier": 0,
 }
 HEADINGS = {
     "psnr": "PSNR",
@@ -31,7 +33,12 @@ HEADINGS = {
     "diversity_lpips": "LPIPS of pairs",
     "frechet_alexnet": "Frechet (AlexNet)",
     "frechet_classifier": "Frechet (classifier)",
+    "kid_alexnet": "KID (AlexNet)",
+    "kid_classifier": "KID (classifier)",
 }
+
+
+DISTANCES = ("frechet_alexnet", "kid_alexnet", "frechet_classifier", "kid_classifier")
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def findings(run: Mapping[str, Any]) -> list[Finding]:
                 "perception",
                 "SR3 is better than the regression in the feature distance and LPIPS "
                 "(differences: regression - SR3; above 0 as in the paper)",
-                {"lpips": 1, "frechet_alexnet": 1, "frechet_classifier": 1},
+                {"lpips": 1, **dict.fromkeys(DISTANCES, 1)},
                 against,
             )
         )
@@ -163,7 +170,7 @@ def findings(run: Mapping[str, Any]) -> list[Finding]:
                 "(differences: L1 - L2; below 0 as in the papers)",
                 {
                     key: -1
-                    for key in ("frechet_alexnet", "frechet_classifier", "diversity", "diversity_lpips")
+                    for key in (*DISTANCES, "diversity", "diversity_lpips")
                     if any(key in line.cells for line in norms)
                 },
                 norms,
