@@ -167,6 +167,42 @@ def test_pairs_are_of_one_sampler(tmp_path):
     assert results_figures.interesting(rows) == [(1, 0, "searched - usual"), (3, 0, "L1 - L2")]
 
 
+def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
+    """The regression's features lie further from the originals' than SR3's, and not by chance."""
+    from sr3_jax.features.kept import KeptFeatures
+    from sr3_jax.features.statistics import FeatureProtocol
+
+    found, count = evaluation(), 200
+    found["pictures"] = [{"name": f"p{number}"} for number in range(count)]
+    found["protocol"]["features"] = {
+        "network": "n", "sha256": "f" * 64, "preprocessing": "none", "distance": "frechet_alexnet",
+        "count": count, "pictures": count,
+    }  # fmt: skip
+    for at, row_of in enumerate(found["rows"]):
+        row_of["pictures"] = {picture["name"]: {"psnr": [at]} for picture in found["pictures"]}
+        row_of["summary"] |= {key: {"mean": float(at)} for key in ("frechet_alexnet", "kid_alexnet")}
+    protocol = FeatureProtocol("n", "frechet_alexnet", "f" * 64, "none")
+    kept = KeptFeatures.of(tmp_path / "outputs", protocol)
+    real = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
+    digests = {}
+    for at, name in enumerate(("original", "bicubic/4x", "sr3/ddim-5", "regression/4x")):
+        digests[name] = [f"{at:02x}{number:062x}" for number in range(count)]
+        kept.add(digests[name], real + {"sr3/ddim-5": 0.3, "regression/4x": 1.0}.get(name, 0.0))
+        lines = [
+            {"picture": f"p{number}", "sample": 0, "output": output, "original": original}
+            for number, (output, original) in enumerate(zip(digests[name], digests["original"], strict=True))
+        ]
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "outputs" / name / "scores.jsonl").write_text(text + '{"half')
+    pairs = compacted(tmp_path, found, name="fashion")["pairs"]
+    columns = next(pair["columns"] for pair in pairs if pair["kind"] == "regression - diffusion")
+    for key in ("frechet_alexnet", "kid_alexnet"):
+        assert columns[key]["mean"] == 1.0  # of the table
+        assert 0 < columns[key]["high"] - 1.0 == pytest.approx(1.0 - columns[key]["low"])
+    assert columns["frechet_alexnet"]["low"] > 0.5
+
+
 def test_a_training_is_summed_up_from_its_log(tmp_path):
     import results_figures
 
@@ -175,10 +211,10 @@ def test_a_training_is_summed_up_from_its_log(tmp_path):
     assert (found["seconds"], found["steps"]) == (15, 120)
     assert found["peak"] == {"step": 60, "psnr": 25.0}
     results_figures.stamp(tmp_path / "sr3")
-    first = (tmp_path / "sr3" / "made.json").read_text()
-    results_figures.stamp(tmp_path / "sr3")
-    assert (tmp_path / "sr3" / "made.json").read_text() == first
     assert results_figures.training(tmp_path / "sr3")["hardware"]
+    (tmp_path / "sr3" / "made.json").write_text('{"commit": "an earlier one"}')
+    results_figures.stamp(tmp_path / "sr3")  # of where it was begun, not of where it went on
+    assert results_figures.training(tmp_path / "sr3")["commit"] == "an earlier one"
 
 
 def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
