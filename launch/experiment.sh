@@ -115,17 +115,16 @@ photos_4x() {
         # The paper's own solver, which the search on all of them may not choose: beside it in a copy of the model.
         sr3 export "$out/sr3" -o "$out/searched.safetensors"
         sr3 search-schedule --model "$out/searched.safetensors" --data photos:test --metric lpips --solver ancestral \
-            --steps 25 --minutes 6 -o "$out/search_ancestral"
+            --steps 25 --minutes 6 --no-store -o "$out/search_ancestral"
+        run "$python" launch/results_doc.py --store "$out/search_ancestral/search.json" "$out/searched.safetensors"
     fi
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- \
             --data "folder:$out/tiles" --steps $few --unsearched --batch 16
         evaluate patches sr3 regression.safetensors -- --data "folder:$out/tiles" --patch 64 --batch 16
         evaluate diversity sr3 sr3_l1 -- --data "folder:$out/sweep_tiles" --steps 25 --samples 2 --batch 15
-        if [[ -n $dry || -f $out/searched.sampling.json ]]; then # where something better was found
-            evaluate searched searched.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 25 \
-                --unsearched --batch 16
-        fi
+        evaluate searched searched.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 25 \
+            --unsearched --batch 16
         evaluate sweep sr3 regression.safetensors -- --data "folder:$out/sweep_tiles" --limit 15 \
             --solver $solvers --steps $sweep --unsearched --features none --batch 15
     fi

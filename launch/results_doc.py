@@ -4,8 +4,9 @@
     python launch/results_doc.py                        # the page, from what was collected
     python launch/results_doc.py --collect photos OUT   # first collect an experiment's figures from its folder
     python launch/results_doc.py --stamp WORKDIR        # note the commit and the machine beside a training
+    python launch/results_doc.py --store SEARCH_JSON MODEL   # what a search found, beside a model
 
-launch/experiment.sh does all three. notes.json beside the collected figures explains findings: {experiment: {finding:
+launch/experiment.sh does all of it. notes.json beside the collected figures explains findings: {experiment: {finding:
 sentences}}; paper.json has the paper's own tables.
 """
 
@@ -363,11 +364,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--collect", nargs=2, metavar=("NAME", "OUT"), help=f"one of {', '.join(TITLES)}")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="default: %(default)s")
     parser.add_argument("--credits", type=Path, metavar="CSV", help="who made the photographs")
+    parser.add_argument("--store", nargs=2, type=Path, metavar=("SEARCH_JSON", "MODEL"))
     parser.add_argument("--stamp", type=Path, metavar="WORKDIR")
     args = parser.parse_args(argv)
     try:
         if args.stamp:
             results_figures.stamp(args.stamp)
+            return 0
+        if args.store:
+            results_figures.store_found(*args.store)
             return 0
         if args.collect:
             name, out = args.collect

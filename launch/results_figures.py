@@ -23,7 +23,9 @@ from sr3_jax.evaluation_files import hardware
 from sr3_jax.features import figures
 from sr3_jax.features.kept import KeptFeatures
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
+from sr3_jax.model import load
 from sr3_jax.outputs import digest, file_name
+from sr3_jax.sampling import Sampling, Stored, beside, fingerprint, setup_of, store
 from sr3_jax.tables import LEVEL, RESAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +152,29 @@ def training(workdir: Path) -> dict[str, Any]:
         "psnr": tested[-1]["eval_psnr"] if tested else None,
         **made,
     }
+
+
+def store_found(search: Path, model: Path) -> None:
+    """Store the sampling that a search found beside a model, whether or not the search itself did.
+
+    For the figures with and without it on other pictures; `sr3 search-schedule` stores only what beats the default.
+    """
+    found = read(search)
+    row = next((row for row in found["rows"] if row["which"] == "best"), None)
+    if row is None:
+        return  # it found what was there
+    loaded = load(model)
+    source = {"search": str(search)}
+    store(
+        beside(model),
+        Stored(
+            Sampling(**row["sampling"]),
+            fingerprint(loaded.params),
+            setup_of(loaded.config),
+            loaded.name,
+            source,
+        ),
+    )
 
 
 def groups(name: str, pictures: Sequence[str]) -> np.ndarray:
