@@ -26,6 +26,7 @@ import results_curve
 import results_figures
 from PIL import Image
 from results_findings import (
+    DIGITS,
     DISTANCES,
     HEADINGS,
     Finding,
@@ -34,6 +35,7 @@ from results_findings import (
     search_finding,
     searched_finding,
     sign,
+    title_of,
 )
 
 from sr3_jax import search_report, tables
@@ -150,6 +152,7 @@ def experiment(result: Mapping[str, Any], notes: Mapping[str, str], images: Mapp
             lines += [note, ""] if note else []
     lines += swept(result)
     lines += [notes["sweep"], ""] if "sweep" in notes and "sweep" in result["runs"] else []
+    lines += diverse(result)
     lines += searched(result)
     for caption, image in images.items():
         lines += [f"![{caption}]({image})", "", f"*{caption}*", ""]
@@ -241,6 +244,36 @@ def swept(result: Mapping[str, Any]) -> list[str]:
         *(f"- {line}" for line in protocol(run)[:1]),
         "",
     ]
+
+
+def diverse(result: Mapping[str, Any]) -> list[str]:
+    """How much the outputs of one input differ."""
+    run = result["runs"].get("diversity")
+    if run is None:
+        return []
+    keys = ("diversity", "diversity_lpips", "lpips")
+    body = [
+        [title_of(row), *(_interval(key, row["summary"].get(key)) for key in keys)]
+        for row in run["rows"]
+        if "diversity" in row["summary"]
+    ]
+    count, samples = run["protocol"]["pictures"], run["protocol"]["samples"]
+    return [
+        "### Diversity",
+        "",
+        f"Of {samples} outputs of each of {count} pictures: their standard deviation in 255 levels, the LPIPS between "
+        "them, and to the original, with 95% intervals.",
+        "",
+        tables.table(["method", *(HEADINGS[key] for key in keys)], body),
+        "",
+    ]
+
+
+def _interval(key: str, of: Mapping[str, float] | None) -> str:
+    if of is None:
+        return ""
+    mean, low, high = (f"{of[end]:.{DIGITS[key]}f}" for end in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def searched(result: Mapping[str, Any]) -> list[str]:

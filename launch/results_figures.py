@@ -91,12 +91,23 @@ def collect(name: str, out: Path, *, commands: Sequence[str], credits: Path | No
         "commit": commit(),
         "commands": list(commands),
         "training": {
-            one: training(out / one) for one in TRAINED[name] if (out / one / "config.json").is_file()
+            one: training(out / one)
+            for one in TRAINED[name]
+            if (out / one / "config.json").is_file() and _evaluated(one, runs)
         },
         "runs": runs,
         "searches": [read(file) for file in searches if file.is_file()],
         "credits": credited(out / RUNS[name][0], credits) if credits else [],
     }
+
+
+def _evaluated(trained: str, runs: Mapping[str, Any]) -> bool:
+    """Whether a training is one of what was evaluated, rather than one that still goes on."""
+    folder, _, label = trained.rpartition("/")
+    return any(
+        run.rpartition("/")[0] == folder and label in (model["label"] for model in found["models"])
+        for run, found in runs.items()
+    )
 
 
 def credited(folder: Path, credits: Path) -> list[str]:
