@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The small cascade from nothing to its figures in docs/cascade.md: about an hour and a half of two cores.
+# The small cascade from nothing to its figures in docs/cascade.md: under an hour of one core.
 #   bash launch/cascade.sh OUT
 # Data, three stages, the two SR stages again without augmentation of their condition (the paper's ablation), a
 # classifier, a page of pictures, the measurements. What is done is not done again.

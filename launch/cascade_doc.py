@@ -70,7 +70,7 @@ def page(found: Mapping[str, Any]) -> str:
             "",
             "Fashion-MNIST, padded to 32x32: a class-conditional base at 8x8, then super-resolution stages to 16x16 "
             "and "
-            "32x32, each trained on its own. Two commands train and sample it:",
+            "32x32, each trained on its own. After the data, two commands train and sample it:",
             "",
             "```bash",
             "python launch/make_dataset.py fashion_mnist_32",
@@ -78,14 +78,14 @@ def page(found: Mapping[str, Any]) -> str:
             f"sr3 cascade --stages out/cascade -n 100 {settings(found)} -o out/pictures",
             "```",
             "",
-            "The stages that were measured here come with the package, rounded to bfloat16 and set so, "
+            "The stages that were measured here come with the package, rounded to bfloat16, "
             "and one command is enough:",
             "",
             "```bash",
-            "sr3 cascade --stages fashion_base_8 fashion_8_16 fashion_16_32 -n 100 -o out/pictures",
+            f"sr3 cascade --stages fashion_base_8 fashion_8_16 fashion_16_32 -n 100 {settings(found)} -o out/pictures",
             "```",
             "",
-            f"Training took {sum(stage['minutes'] for stage in found['training'].values()):.0f} minutes of one core ("
+            f"Training took {sum(stage['minutes'] for stage in found['training'].values()):.0f} minutes ("
             + ", ".join(f"{k} {v['steps']} steps of {v['batch_size']}" for k, v in found["training"].items())
             + "). "
             f"`bash launch/cascade.sh out` does that and everything on this page. Measured on {found['hardware']} in "

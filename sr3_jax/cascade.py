@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,8 @@ from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
 from sr3_jax.sampling import Sampling, fingerprint
 from sr3_jax.stages import Link
 
+BATCH, PIXELS = 64, 64 * 256**2  # the most pictures of a batch, and the most pixels
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -34,10 +35,11 @@ class Run:
 
     Attributes:
         links: the stages, checked by `check_chain`.
-        samplings: how each is sampled, in their order; None: as its own model says.
+        samplings: from each stage's own sampling to the one that is asked for, in their order.
         labels: [n] of the pictures; None for none.
         low_res: the pictures uint8 [H,W,3] to start from; None: a base stage makes them.
-        batch_size: pictures at a time; the same for all, so that a batch's rounding does not depend on n.
+        batch_size: pictures at a time; None: as many as a stage's size allows. It never follows from n, so that a
+            batch's rounding does not depend on it.
     """
 
     links: tuple[Link, ...]
@@ -46,7 +48,17 @@ class Run:
     labels: np.ndarray | None
     low_res: tuple[np.ndarray, ...] | None
     seed: int
-    batch_size: int
+    batch_size: int | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a run, ready: how it is sampled, and a digest of all that its pictures depend on."""
+
+    link: Link
+    sampling: Sampling
+    weights: str
+    identity: str
 
 
 def picture_path(folder: Path, run: Run, number: int, index: int) -> Path:
@@ -55,15 +67,46 @@ def picture_path(folder: Path, run: Run, number: int, index: int) -> Path:
     return (folder if last else folder / "stages" / run.links[number].name) / f"{index:05d}.png"
 
 
+def prepare(run: Run, *, processes: int = 1) -> list[Step]:
+    """Load each stage once, before anything is drawn, and check what is asked of it.
+
+    Raises:
+        UserError: a stage cannot be read, or cannot do what is asked of it.
+    """
+    identity = digest(
+        {
+            "version": __version__,
+            "seed": run.seed,
+            "batch_size": run.batch_size,
+            "processes": processes,
+            "count": run.count,
+            "low_res": None if run.low_res is None else [digest(picture) for picture in run.low_res],
+            "labels": None if run.labels is None else run.labels.tolist(),
+        }
+    )
+    steps = []
+    for link, choose in zip(run.links, run.samplings, strict=True):
+        model = load(link.path)
+        sampling = choose(model.sampling)
+        model.check(sampling, labels=_labels(run, model, range(run.count)), count=run.count)
+        weights = fingerprint(model.params)
+        identity = digest({"before": identity, "weights": weights, "sampling": dataclasses.asdict(sampling)})
+        steps.append(Step(link, sampling, weights, identity))
+        del model
+        gc.collect()
+    return steps
+
+
 def draw(
     run: Run,
+    steps: Sequence[Step],
     folder: Path,
     *,
     process: tuple[int, int] = (0, 1),
     on_stage: Callable[[str], None] = lambda title: None,
     on_pictures: Callable[[int], None] = lambda count: None,
-) -> list[dict[str, Any]]:
-    """Draw all pictures stage by stage into a folder; stages that are finished there are not drawn again.
+) -> None:
+    """Draw all pictures stage by stage into a folder, after the last stage that is finished there.
 
     A picture follows from the seed, its index, its label and the stages. The weights of a stage are freed before the
     next stage's are read. Several processes share the pictures.
@@ -73,50 +116,84 @@ def draw(
         on_stage: told a stage's title before it begins.
         on_pictures: told how many pictures are done or found, after each batch.
 
-    Returns:
-        What each stage was: name, path, the digest of its weights, its sampling.
+    Raises:
+        UserError: a picture cannot be drawn or written.
     """
     mine = range(process[0], run.count, process[1])
-    identity = digest({"version": __version__, "seed": run.seed, "batch_size": run.batch_size, "of": process[1]} | {
-        "low_res": None if run.low_res is None else [digest(picture) for picture in run.low_res],
-        "labels": None if run.labels is None else run.labels.tolist(), "count": run.count,
-    })  # fmt: skip
-    about = []
-    for number, link in enumerate(run.links):
-        on_stage(link.title)
-        model = load(link.path)
-        sampling = run.samplings[number](model.sampling)
-        facts = {
-            "name": link.name,
-            "path": link.path,
-            "weights": fingerprint(model.params),
-            "sampling": dataclasses.asdict(sampling),
-        }
-        about.append(facts)
-        identity = digest({"before": identity, "weights": facts["weights"], "sampling": facts["sampling"]})
-        record = folder / "stages" / f"{link.name}.{process[0]}.json"
-        record.parent.mkdir(parents=True, exist_ok=True)
-        if _finished(record, identity) and all(picture_path(folder, run, number, i).is_file() for i in mine):
-            on_pictures(len(mine))
-        else:
-            for indices in _batches(run, folder, number, mine):
-                pictures = _draw_batch(run, folder, number, model, sampling, indices)
-                for index, picture in zip(indices, pictures, strict=True):
-                    path = picture_path(folder, run, number, index)
+    done = [_finished(run, steps, folder, number, process) for number in range(len(steps))]
+    first = max((number + 1 for number, finished in enumerate(done) if finished), default=0)
+    on_pictures(first * len(mine))
+    for number, step in list(enumerate(steps))[first:]:
+        on_stage(step.link.title)
+        _forget(folder, step)
+        model = load(step.link.path)
+        for indices in _batches(run, folder, number, mine, _batch_size(run, step.link)):
+            pictures = _draw_batch(run, folder, number, model, step.sampling, indices)
+            for index, picture in zip(indices, pictures, strict=True):
+                path = picture_path(folder, run, number, index)
+                try:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_picture(path, Picture(picture))
-                on_pictures(len(indices))
-            write_text(record, json.dumps({"identity": identity}) + "\n")
+                except PictureError as error:
+                    raise UserError(f"{path} {error}") from error
+                except OSError as error:
+                    raise UserError(
+                        f"{path} cannot be written ({error.strerror}): name another folder"
+                    ) from error
+            on_pictures(len(indices))
+        write_text(_record(folder, step, process[0]), json.dumps({"identity": step.identity}) + "\n")
         del model
         gc.collect()  # the weights, before the next stage's are read
-    return about
 
 
-def _finished(record: Path, identity: str) -> bool:
+def remove_intermediate(run: Run, folder: Path) -> None:
+    """Remove what the stages before the last drew, and nothing else."""
+    for number, link in enumerate(run.links[:-1]):
+        for index in range(run.count):
+            picture_path(folder, run, number, index).unlink(missing_ok=True)
+        place = folder / "stages" / link.name
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
+def _record(folder: Path, step: Step, process: int) -> Path:
+    place = folder / "stages"
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["identity"] == identity
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{place} cannot be made ({error.strerror}): name another folder with -o") from error
+    return place / f"{step.link.name}.{process}.json"
+
+
+def _identity(record: Path) -> str | None:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _finished(run: Run, steps: Sequence[Step], folder: Path, number: int, process: tuple[int, int]) -> bool:
+    if _identity(_record(folder, steps[number], process[0])) != steps[number].identity:
         return False
+    mine = range(process[0], run.count, process[1])
+    return all(picture_path(folder, run, number, index).is_file() for index in mine)
+
+
+def _forget(folder: Path, step: Step) -> None:
+    """Before pictures are drawn over others: no record may say any more that those are there."""
+    for record in (folder / "stages").glob(f"{step.link.name}.*.json"):
+        if _identity(record) != step.identity:
+            record.unlink(missing_ok=True)
+
+
+def _batch_size(run: Run, link: Link) -> int:
+    if run.batch_size is not None:
+        return run.batch_size
+    devices = jax.local_device_count()
+    given = max((max(picture.shape[:2]) for picture in run.low_res or ()), default=64)
+    side = link.stage.size or 16 * given  # of any size: a guess on the safe side
+    fits = min(BATCH, max(1, PIXELS // side**2))
+    return max(fits // devices, 1) * devices
 
 
 def _input(run: Run, folder: Path, number: int, index: int) -> np.ndarray:
@@ -130,35 +207,47 @@ def _input(run: Run, folder: Path, number: int, index: int) -> np.ndarray:
         raise UserError(f"{path} {error}: delete it and run the command again") from error
 
 
-def _batches(run: Run, folder: Path, number: int, mine: Sequence[int]) -> list[list[int]]:
+def _batches(run: Run, folder: Path, number: int, mine: Sequence[int], size: int) -> list[list[int]]:
     """The indices of this process in groups of one size of picture, each of at most a batch."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index in mine:
-        low_res = run.low_res is not None or number > 0
-        shape = _input(run, folder, number, index).shape if low_res else ()
-        groups.setdefault(shape, []).append(index)
-    size = run.batch_size
+    if number > 0 and run.links[number].stage.size:
+        groups[()] = list(mine)  # all of one size, which need not be read to know it
+    else:
+        for index in mine:
+            shape = () if number == 0 and run.low_res is None else _input(run, folder, number, index).shape
+            groups.setdefault(shape, []).append(index)
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+
+def _labels(run: Run, model: Model, indices: Sequence[int]) -> np.ndarray | None:
+    if run.labels is None or not model.network.num_classes:
+        return None
+    return run.labels[np.asarray(indices, int)]
 
 
 def _draw_batch(
     run: Run, folder: Path, number: int, model: Model, sampling: Sampling, indices: list[int]
 ) -> np.ndarray:
     # Filled up with copies: another batch shape is another program, which may round differently.
-    filled = (indices * run.batch_size)[: run.batch_size]
-    keys = _keys(run.seed, number, filled)
-    labels = None
-    if run.labels is not None and model.network.num_classes:
-        labels = run.labels[filled]
+    size = _batch_size(run, run.links[number])
+    filled = [indices[place % len(indices)] for place in range(size)]
+    keys, labels = _keys(run.seed, number, filled), _labels(run, model, filled)
     try:
         if model.network.low_res:
             images = np.stack([_input(run, folder, number, index) for index in indices])
-            images = images[np.arange(run.batch_size) % len(indices)]
+            images = images[np.arange(size) % len(indices)]
             output = model.upscale(images, keys, labels=labels, sampling=sampling)
         else:
-            output = model.generate(len(filled), keys, labels=labels, sampling=sampling)
+            output = model.generate(size, keys, labels=labels, sampling=sampling)
     except FloatingPointError as error:
         raise UserError(f"stage {run.links[number].title}: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise UserError(
+            f"stage {run.links[number].title} needs more memory than the device has for {size} pictures at a time: "
+            "give a smaller --batch-size"
+        ) from error
     return output[: len(indices)]
 
 

@@ -87,3 +87,11 @@ def drawn(
     # Each device works on its own rows: said of what comes out too, so that XLA cannot choose otherwise.
     output = jax.lax.with_sharding_constraint(to_uint8(samples.image), parallel.batch_sharding(mesh))
     return output, jnp.all(jnp.isfinite(samples.image))
+
+
+def bucket(side: int, unit: int, *, exact: int = 0) -> int:
+    """The low-res side to pad to: a multiple of `unit`; above `exact` in steps of 8 or of an eighth of the side."""
+    # A network of whole small pictures knows where they end: padded, those of Fashion-MNIST lose 3 dB.
+    step = 1 if side <= exact else max(8, 1 << max(0, side.bit_length() - 4))
+    step = -(-step // unit) * unit
+    return -(-side // step) * step

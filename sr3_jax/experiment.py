@@ -106,7 +106,7 @@ def load_cascade(path: str | Path, overrides: Sequence[str] = ()) -> list[dict[s
     configs = [load_config(path.parent / stage, overrides) for stage in stages]
     names = [config["stage"]["name"] for config in configs]
     for name, stage in zip(names, stages, strict=True):
-        if names.count(name) > 1 or not name or Path(name).name != name:
+        if names.count(name) > 1 or name in ("", "..") or Path(name).name != name:
             raise UserError(f"config.stage.name of {stage} must be a folder's name of its own, got {name!r}")
     return configs
 
@@ -214,6 +214,9 @@ def _check_stage(config: Mapping[str, Any]) -> None:
                 refuse(section, field, config[section][field], rule)
         if size not in (0, data["crop"] // data["shrink"]):
             refuse("stage", "size", size, "be crop / shrink where config.model.low_res is false, or 0")
+    whole = data["framing"] == "square"
+    if model["low_res"] and whole and size not in (0, data["crop"] // data["shrink"]):
+        refuse("stage", "size", size, "be crop / shrink where config.data.framing is square, or 0")
     if size % data["scale"]:
         refuse("stage", "size", size, f"be a multiple of config.data.scale={data['scale']}")
     if data["augment"] == "noise" and data["augment_largest"] > 1:

@@ -24,7 +24,7 @@ from sr3_jax.checkpoint import CONFIG_FILE, load_ema, read_config, read_export
 from sr3_jax.diffusion.process import Kind
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
-from sr3_jax.draw import apply, drawn
+from sr3_jax.draw import apply, bucket, drawn
 from sr3_jax.nn.unet import UNet
 from sr3_jax.parts import Stage, build_augmentation, build_network, build_schedule, build_space, check_params
 from sr3_jax.sampling import Sampling, find_stored
@@ -122,10 +122,11 @@ class Model:
         unit = self.network.stride // math.gcd(self.network.stride, self.scale)
         data = self.config["data"]
         exact = int(1.5 * data["crop"] / data.get("shrink", 1) / self.scale)  # as large as in training
-        padding = [(0, _bucket(side, unit, exact=exact) - side) for side in (height, width)]
+        padding = [(0, bucket(side, unit, exact=exact) - side) for side in (height, width)]
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
         chosen = (self.sampling if sampling is None else sampling).asked(steps=steps, solver=solver)
         shape = (len(images), *(side * self.scale for side in padded.shape[1:3]), self.network.out_channels)
+        self.check(chosen, labels=labels, count=len(images))
         output = self._draw(shape, padded, self._labels(labels, len(images)), key, chosen)
         return output[:, : height * self.scale, : width * self.scale]
 
@@ -152,14 +153,29 @@ class Model:
         """
         if self.network.low_res:
             raise UserError(f"model {self.name} makes large pictures of small ones: use sr3 upscale")
-        side = (self.stage.size or self.config["data"]["crop"]) if size is None else size
+        data = self.config["data"]
+        side = (self.stage.size or data["crop"] // data.get("shrink", 1)) if size is None else size
         if side < 1 or side % self.network.stride:
             raise UserError(
                 f"size must be a multiple of {self.network.stride} for model {self.name}, got {side}"
             )
         shape = (count, side, side, self.network.out_channels)
         chosen = self.sampling if sampling is None else sampling
+        self.check(chosen, labels=labels, count=count)
         return self._draw(shape, None, self._labels(labels, count), key, chosen)
+
+    def check(self, sampling: Sampling, *, labels: np.ndarray | None, count: int) -> None:
+        """That the model can be sampled so, with these labels of `count` pictures; UserError if not."""
+        self._labels(labels, count)
+        sampling.grid(self.schedule)
+        guidance, strength = sampling.guidance, sampling.augment
+        if guidance != 1 and not (self.network.num_classes and self.config["data"].get("label_dropout")):
+            what = "config.data.label_dropout in training"
+            raise UserError(f"guidance={guidance:g} needs {what}, which {self.name} lacked")
+        if strength and not self.network.augment:
+            raise UserError(
+                f"augment={strength:g} needs config.model.augment in training, which {self.name} lacked"
+            )
 
     def _labels(self, labels: np.ndarray | None, count: int) -> np.ndarray | None:
         """[count] int32 for the network, 'no label' where none are given; UserError if it cannot do without."""
@@ -192,14 +208,6 @@ class Model:
         sampling: Sampling,
     ) -> np.ndarray:
         guidance, strength = sampling.guidance, sampling.augment
-        if guidance != 1 and not (self.network.num_classes and self.config["data"].get("label_dropout")):
-            raise UserError(
-                f"guidance={guidance:g} needs a model trained with config.data.label_dropout, which {self.name} was not"
-            )
-        if strength and not self.network.augment:
-            raise UserError(
-                f"augment={strength:g} needs a model trained with config.model.augment, which {self.name} was not"
-            )
         mesh = parallel.mesh_for_batch(shape[0])
         rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
         output, finite = drawn(
@@ -227,14 +235,6 @@ class Model:
                 f"model {self.name} gave values that are not finite; try other steps or another solver, and float32"
             )
         return np.asarray(output)
-
-
-def _bucket(side: int, unit: int, *, exact: int = 0) -> int:
-    """The low-res side to pad to: a multiple of `unit`; above `exact` in steps of 8 or of an eighth of the side."""
-    # A network of whole small pictures knows where they end: padded, those of Fashion-MNIST lose 3 dB.
-    step = 1 if side <= exact else max(8, 1 << max(0, side.bit_length() - 4))
-    step = -(-step // unit) * unit
-    return -(-side // step) * step
 
 
 def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from PIL import Image as PillowImage
 
+from sr3_jax.aliases import UserError
 from sr3_jax.cascade import Run, picture_path
 from sr3_jax.images import picture_grid
-from sr3_jax.pictures import Picture, read_rgb, write_picture
+from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
 
-LEAST = 64  # pixels; smaller pictures are shown enlarged, pixel by pixel
+LEAST, MOST = 64, 256  # pixels of a picture that is shown
 ROWS, COLUMNS = 10, 10
 SHOWN = 8  # pictures of stages.png
 
@@ -18,10 +20,19 @@ SHOWN = 8  # pictures of stages.png
 def write(run: Run, folder: Path) -> list[str]:
     """Write the pages; their names."""
     pages = {"grid.png": _grid(run, folder)}
-    if len(run.links) > 1 or run.low_res is not None:
+    kept = (
+        picture_path(folder, run, number, index).is_file()
+        for number in range(len(run.links))
+        for index in range(min(run.count, SHOWN))
+    )
+    # A finished run that is given again may have no pictures of its stages any more, but has its page.
+    if (len(run.links) > 1 or run.low_res is not None) and all(kept):
         pages["stages.png"] = _stages(run, folder)
     for name, page in pages.items():
-        write_picture(folder / name, Picture(page))
+        try:
+            write_picture(folder / name, Picture(page))
+        except PictureError as error:
+            raise UserError(f"{folder / name} {error}") from error
     return list(pages)
 
 
@@ -32,7 +43,12 @@ def _picture(run: Run, folder: Path, number: int, index: int) -> np.ndarray:
     return read_rgb(picture_path(folder, run, number, index))
 
 
-def _enlarged(picture: np.ndarray, least: int = LEAST) -> np.ndarray:
+def _sized(picture: np.ndarray, least: int = LEAST) -> np.ndarray:
+    """Enlarged pixel by pixel where it is small, shrunk where it is large."""
+    if max(picture.shape[:2]) > MOST:
+        small = PillowImage.fromarray(picture)
+        small.thumbnail((MOST, MOST))
+        return np.asarray(small)
     factor = -(-least // max(picture.shape[:2]))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
@@ -47,10 +63,10 @@ def _grid(run: Run, folder: Path) -> np.ndarray:
     else:
         rows = {
             label: np.flatnonzero(run.labels == label)[:COLUMNS].tolist()
-            for label in sorted(set(run.labels.tolist()))
+            for label in sorted(set(run.labels.tolist()))[:ROWS]
         }
         titles = [f"label {label}" for label in rows]
-    cells = [[_enlarged(_picture(run, folder, last, index)) for index in row] for row in rows.values()]
+    cells = [[_sized(_picture(run, folder, last, index)) for index in row] for row in rows.values()]
     return picture_grid(cells, column_titles=[], row_titles=titles)
 
 
@@ -58,7 +74,7 @@ def _stages(run: Run, folder: Path) -> np.ndarray:
     first = 0 if run.low_res is None else -1
     numbers = range(first, len(run.links))
     rows = [
-        [_enlarged(_picture(run, folder, number, index), 2 * LEAST) for number in numbers]
+        [_sized(_picture(run, folder, number, index), 2 * LEAST) for number in numbers]
         for index in range(min(run.count, SHOWN))
     ]
     titles = ["given" if number < 0 else run.links[number].name for number in numbers]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from sr3_jax import measures
 from sr3_jax.aliases import UserError
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
 from sr3_jax.features.substitute import AlexNetFeatures
+from sr3_jax.images import degrade, to_uint8, to_unit
 from sr3_jax.measures import Measure
 from sr3_jax.metrics import WINDOW
 from sr3_jax.model import Model
@@ -41,10 +46,12 @@ def open_crops(
     if crop % model.scale or crop < WINDOW + 2 * model.scale:
         least = -(-(WINDOW + 2 * model.scale) // model.scale) * model.scale
         raise UserError(f"--crop={crop} must be a multiple of the scale, {model.scale}, and at least {least}")
-    square = model.config["data"].get("framing") == "square"
+    section = model.config["data"]
+    square, shrink = section.get("framing") == "square", section.get("shrink", 1)
 
     def opened(name: str) -> Source:
-        return squares(open_source(name, cache_mb=0), crop) if square else open_source(name, min_side=crop)
+        side = crop * shrink
+        return squares(open_source(name, cache_mb=0), side) if square else open_source(name, min_side=side)
 
     first = opened(data)
     pictures = range(min(len(first), limit or len(first)))
@@ -59,7 +66,7 @@ def open_crops(
             )
     count = count or CROPS.get(metric, 32)
     found = [
-        crops_of(source, of, crop=crop, count=count, seed=seed)
+        shrunk(crops_of(source, of, crop=crop * shrink, count=count, seed=seed), shrink)
         for source, of in zip((first, second), numbers, strict=True)
     ]
     fewest = min(len(one.images) for one in found)
@@ -70,6 +77,13 @@ def open_crops(
         )
     batch = min(BATCH, fewest)
     return (found[0].whole_batches(batch), found[1].whole_batches(batch)), batch
+
+
+def shrunk(crops: Crops, factor: int) -> Crops:
+    """The crops as a stage of a cascade was trained to make them (`config.data.shrink`)."""
+    if factor == 1:
+        return crops
+    return replace(crops, images=np.asarray(to_uint8(degrade(to_unit(crops.images), factor))))
 
 
 def open_measures(metric: str, crop: int) -> tuple[list[Measure], AlexNetFeatures | None]:

@@ -6,9 +6,10 @@ A stage is a model that knows its name, size and scale (`config.stage`, `config.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sr3_jax.aliases import UserError
 from sr3_jax.checkpoint import CONFIG_FILE, newest_step, read_config, read_export_config
@@ -16,9 +17,7 @@ from sr3_jax.model import locate
 from sr3_jax.outputs import file_name
 from sr3_jax.parts import Stage
 
-PLAN_FILE = (
-    "cascade.json"  # in the folder of all stages, which `sr3 train` of a cascade writes: their names in order
-)
+PLAN_FILE = "cascade.json"  # in the folder of all stages, which `sr3 train` writes: their names in order
 
 
 @dataclass(frozen=True)
@@ -27,26 +26,26 @@ class Link:
 
     Attributes:
         name: of the stage, unique in the cascade and fit for a folder.
-        channels: of the pictures.
         classes: of the labels it is told; 0 for none.
+        guided: whether it was trained with labels dropped, which guidance needs.
         augmented: whether it is told the strength of its condition's augmentation.
-        progress: (newest step, steps of its training); None of an exported file.
+        progress: (newest step, steps of its training); None of an exported file, or before training.
     """
 
     path: str
     name: str
     stage: Stage
-    channels: int
     classes: int
+    guided: bool
     augmented: bool
-    progress: tuple[int, int] | None
+    progress: tuple[int, int] | None = None
 
     @property
     def title(self) -> str:
         """The stage in an error."""
         size, scale = self.stage.size, self.stage.scale
         if scale is None:
-            return f"{self.name} (base{f', {size}x{size}' if size else ''})"
+            return f"{self.name} (base, {size}x{size})"
         return f"{self.name} ({f'{size // scale}x{size // scale} to {size}x{size}' if size else f'{scale}x'})"
 
 
@@ -56,37 +55,53 @@ def find_links(paths: Sequence[str]) -> list[Link]:
     Raises:
         UserError: one is missing or is no model of ours.
     """
-    if len(paths) == 1 and (Path(paths[0]) / PLAN_FILE).is_file():
-        names = json.loads((Path(paths[0]) / PLAN_FILE).read_text(encoding="utf-8"))["stages"]
-        paths = [str(Path(paths[0]) / name) for name in names]
+    plan = Path(paths[0]) / PLAN_FILE
+    if len(paths) == 1 and plan.is_file():
+        try:
+            paths = [
+                str(plan.parent / name) for name in json.loads(plan.read_text(encoding="utf-8"))["stages"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{plan} does not name the stages of a cascade: name their folders one by one after --stages"
+            ) from None
     taken: set[str] = set()
-    return [_link(path, taken) for path in paths]
+    return [_found(path, taken) for path in paths]
 
 
-def _link(path: str, taken: set[str]) -> Link:
+def _found(path: str, taken: set[str]) -> Link:
     found = locate(path)
-    progress = None
-    if found.is_dir():
-        if not (found / CONFIG_FILE).is_file():
-            raise UserError(f"stage {path} has no {CONFIG_FILE}: give a workdir of sr3 train")
-        config = read_config(found)
-        step = newest_step(found)
-        if step is None:
-            raise UserError(f"stage {path} has no checkpoint yet: train it first")
-        progress = (step, config["train"]["num_steps"])
-    else:
-        config = read_export_config(found)
-    network, section = config["model"], config.get("stage", {"name": "", "size": 0})
-    low_res = network.get("low_res", True)
-    return Link(
-        path=path,
-        name=file_name(section["name"] or found.name.removesuffix(".safetensors"), taken),
-        stage=Stage(section["name"], section["size"], config["data"]["scale"] if low_res else None),
-        channels=network.get("out_channels", 3),
-        classes=network["num_classes"],
-        augmented=network["augment"],
-        progress=progress,
-    )
+    if not found.is_dir():
+        return link_of(read_export_config(found), path, name=found.stem, taken=taken)
+    if not (found / CONFIG_FILE).is_file():
+        raise UserError(f"stage {path} has no {CONFIG_FILE}: give a workdir of sr3 train")
+    config, step = read_config(found), newest_step(found)
+    if step is None:
+        raise UserError(f"stage {path} has no checkpoint yet: train it first")
+    return link_of(config, path, name=found.name, taken=taken, step=step)
+
+
+def link_of(
+    config: Mapping[str, Any], path: str, *, name: str, taken: set[str], step: int | None = None
+) -> Link:
+    """The stage of a config. `name` is for one without; UserError if the config is not of this package."""
+    try:
+        network, data, section = config["model"], config["data"], config.get("stage", {})
+        low_res = network.get("low_res", True)
+        size = section.get("size", 0) or (0 if low_res else data["crop"] // data.get("shrink", 1))
+        return Link(
+            path=path,
+            name=file_name(section.get("name") or name, taken),
+            stage=Stage(section.get("name", ""), size, data["scale"] if low_res else None),
+            classes=network["num_classes"],
+            guided=bool(network["num_classes"] and data.get("label_dropout")),
+            augmented=network["augment"],
+            progress=None if step is None else (step, config["train"]["num_steps"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the config of stage {path} does not fit this version ({error}): train it again"
+        ) from None
 
 
 def check_chain(
@@ -117,24 +132,19 @@ def check_chain(
     before = "--low-res" if low_res else first.title
     for link in links if low_res else links[1:]:
         size, scale = link.stage.size, link.stage.scale or 1
-        wrong = [
-            each for each in sorted(made) if size and all(each) and each != (size // scale, size // scale)
-        ]
+        wrong = [each for each in sorted(made) if size and each != (size // scale, size // scale)]
         if wrong:
             raise UserError(
                 f"stage {link.title} takes pictures of {size // scale}x{size // scale}, but {before} gives "
                 f"{wrong[0][1]}x{wrong[0][0]}: put another stage between them, or give the stages in order"
             )
-        made = {(size, size)} if size else {(high * scale, wide * scale) for high, wide in made}
+        made = {(high * scale, wide * scale) for high, wide in made}
         before = link.title
-    for link in links[1:]:
-        if link.channels != first.channels:
+    labelled = [link for link in links if link.classes]
+    for link in labelled[1:]:
+        if link.classes != labelled[0].classes:
             raise UserError(
-                f"stage {link.title} has {link.channels} channels, but {first.title} {first.channels}"
-            )
-        if link.classes and first.classes and link.classes != first.classes:
-            raise UserError(
-                f"stage {link.title} has {link.classes} classes, but {first.title} {first.classes}"
+                f"stage {link.title} has {link.classes} classes, but {labelled[0].title} {labelled[0].classes}"
             )
     for link in links:
         if link.progress is not None and link.progress[0] < link.progress[1] and not unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from pathlib import Path
@@ -24,6 +25,7 @@ BASE = {
     "data": {"scale": 1, "shrink": 2, "label_dropout": 0.2},
     "stage": {"name": "base", "size": 8},
 }
+UNLABELLED = BASE | {"model": {"low_res": False}, "data": {"scale": 1, "shrink": 2}}
 MIDDLE = {"data": {"scale": 2}, "stage": {"name": "middle", "size": 16}}
 LAST = {
     "model": {"augment": True},
@@ -47,7 +49,7 @@ def exported(tmp_path_factory) -> dict[str, str]:
 
 
 def draw(arguments: list[str], out: Path) -> int:
-    return main(["cascade", *arguments, "-o", str(out), "--batch-size=4"])
+    return main(["cascade", *arguments, "-o", str(out), "--batch-size=8"])
 
 
 def drawn(out: Path) -> np.ndarray:
@@ -61,12 +63,12 @@ def test_three_stages_make_labelled_pictures_and_a_page(exported, tmp_path, caps
     )
     assert drawn(out).shape == (6, 32, 32, 3)
     assert [len(list((out / "stages" / name).glob("*.png"))) for name in ("base", "middle")] == [6, 6]
-    manifest = json.loads((out / "cascade.json").read_text())
+    manifest = json.loads((out / "pictures.json").read_text())
     assert [entry["label"] for entry in manifest["pictures"]] == [2, 0] * 3
     assert [stage["name"] for stage in manifest["stages"]] == ["base", "middle", "last"]
     assert [stage["sampling"]["guidance"] for stage in manifest["stages"]] == [2.0, 1.0, 1.0]
     assert read_rgb(out / "grid.png").shape[0] > 2 * 64 and (out / "stages.png").is_file()
-    assert "6 pictures, grid.png, stages.png and cascade.json in" in capsys.readouterr().out
+    assert "6 pictures, grid.png, stages.png and pictures.json in" in capsys.readouterr().out
 
 
 def test_a_stage_is_the_models_own_upscale_of_the_picture_before(exported, tmp_path):
@@ -93,38 +95,77 @@ def test_a_picture_follows_from_seed_index_and_label_alone(exported, tmp_path):
     assert (drawn(other) != drawn(few)).any(axis=(1, 2, 3)).all()
 
 
-def test_it_goes_on_after_the_last_finished_stage(exported, tmp_path, monkeypatch):
-    out, arguments = tmp_path / "out", ["--stages", *exported.values(), "-n", "4", "--keep"]
-    upscale, sizes, stops = Model.upscale, [], [2]
+@pytest.fixture
+def calls(monkeypatch):
+    """What the stages are asked to draw: 'base', or a low-res picture's side; `stop` ends the run before a call."""
+    seen, stop = [], []
+    upscale, generate = Model.upscale, Model.generate
 
-    def counted(model, images, *args, **options):
-        sizes.append(images.shape[1])
-        if stops and len(sizes) == stops[0]:
-            stops.clear()
+    def told(what):
+        seen.append(what)
+        if stop and len(seen) == stop[0]:
+            stop.clear()
             raise KeyboardInterrupt
+
+    def upscaling(model, images, *args, **options):
+        told(images.shape[1])
         return upscale(model, images, *args, **options)
 
-    monkeypatch.setattr(Model, "upscale", counted)
-    generate, generated = Model.generate, []
-
-    def spied(model, *args, **options):
-        generated.append(1)
+    def generating(model, *args, **options):
+        told("base")
         return generate(model, *args, **options)
 
-    monkeypatch.setattr(Model, "generate", spied)
+    monkeypatch.setattr(Model, "upscale", upscaling)
+    monkeypatch.setattr(Model, "generate", generating)
+    return seen, stop
+
+
+def test_it_goes_on_after_the_last_finished_stage(exported, tmp_path, calls):
+    seen, stop = calls
+    out, arguments = tmp_path / "out", ["--stages", *exported.values(), "-n", "4"]
+    stop.append(3)
     assert draw(arguments, out) == 130
     assert draw(arguments, out) == 0
-    assert sizes == [8, 16, 16] and len(generated) == 1
+    assert seen == ["base", 8, 16, 16]
     whole = drawn(out)
+    del seen[:]
+    assert draw(arguments, out) == 0  # all is there, though the stages' own pictures are gone
+    assert seen == []
     assert draw(arguments, tmp_path / "again") == 0
     np.testing.assert_array_equal(whole, drawn(tmp_path / "again"))
-    # Another seed, or a picture that is gone, and the stages after it are drawn anew.
-    del sizes[:]
-    assert draw([*arguments, "--seed=5"], out) == 0
-    assert sizes == [8, 16]
-    (out / "stages" / "middle" / "00001.png").unlink()
-    assert draw([*arguments, "--seed=5"], out) == 0
-    assert sizes == [8, 16, 8]
+
+
+def test_pictures_of_two_runs_are_never_mixed(exported, tmp_path, calls):
+    """A run that was stopped, another into the same folder, stopped too, and the first again."""
+    seen, stop = calls
+    out, arguments = tmp_path / "out", ["--stages", *exported.values(), "-n", "12", "--keep"]
+    stop.append(5)  # in the last stage
+    assert draw(arguments, out) == 130
+    del seen[:]
+    stop.append(2)  # in the base, with eight of its pictures written
+    assert draw([*arguments, "--seed=1"], out) == 130
+    assert draw(arguments, out) == 0
+    assert draw(arguments, tmp_path / "alone") == 0
+    np.testing.assert_array_equal(drawn(out), drawn(tmp_path / "alone"))
+
+
+def test_fewer_pictures_leave_none_of_more(exported, tmp_path):
+    out = tmp_path / "out"
+    assert draw(["--stages", exported["base"], "-n", "5"], out) == 0
+    (out / "00009.png").write_bytes(b"mine")
+    assert draw(["--stages", exported["base"], "-n", "2", "--seed=1"], out) == 0
+    assert sorted(path.name for path in out.glob("0*.png")) == ["00000.png", "00001.png", "00009.png"]
+
+
+def test_nothing_but_its_own_pictures_is_removed(exported, tmp_path):
+    """The stages may lie where it keeps their pictures."""
+    out = tmp_path / "out"
+    mine = out / "stages" / "base" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert draw(["--stages", *exported.values(), "-n", "2"], out) == 0
+    assert [path.name for path in mine.parent.iterdir()] == ["notes.txt"]
+    assert not (out / "stages" / "middle").exists()
 
 
 def test_it_starts_from_given_pictures(exported, tmp_path):
@@ -132,19 +173,24 @@ def test_it_starts_from_given_pictures(exported, tmp_path):
     assert draw(["--stages", exported["middle"], exported["last"], "--low-res", str(folder)], out) == 0
     assert drawn(out).shape == (3, 32, 32, 3)
     assert read_rgb(out / "stages.png").shape[1] > 3 * 128
+    inside = folder / "out"  # its own results are not taken for low-res pictures the next time
+    for _ in range(2):
+        assert draw(["--stages", exported["middle"], "--low-res", str(folder)], inside) == 0
+    assert len(drawn(inside)) == 3
 
 
 def test_the_weights_of_a_stage_are_freed_before_the_next_is_read(exported, tmp_path, monkeypatch):
-    alive, load = [], cascade.load
+    held, load = [], cascade.load
 
     def spied(path):
         gc.collect()
-        alive.append(sum(isinstance(thing, Model) for thing in gc.get_objects()))
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
         return load(path)
 
     monkeypatch.setattr(cascade, "load", spied)
     assert draw(["--stages", *exported.values(), "-n", "1"], tmp_path / "out") == 0
-    assert len(alive) == 3 and len(set(alive)) == 1
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(stages_model(exported["middle"]).params))
+    assert len(held) == 6 and max(held) - min(held) < weights / 2
 
 
 def test_sr3_generate_draws_by_a_base_stage(exported, tmp_path, capsys):
@@ -183,6 +229,18 @@ REFUSED = {
     ),
     "augment": (["base", "middle"], ["--augment=0.5"], "--augment=0.5 is of use to none of the stages"),
     "strength": (["base", "middle", "last"], ["--augment=1.5"], "augment must be from 0 to 1, got 1.5"),
+    "late_solver": (["base", "middle", "last"], ["--solver=ddim,ddim,typo"], "solver must be one of"),
+    "late_strength": (
+        ["base", "middle", "last"],
+        ["--augment=-,-,1.5"],
+        "augment must be from 0 to 1, got 1.5",
+    ),
+    "late_guidance": (
+        ["base", "middle"],
+        ["--guidance=-,2"],
+        "guidance=2 needs config.data.label_dropout in training",
+    ),
+    "damaged_plan": (["PLAN"], [], "does not name the stages of a cascade"),
     "label": (["base"], ["--labels=3"], "--labels must be a whole number, 0 to 2, got '3'"),
     "unlabelled": (
         ["middle"],
@@ -198,34 +256,41 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused_in_a_sentence(case, exported, tmp_path, capsys):
+def test_what_cannot_work_is_refused_in_a_sentence(case, exported, tmp_path, capsys, monkeypatch):
     names, options, sentence = REFUSED[case]
     folder = str(tiny.pictures(tmp_path / "in", count=3, side=8))
     options = [folder if option == "PICTURES" else option for option in options]
+    (tmp_path / "cascade.json").write_text('{"stages": [{"name": "base"}]}')
+    names = [str(tmp_path) if name == "PLAN" else name for name in names]
+    monkeypatch.setattr(
+        Model, "generate", lambda *args, **options: pytest.fail("drawn before all was checked")
+    )
     paths = [exported.get(name, name) for name in names]
     assert draw(["--stages", *paths, *options], tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
 
 
-def test_channels_and_classes_must_agree(exported):
-    links = stages.find_links([exported["base"], exported["middle"]])
-    for change, sentence in (
-        ({"channels": 1}, "has 1 channels, but base"),
-        ({"classes": 5}, "has 5 classes, but"),
-    ):
-        import dataclasses
+def test_all_stages_with_labels_must_have_the_same(exported):
+    base, middle, last = stages.find_links(list(exported.values()))
+    wrong = [
+        dataclasses.replace(base, classes=0),
+        dataclasses.replace(middle, classes=10),
+        dataclasses.replace(last, classes=5),
+    ]
+    with pytest.raises(UserError, match=r"stage last .* has 5 classes, but middle .* 10"):
+        stages.check_chain(wrong)
 
-        with pytest.raises(UserError, match=sentence):
-            stages.check_chain([links[0], dataclasses.replace(links[1], **change)])
+
+def test_a_base_without_a_size_has_that_of_its_crops():
+    config = experiment.complete(tiny.config(**BASE))
+    config["stage"]["size"] = 0
+    assert stages.link_of(config, "path", name="base", taken=set()).stage.size == 8
 
 
 def test_a_cascade_is_trained_in_order_by_one_command_and_drawn_by_another(tmp_path, capsys):
     folder = tiny.pictures(tmp_path / "pictures", side=32)
-    for name, sections in (
-        ("one", BASE | {"model": {"low_res": False}, "data": {"scale": 1, "shrink": 2}}),
-        ("two", MIDDLE),
-    ):
+    for name, sections in (("one", UNLABELLED), ("two", MIDDLE)):
         values = tiny.config(folder, **sections)
         (tmp_path / f"{name}.py").write_text(f"def get_config():\n    return {values!r}\n")
     config, workdir = tmp_path / "cascade.py", tmp_path / "work"
@@ -250,6 +315,18 @@ def test_a_cascade_is_trained_in_order_by_one_command_and_drawn_by_another(tmp_p
     capsys.readouterr()
     assert draw(["--stages", str(workdir)], tmp_path / "lost") == 2
     assert "work/lost': give a workdir" in capsys.readouterr().err
+
+
+def test_stages_that_do_not_chain_are_refused_before_training(tmp_path, capsys):
+    folder = tiny.pictures(tmp_path / "pictures", side=32)
+    for name, sections in (("one", UNLABELLED), ("two", LAST)):
+        (tmp_path / f"{name}.py").write_text(
+            f"def get_config():\n    return {tiny.config(folder, **sections)!r}\n"
+        )
+    (tmp_path / "cascade.py").write_text("def get_config():\n    return {'stages': ('one.py', 'two.py')}\n")
+    assert main(["train", f"--config={tmp_path / 'cascade.py'}", f"--workdir={tmp_path / 'work'}"]) == 2
+    assert "takes pictures of 16x16, but base (base, 8x8) gives 8x8" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 def test_stages_of_one_name_are_refused_before_training(tmp_path, capsys):

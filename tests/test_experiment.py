@@ -256,7 +256,7 @@ def test_arguments_that_are_no_override_are_refused(config_file, override):
         (
             "data",
             {"crop": 16, "scale": 3},
-            "config.data.crop must be a multiple of 6, for the network's stride and ",
+            "config.data.crop must be a multiple of 6, for shrink, the network's stride and ",
         ),
         ("data", {"crop": 0}, "config.data.crop must be above 0, got 0"),
         ("data", {"scale": 0}, "config.data.scale must be above 0, got 0"),

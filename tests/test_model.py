@@ -187,7 +187,7 @@ def test_a_scale_that_the_stride_does_not_divide_is_padded_to_both(stride, scale
 
 def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
     for unit in (1, 2, 5, 16):
-        sides = {side: models._bucket(side, unit) for side in range(1, 3000)}
+        sides = {side: draw.bucket(side, unit) for side in range(1, 3000)}
         for side, bucket in sides.items():
             assert bucket >= side and bucket % unit == 0
             assert bucket - side < max(8, side / 8) + unit
@@ -196,16 +196,16 @@ def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
 
 def test_a_picture_of_the_training_s_size_is_not_padded(model, monkeypatch):
     """A network of whole small pictures knows where they end."""
-    assert models._bucket(7, 1, exact=10) == 7 and models._bucket(7, 2, exact=10) == 8
-    assert models._bucket(11, 1, exact=10) == 16
+    assert draw.bucket(7, 1, exact=10) == 7 and draw.bucket(7, 2, exact=10) == 8
+    assert draw.bucket(11, 1, exact=10) == 16
     drawn = []
     real = models.Model._draw
 
-    def draw(self, shape, *arguments):
+    def spied(self, shape, *arguments):
         drawn.append(shape)
         return real(self, shape, *arguments)
 
-    monkeypatch.setattr(models.Model, "_draw", draw)
+    monkeypatch.setattr(models.Model, "_draw", spied)
     crop = model.config["data"]["crop"]
     model.upscale(np.zeros((1, crop // 4, crop // 4, 3), np.uint8), jax.random.key(0), steps=1)
     assert drawn[0][1:3] == (crop, crop)
@@ -269,7 +269,9 @@ def test_guidance_goes_on_from_no_label_through_the_label():
     before = draw.drawn._cache_size()
     drawn(2.0)
     assert draw.drawn._cache_size() == before
-    with pytest.raises(UserError, match=r"guidance=2 needs a model trained with config.data.label_dropout"):
+    with pytest.raises(
+        UserError, match=r"guidance=2 needs config\.data\.label_dropout in training, which tiny lacked"
+    ):
         make().upscale(pictures(1, 8, 8), keys(0), sampling=Sampling("ddim", 2, guidance=2.0))
 
 
@@ -284,7 +286,9 @@ def test_augmentation_when_sampling_is_of_the_asked_strength_and_told():
 
     np.testing.assert_array_equal(at(0.0), plain)
     assert np.abs(at(1.0).astype(int) - plain).mean() > np.abs(at(0.2).astype(int) - plain).mean() > 0
-    with pytest.raises(UserError, match=r"augment=0.5 needs a model trained with config.model.augment"):
+    with pytest.raises(
+        UserError, match=r"augment=0\.5 needs config\.model\.augment in training, which tiny lacked"
+    ):
         make().upscale(images, keys(0, 1), sampling=Sampling("ddim", 2, augment=0.5))
 
 

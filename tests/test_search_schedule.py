@@ -26,6 +26,7 @@ from sr3_jax import search_scores as scores
 from sr3_jax.cli.main import main
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source
+from sr3_jax.images import degrade, to_uint8, to_unit
 from sr3_jax.pictures import PictureError, read_rgb
 from sr3_jax.sampling import Sampling
 from sr3_jax.search import TimeUp
@@ -442,3 +443,11 @@ def test_what_is_chosen_holds_on_crops_that_were_not_searched(rows, chosen):
     best, against = search_report.choose(rows, own=own, evaluations=5, metric="lpips")
     assert best is (None if chosen is None else rows[chosen])
     assert against is default
+
+
+def test_a_stage_of_a_cascade_is_searched_on_pictures_as_it_was_trained_to_make_them():
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    crops = Crops(images, None, 2)
+    assert search_inputs.shrunk(crops, 1) is crops
+    expected = to_uint8(degrade(to_unit(images), 4))
+    np.testing.assert_array_equal(search_inputs.shrunk(crops, 4).images, expected)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from sr3_jax.cli._options import by_stage, listed, number, whole
+
+MANIFEST = "pictures.json"
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +26,18 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         "--steps", metavar="N,N", help="sampling steps, for all stages or each (default: its own)"
     )
     parser.add_argument("--solver", metavar="NAME,NAME", help="sampling methods (default: each model's own)")
-    parser.add_argument("--guidance", metavar="G,G", help="strength of the label; 1: no guidance (default)")
     parser.add_argument(
-        "--augment", metavar="A,A", help="strength of the condition's augmentation, 0 to 1 (default: 0)"
+        "--guidance", metavar="G,G", help="strength of the label; 1: no guidance (default: its own)"
+    )
+    parser.add_argument(
+        "--augment",
+        metavar="A,A",
+        help="strength of the condition's augmentation, 0 to 1 (default: each model's own)",
     )
     parser.add_argument("--seed", default="0", metavar="S", help="same seed, same pictures (default: 0)")
-    parser.add_argument("--batch-size", default="64", metavar="B", help="pictures at a time (default: 64)")
+    parser.add_argument(
+        "--batch-size", metavar="B", help="pictures at a time (default: 64, fewer of large ones)"
+    )
     parser.add_argument("--unfinished", action="store_true", help="allow stages that are still in training")
 
 
@@ -44,7 +51,7 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
     from sr3_jax.signals import leave_if, polled_signals
 
     links = stages.find_links(paths)
-    starts = _read(low_res) if low_res else None
+    starts = _read(low_res, args.output) if low_res else None
     sizes = [picture.shape[:2] for picture in starts or ()]
     stages.check_chain(links, low_res=sizes, unfinished=args.unfinished)
     count = (16 if starts is None else len(starts)) if args.count is None else whole("--count", args.count)
@@ -57,10 +64,11 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
         labels=_labels(args.labels, links, count),
         low_res=None if starts is None else tuple(starts[:count]),
         seed=whole("--seed", args.seed, least=0, most=2**32 - 1),
-        batch_size=whole("--batch-size", args.batch_size),
+        batch_size=None if args.batch_size is None else whole("--batch-size", args.batch_size),
     )
     folder = outputs.open_folder(args.output)
     process = start_processes()
+    steps = cascade.prepare(job, processes=process[1])
     total = len(range(process[0], count, process[1])) * len(links)
     with tqdm(total=total, unit="picture", disable=None, file=sys.stderr) as bar, polled_signals() as stopped:
 
@@ -68,21 +76,30 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
             bar.update(done)
             leave_if(stopped())
 
-        about = cascade.draw(job, folder, process=process, on_stage=bar.set_description, on_pictures=tell)
+        cascade.draw(job, steps, folder, process=process, on_stage=bar.set_description, on_pictures=tell)
     leave_together()
     if process[0] == 0:
+        names = page.write(job, folder)
         labels = [None] * count if job.labels is None else job.labels.tolist()
         manifest: dict[str, Any] = {
             "command": ["sr3", *sys.argv[1:]],
             "seed": job.seed,
-            "stages": about,
+            "stages": [
+                {
+                    "name": step.link.name,
+                    "path": step.link.path,
+                    "weights": step.weights,
+                    "sampling": dataclasses.asdict(step.sampling),
+                }
+                for step in steps
+            ],
             "pictures": [{"file": f"{index:05d}.png", "label": label} for index, label in enumerate(labels)],
         }
-        outputs.write_text(folder / "cascade.json", json.dumps(manifest, indent=1) + "\n")
-        names = page.write(job, folder)
+        _remove_older(folder, {entry["file"] for entry in manifest["pictures"]})
+        outputs.write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         if not keep:
-            shutil.rmtree(folder / "stages", ignore_errors=True)
-        print(f"{count} pictures, {', '.join(names)} and cascade.json in {folder}")
+            cascade.remove_intermediate(job, folder)
+        print(f"{count} pictures, {', '.join(names)} and {MANIFEST} in {folder}")
     return 0
 
 
@@ -103,7 +120,7 @@ def _settings(args: argparse.Namespace, links: list[Any]) -> list[Any]:
             args.guidance,
             stages=len(links),
             read=number,
-            takes=[link.classes > 0 for link in links],
+            takes=[link.guided for link in links],
         ),
         "augment": by_stage(
             "--augment",
@@ -139,18 +156,46 @@ def _labels(text: str | None, links: list[Any], count: int) -> Any:
     return np.resize(np.array(labels, np.int32), count)
 
 
-def _read(paths: list[Path]) -> list[Any]:
-    from sr3_jax.aliases import UserError
-    from sr3_jax.picture_errors import printable
-    from sr3_jax.picture_jobs import find_pictures
-    from sr3_jax.pictures import PictureError, read_rgb
+def _remove_older(folder: Path, files: set[str]) -> None:
+    """Remove pictures of an earlier run with more of them, as its manifest names them: they are none of this run."""
+    try:
+        before = [
+            entry["file"] for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["pictures"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for file in before:
+        if file not in files and Path(file).name == file:
+            (folder / file).unlink(missing_ok=True)
 
+
+def _read(paths: list[Path], output: Path) -> list[Any]:
+    """The pictures of files and folders, those in the output's folder left out."""
+    from sr3_jax.aliases import UserError
+    from sr3_jax.data.folders import walk
+    from sr3_jax.picture_errors import printable
+    from sr3_jax.pictures import PICTURE_SUFFIXES, PictureError, read_rgb
+
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found, refused = walk(path)
+        if refused:
+            raise UserError(f"{printable(refused[0][0])}: {refused[0][1]}: mend its permissions")
+        inside = output.resolve()
+        files += [
+            file
+            for file in found
+            if file.suffix.lower() in PICTURE_SUFFIXES and not file.resolve().is_relative_to(inside)
+        ]
     pictures = []
-    for job in find_pictures(paths, Path("unused")).jobs:
+    for file in files:
         try:
-            pictures.append(read_rgb(job.source))
+            pictures.append(read_rgb(file))
         except PictureError as error:
-            raise UserError(f"{printable(job.source)} {error}") from error
+            raise UserError(f"{printable(file)} {error}") from error
     if not pictures:
         raise UserError(f"no pictures in {', '.join(printable(path) for path in paths)}: name others")
     return pictures

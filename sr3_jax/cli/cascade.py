@@ -1,6 +1,6 @@
 """Draw pictures by a cascade of stages: a base stage, then super-resolution stages, each trained on its own.
 
-OUT gets 00000.png and on, a page of them (grid.png, stages.png) and cascade.json. The same command again goes on
+OUT gets 00000.png and on, a page of them (grid.png, stages.png) and pictures.json. The same command again goes on
 after the last finished stage. `--stages DIR` names all stages of a cascade that was trained in one folder.
 """
 

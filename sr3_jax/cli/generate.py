@@ -1,6 +1,6 @@
 """Draw pictures of noise by a base stage: a model that was trained without low-res pictures.
 
-OUT gets 00000.png and on, a page of them (grid.png) and cascade.json.
+OUT gets 00000.png and on, a page of them (grid.png) and pictures.json.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_store:
         outputs.open_folder(place.parent)  # now rather than after an hour
     folder = outputs.open_folder(args.output)
-    crop = args.crop or loaded.config["data"]["crop"]
+    crop = args.crop or loaded.config["data"]["crop"] // loaded.config["data"].get("shrink", 1)
     measures, features = search_inputs.open_measures(args.metric, crop)
     crops, batch = search_inputs.open_crops(
         loaded, args.data, args.eval_data, metric=args.metric, crop=crop, count=args.crops, limit=args.limit,

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.experiment import load_cascade, load_config, read
     from sr3_jax.outputs import open_folder, write_text
     from sr3_jax.processes import start_processes
-    from sr3_jax.stages import PLAN_FILE
+    from sr3_jax.stages import PLAN_FILE, check_chain, link_of
     from sr3_jax.train.loop import train
 
     configs = load_cascade(args.config, args.rest)
@@ -34,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
         return train(experiment, args.workdir)
     experiments = [read(config) for config in configs]  # all are checked before the first is trained
     names = [config["stage"]["name"] for config in configs]
+    taken: set[str] = set()
+    check_chain(
+        [link_of(config, name, name=name, taken=taken) for config, name in zip(configs, names, strict=True)]
+    )
     process, _ = start_processes()
     if process == 0:
         write_text(open_folder(args.workdir) / PLAN_FILE, json.dumps({"stages": names}) + "\n")

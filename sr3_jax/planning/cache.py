@@ -19,7 +19,7 @@ from sr3_jax.outputs import write_text
 MATTERS: Mapping[str, tuple[str, ...]] = {
     "model": (),
     "diffusion": (),
-    "data": ("crop", "scale"),
+    "data": ("crop", "shrink", "scale", "label_dropout", "augment", "augment_largest", "augment_share"),
     "optim": ("clip_norm", "decay"),
     "train": ("batch_size", "accumulation"),
     "eval": ("num_images", "steps", "solver"),

@@ -30,7 +30,13 @@ from sr3_jax.train.window import Window
 
 _log = logging.getLogger("sr3_jax")
 _TIME_IS_OVER = 1  # below the exit codes of signals
-SAME_ON_RESUME = {"model": (), "diffusion": (), "optim": (), "data": ("scale",)}  # (): all fields
+SAME_ON_RESUME = {  # (): all fields
+    "model": (),
+    "diffusion": (),
+    "optim": (),
+    "data": ("scale", "shrink", "label_dropout", "augment", "augment_largest"),
+    "stage": ("size",),
+}
 
 
 def train(experiment: Experiment, workdir: Path) -> int:
