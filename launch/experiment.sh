@@ -88,8 +88,8 @@ evaluate() { # FOLDER MODELS... -- OPTIONS...
     sr3 evaluate "${models[@]}" "${@:2}" -o "$out/$into"
 }
 
-few=5,10,25 sweep=2,5,10,25,100
-[[ -z ${SR3_REHEARSE:-} ]] || few=1,2 sweep=2
+few=5,10,25 more=100 sweep=2,5,10,25,100
+[[ -z ${SR3_REHEARSE:-} ]] || few=1,2 more=3 sweep=2
 solvers=ancestral,ddim,dpmpp_2m,heun
 
 photos_4x() {
@@ -120,7 +120,7 @@ photos_4x() {
     fi
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- \
-            --data "folder:$out/tiles" --steps $few --unsearched --batch 16
+            --data "folder:$out/tiles" --steps "$few,$more" --unsearched --batch 16
         evaluate patches sr3 regression.safetensors -- --data "folder:$out/tiles" --patch 64 --batch 16
         evaluate diversity sr3 sr3_l1 -- --data "folder:$out/sweep_tiles" --steps 25 --samples 2 --batch 15
         evaluate searched searched.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 25 \

@@ -47,7 +47,7 @@ LARGEST = 400_000  # bytes of a picture
 TITLES = {
     "photos": "Photographs at 4x",
     "fashion": "Fashion-MNIST at 4x, 7x7 to 28x28",
-    "orl": "The ORL faces at 8x and 4x",
+    "orl": "The ORL faces",
 }
 KEYS = {
     "distortion": "regression above SR3 in PSNR, SSIM",
