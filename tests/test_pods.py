@@ -191,6 +191,23 @@ def test_an_evaluation_is_divided_by_process_and_one_process_takes_it_over(tmp_p
     capsys.readouterr()
 
 
+def test_a_cascade_is_divided_by_process_and_gives_the_same_pictures(tmp_path, capsys):
+    options = ["--stages", "fashion_base_8", "fashion_8_16", "-n", "5", "--steps=2", "--batch-size=2"]
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    with pod(2, 1, "-m", "sr3_jax", "cascade", *options, f"-o{out}") as process:
+        text, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert text.count("5 pictures, grid.png, stages.png and pictures.json") == 1  # by the first process alone
+    assert cli.main(["cascade", *options, f"-o{alone}"]) == 0
+    for index in range(5):
+        with (
+            PillowImage.open(out / f"{index:05d}.png") as one,
+            PillowImage.open(alone / f"{index:05d}.png") as other,
+        ):
+            assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    capsys.readouterr()
+
+
 def test_a_run_that_was_killed_ends_in_the_same_bits(tmp_path):
     """`kill -9` while it trains and saves, then the same command again; tests/soak_resume.py does it many times."""
     job = soak_resume.make_job(tmp_path, processes=1, devices=8, steps=120, every=25)
