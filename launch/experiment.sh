@@ -121,9 +121,9 @@ photos_4x() {
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- \
             --data "folder:$out/tiles" --steps "$few,$more" --unsearched --batch 16
-        evaluate patches sr3 regression.safetensors -- --data "folder:$out/tiles" --patch 64 --batch 16
+        evaluate patches sr3 regression.safetensors searched.safetensors -- --data "folder:$out/tiles" --patch 64 --batch 16
         evaluate diversity sr3 sr3_l1 -- --data "folder:$out/sweep_tiles" --steps 25 --samples 2 --batch 15
-        evaluate searched searched.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 25 \
+        evaluate searched searched.safetensors regression.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 25 \
             --unsearched --batch 16
         evaluate sweep sr3 regression.safetensors -- --data "folder:$out/sweep_tiles" --limit 15 \
             --solver $solvers --steps $sweep --unsearched --features none --batch 15

@@ -13,6 +13,7 @@ sentences}}; paper.json has the paper's own tables.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import re
@@ -86,6 +87,12 @@ def sections(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], li
             continue
         if run == "searched":
             parts[0][2].extend(one for one in [searched_finding(found)] if one)
+            for one in findings(found):
+                if one.key == "perception":
+                    lines = [
+                        dataclasses.replace(line, decides="(searched)" in line.title) for line in one.lines
+                    ]
+                    parts[0][2].append(dataclasses.replace(one, key="perception_searched", lines=lines))
             continue
         scale = f", {run.partition('/')[0]}" if "/" in run else ""
         parts.append((f"{TITLES[name]}{scale}", found, findings(found)))

@@ -308,7 +308,9 @@ def set_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[di
     frechet, kid, _ = figures.keys(protocol)
     real: list[Any] = []
     for row, into in zip(rows, draws, strict=True):
-        digests = _digests(folder / "outputs" / _folder(row), names) if row["method"] != "original" else {}
+        digests = {}
+        if row["method"] != "original":
+            digests = _digests(_folder(folder / "outputs", row), names)
         try:
             features, originals = (
                 kept.find([key for name in names for key in _keys(digests[name][at], patches)])
@@ -339,12 +341,15 @@ def _kernel_draws(a: np.ndarray, b: np.ndarray, resamples: Sequence[np.ndarray])
     return draws
 
 
-def _folder(row: Mapping[str, Any]) -> str:
+def _folder(outputs: Path, row: Mapping[str, Any]) -> Path:
     """Where the outputs of a row are, as `methods.Method.folder` says it."""
     if not row["solver"]:
-        return f"{row['method']}/{row['scale']}x"
-    suffix = f"-{digest({'detail': row['detail']})[:8]}" if row.get("detail") else ""
-    return f"{row['method']}/{row['solver']}-{row['steps']}{suffix}"
+        return outputs / row["method"] / f"{row['scale']}x"
+    plain = outputs / row["method"] / f"{row['solver']}-{row['steps']}"
+    if not row.get("detail"):
+        return plain
+    searched = sorted(plain.parent.glob(f"{plain.name}-*"))  # by a digest of the sampling
+    return searched[0] if len(searched) == 1 else plain / "not known"
 
 
 def _keys(picture: str, patches: int) -> list[str]:

@@ -69,12 +69,14 @@ class Finding:
     @property
     def verdict(self) -> str:
         """Of the lines that decide."""
+        keys = [key for key in self.wanted if any(key in line.cells for line in self.lines)]
         signs = [
-            sign(line.cells[key]) * want
+            sign(line.cells[key]) * self.wanted[key]
+            if key in line.cells
+            else 0  # what is missing decides nothing
             for line in self.lines
             if line.decides
-            for key, want in self.wanted.items()
-            if key in line.cells
+            for key in keys
         ]
         return _verdict(signs)
 
@@ -241,7 +243,7 @@ def title_of(row: Mapping[str, Any]) -> str:
 
 
 def _turned(cell: Mapping[str, float]) -> dict[str, Any]:
-    return {"mean": -cell["mean"], "low": -cell["high"], "high": -cell["low"]}
+    return {"mean": 0.0 - cell["mean"], "low": 0.0 - cell["high"], "high": 0.0 - cell["low"]}
 
 
 def cell(key: str, of: Mapping[str, float] | None) -> str:
