@@ -145,6 +145,8 @@ def experiment(result: Mapping[str, Any], notes: Mapping[str, str], images: Mapp
     lines += ["```bash", *result["commands"][:1], "```", ""]
     if result["training"]:
         lines += [trainings(result["training"]), ""]
+        missing = [one for one in results_figures.TRAINED[result["name"]] if one not in result["training"]]
+        lines += [f"Not evaluated yet: {', '.join(missing)}.", ""] if missing else []
     for title, found, of in sections(result):
         if len(result["runs"]) > 1 and title != TITLES[result["name"]]:
             lines += [f"### {title}", ""]

@@ -242,6 +242,7 @@ def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
     assert "+1.88 (" in page  # the mean of 22-20, 23-21, 24-22, 24.5-23
     assert "| regression above SR3 in PSNR, SSIM | appeared |" in page
     assert "| schedule search helps | appeared |" in page
+    assert "Not evaluated yet: regression, sr3_l1." in page
     assert "It is so." in page and "Ann, CC0" in page and "23.96" in page
     assert "images/results_photos.png" in page and "images/results_photos_curve.png" in page
     assert "sr3 train --config=configs/photos_4x_small.py" in page
