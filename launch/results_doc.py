@@ -159,6 +159,9 @@ def experiment(result: Mapping[str, Any], notes: Mapping[str, str], images: Mapp
             lines += [*finding(one), ""]
             note = notes.get(f"{prefix}{one.key}")
             lines += [note, ""] if note else []
+    if run := result["runs"].get("patches"):
+        side = run["protocol"]["features"]["patch"]
+        lines += [f"### In patches of {side}x{side} pixels", "", tables.means_table(run["rows"]), ""]
     lines += swept(result)
     lines += [notes["sweep"], ""] if "sweep" in notes and "sweep" in result["runs"] else []
     lines += diverse(result)
@@ -286,8 +289,10 @@ def _interval(key: str, of: Mapping[str, float] | None) -> str:
 
 
 def searched(result: Mapping[str, Any]) -> list[str]:
-    """What the schedule searches found."""
+    """What the schedule searches found, and how a found one does on the pictures of the main table."""
     lines: list[str] = []
+    if run := result["runs"].get("searched"):
+        lines += ["### With and without a found schedule", "", tables.means_table(run["rows"]), ""]
     for search in result["searches"]:
         text = search_report.markdown(search).replace("# Schedule", "### Schedule", 1)
         lines += [text.strip(), "", f"{search['seconds']:.0f} s: `{' '.join(search['command'])}`", ""]
