@@ -143,6 +143,8 @@ fashion_4x() {
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- --data tfds:fashion_mnist:test --limit 2000 \
             --steps $few --batch 100 --classifier "$out/classifier.safetensors" --features classifier
+        evaluate diversity sr3 sr3_l1 -- --data tfds:fashion_mnist:test --limit 500 --samples 2 --batch 100 \
+            --features none
     fi
 }
 

@@ -56,7 +56,8 @@ KEYS = {
     "consistency": "both agree with the low-res",
     "recognition": "classifier better on SR3's outputs than on the regression's",
     "recognition_bicubic": "classifier better on SR3's outputs than on bicubic's",
-    "norm": "L1 better than L2, less diverse",
+    "norm": "L1 better than L2 in feature distance",
+    "diversity": "L1 less diverse than L2",
     "search": "schedule search helps",
 }
 SIDE = ("patches", "diversity", "searched", "sweep")  # runs that answer one question each
@@ -71,11 +72,8 @@ def sections(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], li
     for run, found in result["runs"].items():
         if run == "sweep":
             continue
-        if run == "diversity":
-            extra = [one for one in findings(found) if one.key == "norm"]
-            for one in extra:  # its own columns alone: the others are of fewer pictures
-                wanted = {key: want for key, want in one.wanted.items() if key.startswith("diversity")}
-                parts[0][2].append(Finding("diversity", one.title, wanted, one.lines))
+        if run == "diversity":  # its other columns are of fewer pictures
+            parts[0][2].extend(one for one in findings(found) if one.key == "diversity")
             continue
         if run == "patches":
             extra = [one for one in findings(found) if one.key == "perception"]
@@ -263,7 +261,11 @@ def diverse(result: Mapping[str, Any]) -> list[str]:
     run = result["runs"].get("diversity")
     if run is None:
         return []
-    keys = ("diversity", "diversity_lpips", "lpips")
+    keys = [
+        key
+        for key in ("diversity", "diversity_lpips", "lpips")
+        if any(key in row["summary"] for row in run["rows"])
+    ]
     body = [
         [title_of(row), *(_interval(key, row["summary"].get(key)) for key in keys)]
         for row in run["rows"]
@@ -273,8 +275,8 @@ def diverse(result: Mapping[str, Any]) -> list[str]:
     return [
         "### Diversity",
         "",
-        f"Of {samples} outputs of each of {count} pictures: their standard deviation in 255 levels, the LPIPS between "
-        "them, and to the original, with 95% intervals.",
+        f"Of {samples} outputs of each of {count} pictures: their standard deviation in 255 levels"
+        f"{', the LPIPS between them, and to the original' * ('lpips' in keys)}, with 95% intervals.",
         "",
         tables.table(["method", *(HEADINGS[key] for key in keys)], body),
         "",

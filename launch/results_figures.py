@@ -35,7 +35,7 @@ SET_RESAMPLES = 50
 NORMAL = 1.96  # standard deviations on each side of 95% of a normal distribution
 RUNS: Mapping[str, Sequence[str]] = {  # the folders of evaluations, the main one first
     "photos": ("evaluation", "patches", "diversity", "searched", "sweep"),
-    "fashion": ("evaluation",),
+    "fashion": ("evaluation", "diversity"),
     "orl": ("8x/evaluation", "4x/evaluation"),
 }
 TRAINED: Mapping[str, Sequence[str]] = {

@@ -155,6 +155,19 @@ def test_differences_are_over_the_same_pictures_and_whole_groups():
     assert list(results_figures.groups("orl", [str(one) for one in range(6)])) == [0] * 5 + [1]
 
 
+def test_l1_is_compared_with_l2_and_a_missing_column_decides_nothing():
+    rows = [row(name, solver="ddim", steps=5, evaluations=5) for name in ("sr3", "sr3_l1")]
+    below, across = {"mean": -1.0, "low": -2.0, "high": -0.5}, {"mean": 0.0, "low": -1.0, "high": 1.0}
+    pair = {"kind": "L1 - L2", "a": 1, "b": 0, "columns": {"diversity": below, "frechet_alexnet": across}}
+    own = {"sr3_l1": {"solver": "ddim", "steps": 5}}
+    assert verdicts({"rows": rows, "pairs": [pair], "own": own}) == {
+        "norm": "not decided",
+        "diversity": "appeared",
+    }
+    lacking = {**pair, "columns": {"frechet_alexnet": below}}
+    assert verdicts({"rows": rows, "pairs": [pair, lacking], "own": own})["diversity"] == "in part"
+
+
 def test_pairs_are_of_one_sampler(tmp_path):
     import results_figures
 
