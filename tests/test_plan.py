@@ -385,5 +385,5 @@ def test_the_page_of_pods_is_written_between_its_markers(tmp_path, estimated):
     assert "--config.train.accumulation=2" in text and "bash launch/plan_rows.sh" in text
     doc.write(page, tmp_path)
     assert page.read_text() == text
-    assert len(list(doc.wanted())) == 24
+    assert len(list(doc.wanted())) == 25
     assert verdict.REACHED["flops"] < 1
