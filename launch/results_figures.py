@@ -115,7 +115,9 @@ def credited(folder: Path, credits: Path) -> list[str]:
     found = read(folder / "evaluation.json")
     first = found["models"][0]
     own = _own(first["config"])
-    row = next(row for row in found["rows"] if all(row[key] == own[key] for key in own))
+    rows = [row for row in found["rows"] if row["method"] == first["label"]]
+    # As `evaluation_files.representative` has it: the model's own sampler, else the one with the most steps.
+    row = max(rows, key=lambda row: (all(row[key] == own[key] for key in own), row["steps"] or 0))
     names = list(row["pictures"])
     psnr = np.array([np.mean(row["pictures"][name]["psnr"]) for name in names])
     with credits.open(encoding="utf-8", newline="") as file:
