@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """A network of half a million weights that learns v from noise, a tenth of the labels dropped for guidance."""
+    """A network of 1.8 million weights that learns v from noise, a tenth of the labels dropped for guidance."""
     return ConfigDict(
         {
             "model": {

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """A network of a quarter of a million weights, sized for minutes of one core."""
+    """A network of 0.7 million weights, sized for minutes of one core."""
     return ConfigDict(
         {
             "model": {

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """A network of half a million weights, sized for minutes of one core."""
+    """A network of 1.2 million weights, sized for minutes of one core."""
     return ConfigDict(
         {
             "model": {
