@@ -48,8 +48,9 @@ if [[ -n ${SR3_REHEARSE:-} ]]; then
         case $1 in
             train) echo --config.train.num_steps=2 --config.train.batch_size=2 --config.eval.num_images=2 \
                 --config.train.log_every=1 ;;
-            train-classifier) echo --steps 2 --batch 8 ;;
-            search-schedule) echo --crops 4 --candidates 2 --minutes 0.5 ;;
+            train-classifier) [[ " $* " == *" --features "* ]] || echo --steps 2 --batch 8 ;;
+            search-schedule) [[ " $* " == *" frechet "* ]] || echo --crops 4
+                echo --candidates 2 --minutes 0.5 ;;
             evaluate) echo --limit 6 ;;
         esac
     }
@@ -64,7 +65,7 @@ run() { # a command, printed alone in a dry run
 }
 sr3() {
     # shellcheck disable=SC2046 # several options
-    if [[ -n $dry ]]; then run sr3 "$@" $(small "$1"); else run "$python" -m sr3_jax "$@" $(small "$1"); fi
+    if [[ -n $dry ]]; then run sr3 "$@" $(small "$@"); else run "$python" -m sr3_jax "$@" $(small "$@"); fi
 }
 stage() { [[ " $stages " == *" $1 "* ]]; }
 train() { # WORKDIR CONFIG OVERRIDES...
@@ -74,9 +75,14 @@ train() { # WORKDIR CONFIG OVERRIDES...
 peak() { # of a regression the weights of the highest held-out PSNR, under its own name
     run cp "$out/$1/best.safetensors" "$out/$1.safetensors"
 }
-classifier() {
-    [[ -n $dry || ! -f $out/classifier.safetensors ]] || return 0
-    sr3 train-classifier "$@" -o "$out/classifier.safetensors"
+classifier() { # FILE OPTIONS...
+    [[ -n $dry || ! -f $out/$1 ]] || return 0
+    sr3 train-classifier "${@:2}" -o "$out/$1"
+}
+searched() { # INTO MODEL COPY DATA OPTIONS...: a schedule for the paper's own solver, beside a copy of the model
+    sr3 export "$out/$2" -o "$out/$3"
+    sr3 search-schedule --model "$out/$3" --data "$4" --solver ancestral --minutes 6 --no-store "${@:5}" -o "$out/$1"
+    run "$python" launch/results_doc.py --store "$out/$1/search.json" "$out/$3"
 }
 evaluate() { # FOLDER MODELS... -- OPTIONS...
     local into=$1 models=()
@@ -95,6 +101,7 @@ solvers=ancestral,ddim,dpmpp_2m,heun
 photos_4x() {
     if stage data && [[ -n $dry || ! -d $out/tiles ]]; then
         run "$python" launch/split_photos.py "$photos" "$out/split"
+        for part in gallery probe; do sr3 prepare "$out/split/$part" --name "photos_$part" --overwrite; done
         run mv "$out/split/train" "$out/split/tiles" "$out"
     fi
     if stage data && [[ -n $dry || ! -d $out/sweep_tiles ]]; then # one tile of each photograph
@@ -109,23 +116,23 @@ photos_4x() {
         train regression photos_4x_small_regression "${recipe[@]}"
         train sr3_l1 photos_4x_small "${recipe[@]}" --config.diffusion.norm=l1
         peak regression
+        classifier classifier.safetensors --features alexnet --data tfds:photos_gallery:train \
+            --eval-data tfds:photos_probe:train
     fi
     if stage search; then
         sr3 search-schedule --model "$out/sr3" --data photos:test --metric lpips --steps 5 --minutes 6 -o "$out/search"
-        # The paper's own solver, which the search on all of them may not choose: beside it in a copy of the model.
-        sr3 export "$out/sr3" -o "$out/searched.safetensors"
-        sr3 search-schedule --model "$out/searched.safetensors" --data photos:test --metric lpips --solver ancestral \
-            --steps 25 --minutes 6 --no-store -o "$out/search_ancestral"
-        run "$python" launch/results_doc.py --store "$out/search_ancestral/search.json" "$out/searched.safetensors"
+        searched search_ancestral sr3 searched.safetensors photos:test --metric lpips --steps 25
     fi
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- \
             --data "folder:$out/tiles" --steps "$few,$more" --unsearched --batch 16
         evaluate patches sr3 regression.safetensors searched.safetensors -- --data "folder:$out/tiles" --patch 64 --batch 16
+        evaluate recognition sr3 regression.safetensors sr3_l1 -- --data tfds:photos_probe:train --steps $few \
+            --unsearched --batch 32 --classifier "$out/classifier.safetensors" --features none
         evaluate diversity sr3 sr3_l1 -- --data "folder:$out/sweep_tiles" --steps 25 --samples 2 --batch 15
         evaluate searched searched.safetensors regression.safetensors -- --data "folder:$out/tiles" --solver ancestral --steps 25 \
             --unsearched --batch 16
-        evaluate sweep sr3 regression.safetensors -- --data "folder:$out/sweep_tiles" --limit 15 \
+        evaluate sweep sr3 regression.safetensors -- --data "folder:$out/sweep_tiles" \
             --solver $solvers --steps $sweep --unsearched --features none --batch 15
     fi
 }
@@ -137,14 +144,23 @@ fashion_4x() {
         train regression fashion_4x_regression
         train sr3_l1 fashion_4x --config.diffusion.norm=l1
         peak regression
-        classifier --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test --steps 2000 --width 16 \
-            --augment 0.5
+        classifier classifier.safetensors --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test \
+            --steps 2000 --width 16 --augment 0.5
+    fi
+    if stage search; then
+        searched search_ancestral sr3 searched.safetensors 'tfds:fashion_mnist:test[5000:]' --metric frechet --steps 10 \
+            --crops 256
     fi
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- --data tfds:fashion_mnist:test --limit 2000 \
             --steps $few --batch 100 --classifier "$out/classifier.safetensors" --features classifier
         evaluate diversity sr3 sr3_l1 -- --data tfds:fashion_mnist:test --limit 500 --samples 2 --batch 100 \
             --features none
+        evaluate searched searched.safetensors regression.safetensors -- --data tfds:fashion_mnist:test --limit 2000 \
+            --solver ancestral --steps 10 --unsearched --batch 100 --classifier "$out/classifier.safetensors" \
+            --features classifier
+        evaluate sweep sr3 regression.safetensors -- --data tfds:fashion_mnist:test --limit 500 --solver $solvers \
+            --steps $sweep --batch 100 --classifier "$out/classifier.safetensors" --features classifier
     fi
 }
 
@@ -156,13 +172,24 @@ orl() {
             train $scale/regression orl_${scale}_regression
             peak $scale/regression
         done
-        classifier --data tfds:orl_faces:gallery --eval-data tfds:orl_faces:probe --steps 300 --batch 20 --width 16
+        local people=(--data tfds:orl_faces:gallery --eval-data tfds:orl_faces:probe)
+        classifier classifier.safetensors "${people[@]}" --steps 300 --batch 20 --width 16
+        classifier alexnet.safetensors --features alexnet "${people[@]}"
+    fi
+    if stage search; then
+        searched 8x/search_ancestral 8x/sr3 8x/searched.safetensors tfds:orl_faces:gallery --metric lpips --steps 10
     fi
     if stage evaluate; then
         for scale in 8x 4x; do
             evaluate $scale/evaluation $scale/sr3 $scale/regression.safetensors -- --data tfds:orl_faces:probe \
                 --steps $few --batch 20 --classifier "$out/classifier.safetensors" --features alexnet
+            evaluate $scale/recognition $scale/sr3 $scale/regression.safetensors -- --data tfds:orl_faces:probe \
+                --steps $few --batch 20 --classifier "$out/alexnet.safetensors" --features none
         done
+        evaluate 8x/searched 8x/searched.safetensors 8x/regression.safetensors -- --data tfds:orl_faces:probe \
+            --solver ancestral --steps 10 --unsearched --batch 20 --features alexnet
+        evaluate 8x/sweep 8x/sr3 8x/regression.safetensors -- --data tfds:orl_faces:probe --limit 20 \
+            --solver $solvers --steps $sweep --features none --batch 20
     fi
 }
 

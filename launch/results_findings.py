@@ -190,10 +190,11 @@ def searched_finding(run: Mapping[str, Any]) -> Finding | None:
         if pair["kind"] == "searched - usual"
     ]
     title = (
-        "The schedule found by search, on the pictures of the tables above (differences: searched - usual; LPIPS "
-        "below 0 as in the paper)"
+        "The schedule found by search, on the pictures of the tables above (differences: searched - usual; below 0 as "
+        "in the paper)"
     )
-    columns = {"lpips": -1} if any("lpips" in line.cells for line in lines) else {}
+    present = [key for key in ("lpips", *DISTANCES) if any(key in line.cells for line in lines)]
+    columns = dict.fromkeys(["lpips"] if "lpips" in present else present, -1)
     return Finding("searched", title, columns, lines) if lines and columns else None
 
 

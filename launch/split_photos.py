@@ -4,8 +4,12 @@
     python launch/split_photos.py FOLDER OUT                # 30 photographs held out, 8 tiles of 128x128 of each
     python launch/split_photos.py FOLDER OUT --hold-out 10 --tiles 4 --side 96
 
-Which are held out follows from the SHA-256 of each file's name, so it is the same everywhere. A tile is area-resampled
-from a square of twice its side, where the photograph has room: so compression leaves no trace in what is scored.
+Which are held out follows from the SHA-256 of each file's name, so it is the same everywhere. A held-out photograph is
+area-resampled to half its size, where it has room: so compression leaves no trace in what is scored.
+
+For recognition each held-out photograph is a class: of its squares of half a tile's side those on the black fields of
+a chessboard are in OUT/gallery/NAME, to train a classifier on, those on the white fields in OUT/probe/NAME, to ask it
+about: up to 40 of each, spread evenly.
 """
 
 from __future__ import annotations
@@ -23,23 +27,37 @@ from sr3_jax.aliases import UserError
 from sr3_jax.data.sources import scan_folder
 from sr3_jax.pictures import Picture, read_rgb, write_picture
 
+FIELDS = ("gallery", "probe")  # black and white
+PATCHES = 40  # of a photograph in each
+
 
 def order(path: Path) -> str:
     """Where a photograph stands in the queue to be held out."""
     return hashlib.sha256(path.name.encode()).hexdigest()
 
 
-def tiles(image: np.ndarray, count: int, side: int) -> list[np.ndarray]:
-    """Up to `count` tiles uint8 [side,side,3], spread evenly over uint8 [H,W,3] without overlap."""
-    shrink = 2 if min(image.shape[:2]) >= 4 * side else 1
-    square = side * shrink
-    rows, columns = (extent // square for extent in image.shape[:2])
-    taken = [place * rows * columns // count for place in range(min(count, rows * columns))]
-    cut = []
-    for row, column in (divmod(place, columns) for place in dict.fromkeys(taken)):
-        part = image[row * square : (row + 1) * square, column * square : (column + 1) * square]
-        cut.append(np.asarray(Image.fromarray(part).resize((side, side), Image.Resampling.BOX)))
-    return cut
+def shrunk(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [H,W,3] at half its size, by areas, where that leaves room for two tiles a side; else as it is."""
+    height, width = (extent // 2 for extent in image.shape[:2])
+    if min(height, width) < 2 * side:
+        return image
+    even = Image.fromarray(image[: 2 * height, : 2 * width])
+    return np.asarray(even.resize((width, height), Image.Resampling.BOX))
+
+
+def squares(image: np.ndarray, side: int) -> list[tuple[int, np.ndarray]]:
+    """Those that tile uint8 [H,W,3] from the top left, row by row: (colour of its field, uint8 [side,side,3])."""
+    rows, columns = (extent // side for extent in image.shape[:2])
+    return [
+        ((row + column) % 2, image[row * side : (row + 1) * side, column * side : (column + 1) * side])
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+def spread(found: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """Up to `count` of them, evenly."""
+    return [found[place * len(found) // count] for place in range(count)] if len(found) > count else found
 
 
 def main() -> int:
@@ -65,16 +83,23 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    for name in ("train", "tiles"):
+    for name in ("train", "tiles", *FIELDS):
         shutil.rmtree(args.out / name, ignore_errors=True)
+    for name in ("train", "tiles"):
         (args.out / name).mkdir(parents=True)
     for path in queue[args.hold_out :]:
         shutil.copy(path, args.out / "train" / path.name)
     count = 0
     for path in queue[: args.hold_out]:
-        for number, tile in enumerate(tiles(read_rgb(path), args.tiles, args.side)):
+        image = shrunk(read_rgb(path), args.side)
+        for number, tile in enumerate(spread([one for _, one in squares(image, args.side)], args.tiles)):
             write_picture(args.out / "tiles" / f"{path.stem}-{number}.png", Picture(tile))
             count += 1
+        fields = squares(image, args.side // 2)
+        for colour, name in enumerate(FIELDS):
+            (args.out / name / path.stem).mkdir(parents=True)
+            for number, patch in enumerate(spread([one for of, one in fields if of == colour], PATCHES)):
+                write_picture(args.out / name / path.stem / f"{path.stem}-{number}.png", Picture(patch))
     print(
         f"{len(queue) - args.hold_out} photographs to train on, {count} tiles of {args.hold_out} others in {args.out}"
     )

@@ -235,7 +235,7 @@ def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
 
     out = tmp_path / "out"
     training_folder(out / "sr3")
-    for run in ("evaluation", "sweep"):
+    for run in ("evaluation", "recognition", "sweep"):
         (out / run).mkdir()
         (out / run / "evaluation.json").write_text(json.dumps(evaluation()))
     (out / "search").mkdir()
@@ -254,7 +254,9 @@ def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
     page = (docs / "results.md").read_text()
     assert "+1.88 (" in page  # the mean of 22-20, 23-21, 24-22, 24.5-23
     assert "| regression above SR3 in PSNR, SSIM | appeared |" in page
-    assert "| schedule search helps | appeared |" in page
+    assert "| a layer on AlexNet better on SR3's outputs than on bicubic's | appeared |" in page
+    assert "| a small classifier better on SR3's outputs than on bicubic's | appeared |" in page
+    assert "A schedule found by search is better than the usual one" in page
     assert "Not evaluated yet: regression, sr3_l1." in page
     assert "It is so." in page and "Ann, CC0" in page and "23.96" in page
     assert "images/results_photos.png" in page and "images/results_photos_curve.png" in page
@@ -266,6 +268,60 @@ def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
     assert results_doc.main(["--collect", "photos", str(tmp_path / "none"), "--docs", str(docs)]) == 2
     with pytest.raises(UserError, match="no results"):
         results_doc.write(tmp_path / "empty")
+
+
+def searched_run():
+    """A schedule that was found halves LPIPS, and the regression is worse than it."""
+    rows = [
+        row("x", solver="ddim", steps=5, evaluations=5, lpips=[0.2] * 4),
+        row("x", solver="ddim", steps=5, evaluations=5, detail="eta 0.5", lpips=[0.1] * 4),
+        row("regression", evaluations=1, lpips=[0.15, 0.15, 0.16, 0.16]),
+    ]
+    return {**evaluation(), "rows": rows}
+
+
+def test_each_kind_of_run_answers_its_own_question(tmp_path):
+    """Runs beside the main one belong to its part, and say nothing of what they were not made for."""
+    from results_parts import parts
+
+    of = {
+        "8x/evaluation": evaluation(),
+        "8x/recognition": evaluation(top1=[0] * 4),
+        "8x/searched": searched_run(),
+        "8x/sweep": evaluation(),
+        "4x/evaluation": evaluation(),
+        "2x/recognition": evaluation(),  # whose main one is not there yet
+    }
+    runs = {run: compacted(tmp_path / run.replace("/", "_"), found, "orl") for run, found in of.items()}
+    large, small = parts({"name": "orl", "runs": runs, "searches": [search()]})
+    assert (large.name, small.name) == ("8x", "4x") and small.title == "The ORL faces, 4x"
+    assert (len(large.searches), len(small.searches)) == (1, 0)
+    found = {one.key: one.verdict for one in large.findings}
+    assert found == {
+        "distortion": "appeared", "perception": "appeared", "consistency": "appeared", "recognition": "appeared",
+        "recognition_bicubic": "appeared", "recognition_alexnet": "the opposite",
+        "recognition_bicubic_alexnet": "the opposite", "searched": "appeared", "perception_searched": "appeared",
+        "search": "appeared",
+    }  # fmt: skip
+    assert [one.key for one in small.findings] == [
+        "distortion", "perception", "consistency", "recognition", "recognition_bicubic",
+    ]  # fmt: skip
+
+
+def test_without_lpips_a_found_schedule_is_judged_by_distances():
+    from results_findings import searched_finding
+
+    rows = [row("x", solver="ddim", steps=5), row("x", solver="ddim", steps=5, detail="eta 0.5")]
+    below = {"mean": -1.0, "low": -2.0, "high": -0.5}
+    pair = {
+        "kind": "searched - usual",
+        "a": 1,
+        "b": 0,
+        "columns": {"frechet_classifier": below, "psnr": below},
+    }
+    found = searched_finding({"rows": rows, "pairs": [pair]})
+    assert found.verdict == "appeared" and dict(found.wanted) == {"frechet_classifier": -1}
+    assert searched_finding({"rows": rows, "pairs": [{**pair, "columns": {"psnr": below}}]}) is None
 
 
 def test_a_search_is_judged_by_what_it_gains_on_other_pictures():
@@ -303,13 +359,16 @@ def test_an_experiment_is_one_command(name):
     for line in lines:
         words = line.split()
         trained |= {word.partition("=")[2] for word in words if word.startswith("--workdir=")}
+        if words[:2] == ["sr3", "export"]:
+            assert words[2] in trained
+            trained.add(words[4])
         if words[0] == "cp":
             assert words[1].removesuffix("/best.safetensors") in trained
             trained.add(words[2])
         for config in (word.partition("=")[2] for word in words if word.startswith("--config=")):
             assert (ROOT / config).is_file()
         models = [words[at + 1] for at, word in enumerate(words) if word == "--model"]
-        assert set(models) <= trained | {"out/x/searched.safetensors"}
+        assert set(models) <= trained
     assert len(trained) >= 4
     assert lines[-1] == f"python launch/results_doc.py --collect {name} out/x --docs docs"
 

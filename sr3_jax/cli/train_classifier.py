@@ -2,6 +2,9 @@
 
 It takes some minutes on one CPU core. FILE then goes to `sr3 evaluate --classifier FILE`, where --features classifier
 compares pictures in its features. Pictures of other sizes than those of the training are resized to them.
+
+With --features alexnet only a last layer is trained, on what AlexNet sees in pictures at their own size: for few
+pictures, and for classes that differ in texture. Steps, batch, width, seed and augmentation play no part then.
 """
 
 from __future__ import annotations
@@ -9,7 +12,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sr3_jax.features.lpips import Lpips
+
+    # Pictures to logits; and path and facts to the SHA-256 of the file that is written.
+    Trained = tuple[Callable[[np.ndarray], np.ndarray], Callable[[Path, dict[str, Any]], str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,18 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="FILE", help="a .safetensors file"
     )
-    parser.add_argument("--steps", default="3000", metavar="N", help="of training (default: %(default)s)")
+    parser.add_argument(
+        "--features", metavar="NAME",
+        help="alexnet: a linear layer on that network, whose weights are of sr3_jax[metrics] (default: a network of "
+        "its own)",
+    )  # fmt: skip
+    parser.add_argument("--steps", metavar="N", help="of training (default: 3000)")
     parser.add_argument("--minutes", metavar="M", help="end after M minutes, if the steps take longer")
+    parser.add_argument("--batch", metavar="B", help="pictures in a step (default: 128)")
+    parser.add_argument("--width", metavar="C", help="channels (default: 16)")
+    parser.add_argument("--seed", metavar="S", help="same seed, same weights (default: 0)")
     parser.add_argument(
-        "--batch", default="128", metavar="B", help="pictures in a step (default: %(default)s)"
-    )
-    parser.add_argument("--width", default="16", metavar="C", help="channels (default: %(default)s)")
-    parser.add_argument(
-        "--seed", default="0", metavar="S", help="same seed, same weights (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--augment", default="0.5", metavar="X",
-        help="how much pictures are moved, turned and zoomed: 0 not at all, 3 much (default: %(default)s)",
+        "--augment", metavar="X",
+        help="how much pictures are moved, turned and zoomed: 0 not at all, 3 much (default: 0.5)",
     )  # fmt: skip
     parser.add_argument(
         "--no-mirror", action="store_true", help="where left and right matter, as in digits and letters"
@@ -45,21 +59,18 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
     import numpy as np
-    from tqdm import tqdm
 
     from sr3_jax import __version__
     from sr3_jax.aliases import UserError
     from sr3_jax.data.sources import open_source
-    from sr3_jax.features.classifier import TrainedClassifier, save_classifier
+    from sr3_jax.features.lpips import load_lpips
     from sr3_jax.features.recognition import correct
-    from sr3_jax.features.training import Augmentation, Progress, labelled, patch_for, train_classifier
-    from sr3_jax.nn.classifier import ClassifierNetwork
-    from sr3_jax.signals import leave_if, polled_signals
+    from sr3_jax.features.training import labelled
 
-    steps, batch = _number("--steps", args.steps, int, 1), _number("--batch", args.batch, int, 1)
-    width, seed = _number("--width", args.width, int, 4), _number("--seed", args.seed, int, 0)
-    minutes = None if args.minutes is None else _number("--minutes", args.minutes, float, 0.01)
-    strength = _number("--augment", args.augment, float, 0)
+    if args.features not in (None, "alexnet"):
+        raise UserError(f"--features must be alexnet or left out, got {args.features!r}")
+    settings = _no_settings(args) if args.features else _settings(args)
+    lpips = load_lpips() if args.features else None
     if args.output.suffix != ".safetensors":
         raise UserError(f"output {args.output} must end in .safetensors")
     if args.output.exists() and not args.overwrite:
@@ -73,9 +84,56 @@ def run(args: argparse.Namespace) -> int:
     classes = 1 + max(int(part.max()) for part in (labels, *(held_out or ())[1:]))
     if classes < 2:
         raise UserError(f"{args.data} has one class alone: a classifier needs two")
+    if lpips is not None:
+        logits, save = _linear(images, labels, classes, lpips)
+    else:
+        logits, save = _network(images, labels, classes, settings)
+    about = {
+        "data": args.data,
+        "pictures": len(images),
+        "eval_data": args.eval_data,
+        **settings,
+        "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+        "device": jax.devices()[0].device_kind,
+    }
+    if held_out is not None:
+        right = correct(logits(held_out[0]), held_out[1])
+        by_class = [float(right[held_out[1] == label].mean()) for label in np.unique(held_out[1])]
+        about |= {"eval_pictures": len(right), "accuracy": float(right.mean()), "accuracy_by_class": by_class}
+    about["seconds"] = round(time.monotonic() - started, 1)
+    sha256 = save(args.output, about)
+    if held_out is not None:
+        count, total = int(right.sum()), len(right)
+        print(f"{count} of {total} pictures of {args.eval_data} are recognised: {count / total:.2%}")
+    size = f"{images.shape[2]}x{images.shape[1]}"
+    print(f"{args.output}: {classes} classes, {size}, {about['seconds']:.0f} s, SHA-256 {sha256}")
+    return 0
+
+
+def _linear(images: np.ndarray, labels: np.ndarray, classes: int, lpips: Lpips) -> Trained:
+    """A layer on AlexNet."""
+    from sr3_jax.features.linear import features_of, save_linear, train_head
+
+    head = train_head(features_of(lpips, images), labels, classes)
+    return (
+        lambda images: head.logits(features_of(lpips, images)),
+        lambda path, about: save_linear(path, head, lpips=lpips, about=about).sha256,
+    )
+
+
+def _network(images: np.ndarray, labels: np.ndarray, classes: int, settings: dict[str, Any]) -> Trained:
+    """A small network, with a bar that tells how far it is."""
+    from tqdm import tqdm
+
+    from sr3_jax.features.classifier import TrainedClassifier, save_classifier
+    from sr3_jax.features.training import Augmentation, Progress, patch_for, train_classifier
+    from sr3_jax.nn.classifier import ClassifierNetwork
+    from sr3_jax.signals import leave_if, polled_signals
+
     size = images.shape[1:3]
-    network = ClassifierNetwork(classes, width=width, patch=patch_for(*size))
-    plain = Augmentation(mirror=not args.no_mirror)
+    network = ClassifierNetwork(classes, width=settings["width"], patch=patch_for(*size))
+    plain = Augmentation(mirror=settings["mirror"])
+    strength = settings["augment"]
     parts = {name: getattr(plain, name) * strength for name in ("shift", "zoom", "turn", "contrast")}
     with (
         tqdm(total=100.0, disable=None, file=sys.stderr, bar_format="{desc} {bar} {elapsed}") as bar,
@@ -100,40 +158,40 @@ def run(args: argparse.Namespace) -> int:
             images,
             labels,
             network,
-            steps=steps,
-            minutes=minutes,
-            batch_size=batch,
-            seed=seed,
+            steps=settings["steps"],
+            minutes=settings["minutes"],
+            batch_size=settings["batch"],
+            seed=settings["seed"],
             augmentation=Augmentation(mirror=plain.mirror, **parts),
             on_step=tell,
         )
-    about = {
-        "data": args.data,
-        "pictures": len(images),
-        "eval_data": args.eval_data,
-        "steps": steps,
-        "minutes": minutes,
-        "batch": batch,
-        "seed": seed,
-        "augment": strength,
-        "mirror": plain.mirror,
-        "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
-        "device": jax.devices()[0].device_kind,
-    }
-    if held_out is not None:
-        draft = TrainedClassifier("", "", network, params, *size, {})
-        right = correct(draft.logits(held_out[0]), held_out[1])
-        by_class = [float(right[held_out[1] == label].mean()) for label in np.unique(held_out[1])]
-        about |= {"eval_pictures": len(right), "accuracy": float(right.mean()), "accuracy_by_class": by_class}
-    about["seconds"] = round(time.monotonic() - started, 1)
-    made = save_classifier(args.output, network, params, size=size, about=about)
-    if held_out is not None:
-        count, total = int(right.sum()), len(right)
-        print(f"{count} of {total} pictures of {args.eval_data} are recognised: {count / total:.2%}")
-    print(
-        f"{args.output}: {classes} classes, {size[1]}x{size[0]}, {about['seconds']:.0f} s, SHA-256 {made.sha256}"
+    draft = TrainedClassifier("", "", network, params, *size, {})
+    return (
+        draft.logits,
+        lambda path, about: save_classifier(path, network, params, size=size, about=about).sha256,
     )
-    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "steps": _number("--steps", args.steps or "3000", int, 1),
+        "minutes": None if args.minutes is None else _number("--minutes", args.minutes, float, 0.01),
+        "batch": _number("--batch", args.batch or "128", int, 1),
+        "width": _number("--width", args.width or "16", int, 4),
+        "seed": _number("--seed", args.seed or "0", int, 0),
+        "augment": _number("--augment", args.augment or "0.5", float, 0),
+        "mirror": not args.no_mirror,
+    }
+
+
+def _no_settings(args: argparse.Namespace) -> dict[str, Any]:
+    from sr3_jax.aliases import UserError
+
+    for name in ("steps", "minutes", "batch", "width", "seed", "augment", "no_mirror"):
+        if getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"--features=alexnet trains one layer to its optimum: leave out {option}")
+    return {"features": args.features}
 
 
 def _number(option: str, text: str, kind: type, least: float):

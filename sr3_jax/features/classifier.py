@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,23 +63,33 @@ class TrainedClassifier:
         """uint8 [B,H,W,3] of any size -> what the last layer sees, float32 [B,D]. ValueError on other types."""
         return self._outputs(images)[0]
 
-    def _outputs(self, images: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(
-                f"a classifier takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}"
-            )
-        parts = []
-        for first in range(0, len(images), AT_ONCE):
-            part = images[first : first + AT_ONCE]
-            # Filled up to a power of two, so that the network is compiled for a few sizes alone.
-            filled = np.concatenate([part, np.repeat(part[-1:], _power(len(part)) - len(part), axis=0)])
-            found = _outputs(self.params, filled, network=self.network, size=(self.height, self.width))
-            parts.append([np.asarray(one)[: len(part)] for one in found])
-        widths = (4 * self.network.width, self.num_classes)
-        empty = [np.zeros((0, width), np.float32) for width in widths]
-        features, logits = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
-        return features, logits
+    def _outputs(self, images: np.ndarray | jax.Array) -> list[np.ndarray]:
+        size = (self.height, self.width)
+        run = functools.partial(_outputs, self.params, network=self.network, size=size)
+        return in_parts(run, images, widths=(4 * self.network.width, self.num_classes), most=AT_ONCE)
+
+
+def in_parts(
+    run: Callable[[np.ndarray], tuple[jax.Array, ...]],
+    images: np.ndarray | jax.Array,
+    *,
+    widths: Sequence[int],
+    most: int,
+) -> list[np.ndarray]:
+    """What `run` makes of uint8 [B,H,W,3], given `most` of them or fewer at once: float32 [B,D] for each D of `widths`.
+
+    ValueError on other types.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"a classifier takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}")
+    parts: list[list[np.ndarray]] = [[np.zeros((0, width), np.float32) for width in widths]]
+    for first in range(0, len(images), most):
+        part = images[first : first + most]
+        # Filled up to a power of two, so that the network is compiled for a few sizes alone.
+        filled = np.concatenate([part, np.repeat(part[-1:], _power(len(part)) - len(part), axis=0)])
+        parts.append([np.asarray(one)[: len(part)] for one in run(filled)])
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
 def _power(count: int) -> int:
@@ -107,54 +117,83 @@ def save_classifier(
         about: plain values that JSON takes.
     """
     flat = {
-        ".".join(key.key for key in keys): np.ascontiguousarray(leaf, np.float32)
+        ".".join(key.key for key in keys): np.asarray(leaf)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     layers = {name: getattr(network, name) for name in ("num_classes", "width", "patch", "blocks")}
     facts = {"network": layers, "height": size[0], "width": size[1], "about": dict(about)}
+    write(path, flat, file_format=FORMAT, facts=facts)
+    return load(path)
+
+
+def load(path: Path) -> TrainedClassifier:
+    """The classifier in a file of `save_classifier`. UserError if there is none."""
+    with readable(path):
+        arrays, facts, sha256 = read(path, file_format=FORMAT)
+        params: dict[str, Any] = {}
+        for name, array in arrays.items():
+            *parents, leaf = name.split(".")
+            branch = params
+            for parent in parents:
+                branch = branch.setdefault(parent, {})
+            branch[leaf] = jnp.asarray(array)
+        network = ClassifierNetwork(**facts["network"])
+        size = (int(facts["height"]), int(facts["width"]))
+        wanted = jax.eval_shape(lambda key: init_params(network, size, key), jax.random.key(0))
+        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
+            raise UserError(f"the weights in {path} are not those of the network it names: train it again")
+        return TrainedClassifier(path.name, sha256, network, params, *size, dict(facts["about"]))
+
+
+def write(
+    path: Path, arrays: Mapping[str, np.ndarray], *, file_format: str, facts: Mapping[str, Any]
+) -> None:
+    """Arrays, as float32, and plain values as a .safetensors file, whole or not at all."""
+    flat = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(save(flat, {"format": FORMAT, "classifier": json.dumps(facts, sort_keys=True)}))
+        partial.write_bytes(
+            save(flat, {"format": file_format, "classifier": json.dumps(facts, sort_keys=True)})
+        )
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-    return load(path)
 
 
-def load(path: Path) -> TrainedClassifier:
-    """The classifier in a file of `save_classifier`. UserError if there is none."""
+def format_of(path: Path) -> str:
+    """What `write` was told of a file; '' of any other. UserError if it cannot be read."""
+    read_file(path)
+    with readable(path), safe_open(path, framework="numpy") as file:
+        return (file.metadata() or {}).get("format", "")
+
+
+def read(path: Path, *, file_format: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
+    """The arrays, the plain values and the SHA-256 of a file of `write`. UserError if it is of another format."""
     _, sha256 = read_file(path)
-    params: dict[str, Any] = {}
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != file_format:
+            raise UserError(
+                f"{path} is a safetensors file but no classifier: make one with sr3 train-classifier"
+            )
+        arrays = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118, it is no dict
+    return arrays, json.loads(metadata["classifier"]), sha256
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file that is read inside is said in one sentence."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(
-                    f"{path} is a safetensors file but no classifier: make one with sr3 train-classifier"
-                )
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                *parents, leaf = name.split(".")
-                branch = params
-                for parent in parents:
-                    branch = branch.setdefault(parent, {})
-                branch[leaf] = jnp.asarray(file.get_tensor(name), jnp.float32)
-        facts = json.loads(metadata["classifier"])
-        network = ClassifierNetwork(**facts["network"])
-        size = (int(facts["height"]), int(facts["width"]))
-        wanted = jax.eval_shape(lambda key: init_params(network, size, key), jax.random.key(0))
-        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
-            raise UserError(f"the weights in {path} are not those of the network it names: train it again")
-        about = dict(facts["about"])
+        yield
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} cannot be read as a classifier ({reason}): train it again") from None
-    return TrainedClassifier(path.name, sha256, network, params, *size, about)
 
 
 def init_params(network: ClassifierNetwork, size: tuple[int, int], key: Key) -> Params:

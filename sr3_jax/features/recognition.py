@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from sr3_jax.aliases import UserError
-from sr3_jax.features import classifier, onnx
+from sr3_jax.features import classifier, linear, onnx
 
 
 class Classifier(Protocol):
@@ -68,7 +68,8 @@ def load_classifier(spec: str) -> Classifier:
     if path.endswith(".onnx"):
         return onnx.load(Path(path).expanduser(), options)
     if spec.endswith(".safetensors"):
-        return classifier.load(Path(spec).expanduser())
+        file = Path(spec).expanduser()
+        return linear.load(file) if classifier.format_of(file) == linear.FORMAT else classifier.load(file)
     module_name, colon, name = spec.partition(":")
     if not (colon and all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")])):
         raise UserError(

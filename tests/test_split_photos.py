@@ -1,0 +1,83 @@
+"""Photographs are held out whole, and cut into tiles, and into squares to train and to ask a classifier."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def split(folder, out, *options):
+    command = [sys.executable, str(ROOT / "launch" / "split_photos.py"), str(folder), str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Each pixel of a photograph says where it is: red its column, green its row, blue which photograph."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    rows, columns = np.mgrid[:72, :104]
+    for number in range(5):
+        image = np.stack([2 * columns, 3 * rows, np.full_like(rows, 50 * number)], axis=-1)
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"photo{number}.png")
+    return folder
+
+
+def opened(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_whole_photographs_are_held_out_at_half_their_size(photographs, tmp_path):
+    done = split(photographs, tmp_path / "out", "--hold-out=2", "--side=16", "--tiles=4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 photographs to train on, 8 tiles of 2 others")
+    trained = {path.stem for path in (tmp_path / "out" / "train").iterdir()}
+    tiles = sorted((tmp_path / "out" / "tiles").iterdir())
+    held_out = {path.stem.rpartition("-")[0] for path in tiles}
+    assert len(trained) == 3 and len(held_out) == 2 and not trained & held_out
+    # 52x36 pixels at half the size: 3 x 2 tiles of 16, of which 4 lie evenly: the 1st, 2nd, 4th and 5th.
+    for path, (row, column) in zip(tiles[:4], [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True):
+        tile = opened(path)
+        assert tile.shape == (16, 16, 3)
+        red = np.round(2 * (2 * (16 * column + np.arange(16)) + 0.5))
+        assert np.abs(tile[0, :, 0] - red).max() <= 1
+        assert abs(tile[0, 0, 1] - 3 * (32 * row + 0.5)) <= 1
+
+
+def test_a_classifier_is_asked_about_other_squares_than_it_is_trained_on(photographs, tmp_path):
+    assert split(photographs, tmp_path / "out", "--hold-out=2", "--side=16").returncode == 0
+    places = {}
+    for name in ("gallery", "probe"):
+        for path in sorted((tmp_path / "out" / name).rglob("*.png")):
+            patch = opened(path)
+            assert patch.shape == (8, 8, 3) and path.stem.startswith(path.parent.name)
+            where = (
+                path.parent.name,
+                round((patch[0, 0, 1] / 3 - 0.5) / 16),
+                round((patch[0, 0, 0] / 2 - 0.5) / 16),
+            )
+            places.setdefault(name, set()).add(where)
+    fields = {(row, column) for row in range(4) for column in range(6)}
+    for photograph in {of for of, _, _ in places["gallery"]}:
+        black, white = (
+            {(r, c) for of, r, c in places[name] if of == photograph} for name in ("gallery", "probe")
+        )
+        assert black == {(r, c) for r, c in fields if (r + c) % 2 == 0} and white == fields - black
+
+
+def test_a_photograph_without_room_stays_as_it_is(photographs, tmp_path):
+    assert split(photographs, tmp_path / "out", "--hold-out=1", "--side=24", "--tiles=99").returncode == 0
+    tiles = list((tmp_path / "out" / "tiles").iterdir())
+    assert len(tiles) == 12 and opened(tiles[0]).shape == (24, 24, 3)  # of 104x72; at half the size 2
+
+
+def test_too_few_photographs_are_refused(photographs, tmp_path):
+    done = split(photographs, tmp_path / "out", "--hold-out=5", "--side=16")
+    assert done.returncode == 2 and "too few to hold out 5" in done.stderr and done.stderr.count("\n") == 1
