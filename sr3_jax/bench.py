@@ -6,6 +6,7 @@ with copies if need be: another shape is another program, which may round differ
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ from sr3_jax.outputs import Kept, Outputs, Record, Scores, digest
 LONG = 60.0  # seconds
 _PATCHES = 8  # whose features are computed at once, at least
 
-Run = Callable[[np.ndarray, Key], np.ndarray]
+Run = Callable[[np.ndarray, Key, np.ndarray], np.ndarray]
+"""(low_res uint8 [B,h,w,3], keys [B], labels int [B], zeros where there are none) -> uint8 [B,s*h,s*w,3]."""
 Place = tuple[int, int]  # of an output: the subject's, and the sample's number
 
 
@@ -155,7 +157,9 @@ class Bench:
         about = filled([np.uint32(int(subjects[at].about[:8], 16)) for at, _ in chunk], self._batch)
         numbers = filled([np.uint32(sample) for _, sample in chunk], self._batch)
         keys = _keys(np.uint32(self._seed), about, numbers)
-        images, seconds = timed(self._run, low_res, keys, warm=low_res.shape in self._compiled)
+        labels = filled([np.int64(subjects[at].label) for at, _ in chunk], self._batch)
+        run = functools.partial(self._run, labels=labels)
+        images, seconds = timed(run, low_res, keys, warm=low_res.shape in self._compiled)
         self._compiled.add(low_res.shape)
         return images, seconds / self._batch
 
@@ -249,7 +253,9 @@ class Bench:
         return {name: value for one in wanted for name, value in before[one.key].items()}
 
 
-def timed(run: Run, low_res: np.ndarray, keys: Key, *, warm: bool) -> tuple[np.ndarray, float]:
+def timed(
+    run: Callable[[np.ndarray, Key], np.ndarray], low_res: np.ndarray, keys: Key, *, warm: bool
+) -> tuple[np.ndarray, float]:
     """The outputs, and the seconds that they take once compiled.
 
     The first call of a size compiles. It is made twice, and the second is timed: nothing else tells the two

@@ -6,7 +6,7 @@ Shape legend: B batch, h x w a low-res picture, s the scale. Pictures are uint8 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from sr3_jax import sampling as samplings
 from sr3_jax import scoring
 from sr3_jax.aliases import Key, UserError
+from sr3_jax.bench import Run
 from sr3_jax.model import Model
 from sr3_jax.outputs import digest, file_name
 from sr3_jax.sampling import Sampling
@@ -27,8 +28,8 @@ class Method:
 
     Attributes:
         name: 'original', 'bicubic', or the model's label.
-        run: (low_res uint8 [B,h,w,3], keys [B]) -> uint8 [B,s*h,s*w,3], back on the host; None for the originals,
-            which stand in the table for what a perfect method would get.
+        run: what makes the outputs, back on the host; None for the originals, which stand in the table for what a
+            perfect method would get.
         identity: plain values that say what `run` is: an output of another identity is another output.
         solver, steps: None where there is no sampler.
         detail: what else the sampler has that is not its solver's usual, in words.
@@ -38,7 +39,7 @@ class Method:
 
     name: str
     scale: int
-    run: Callable[[np.ndarray, Key], np.ndarray] | None
+    run: Run | None
     identity: Mapping[str, Any]
     solver: str | None = None
     steps: int | None = None
@@ -72,7 +73,7 @@ def original(scale: int) -> Method:
 def bicubic(scale: int) -> Method:
     """The baseline."""
 
-    def run(low_res: np.ndarray, keys: Key) -> np.ndarray:
+    def run(low_res: np.ndarray, keys: Key, labels: np.ndarray) -> np.ndarray:
         return scoring.interpolated(low_res, scale)
 
     return Method("bicubic", scale, run, {"bicubic": scale})
@@ -85,17 +86,19 @@ def sampled(
     solvers: Sequence[str] = (),
     steps: Sequence[int] = (),
     unsearched: bool = False,
+    labelled: bool = False,
 ) -> list[Method]:
     """One method for each solver and number of steps; the model's own where none are given.
 
     Args:
         unsearched: where the model's own sampler comes of a search, the same solver and steps without it as well.
+        labelled: the pictures have labels, which are given to a model that was trained with classes.
 
     Raises:
         UserError: there is no such solver or number of steps.
     """
     if model.network.regression:  # one pass, whatever is asked of the others
-        one = by_sampling(model, label, Sampling(model.solver, 1))
+        one = by_sampling(model, label, Sampling(model.solver, 1), labelled=labelled)
         return [dataclasses.replace(one, solver=None, steps=None, evaluations=1, own=True)]
     weights = fingerprint(model)
     found = []
@@ -104,15 +107,20 @@ def sampled(
             asked = model.sampling.asked(solver=solver, steps=count)
             usual = Sampling(solver, count, guidance=asked.guidance, augment=asked.augment)
             choices = [usual, asked] if unsearched and usual != asked else [asked]
-            found += [by_sampling(model, label, choice, weights=weights) for choice in choices]
+            found += [
+                by_sampling(model, label, choice, weights=weights, labelled=labelled) for choice in choices
+            ]
     return found
 
 
-def by_sampling(model: Model, label: str, sampling: Sampling, *, weights: str | None = None) -> Method:
+def by_sampling(
+    model: Model, label: str, sampling: Sampling, *, weights: str | None = None, labelled: bool = False
+) -> Method:
     """A model by one sampler.
 
     Args:
         weights: `fingerprint` of the model, where many methods share it.
+        labelled: as for `sampled`.
 
     Raises:
         UserError: this model cannot be sampled so.
@@ -122,9 +130,12 @@ def by_sampling(model: Model, label: str, sampling: Sampling, *, weights: str | 
     except UserError as error:
         raise UserError(f"{label}: {error}") from error
 
-    def run(low_res: np.ndarray, keys: Key) -> np.ndarray:
+    conditional = bool(labelled and model.network.num_classes)
+
+    def run(low_res: np.ndarray, keys: Key, labels: np.ndarray) -> np.ndarray:
+        given = labels if conditional else None
         try:
-            return np.asarray(model.upscale(low_res, keys, sampling=sampling))
+            return np.asarray(model.upscale(low_res, keys, labels=given, sampling=sampling))
         except FloatingPointError as error:  # a figure of a broken output would be no figure
             raise UserError(f"{error} ({sampling.solver}, {sampling.steps} steps)") from error
 
@@ -138,6 +149,7 @@ def by_sampling(model: Model, label: str, sampling: Sampling, *, weights: str | 
             "weights": weights or fingerprint(model),
             "setup": samplings.setup_of(model.config),
             "sampling": values,
+            **({"labelled": True} if conditional else {}),
         },
         solver=sampling.solver,
         steps=sampling.steps,

@@ -39,9 +39,10 @@ def _plain():
         yield
 
 
-def build(scale=4, seed=0):
+def build(scale=4, seed=0, **sections):
     """A model of random weights, made from shapes: to initialise it would compile for seconds."""
-    experiment = read(tiny.config(data={"scale": scale, "source": "photos:train"}))
+    data = {"scale": scale, "source": "photos:train"} | sections.pop("data", {})
+    experiment = read(tiny.config(data=data, **sections))
     shapes = jax.eval_shape(experiment.init_params, jax.random.key(0))
     params = tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), seed=seed)
     return from_config(experiment.config, params, name=f"tiny-{scale}x")
@@ -208,7 +209,7 @@ def test_each_picture_and_sample_has_noise_of_its_own(house, tmp_path):
     def keys_of(folder, count, seed=0):
         keys = {}
 
-        def upscale(low_res, key):
+        def upscale(low_res, key, labels):
             keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key)[0].tolist()))
             return scoring.interpolated(low_res, 4)
 
@@ -292,10 +293,46 @@ def test_a_searched_sampler_has_a_row_beside_the_usual_one():
     assert [row.own for row in evaluate.sampled(model, "m")] == [True]
     low_res = np.random.default_rng(0).integers(0, 256, (1, 10, 12, 3), np.uint8)
     keys = jax.vmap(jax.random.key)(np.arange(1))
-    made = [row.run(low_res, jax.random.clone(keys)) for row in rows[:2]]
+    made = [row.run(low_res, jax.random.clone(keys), np.zeros(1, int)) for row in rows[:2]]
     assert not np.array_equal(*made)
     wanted = model.upscale(low_res, jax.random.clone(keys), sampling=searched)
     assert np.array_equal(made[1], wanted)
+
+
+def test_a_model_of_classes_is_given_the_label_of_each_picture(house, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
+    for name, label in (("a-tall", "cat"), ("b-wide", "dog"), ("c-wide", "dog")):
+        (tmp_path / "in" / label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(house / "in" / f"{name}.png", tmp_path / "in" / label)
+    assert main(["prepare", str(tmp_path / "in"), "--name=pets"]) == 0
+    model = build(model={"num_classes": 2}, data={"label_dropout": 0.1})
+    export(tmp_path / "pets.safetensors", model.params, model.config)
+    given = []
+    plain = type(model).upscale
+
+    def upscale(self, images, key, *, labels=None, **how):
+        given.append(labels if labels is None else labels.tolist())
+        return plain(self, images, key, labels=labels, **how)
+
+    monkeypatch.setattr(type(model), "upscale", upscale)
+    command = [
+        "evaluate",
+        "--model",
+        str(tmp_path / "pets.safetensors"),
+        "--steps=1",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main([*command, "--data=tfds:pets:train"]) == 0
+    assert sorted({tuple(labels) for labels in given}) == [(0,), (1,)]
+    given.clear()  # pictures without labels are other outputs of the same model, not those that are kept
+    assert main([*command, f"--data=folder:{tmp_path / 'in'}"]) == 0
+    assert given and set(given) == {None}
+    # A model without classes is given none.
+    given.clear()
+    command[2] = str(house / "one.safetensors")
+    assert main([*command, "--data=tfds:pets:train"]) == 0
+    assert given and set(given) == {None}
 
 
 def test_a_model_is_shown_by_its_own_sampler_or_by_most_steps():

@@ -50,7 +50,7 @@ class Corners:
 def noisy(name="noisy", seen=None):
     """A method whose output is the enlarged input and noise of its key."""
 
-    def run(low_res, keys):
+    def run(low_res, keys, labels):
         if seen is not None:
             seen.append(len(low_res))
         large = scoring.interpolated(low_res, 4).astype(int)
@@ -164,7 +164,7 @@ def test_the_diversity_of_other_outputs_is_another(tmp_path):
     """Samples that were made anew, with other pixels, have no diversity yet, whatever is known of those before."""
     size = [1]
 
-    def run(low_res, keys):
+    def run(low_res, keys, labels):
         large = scoring.interpolated(low_res, 4).astype(int)
         shift = jax.vmap(lambda key: jax.random.randint(key, (1, 1, 1), 0, 20))(keys)
         return np.clip(large + size[0] * np.asarray(shift), 0, 255).astype(np.uint8)

@@ -76,7 +76,7 @@ def test_it_upscales_in_one_pass_whatever_the_key(regression, params):
     np.testing.assert_array_equal(*outputs)
     [row] = evaluate.sampled(model, "r", solvers=["heun", "ddim"], steps=[5, 10])
     assert (row.name, row.solver, row.steps, row.evaluations) == ("r", None, None, 1)
-    np.testing.assert_array_equal(row.run(images, jax.random.key(3)[None]), outputs[0])
+    np.testing.assert_array_equal(row.run(images, jax.random.key(3)[None], np.zeros(1, int)), outputs[0])
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,11 @@ def run(args: argparse.Namespace) -> int:
     if args.save_reference and len(scales) > 1:
         raise UserError("--save-reference takes models of one scale: others cut the originals otherwise")
     source = open_source(args.data, min_side=crop or least)
+    labelled = _labelled(source)
     setup = meters.open_setup(
         features=args.features,
         classifier=args.classifier,
-        labelled=_labelled(source),
+        labelled=labelled,
         patch=patch,
         reference=args.reference,
         batch=batch,
@@ -113,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
     methods = [evaluate.original(scale) for scale in scales] if setup.of_originals else []
     methods += [evaluate.bicubic(scale) for scale in scales]
     for one, label in zip(loaded, labels, strict=True):
-        methods += evaluate.sampled(one, label, solvers=solvers, steps=steps, unsearched=args.unsearched)
+        methods += evaluate.sampled(
+            one, label, solvers=solvers, steps=steps, unsearched=args.unsearched, labelled=labelled
+        )
     folder = outputs.open_folder(args.output)
     kept = folder / "outputs"
 
