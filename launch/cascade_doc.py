@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sr3_jax import tables
+from sr3_jax.evaluation import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = Mapping[str, Any]

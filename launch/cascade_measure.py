@@ -28,14 +28,14 @@ from sr3_jax import __version__
 from sr3_jax.aliases import UserError
 from sr3_jax.checkpoint import read_config
 from sr3_jax.data.sources import open_source
-from sr3_jax.evaluation_files import hardware
+from sr3_jax.evaluation.files import hardware
+from sr3_jax.evaluation.tables import bootstrap
 from sr3_jax.features.recognition import correct, load_classifier
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.images import degrade, to_uint8, to_unit
 from sr3_jax.model import Model, load
 from sr3_jax.report import read_metrics
 from sr3_jax.sampling import fingerprint
-from sr3_jax.tables import bootstrap
 
 CLASSES, SIZE = 10, 32
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)

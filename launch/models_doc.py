@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from sr3_jax import tables
 from sr3_jax.aliases import UserError
+from sr3_jax.evaluation import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTION = (
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(facts_path: Path, paths: Mapping[str, Path], output: Path) -> None:
     """Write the page and, in images/ beside it, the pictures."""
-    from sr3_jax.evaluate import fingerprint
+    from sr3_jax.evaluation.evaluate import fingerprint
     from sr3_jax.model import load
 
     facts = read_json(facts_path, fields=list(FACTS))

@@ -25,7 +25,7 @@ from results_page import page
 from results_parts import TITLES
 
 from sr3_jax.aliases import UserError
-from sr3_jax.outputs import write_text
+from sr3_jax.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ import numpy as np
 from sr3_jax.features import figures
 from sr3_jax.features.kept import KeptFeatures
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
-from sr3_jax.outputs import digest
+from sr3_jax.files import digest
 
 SET_RESAMPLES = 50
 

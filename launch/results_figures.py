@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import results_draws
 
-from sr3_jax import showcase
 from sr3_jax.aliases import UserError
-from sr3_jax.evaluation_files import hardware
+from sr3_jax.evaluation import showcase
+from sr3_jax.evaluation.files import hardware
+from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
+from sr3_jax.files import file_name
 from sr3_jax.model import load
-from sr3_jax.outputs import file_name
 from sr3_jax.sampling import Sampling, Stored, beside, fingerprint, setup_of, store
-from sr3_jax.tables import LEVEL, RESAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "sr3_jax.results.1"

@@ -10,7 +10,8 @@ from results_figures import TRAINED
 from results_findings import DIGITS, HEADINGS, Finding, cell, sign, title_of
 from results_parts import TITLES, Part, parts
 
-from sr3_jax import search_report, tables
+from sr3_jax.evaluation import tables
+from sr3_jax.search import report as search_report
 
 KEYS = {
     "distortion": "regression above SR3 in PSNR, SSIM",

@@ -25,7 +25,7 @@ from PIL import Image
 
 from sr3_jax.aliases import UserError
 from sr3_jax.data.sources import scan_folder
-from sr3_jax.pictures import Picture, read_rgb, write_picture
+from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
 
 FIELDS = ("gallery", "probe")  # black and white
 PATCHES = 40  # of a photograph in each

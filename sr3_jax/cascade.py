@@ -20,9 +20,9 @@ import numpy as np
 
 from sr3_jax import __version__
 from sr3_jax.aliases import Key, UserError
+from sr3_jax.files import digest, write_text
 from sr3_jax.model import Model, load
-from sr3_jax.outputs import digest, write_text
-from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
+from sr3_jax.pictures.picture import Picture, PictureError, read_rgb, write_picture
 from sr3_jax.sampling import Sampling, fingerprint
 from sr3_jax.stages import Link
 

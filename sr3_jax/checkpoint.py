@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sr3_jax.aliases import Params, UserError
+from sr3_jax.files import replacing
 from sr3_jax.parallel import highest
 from sr3_jax.train.state import TrainState
 
@@ -33,9 +34,8 @@ FORMAT = "sr3_jax.1"
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json` atomically."""
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, workdir / CONFIG_FILE)
+    with replacing(workdir / CONFIG_FILE) as partial:
+        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -197,17 +197,13 @@ def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str 
         )
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}
-        partial.write_bytes(save(flat, metadata))  # save_file would leave it unreadable to others
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(save(flat, metadata))  # save_file would leave it unreadable to others
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be written ({_first_line(error)}); choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def read_export(path: Path) -> tuple[Params, dict[str, Any]]:

@@ -10,7 +10,7 @@ from PIL import Image as PillowImage
 from sr3_jax.aliases import UserError
 from sr3_jax.cascade import Run, picture_path
 from sr3_jax.images import picture_grid
-from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
+from sr3_jax.pictures.picture import Picture, PictureError, read_rgb, write_picture
 
 LEAST, MOST = 64, 256  # pixels of a picture that is shown
 ROWS, COLUMNS = 10, 10

@@ -20,6 +20,7 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from sr3_jax.aliases import UserError
+from sr3_jax.files import replacing
 
 PLAIN_SECONDS = 30.0  # between two progress lines where stderr is a file or a pipe
 
@@ -95,9 +96,8 @@ class Report:
         folder = self.workdir / "samples"
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}_{int(step):07d}.png"
-        partial = path.with_suffix(".png.partial")
-        PillowImage.fromarray(np.asarray(image)).save(partial, format="PNG")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            PillowImage.fromarray(np.asarray(image)).save(partial, format="PNG")
         self._board.add_image(name, np.asarray(image), int(step), dataformats="HWC")
 
     def progress(
@@ -164,9 +164,8 @@ def _drop_later_lines(path: Path, first_step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= first_step]
     if len(kept) < len(lines):
-        partial = path.with_suffix(".jsonl.partial")
-        partial.write_bytes(b"".join(kept))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(b"".join(kept))
 
 
 def _step_of(line: bytes) -> float:

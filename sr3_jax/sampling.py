@@ -24,7 +24,7 @@ from sr3_jax.aliases import Params, UserError
 from sr3_jax.diffusion import solvers
 from sr3_jax.diffusion.schedule import SPACINGS, NoiseSchedule, respace
 from sr3_jax.diffusion.solvers import Solver
-from sr3_jax.outputs import digest, write_text
+from sr3_jax.files import digest, write_text
 
 _log = logging.getLogger("sr3_jax")
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m", "heun")

@@ -13,8 +13,8 @@ from typing import Any
 
 from sr3_jax.aliases import UserError
 from sr3_jax.checkpoint import CONFIG_FILE, newest_step, read_config, read_export_config
+from sr3_jax.files import file_name
 from sr3_jax.model import locate
-from sr3_jax.outputs import file_name
 from sr3_jax.parts import Stage
 
 PLAN_FILE = "cascade.json"  # in the folder of all stages, which `sr3 train` writes: their names in order

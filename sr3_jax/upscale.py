@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from sr3_jax.aliases import Key, UserError
-from sr3_jax.picture_errors import reason
-from sr3_jax.picture_jobs import Found, Job, find_pictures, split_finished
-from sr3_jax.pictures import Picture, PictureError, read_picture, require_writable, write_picture
+from sr3_jax.pictures.errors import reason
+from sr3_jax.pictures.jobs import Found, Job, find_pictures, split_finished
+from sr3_jax.pictures.picture import Picture, PictureError, read_picture, require_writable, write_picture
 
 __all__ = ["Found", "Job", "Outcome", "Upscaler", "find_pictures", "split_finished", "upscale_files"]
 

@@ -11,7 +11,7 @@ import pytest
 from sr3_jax.aliases import UserError
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import Source
-from sr3_jax.pictures import PictureError
+from sr3_jax.pictures.picture import PictureError
 
 CROP = 5
 

@@ -16,7 +16,7 @@ from sr3_jax.aliases import UserError
 from sr3_jax.checkpoint import CONFIG_FILE, export
 from sr3_jax.cli.main import main
 from sr3_jax.model import Model
-from sr3_jax.pictures import read_rgb
+from sr3_jax.pictures.picture import read_rgb
 from tests import tiny
 
 BASE = {

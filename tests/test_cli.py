@@ -22,7 +22,7 @@ from sr3_jax import cli, model, parts
 from sr3_jax.checkpoint import export
 from sr3_jax.cli.main import commands, main
 from sr3_jax.experiment import complete
-from sr3_jax.pictures import read_rgb
+from sr3_jax.pictures.picture import read_rgb
 
 # As sr3_jax.pictures itself asks for on import, which pytest undoes.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import tiny
 
-from sr3_jax import bench, evaluate, evaluation_files, images, meters, methods, metrics, scoring
+from sr3_jax import images, metrics
 from sr3_jax.aliases import UserError
 from sr3_jax.checkpoint import export
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.diffusion.sampler import sample
+from sr3_jax.evaluation import bench, evaluate, meters, methods, scoring
+from sr3_jax.evaluation import files as evaluation_files
 from sr3_jax.experiment import read
 from sr3_jax.model import from_config, load
-from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
+from sr3_jax.pictures.picture import Picture, PictureError, read_rgb, write_picture
 from sr3_jax.sampling import SOLVERS, Sampling, evaluations, inference_grid, solver_named
 
 # Two sizes, which the model pads to one: compiling takes most of the time here.

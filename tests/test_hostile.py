@@ -11,8 +11,8 @@ from stand_in import StandIn
 from sr3_jax import model
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import open_source
-from sr3_jax.picture_errors import printable
-from sr3_jax.pictures import read_picture
+from sr3_jax.pictures.errors import printable
+from sr3_jax.pictures.picture import read_picture
 from sr3_jax.upscale import find_pictures
 
 # As sr3_jax.pictures itself asks for on import, which pytest undoes.

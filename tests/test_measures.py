@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sr3_jax import measures, meters
 from sr3_jax.aliases import UserError
+from sr3_jax.evaluation import measures, meters
 
 
 class Brightness:

@@ -11,15 +11,16 @@ import pytest
 from test_features_figures import frechet
 from test_measures import Brightness, Lookup
 
-from sr3_jax import bench, evaluate, evaluation_files, measures, meters, scoring
 from sr3_jax.aliases import UserError
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source
+from sr3_jax.evaluation import bench, evaluate, measures, meters, scoring
+from sr3_jax.evaluation import files as evaluation_files
+from sr3_jax.evaluation.outputs import Outputs
 from sr3_jax.features import networks
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import FeatureProtocol, load_statistics, save_statistics, statistics_of
-from sr3_jax.outputs import Outputs
-from sr3_jax.pictures import read_rgb
+from sr3_jax.pictures.picture import read_rgb
 
 COUNT, SIDE = 7, 32
 GENERATOR = np.random.default_rng(4)

@@ -12,9 +12,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from sr3_jax import evaluate, evaluation_files
 from sr3_jax.checkpoint import export
 from sr3_jax.data.sources import open_source
+from sr3_jax.evaluation import evaluate
+from sr3_jax.evaluation import files as evaluation_files
 from sr3_jax.experiment import read
 from sr3_jax.model import load
 

@@ -10,10 +10,10 @@ import os
 import numpy as np
 import pytest
 
-from sr3_jax import outputs
+from sr3_jax import files
 from sr3_jax.aliases import UserError
-from sr3_jax.outputs import Kept, Outputs, Record
-from sr3_jax.pictures import Picture, read_rgb, write_picture
+from sr3_jax.evaluation.outputs import Kept, Outputs, Record
+from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
 
 SCORES = {"psnr": 21.5, "ssim": 0.5}
 IDENTITY = {"weights": "ab", "seed": 0}
@@ -24,7 +24,7 @@ def picture(seed=0):
 
 
 def keep(store, name, sample, original, image, scores, *, measure="plain"):
-    about = Kept(outputs.digest(image), None, 0.5, {measure: scores})
+    about = Kept(files.digest(image), None, 0.5, {measure: scores})
     store.keep([Record(name, sample, original, image, about)])
 
 
@@ -107,15 +107,15 @@ def test_an_infinite_score_survives_in_proper_json(tmp_path):
 def test_digests_tell_shape_dtype_and_values_apart():
     arrays = [np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8), np.zeros((2, 3), np.int8)]
     arrays += [np.eye(2, 3, dtype=np.uint8)]
-    assert len({outputs.digest(array) for array in arrays}) == 4
-    assert outputs.digest(np.asfortranarray(arrays[3])) == outputs.digest(arrays[3])
-    assert outputs.digest({"a": 1, "b": 2}) == outputs.digest({"b": 2, "a": 1}) != outputs.digest({"a": 1})
+    assert len({files.digest(array) for array in arrays}) == 4
+    assert files.digest(np.asfortranarray(arrays[3])) == files.digest(arrays[3])
+    assert files.digest({"a": 1, "b": 2}) == files.digest({"b": 2, "a": 1}) != files.digest({"a": 1})
 
 
 def test_names_are_fit_for_files_and_unique():
     taken = set()
     names = ["crab", "Crab", "crab", "../../etc/passwd", "a b\x00c", "翡翠 é", "翡" * 300, "翡" * 300, "..."]
-    found = [outputs.file_name(name, taken) for name in names]
+    found = [files.file_name(name, taken) for name in names]
     assert (
         found[:6] == ["crab", "Crab_2", "crab_3", "etc_passwd", "a_b_c", "翡翠_é"] and found[8] == "picture"
     )
@@ -129,12 +129,12 @@ def test_a_folder_that_cannot_be_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file.*(name a folder|another folder)"):
-            outputs.open_folder(path)
+            files.open_folder(path)
     with pytest.raises(UserError, match="cannot be written"):
-        outputs.write_text(tmp_path / "none" / "a.json", "{}")
+        files.write_text(tmp_path / "none" / "a.json", "{}")
     with pytest.raises(UserError, match="cannot be written"):
         keep(Outputs(tmp_path / "file", IDENTITY), "crab", 0, "o", picture(), SCORES)
-    assert list(outputs.open_folder(tmp_path / "new" / "deep").iterdir()) == []
+    assert list(files.open_folder(tmp_path / "new" / "deep").iterdir()) == []
 
 
 def test_measures_add_up_over_runs_and_processes(kept):
@@ -163,7 +163,7 @@ def test_of_one_output_in_two_files_the_one_that_is_there_counts(kept):
         write(kept / "crab.png", picture(other))
         assert find(Outputs(kept, IDENTITY), "crab", 0, "orig") == {"psnr": float(other)}
     store = Outputs(kept, IDENTITY)
-    assert store.find("crab", 0, "orig", output=outputs.digest(picture(2))) is None
+    assert store.find("crab", 0, "orig", output=files.digest(picture(2))) is None
 
 
 def test_what_has_no_picture_is_known_by_its_line(tmp_path):

@@ -18,8 +18,8 @@ from hostile import chunk, encode, exif, pixels, png, tiff
 from PIL import Image, ImageOps
 
 from sr3_jax.aliases import UserError
-from sr3_jax.picture_errors import printable
-from sr3_jax.pictures import (
+from sr3_jax.pictures.errors import printable
+from sr3_jax.pictures.picture import (
     Picture,
     PictureError,
     read_picture,
@@ -320,7 +320,7 @@ def test_whatever_is_raised_becomes_a_reason(tmp_path, monkeypatch, error, why):
     if isinstance(error, OSError):
         monkeypatch.setattr(Path, "open", fail)
     else:
-        monkeypatch.setattr("sr3_jax.pictures.to_pixels", fail)
+        monkeypatch.setattr("sr3_jax.pictures.picture.to_pixels", fail)
     with pytest.raises(PictureError) as caught:
         read_picture(path)
     assert why in str(caught.value)

@@ -14,7 +14,7 @@ from PIL import Image
 from sr3_jax.cli.main import main
 from sr3_jax.data import store
 from sr3_jax.data.sources import open_source
-from sr3_jax.pictures import read_rgb
+from sr3_jax.pictures.picture import read_rgb
 
 
 @pytest.fixture(autouse=True)

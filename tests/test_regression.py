@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax import evaluate, experiment, parallel
+from sr3_jax import experiment, parallel
 from sr3_jax import model as models
 from sr3_jax.aliases import UserError
+from sr3_jax.evaluation import evaluate
 from sr3_jax.train import best, loop
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.step import batch_losses

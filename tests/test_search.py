@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import search
 from sr3_jax.diffusion.schedule import cosine, linear
 from sr3_jax.sampling import SOLVERS, Sampling
-from sr3_jax.search import Race, TimeUp, best, spread, steps_for
+from sr3_jax.search import races
+from sr3_jax.search.races import Race, TimeUp, best, spread, steps_for
 
 TRAINING = linear()
 MEAN, DEVIATION = 0.3, 0.2
@@ -70,7 +70,7 @@ def recorded(score=noisy):
 
 
 def test_the_better_half_goes_on_to_more_pictures(monkeypatch):
-    monkeypatch.setattr(search, "REFINEMENTS", 0)
+    monkeypatch.setattr(races, "REFINEMENTS", 0)
     scored, asked = recorded()
     found, _ = best(race(), scored, candidates=16, counts=COUNTS, seed=0)
     rounds = {count: [candidate for candidate, of in asked if of == count] for count in COUNTS}
@@ -146,12 +146,12 @@ def test_candidates_are_grids_of_the_schedule_that_all_differ(solver, steps, sch
     assert {(candidate.solver, candidate.steps) for candidate in candidates} == {(solver, steps)}
     assert {(candidate.guidance, candidate.augment) for candidate in candidates} == {(1.0, 0.0)}
     if steps > 1:
-        assert {candidate.spacing for candidate in candidates} == {None, *search.SPACINGS}
+        assert {candidate.spacing for candidate in candidates} == {None, *races.SPACINGS}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_few_points_cover_every_number_well(seed):
-    points = np.array(list(search._cover(6, 24, seed=seed)))
+    points = np.array(list(races._cover(6, 24, seed=seed)))
     assert points.min() >= 0 and points.max() < 1
     for column in points.T:
         counts, _ = np.histogram(column, bins=4, range=(0, 1))
@@ -174,7 +174,7 @@ def test_guidance_and_augment_are_searched_where_the_network_knows_them():
 
 def test_small_steps_stay_within_what_the_network_knows():
     def score(candidate, count):  # wants out of it at both ends
-        low, high = ({"noisiest": -10.1, "cleanest": 13.8} | search._levels(race(), candidate)).values()
+        low, high = ({"noisiest": -10.1, "cleanest": 13.8} | races._levels(race(), candidate)).values()
         return low - high + 1e-3 * candidate.variance
 
     found, _ = best(race(), score, candidates=6, counts=(8,), seed=0)

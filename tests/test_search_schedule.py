@@ -10,26 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import (
-    checkpoint,
-    experiment,
-    measures,
-    metrics,
-    parts,
-    sampling,
-    scoring,
-    search_inputs,
-    search_report,
-)
+from sr3_jax import checkpoint, experiment, metrics, parts, sampling
 from sr3_jax import model as models
-from sr3_jax import search_scores as scores
 from sr3_jax.cli.main import main
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source
+from sr3_jax.evaluation import measures, scoring
 from sr3_jax.images import degrade, to_uint8, to_unit
-from sr3_jax.pictures import PictureError, read_rgb
+from sr3_jax.pictures.picture import PictureError, read_rgb
 from sr3_jax.sampling import Sampling
-from sr3_jax.search import TimeUp
+from sr3_jax.search import inputs as search_inputs
+from sr3_jax.search import report as search_report
+from sr3_jax.search import scores
+from sr3_jax.search.races import TimeUp
 from tests import tiny
 
 CROP = 32
@@ -39,7 +32,7 @@ SHORT = ["--metric", "psnr", "--candidates", "3", "--crops", "8", "--crop", str(
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
     with tiny.quick_compilation(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sr3_jax.search.REFINEMENTS", 1)
+        patch.setattr("sr3_jax.search.races.REFINEMENTS", 1)
         yield
 
 
@@ -180,7 +173,7 @@ def test_one_that_was_stopped_goes_on_and_ends_alike(house, tmp_path, monkeypatc
 
 
 def test_without_a_gain_nothing_is_stored_and_it_says_so(house, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sr3_jax.search.best", lambda race, *rest, **options: (race.default, 8))
+    monkeypatch.setattr("sr3_jax.search.races.best", lambda race, *rest, **options: (race.default, 8))
     before = (house / "m.sampling.json").read_bytes() if (house / "m.sampling.json").exists() else None
     assert run(house, tmp_path, "--solver", "ddim") == 0
     assert "by more than chance: the default stands" in capsys.readouterr().out

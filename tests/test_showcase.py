@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sr3_jax import showcase
+from sr3_jax.evaluation import showcase
 
 
 def test_worst_median_and_best():

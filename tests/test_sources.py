@@ -16,7 +16,7 @@ from sr3_jax.aliases import UserError
 from sr3_jax.data import photos, sources, store
 from sr3_jax.data.folders import shown
 from sr3_jax.data.sources import SmallPicture, Source, open_source, squares
-from sr3_jax.pictures import PictureError
+from sr3_jax.pictures.picture import PictureError
 
 PHOTOS = Path(photos.__file__).parent
 

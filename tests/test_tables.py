@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from sr3_jax import tables
+from sr3_jax.evaluation import tables
 
 
 def row(method="bicubic", *, solver=None, steps=None, mean=20.0, low=19.0, high=21.0):

@@ -13,7 +13,7 @@ from PIL import Image
 from stand_in import StandIn
 
 from sr3_jax.aliases import UserError
-from sr3_jax.pictures import PictureError, read_picture, read_rgb
+from sr3_jax.pictures.picture import PictureError, read_picture, read_rgb
 from sr3_jax.upscale import Job, find_pictures, upscale_files
 
 

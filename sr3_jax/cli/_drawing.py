@@ -45,7 +45,7 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
     """Draw by the stages at these paths and write the page; exit code 0."""
     from tqdm import tqdm
 
-    from sr3_jax import cascade, outputs, page, stages
+    from sr3_jax import cascade, files, page, stages
     from sr3_jax.aliases import UserError
     from sr3_jax.processes import leave_together, start_processes
     from sr3_jax.signals import leave_if, polled_signals
@@ -66,7 +66,7 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
         seed=whole("--seed", args.seed, least=0, most=2**32 - 1),
         batch_size=None if args.batch_size is None else whole("--batch-size", args.batch_size),
     )
-    folder = outputs.open_folder(args.output)
+    folder = files.open_folder(args.output)
     process = start_processes()
     steps = cascade.prepare(job, processes=process[1])
     total = len(range(process[0], count, process[1])) * len(links)
@@ -96,7 +96,7 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
             "pictures": [{"file": f"{index:05d}.png", "label": label} for index, label in enumerate(labels)],
         }
         _remove_older(folder, {entry["file"] for entry in manifest["pictures"]})
-        outputs.write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         if not keep:
             cascade.remove_intermediate(job, folder)
         print(f"{count} pictures, {', '.join(names)} and {MANIFEST} in {folder}")
@@ -173,8 +173,8 @@ def _read(paths: list[Path], output: Path) -> list[Any]:
     """The pictures of files and folders, those in the output's folder left out."""
     from sr3_jax.aliases import UserError
     from sr3_jax.data.folders import walk
-    from sr3_jax.picture_errors import printable
-    from sr3_jax.pictures import PICTURE_SUFFIXES, PictureError, read_rgb
+    from sr3_jax.pictures.errors import printable
+    from sr3_jax.pictures.picture import PICTURE_SUFFIXES, PictureError, read_rgb
 
     files: list[Path] = []
     for path in paths:

@@ -72,9 +72,12 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 (3 of several processes) when pictures were left out."""
     from tqdm import tqdm
 
-    from sr3_jax import evaluate, evaluation_files, evaluation_parts, meters, model, outputs, scoring, tables
+    from sr3_jax import files, model
     from sr3_jax.aliases import UserError
     from sr3_jax.data.sources import open_source
+    from sr3_jax.evaluation import evaluate, meters, scoring, tables
+    from sr3_jax.evaluation import files as evaluation_files
+    from sr3_jax.evaluation import parts as evaluation_parts
     from sr3_jax.features.statistics import save_statistics
     from sr3_jax.processes import leave_together, start_processes
     from sr3_jax.signals import leave_if, polled_signals
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         methods += evaluate.sampled(
             one, label, solvers=solvers, steps=steps, unsearched=args.unsearched, labelled=labelled
         )
-    folder = outputs.open_folder(args.output)
+    folder = files.open_folder(args.output)
     kept = folder / "outputs"
 
     pictures = len(range(mine, min(len(source), limit or len(source)), of))
@@ -180,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _labelled(source: Source) -> bool:
     """Whether the pictures have labels, by the first that can be read."""
-    from sr3_jax.pictures import PictureError
+    from sr3_jax.pictures.picture import PictureError
 
     for index in range(len(source)):
         try:

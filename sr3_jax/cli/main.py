@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import sr3_jax.cli
 from sr3_jax import __version__
-from sr3_jax.picture_errors import printable
+from sr3_jax.pictures.errors import printable
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells have it
 

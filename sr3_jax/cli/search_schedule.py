@@ -83,9 +83,13 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0, also where the model's default stands."""
     from tqdm import tqdm
 
-    from sr3_jax import __version__, model, outputs, search, search_inputs, search_report, search_scores
+    from sr3_jax import __version__, files, model
     from sr3_jax.aliases import UserError
     from sr3_jax.sampling import SOLVERS, Sampling, Stored, beside, fingerprint, setup_of, store
+    from sr3_jax.search import inputs as search_inputs
+    from sr3_jax.search import races
+    from sr3_jax.search import report as search_report
+    from sr3_jax.search import scores as search_scores
     from sr3_jax.signals import leave_if, polled_signals
 
     started = time.perf_counter()
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     own = Sampling(loaded.config["eval"]["solver"], loaded.config["eval"]["steps"])
     solvers, budgets = args.solver or list(SOLVERS), args.steps or [own.evaluations]
     plain = {
-        (solver, budget): Sampling(solver, search.steps_for(solver, budget))
+        (solver, budget): Sampling(solver, races.steps_for(solver, budget))
         for budget in budgets
         for solver in dict.fromkeys([own.solver, *solvers])
     }
@@ -108,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
         sampling.grid(loaded.schedule)  # which may say what is wrong with so many steps
     place = beside(model.locate(args.model))
     if not args.no_store:
-        outputs.open_folder(place.parent)  # now rather than after an hour
-    folder = outputs.open_folder(args.output)
+        files.open_folder(place.parent)  # now rather than after an hour
+    folder = files.open_folder(args.output)
     crop = args.crop or loaded.config["data"]["crop"] // loaded.config["data"].get("shrink", 1)
     measures, features = search_inputs.open_measures(args.metric, crop)
     crops, batch = search_inputs.open_crops(
@@ -147,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             bar.set_description(f"{solver}, {budget} evaluations")
             now = time.monotonic()
             judges[0].deadline = now + (end - now) / (len(races) - number)  # equal shares of what is left
-            race = search.Race(
+            race = races.Race(
                 loaded.schedule,
                 plain[solver, budget],
                 augment=loaded.network.augment,
@@ -156,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
             score = search_scores.score_by(
                 judges[0], args.metric, default=usual[budget], guarded=not args.no_guard
             )
-            found = search.best(race, score, candidates=args.candidates, counts=rounds, seed=args.seed)
+            found = races.best(race, score, candidates=args.candidates, counts=rounds, seed=args.seed)
             outcomes.append(search_report.Outcome(budget, race.default, *found))
         judges[0].deadline = math.inf
         searched = max(outcome.pictures for outcome in outcomes)

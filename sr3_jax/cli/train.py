@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when complete, 128 + the signal's number when one stopped it."""
     from sr3_jax.experiment import load_cascade, load_config, read
-    from sr3_jax.outputs import open_folder, write_text
+    from sr3_jax.files import open_folder, write_text
     from sr3_jax.processes import start_processes
     from sr3_jax.stages import PLAN_FILE, check_chain, link_of
     from sr3_jax.train.loop import train

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sr3_jax.aliases import UserError
-    from sr3_jax.picture_errors import printable
+    from sr3_jax.pictures.errors import printable
     from sr3_jax.processes import start_processes
     from sr3_jax.signals import leave_if, polled_signals
     from sr3_jax.upscale import Job, Outcome, find_pictures, split_finished, upscale_files

@@ -17,7 +17,7 @@ import numpy as np
 
 from sr3_jax.aliases import UserError
 from sr3_jax.data.sources import SmallPicture, Source, check_side
-from sr3_jax.pictures import PictureError
+from sr3_jax.pictures.picture import PictureError
 
 _log = logging.getLogger("sr3_jax")
 _MAX_REJECTIONS = 100  # in a row

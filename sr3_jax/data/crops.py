@@ -13,7 +13,7 @@ import numpy as np
 
 from sr3_jax.aliases import UserError
 from sr3_jax.data.sources import Source
-from sr3_jax.pictures import PictureError
+from sr3_jax.pictures.picture import PictureError
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from sr3_jax.aliases import UserError
 from sr3_jax.data import store
 from sr3_jax.data.folders import shown, sort_key
 from sr3_jax.data.sources import scan_folder
-from sr3_jax.pictures import PictureError, read_rgb
+from sr3_jax.pictures.picture import PictureError, read_rgb
 
 _VERSION = "1.0.0"
 _PER_SHARD = 10_000  # pictures in one ArrayRecord file: about a gigabyte of photographs

@@ -20,7 +20,7 @@ from PIL import Image
 from sr3_jax.aliases import UserError
 from sr3_jax.data import store
 from sr3_jax.data.folders import shown, walk
-from sr3_jax.pictures import PICTURE_SUFFIXES, PictureError, read_rgb, read_size
+from sr3_jax.pictures.picture import PICTURE_SUFFIXES, PictureError, read_rgb, read_size
 
 _log = logging.getLogger("sr3_jax")
 _NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH"

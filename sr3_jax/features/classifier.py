@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.numpy import save
 
 from sr3_jax.aliases import Key, Params, UserError
 from sr3_jax.features.weights import read_file
+from sr3_jax.files import replacing
 from sr3_jax.images import resize_bicubic, to_unit
 from sr3_jax.nn.classifier import ClassifierNetwork
 
@@ -150,18 +150,13 @@ def write(
 ) -> None:
     """Arrays, as float32, and plain values as a .safetensors file, whole or not at all."""
     flat = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    partial = path.with_name(path.name + ".partial")
+    metadata = {"format": file_format, "classifier": json.dumps(facts, sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(
-            save(flat, {"format": file_format, "classifier": json.dumps(facts, sort_keys=True)})
-        )
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(save(flat, metadata))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def format_of(path: Path) -> str:

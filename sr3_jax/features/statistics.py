@@ -7,7 +7,6 @@ N (the Frechet distance is biased upwards where N is not far above D), so report
 from __future__ import annotations
 
 import functools
-import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.aliases import UserError
+from sr3_jax.files import replacing
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,13 @@ def _merge(a: Statistics, b: Statistics) -> Statistics:
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
     """One .npz with the protocol in it, written whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     arrays: dict[str, Any] = {**asdict(statistics.protocol), "count": statistics.count}
     arrays |= {"mean": statistics.mean, "scatter": statistics.scatter}
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name a place that can") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_statistics(path: Path) -> Statistics:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sr3_jax
-from sr3_jax.outputs import write_text
+from sr3_jax.files import write_text
 
 # What a program depends on, of the config: sections and their fields, () for all.
 MATTERS: Mapping[str, tuple[str, ...]] = {

@@ -14,14 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from sr3_jax import __version__, showcase, tables
+from sr3_jax import __version__
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation_parts import Evaluation, Item
-from sr3_jax.methods import Method, bicubic, fingerprint
+from sr3_jax.evaluation import showcase, tables
+from sr3_jax.evaluation.methods import Method, bicubic, fingerprint
+from sr3_jax.evaluation.outputs import Outputs
+from sr3_jax.evaluation.parts import Evaluation, Item
+from sr3_jax.evaluation.scoring import low_res_of, original_at
+from sr3_jax.files import to_json, write_text
 from sr3_jax.model import Model
-from sr3_jax.outputs import Outputs, to_json, write_text
-from sr3_jax.pictures import Picture, read_rgb, write_picture
-from sr3_jax.scoring import low_res_of, original_at
+from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
 
 FORMAT = "sr3_jax.evaluation.1"
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax import tables
-from sr3_jax.outputs import to_json, write_text
+from sr3_jax.evaluation import tables
+from sr3_jax.files import to_json, write_text
 from sr3_jax.sampling import Sampling
-from sr3_jax.search_scores import FRECHET, HIGHER, Judge, value_of
+from sr3_jax.search.scores import FRECHET, HIGHER, Judge, value_of
 
 _HEADINGS = {
     "psnr": "PSNR",

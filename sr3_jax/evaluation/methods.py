@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from sr3_jax import sampling as samplings
-from sr3_jax import scoring
 from sr3_jax.aliases import Key, UserError
-from sr3_jax.bench import Run
+from sr3_jax.evaluation import scoring
+from sr3_jax.evaluation.bench import Run
+from sr3_jax.files import digest, file_name
 from sr3_jax.model import Model
-from sr3_jax.outputs import digest, file_name
 from sr3_jax.sampling import Sampling
 
 

@@ -17,17 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from sr3_jax import __version__, scoring
+from sr3_jax import __version__
 from sr3_jax.aliases import UserError
 from sr3_jax.data.crops import Crops
+from sr3_jax.evaluation import scoring
+from sr3_jax.evaluation.measures import Measure
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.features.substitute import AlexNetFeatures
-from sr3_jax.measures import Measure
+from sr3_jax.files import digest
 from sr3_jax.model import Model
-from sr3_jax.outputs import digest
-from sr3_jax.picture_errors import printable, reason
+from sr3_jax.pictures.errors import printable, reason
 from sr3_jax.sampling import Sampling, fingerprint, setup_of
-from sr3_jax.search import Score, TimeUp
+from sr3_jax.search.races import Score, TimeUp
 
 HIGHER = ("psnr", "ssim", "psnr_luma", "ssim_luma")  # is better
 LOWER = ("lpips", "frechet", "consistency", "mean_colour_error")

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from sr3_jax import scoring
 from sr3_jax.aliases import Key
+from sr3_jax.evaluation import scoring
+from sr3_jax.evaluation.measures import Measure, SpreadMeasure, filled
+from sr3_jax.evaluation.outputs import Kept, Outputs, Record, Scores
 from sr3_jax.features.kept import KeptFeatures
 from sr3_jax.features.networks import Network
-from sr3_jax.measures import Measure, SpreadMeasure, filled
-from sr3_jax.outputs import Kept, Outputs, Record, Scores, digest
+from sr3_jax.files import digest
 
 LONG = 60.0  # seconds
 _PATCHES = 8  # whose features are computed at once, at least

@@ -11,9 +11,6 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
-import math
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,71 +19,12 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.aliases import UserError
-from sr3_jax.picture_errors import printable, reason
-from sr3_jax.pictures import Picture, PictureError, read_rgb, write_picture
+from sr3_jax.files import digest, from_json, sentence, to_json
+from sr3_jax.pictures.errors import printable
+from sr3_jax.pictures.picture import Picture, PictureError, read_rgb, write_picture
 
 SCORES = "scores"
 Scores = dict[str, float]
-
-
-def digest(value: np.ndarray | Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of an array with its shape and dtype, or of plain values as JSON."""
-    if isinstance(value, np.ndarray):
-        head = f"{value.dtype.str}{value.shape}".encode()
-        return hashlib.sha256(head + np.ascontiguousarray(value).tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def to_json(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers for a file: JSON has no infinity, which is the PSNR of an exact output; None stands for it."""
-    return {key: value if math.isfinite(value) else None for key, value in scores.items()}
-
-
-def from_json(scores: Mapping[str, float | None]) -> Scores:
-    """The inverse of `to_json`."""
-    return {key: math.inf if value is None else value for key, value in scores.items()}
-
-
-def file_name(name: str, taken: set[str]) -> str:
-    """`name` as a file's name that is fit for any system and not yet in `taken`, to which it is added."""
-    clean = re.sub(r"[^\w-]+", "_", name).strip("_")[:60] or "picture"  # 60 letters are at most 240 bytes
-    result, number = clean, 2
-    while result.lower() in taken:  # some file systems do not tell A from a
-        result, number = f"{clean}_{number}", number + 1
-    taken.add(result.lower())
-    return result
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{printable(path)} {_sentence(error)}") from error
-
-
-def open_folder(path: Path) -> Path:
-    """The folder, made if need be, and proven to take files.
-
-    Raises:
-        UserError: it can't be made, or nothing can be written in it.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".sr3-{os.getpid()}.tmp"
-        probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)  # another host's process may have the same number
-    except FileExistsError as error:
-        raise UserError(f"output {printable(path)} is a file: name a folder") from error
-    except OSError as error:
-        raise UserError(f"output {printable(path)} {_sentence(error)}") from error
-    return path
 
 
 @dataclass(frozen=True)
@@ -180,7 +118,7 @@ class Outputs:
                 start = b"" if file.read(1) in (b"", b"\n") else b"\n"
                 file.write(start + b"".join(lines))
         except OSError as error:
-            raise UserError(f"{printable(self._lines)} {_sentence(error)}") from error
+            raise UserError(f"{printable(self._lines)} {sentence(error)}") from error
 
     def _write(self, record: Record) -> str | None:
         if record.image is None:
@@ -220,7 +158,3 @@ def _file_digest(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return None
-
-
-def _sentence(error: OSError) -> str:
-    return f"cannot be written ({reason(error)}): name another folder with -o"

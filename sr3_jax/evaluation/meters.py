@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax import measures
 from sr3_jax.aliases import UserError
-from sr3_jax.bench import Meters
-from sr3_jax.evaluation_parts import Evaluation
+from sr3_jax.evaluation import measures
+from sr3_jax.evaluation.bench import Meters
+from sr3_jax.evaluation.measures import Columns, Measure
+from sr3_jax.evaluation.parts import Evaluation
 from sr3_jax.features import figures
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.recognition import Classifier, correct, load_classifier
 from sr3_jax.features.statistics import Statistics, load_statistics
-from sr3_jax.measures import Columns, Measure
 
 TOP_FIVE = 10  # classes from which on the five best guesses count too: of fewer, five are no feat
 _NAMES = {"lpips": "LPIPS", "diversity_lpips": "LPIPS of pairs"}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sr3_jax.aliases import UserError
-from sr3_jax.picture_errors import printable, reason
-from sr3_jax.pictures import PICTURE_SUFFIXES, SCRATCH_PREFIX, WRITABLE_SUFFIXES, sniff_file
+from sr3_jax.pictures.errors import printable, reason
+from sr3_jax.pictures.picture import PICTURE_SUFFIXES, SCRATCH_PREFIX, WRITABLE_SUFFIXES, sniff_file
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _SUFFIX_OF = {"JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # .png for all others

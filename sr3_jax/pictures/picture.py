@@ -20,10 +20,10 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sr3_jax import picture_metadata
 from sr3_jax.aliases import UserError
-from sr3_jax.picture_errors import reason, sniff
-from sr3_jax.picture_pixels import OddPixels, raw_mode, to_pixels
+from sr3_jax.pictures import metadata
+from sr3_jax.pictures.errors import reason, sniff
+from sr3_jax.pictures.pixels import OddPixels, raw_mode, to_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,9 +100,9 @@ def read_picture(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_ME
         picture.load()
         pixels = to_pixels(picture, raw)
         # After loading: Pillow itself turns TIFFs then, and some PNGs keep their EXIF behind the pixels.
-        turn = picture_metadata.orientation(picture)
-        exif, exif_notes = picture_metadata.exif(picture)
-        profile, profile_notes = picture_metadata.profile(picture, pixels.grey)
+        turn = metadata.orientation(picture)
+        exif, exif_notes = metadata.exif(picture)
+        profile, profile_notes = metadata.profile(picture, pixels.grey)
         file_format = picture.format or ""
         return Picture(
             rgb=_upright(pixels.rgb, turn),
@@ -111,7 +111,7 @@ def read_picture(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_ME
             icc_profile=profile,
             exif=exif,
             format="JPEG" if file_format == "MPO" else file_format,
-            notes=(*pixels.notes, *exif_notes, *profile_notes, *picture_metadata.frames(picture)),
+            notes=(*pixels.notes, *exif_notes, *profile_notes, *metadata.frames(picture)),
         )
 
 
@@ -125,7 +125,7 @@ def read_size(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAP
     with _opened(source, max_megapixels) as picture:
         width, height = picture.size
         # Where Pillow turns a TIFF on loading, its size is already that of the turned picture.
-        turned = picture_metadata.orientation(picture) >= 5 and picture.format != "TIFF"
+        turned = metadata.orientation(picture) >= 5 and picture.format != "TIFF"
         return (width, height) if turned else (height, width)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sr3_jax import scoring
+from sr3_jax.evaluation import scoring
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips
 
 Columns = Mapping[str, np.ndarray]

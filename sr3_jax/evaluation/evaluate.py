@@ -11,15 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sr3_jax import __version__, measures, scoring
-from sr3_jax.bench import Bench, Meters, Subject
+from sr3_jax import __version__
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation_parts import Evaluation, Item, Part, Row, SetMeter, combine
+from sr3_jax.evaluation import measures, scoring
+from sr3_jax.evaluation.bench import Bench, Meters, Subject
+from sr3_jax.evaluation.methods import Method, bicubic, by_sampling, fingerprint, labels, original, sampled
+from sr3_jax.evaluation.outputs import Outputs
+from sr3_jax.evaluation.parts import Evaluation, Item, Part, Row, SetMeter, combine
 from sr3_jax.features.kept import KeptFeatures
 from sr3_jax.features.statistics import Statistics
-from sr3_jax.methods import Method, bicubic, by_sampling, fingerprint, labels, original, sampled
-from sr3_jax.outputs import Outputs, digest, file_name
-from sr3_jax.pictures import PictureError
+from sr3_jax.files import digest, file_name
+from sr3_jax.pictures.picture import PictureError
 
 __all__ = ["Evaluation", "Item", "Meters", "Method", "Part", "bicubic", "by_sampling", "count_outputs"]
 __all__ += ["evaluate", "fingerprint", "labels", "measure_part", "original", "put_together", "sampled"]

@@ -18,7 +18,7 @@ from sr3_jax.aliases import UserError
 from sr3_jax.features.figures import figures, figures_of_originals
 from sr3_jax.features.kept import KeptFeatures
 from sr3_jax.features.statistics import FeatureProtocol, Statistics, statistics_of
-from sr3_jax.outputs import write_text
+from sr3_jax.files import write_text
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from sr3_jax import measures
 from sr3_jax.aliases import UserError
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source, open_source, squares
+from sr3_jax.evaluation import measures
+from sr3_jax.evaluation.measures import Measure
 from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
 from sr3_jax.features.substitute import AlexNetFeatures
 from sr3_jax.images import degrade, to_uint8, to_unit
-from sr3_jax.measures import Measure
 from sr3_jax.metrics import WINDOW
 from sr3_jax.model import Model
-from sr3_jax.search_scores import LEAST_FRECHET
+from sr3_jax.search.scores import LEAST_FRECHET
 
 BATCH = 8
 CROPS = {"frechet": 128}  # by metric; 32 for the others
