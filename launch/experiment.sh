@@ -101,8 +101,13 @@ solvers=ancestral,ddim,dpmpp_2m,heun
 photos_4x() {
     if stage data && [[ -n $dry || ! -d $out/tiles ]]; then
         run "$python" launch/split_photos.py "$photos" "$out/split"
-        for part in gallery probe; do sr3 prepare "$out/split/$part" --name "photos_$part" --overwrite; done
         run mv "$out/split/train" "$out/split/tiles" "$out"
+    fi
+    # Squares of these photographs are data sets of this folder alone. The bundled photographs come to it as well.
+    [[ -z $dry ]] || echo "export SR3_DATA_DIR=$out/data"
+    export SR3_DATA_DIR=$out/data
+    if stage data && [[ -n $dry || ! -d $out/data/photos_probe ]]; then
+        for part in gallery probe; do sr3 prepare "$out/split/$part" --name "photos_$part" --overwrite; done
     fi
     if stage data && [[ -n $dry || ! -d $out/sweep_tiles ]]; then # one tile of each photograph
         run mkdir -p "$out/new_tiles"
@@ -159,7 +164,7 @@ fashion_4x() {
         evaluate searched searched.safetensors regression.safetensors -- --data tfds:fashion_mnist:test --limit 2000 \
             --solver ancestral --steps 10 --unsearched --batch 100 --classifier "$out/classifier.safetensors" \
             --features classifier
-        evaluate sweep sr3 regression.safetensors -- --data tfds:fashion_mnist:test --limit 500 --solver $solvers \
+        evaluate sweep sr3 regression.safetensors -- --data tfds:fashion_mnist:test --limit 300 --solver $solvers \
             --steps $sweep --batch 100 --classifier "$out/classifier.safetensors" --features classifier
     fi
 }
@@ -188,7 +193,7 @@ orl() {
         done
         evaluate 8x/searched 8x/searched.safetensors 8x/regression.safetensors -- --data tfds:orl_faces:probe \
             --solver ancestral --steps 10 --unsearched --batch 20 --features alexnet
-        evaluate 8x/sweep 8x/sr3 8x/regression.safetensors -- --data tfds:orl_faces:probe --limit 20 \
+        evaluate 8x/sweep 8x/sr3 8x/regression.safetensors -- --data tfds:orl_faces:probe \
             --solver $solvers --steps $sweep --features none --batch 20
     fi
 }

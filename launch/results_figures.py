@@ -115,10 +115,9 @@ def credited(folder: Path, credits: Path) -> list[str]:
     """Whom the photographs that an evaluation's grid shows are by, one line each."""
     found = read(folder / "evaluation.json")
     first = found["models"][0]
-    own = _own(first["config"])
     rows = [row for row in found["rows"] if row["method"] == first["label"]]
-    # As `evaluation_files.representative` has it: the model's own sampler, else the one with the most steps.
-    row = max(rows, key=lambda row: (all(row[key] == own[key] for key in own), row["steps"] or 0))
+    # As `evaluation.files.representative` has it: the model's own sampler, else the one with the most steps.
+    row = max(rows, key=lambda row: (row["own"], row["steps"] or 0))
     names = list(row["pictures"])
     psnr = np.array([np.mean(row["pictures"][name]["psnr"]) for name in names])
     with credits.open(encoding="utf-8", newline="") as file:
@@ -209,7 +208,7 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
     pairs = []
     for a, b, kind in interesting(rows):
         columns = differences(rows[a], rows[b], of)
-        for key in draws[a].keys() & draws[b].keys():
+        for key in (key for key in draws[a] if key in draws[b]):
             middle = rows[a]["summary"][key]["mean"] - rows[b]["summary"][key]["mean"]
             half = NORMAL * float(np.std(np.subtract(draws[a][key], draws[b][key]), ddof=1))
             columns[key] = {"mean": middle, "low": middle - half, "high": middle + half}
@@ -219,7 +218,6 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
         **{key: found[key] for key in kept},
         "groups": len(np.unique(of)),
         "models": [{key: of for key, of in model.items() if key != "config"} for model in found["models"]],
-        "own": {model["label"]: _own(model["config"]) for model in found["models"]},
         "rows": [_without_pictures(row) for row in rows],
         "pairs": pairs,
     }
@@ -229,10 +227,6 @@ def _without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
     """Nor the time, which is worth something only of a machine that does nothing else."""
     kept = {key: of for key, of in row.items() if key != "pictures"}
     return {**kept, "summary": {key: of for key, of in row["summary"].items() if key != "seconds"}}
-
-
-def _own(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {key: config["eval"][key] for key in ("solver", "steps")}
 
 
 def interesting(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:

@@ -225,11 +225,7 @@ def _lines(run: Mapping[str, Any], kind: str, *, of: str) -> list[Line]:
         if pair["kind"] != kind:
             continue
         shown = b if of == "regression" else a
-        own = run["own"].get(shown["method"])
-        is_own = shown["solver"] is None or (
-            own is not None and all(shown[key] == own[key] for key in ("solver", "steps"))
-        )
-        decides = is_own and shown["method"] != "sr3_l1" if kind != "L1 - L2" else is_own
+        decides = shown["own"] and (shown["method"] != "sr3_l1" or kind == "L1 - L2")
         lines.append(Line(title_of(shown), pair["columns"], decides))
     if kind == "L1 - L2" and lines and not any(line.decides for line in lines):
         lines = [Line(line.title, line.cells, True) for line in lines]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
 
 FIELDS = ("gallery", "probe")  # black and white
 PATCHES = 40  # of a photograph in each
+LONGEST = 55  # letters of a name: an evaluation, which groups tiles by theirs, cuts longer ones
 
 
 def order(path: Path) -> str:
@@ -53,6 +55,15 @@ def squares(image: np.ndarray, side: int) -> list[tuple[int, np.ndarray]]:
         for row in range(rows)
         for column in range(columns)
     ]
+
+
+def named(paths: list[Path]) -> list[list[Path]]:
+    """For each path those that have its name, but for what file names may not have, itself first."""
+    of: dict[str, list[Path]] = {}
+    for path in paths:
+        of.setdefault(re.sub(r"[^\w-]+", "_", path.stem).lower(), []).append(path)
+    groups = (of[re.sub(r"[^\w-]+", "_", path.stem).lower()] for path in paths)
+    return [sorted(group, key=lambda other: other != path) for path, group in zip(paths, groups, strict=True)]
 
 
 def spread(found: list[np.ndarray], count: int) -> list[np.ndarray]:
@@ -83,6 +94,13 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    for path, of in zip(queue, named(queue), strict=True):
+        if len(of) > 1 or len(path.stem) > LONGEST:
+            others = f"as {of[1]} is" if len(of) > 1 else f"with over {LONGEST} letters"
+            print(
+                f"{path} is named {others}, and its tiles could not be told apart: rename it", file=sys.stderr
+            )
+            return 2
     for name in ("train", "tiles", *FIELDS):
         shutil.rmtree(args.out / name, ignore_errors=True)
     for name in ("train", "tiles"):

@@ -33,12 +33,12 @@ def polled_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, old)
 
 
-def leave_if(code: int) -> None:
+def leave_if(code: int, told: str = "Stopped. Run the same command again to go on from there.") -> None:
     """End the command with the code that `polled_signals` gives, if it gives one; what is finished stays finished.
 
     Raises:
         SystemExit: of that code.
     """
     if code:
-        print("Stopped. Run the same command again to go on from there.", file=sys.stderr)
+        print(told, file=sys.stderr)
         raise SystemExit(code)

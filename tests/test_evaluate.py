@@ -238,11 +238,11 @@ def test_a_model_without_finite_outputs_is_one_sentence(house, tmp_path, monkeyp
 def test_told_to_stop_it_keeps_what_is_there_and_the_next_run_goes_on(house, tmp_path, monkeypatch, capsys):
     real, calls = bench.timed, []
 
-    def signalled(run, low_res, key, *, warm):
+    def signalled(run, low_res, key, labels, *, warm):
         calls.append(low_res.shape)
         if len(calls) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return real(run, low_res, key, warm=warm)
+        return real(run, low_res, key, labels, warm=warm)
 
     monkeypatch.setattr(bench, "timed", signalled)
     assert run(house, "--steps", "2", out=tmp_path) == 143
@@ -309,11 +309,12 @@ def test_a_model_of_classes_is_given_the_label_of_each_picture(house, tmp_path, 
     assert main(["prepare", str(tmp_path / "in"), "--name=pets"]) == 0
     model = build(model={"num_classes": 2}, data={"label_dropout": 0.1})
     export(tmp_path / "pets.safetensors", model.params, model.config)
-    given = []
+    given = {}
     plain = type(model).upscale
 
     def upscale(self, images, key, *, labels=None, **how):
-        given.append(labels if labels is None else labels.tolist())
+        known = [None] * len(images) if labels is None else labels.tolist()
+        given.update(zip([image.tobytes() for image in images], known, strict=True))
         return plain(self, images, key, labels=labels, **how)
 
     monkeypatch.setattr(type(model), "upscale", upscale)
@@ -325,16 +326,45 @@ def test_a_model_of_classes_is_given_the_label_of_each_picture(house, tmp_path, 
         "-o",
         str(tmp_path / "out"),
     ]
-    assert main([*command, "--data=tfds:pets:train"]) == 0
-    assert sorted({tuple(labels) for labels in given}) == [(0,), (1,)]
-    given.clear()  # pictures without labels are other outputs of the same model, not those that are kept
-    assert main([*command, f"--data=folder:{tmp_path / 'in'}"]) == 0
-    assert given and set(given) == {None}
-    # A model without classes is given none.
-    given.clear()
+
+    def told(*options):
+        """{height of the original: the label that the model was told}"""
+        given.clear()
+        assert main([*command, *options]) == 0
+        source = open_source(f"folder:{house / 'in'}")
+        originals = [source[index]["image"] for index in range(3)]
+        return {
+            image.shape[0]: given[low_res.tobytes()]
+            for image in originals
+            if (low_res := scoring.low_res_of(scoring.original_at(image, 4, None)[None], 4)[0]).tobytes()
+            in given
+        }
+
+    labels = {54: 0, 41: 1, 40: 1}
+    assert told("--data=tfds:pets:train") == labels
+    assert "told the label of each picture" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert told("--data=tfds:pets:train") == {}  # all is there
+    # Without labels, and with others, they are other outputs than those that are kept.
+    assert told("--data=tfds:pets:train", "--no-labels") == dict.fromkeys(labels)
+    assert told(f"--data=folder:{tmp_path / 'in'}") == {}
+    (tmp_path / "in" / "cat").rename(tmp_path / "in" / "zebra")
+    assert main(["prepare", str(tmp_path / "in"), "--name=pets", "--overwrite"]) == 0
+    assert told("--data=tfds:pets:train") == {54: 1, 41: 0, 40: 0}
+    # A model without classes is told none.
     command[2] = str(house / "one.safetensors")
-    assert main([*command, "--data=tfds:pets:train"]) == 0
-    assert given and set(given) == {None}
+    assert told("--data=tfds:pets:train") == dict.fromkeys(labels)
+    # More classes than it knows are refused before anything is drawn.
+    command[2] = str(tmp_path / "pets.safetensors")
+    (tmp_path / "in" / "ape").mkdir()
+    shutil.copy(house / "in" / "a-tall.png", tmp_path / "in" / "ape")
+    assert main(["prepare", str(tmp_path / "in"), "--name=pets", "--overwrite"]) == 0
+    given.clear()
+    capsys.readouterr()
+    assert main([*command, "--data=tfds:pets:train"]) == 2
+    assert (
+        "tfds:pets:train has 3 classes, and model pets.safetensors knows 2" in capsys.readouterr().err
+        and not given
+    )
 
 
 def test_a_model_is_shown_by_its_own_sampler_or_by_most_steps():
@@ -372,18 +402,19 @@ def test_network_evaluations_are_counted_right(solver):
 def test_only_new_sizes_are_run_twice_and_slow_ones_never(monkeypatch):
     keys = []
 
-    def upscale(low_res, key):
+    def upscale(low_res, key, labels):
+        assert labels.tolist() == [5]
         keys.append(jax.random.key_data(jax.random.clone(key)).tolist())
         return low_res
 
-    picture = np.zeros((4, 4, 3), np.uint8)
-    assert bench.timed(upscale, picture, jax.random.key(3), warm=True)[0] is picture
+    picture, labels = np.zeros((4, 4, 3), np.uint8), np.array([5])
+    assert bench.timed(upscale, picture, jax.random.key(3), labels, warm=True)[0] is picture
     assert len(keys) == 1
-    bench.timed(upscale, picture, jax.random.key(3), warm=False)
+    bench.timed(upscale, picture, jax.random.key(3), labels, warm=False)
     assert len(keys) == 3 and keys[1] == keys[2]
     clock = iter([0.0, 100.0, 100.0])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.timed(upscale, picture, jax.random.key(3), warm=False)[1] == 100.0
+    assert bench.timed(upscale, picture, jax.random.key(3), labels, warm=False)[1] == 100.0
     assert len(keys) == 4
 
 

@@ -53,9 +53,10 @@ def test_the_head_is_at_the_optimum_of_an_independent_solver():
     np.testing.assert_allclose(
         head.logits(features.astype(np.float32)), x @ head.kernel + head.bias, atol=1e-3
     )
-    for wrong in (np.array([0, 3]), np.array([-1, 0]), np.zeros(0, int)):
-        with pytest.raises(UserError, match="labels must be from 0 to 2"):
-            linear.train_head(features[: len(wrong)].astype(np.float32), wrong, 3)
+    wanted = "labels must be from 0 to 2, got"
+    for wrong, sentence in (([0, 3], wanted), ([-1, 0], wanted), ([], "no pictures to learn from")):
+        with pytest.raises(UserError, match=sentence):
+            linear.train_head(features[: len(wrong)].astype(np.float32), np.array(wrong, int), 3)
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_textures_are_told_apart_and_the_file_is_found_by_its_name(stripes, caps
     assert "--features must be alexnet or left out, got 'vgg'" in capsys.readouterr().err
 
 
-def test_damaged_files_and_other_networks_are_refused(stripes, monkeypatch):
+def test_damaged_files_and_other_networks_are_refused(stripes):
     file = stripes / "a.safetensors"
     assert main(["train-classifier", "--features=alexnet", "--data=tfds:stripes:train", "-o", str(file)]) == 0
     arrays = load_file(file)

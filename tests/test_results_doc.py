@@ -27,7 +27,7 @@ def launch():
     sys.path.remove(str(ROOT / "launch"))
 
 
-def row(method, *, solver=None, steps=None, detail="", evaluations=0, **scores):
+def row(method, *, solver=None, steps=None, detail="", evaluations=0, own=True, **scores):
     """A row of evaluation.json; scores {column: of each of the four pictures}."""
     return {
         "method": method,
@@ -36,6 +36,7 @@ def row(method, *, solver=None, steps=None, detail="", evaluations=0, **scores):
         "steps": steps,
         "detail": detail,
         "evaluations": evaluations,
+        "own": own,
         "summary": {
             key: {"mean": float(np.mean(of)), "low": min(of), "high": max(of)} for key, of in scores.items()
         },
@@ -159,13 +160,23 @@ def test_l1_is_compared_with_l2_and_a_missing_column_decides_nothing():
     rows = [row(name, solver="ddim", steps=5, evaluations=5) for name in ("sr3", "sr3_l1")]
     below, across = {"mean": -1.0, "low": -2.0, "high": -0.5}, {"mean": 0.0, "low": -1.0, "high": 1.0}
     pair = {"kind": "L1 - L2", "a": 1, "b": 0, "columns": {"diversity": below, "frechet_alexnet": across}}
-    own = {"sr3_l1": {"solver": "ddim", "steps": 5}}
-    assert verdicts({"rows": rows, "pairs": [pair], "own": own}) == {
+    assert verdicts({"rows": rows, "pairs": [pair]}) == {
         "norm": "not decided",
         "diversity": "appeared",
     }
     lacking = {**pair, "columns": {"frechet_alexnet": below}}
-    assert verdicts({"rows": rows, "pairs": [pair, lacking], "own": own})["diversity"] == "in part"
+    assert verdicts({"rows": rows, "pairs": [pair, lacking]})["diversity"] == "in part"
+
+
+def test_the_models_own_sampler_decides(tmp_path):
+    found = evaluation()
+    worse = row("sr3", solver="heun", steps=2, evaluations=3, own=False, psnr=[99] * 4, ssim=[0.9] * 4, lpips=[0.9] * 4,
+                consistency=[99.0] * 4, top1=[0] * 4)  # fmt: skip
+    found["rows"].insert(2, worse)
+    run = compacted(tmp_path, found)
+    assert verdicts(run)["perception"] == verdicts(run)["consistency"] == "appeared"
+    found["rows"][2] = {**worse, "own": True}
+    assert verdicts(compacted(tmp_path / "both", found))["perception"] == "in part"
 
 
 def test_pairs_are_of_one_sampler(tmp_path):
@@ -256,6 +267,7 @@ def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
     assert "| regression above SR3 in PSNR, SSIM | appeared |" in page
     assert "| a layer on AlexNet better on SR3's outputs than on bicubic's | appeared |" in page
     assert "| a small classifier better on SR3's outputs than on bicubic's | appeared |" in page
+    assert "### Recognition by a linear layer on AlexNet" in page
     assert "A schedule found by search is better than the usual one" in page
     assert "Not evaluated yet: regression, sr3_l1." in page
     assert "It is so." in page and "Ann, CC0" in page and "23.96" in page
@@ -329,6 +341,17 @@ def test_a_search_is_judged_by_what_it_gains_on_other_pictures():
 
     assert search_finding([search()]).verdict == "appeared"
     assert search_finding([search(low=-0.1)]).verdict == "not decided"
+
+
+def test_curves_are_of_what_was_measured():
+    from results_pictures import curve
+
+    run = evaluation(frechet_classifier=[3.0, 2.0, 1.0, 2.0])
+    run["rows"].append(row("original", frechet_classifier=[9.0] * 4, top1=[100] * 4))
+    panels = curve(run)
+    assert list(panels) == ["LPIPS", "Frechet (classifier)", "top-1 %", "PSNR"]
+    assert panels["Frechet (classifier)"] == ({"ddim": [(5, 2.0)]}, {})
+    assert panels["top-1 %"] == ({"ddim": [(5, 100.0)]}, {"bicubic": 25.0, "regression": 25.0})
 
 
 def test_ticks_are_round():

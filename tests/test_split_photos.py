@@ -78,6 +78,30 @@ def test_a_photograph_without_room_stays_as_it_is(photographs, tmp_path):
     assert len(tiles) == 12 and opened(tiles[0]).shape == (24, 24, 3)  # of 104x72; at half the size 2
 
 
+@pytest.mark.parametrize("other", ["photo0.jpg", "deeper/photo0.png", "PHOTO0.png", f"{'x' * 56}.png"])
+def test_names_that_could_not_be_told_apart_are_refused(photographs, tmp_path, other):
+    (photographs / other).parent.mkdir(exist_ok=True)
+    Image.open(photographs / "photo0.png").save(photographs / other)
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "mine.png").touch()
+    done = split(photographs, tmp_path / "out", "--hold-out=2", "--side=16")
+    assert (
+        done.returncode == 2
+        and "could not be told apart: rename it" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
+    assert (tmp_path / "out" / "train" / "mine.png").exists()
+
+
+def test_squares_of_large_photographs_are_up_to_forty(photographs, tmp_path):
+    (photographs / "big.png").parent.mkdir(exist_ok=True)
+    for number in range(5):
+        Image.new("RGB", (160, 200), (number, 0, 0)).save(photographs / f"photo{number}.png")
+    assert split(photographs, tmp_path / "out", "--hold-out=1", "--side=16").returncode == 0
+    # At half the size 10 x 12 squares of 8, half of them black.
+    assert [len(list((tmp_path / "out" / name).rglob("*.png"))) for name in ("gallery", "probe")] == [40, 40]
+
+
 def test_too_few_photographs_are_refused(photographs, tmp_path):
     done = split(photographs, tmp_path / "out", "--hold-out=5", "--side=16")
     assert done.returncode == 2 and "too few to hold out 5" in done.stderr and done.stderr.count("\n") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,7 +39,7 @@ def test_a_classifier_is_trained_kept_and_found_by_its_name(data, capsys):
     assert "loss" in told.err
     found = load_classifier(str(data / "halves.safetensors"))
     assert found.num_classes == 2 and found.sha256 in told.out and (found.height, found.width) == (8, 8)
-    assert found.about["accuracy"] == 1.0 and found.about["accuracy_by_class"] == [1.0, 1.0]
+    assert found.about["accuracy"] == 1.0 and found.about["accuracy_by_class"] == {"0": 1.0, "1": 1.0}
     assert (found.about["data"], found.about["pictures"], found.about["seed"]) == ("tfds:halves:train", 20, 0)
     # Asked by hand, it says the same of each picture.
     for item in (open_source("tfds:halves:test")[index] for index in range(12)):
@@ -56,13 +58,57 @@ def test_a_classifier_is_trained_kept_and_found_by_its_name(data, capsys):
         (["--data=tfds:halves:train", "-o", "c.safetensors", "--minutes=nan"], "--minutes must be a number"),
         (["--data=photos:test", "-o", "c.safetensors"], "photos:test has no labels"),
         (["--data=tfds:nothing:train", "-o", "c.safetensors"], "is not prepared"),
+        (
+            ["--data=tfds:halves:train", "-o", "c.safetensors", "--seed=99999999999"],
+            "--seed must be a whole number, 0 to",
+        ),
+        (
+            ["--data=tfds:halves:train", "-o", "c.safetensors", "--steps="],
+            "--steps must be a whole number, 1 or more",
+        ),
+        (
+            ["--data=tfds:halves:train", "-o", "c.safetensors", "--augment=-1"],
+            "--augment must be a number, 0 or more",
+        ),
+        (
+            ["--data=tfds:halves:train", "-o", "c.safetensors", "--features=alexnet", "--steps="],
+            "leave out --steps",
+        ),
+        (
+            ["--data=tfds:halves:train", "-o", "f.safetensors"],
+            "output f.safetensors is a folder: name a file",
+        ),
+        (["--data=tfds:halves:train", "-o", "g/c.safetensors"], "is a file: name a folder"),
+        (
+            ["--data=tfds:halves:train[:2]", "-o", "c.safetensors"],
+            "of one class alone: a classifier needs two",
+        ),
+        (
+            ["--data=tfds:halves:train", "--eval-data=tfds:thirds:train", "-o", "c.safetensors"],
+            "tfds:thirds:train has pictures of class 2, which tfds:halves:train has not: name others",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(data, arguments, sentence, capsys, monkeypatch):
     monkeypatch.chdir(data)
+    (data / "f.safetensors").mkdir()
+    (data / "g").touch()
+    for name in ("dark", "light", "mixed"):
+        (data / "more" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(data / "more" / name / "0.png")
+    assert main(["prepare", "more", "--name=thirds"]) == 0
+    capsys.readouterr()
     assert main(["train-classifier", *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert sentence in error and "\n" not in error and not list(data.glob("c.*"))
+
+
+def test_a_training_that_is_stopped_says_that_nothing_is_kept(data, capsys, monkeypatch):
+    polled = contextlib.nullcontext(lambda: 143)
+    monkeypatch.setattr("sr3_jax.signals.polled_signals", lambda: polled)
+    command = ["train-classifier", "--data=tfds:halves:train", "-o", str(data / "c.safetensors"), "--steps=9"]
+    assert main(command) == 143
+    assert "nothing is kept" in capsys.readouterr().err and not list(data.glob("c.*"))
 
 
 def items(*shapes):

@@ -18,6 +18,8 @@ from sr3_jax.cli._options import listed, whole
 
 if TYPE_CHECKING:
     from sr3_jax.data.sources import Source
+    from sr3_jax.features.recognition import Classifier
+    from sr3_jax.model import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", default="1", metavar="B",
         help="outputs made at once, for many small pictures of one size (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-labels", action="store_true",
+        help="draw from models of classes without the labels of the pictures (they need label_dropout in training)",
     )  # fmt: skip
     parser.add_argument(
         "--classifier", metavar="SPEC",
@@ -111,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
         reference=args.reference,
         batch=batch,
     )
+    told = labelled and not args.no_labels
+    _check_classes(source, loaded if told else [], setup.classifier)
     if args.save_reference and setup.meters.network is None:
         raise UserError("--save-reference needs a network: name it with --features")
     labels = evaluate.labels(names)
@@ -118,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     methods += [evaluate.bicubic(scale) for scale in scales]
     for one, label in zip(loaded, labels, strict=True):
         methods += evaluate.sampled(
-            one, label, solvers=solvers, steps=steps, unsearched=args.unsearched, labelled=labelled
+            one, label, solvers=solvers, steps=steps, unsearched=args.unsearched, labelled=told
         )
     folder = files.open_folder(args.output)
     kept = folder / "outputs"
@@ -158,7 +166,10 @@ def run(args: argparse.Namespace) -> int:
     report = evaluation_files.assemble(
         done,
         methods,
-        [evaluation_files.describe_model(one, label) for one, label in zip(loaded, labels, strict=True)],
+        [
+            evaluation_files.describe_model(one, label, labelled=told)
+            for one, label in zip(loaded, labels, strict=True)
+        ],
         source=args.data,
         samples=samples,
         seed=seed,
@@ -179,6 +190,24 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{tables.markdown(report)}")
     print(f"{', '.join(path.name for path in grids)} and evaluation.json, .md, .csv in {folder}{reused}")
     return (3 if of > 1 else 1) if done.failed else 0
+
+
+def _check_classes(source: Source, models: list[Model], classifier: Classifier | None) -> None:
+    """That they know as many classes as the pictures have, as far as the data set says it: before hours of sampling."""
+    from sr3_jax.aliases import UserError
+
+    count = source.num_classes or 0
+    for model in models:
+        if 0 < model.network.num_classes < count:
+            raise UserError(
+                f"{source.name} has {count} classes, and model {model.name} knows {model.network.num_classes}: name "
+                "pictures of those, or add --no-labels"
+            )
+    if classifier is not None and 0 < classifier.num_classes < count:
+        raise UserError(
+            f"{source.name} has {count} classes, and classifier {classifier.name} knows {classifier.num_classes}: "
+            "take one of this data set"
+        )
 
 
 def _labelled(source: Source) -> bool:

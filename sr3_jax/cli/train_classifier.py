@@ -3,8 +3,9 @@
 It takes some minutes on one CPU core. FILE then goes to `sr3 evaluate --classifier FILE`, where --features classifier
 compares pictures in its features. Pictures of other sizes than those of the training are resized to them.
 
-With --features alexnet only a last layer is trained, on what AlexNet sees in pictures at their own size: for few
-pictures, and for classes that differ in texture. Steps, batch, width, seed and augmentation play no part then.
+With --features alexnet only a last layer is trained, to its optimum, on what AlexNet sees in pictures at their own
+size, 31 pixels a side at least: for few pictures, and for classes that differ in texture. The options of a training
+are refused then, and the file does not serve `sr3 evaluate --features classifier`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sr3_jax.cli._options import number, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax import __version__
     from sr3_jax.aliases import UserError
     from sr3_jax.data.sources import open_source
+    from sr3_jax.features.classifier import check_labels
     from sr3_jax.features.lpips import load_lpips
     from sr3_jax.features.recognition import correct
     from sr3_jax.features.training import labelled
+    from sr3_jax.files import open_folder
 
     if args.features not in (None, "alexnet"):
         raise UserError(f"--features must be alexnet or left out, got {args.features!r}")
@@ -73,17 +78,27 @@ def run(args: argparse.Namespace) -> int:
     lpips = load_lpips() if args.features else None
     if args.output.suffix != ".safetensors":
         raise UserError(f"output {args.output} must end in .safetensors")
+    if args.output.is_dir():
+        raise UserError(f"output {args.output} is a folder: name a file")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} is there already: take another name, or add --overwrite")
 
+    open_folder(args.output.parent)  # now rather than after the training
+
     started = time.monotonic()
     images, labels = labelled(open_source(args.data, cache_mb=0))
-    held_out = None
+    known, held_out = np.unique(labels), None
+    if len(known) < 2:
+        raise UserError(f"{args.data} has pictures of one class alone: a classifier needs two")
+    classes = 1 + int(known[-1])
+    check_labels(labels, classes)
     if args.eval_data:
         held_out = labelled(open_source(args.eval_data, cache_mb=0))
-    classes = 1 + max(int(part.max()) for part in (labels, *(held_out or ())[1:]))
-    if classes < 2:
-        raise UserError(f"{args.data} has one class alone: a classifier needs two")
+        unknown = np.setdiff1d(held_out[1], known)
+        if len(unknown):
+            raise UserError(
+                f"{args.eval_data} has pictures of class {unknown[0]}, which {args.data} has not: name others"
+            )
     if lpips is not None:
         logits, save = _linear(images, labels, classes, lpips)
     else:
@@ -98,15 +113,15 @@ def run(args: argparse.Namespace) -> int:
     }
     if held_out is not None:
         right = correct(logits(held_out[0]), held_out[1])
-        by_class = [float(right[held_out[1] == label].mean()) for label in np.unique(held_out[1])]
+        by_class = {int(label): float(right[held_out[1] == label].mean()) for label in np.unique(held_out[1])}
         about |= {"eval_pictures": len(right), "accuracy": float(right.mean()), "accuracy_by_class": by_class}
-    about["seconds"] = round(time.monotonic() - started, 1)
+    seconds = time.monotonic() - started
     sha256 = save(args.output, about)
     if held_out is not None:
         count, total = int(right.sum()), len(right)
         print(f"{count} of {total} pictures of {args.eval_data} are recognised: {count / total:.2%}")
     size = f"{images.shape[2]}x{images.shape[1]}"
-    print(f"{args.output}: {classes} classes, {size}, {about['seconds']:.0f} s, SHA-256 {sha256}")
+    print(f"{args.output}: {classes} classes, {size}, {seconds:.0f} s, SHA-256 {sha256}")
     return 0
 
 
@@ -144,7 +159,7 @@ def _network(images: np.ndarray, labels: np.ndarray, classes: int, settings: dic
 
         def tell(progress: Progress) -> None:
             nonlocal told
-            leave_if(stopped())
+            leave_if(stopped(), "Stopped: nothing is kept of a classifier's training.")
             for name in mean:  # over about the last 50 steps
                 mean[name] += (getattr(progress, name) - mean[name]) / min(progress.step, 50)
             line = f"step {progress.step}  loss {mean['loss']:.3f}  accuracy {mean['accuracy']:.1%}"
@@ -173,13 +188,17 @@ def _network(images: np.ndarray, labels: np.ndarray, classes: int, settings: dic
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    def given(name: str, usual: str) -> tuple[str, str]:
+        text = getattr(args, name)
+        return f"--{name}", usual if text is None else text
+
     return {
-        "steps": _number("--steps", args.steps or "3000", int, 1),
-        "minutes": None if args.minutes is None else _number("--minutes", args.minutes, float, 0.01),
-        "batch": _number("--batch", args.batch or "128", int, 1),
-        "width": _number("--width", args.width or "16", int, 4),
-        "seed": _number("--seed", args.seed or "0", int, 0),
-        "augment": _number("--augment", args.augment or "0.5", float, 0),
+        "steps": whole(*given("steps", "3000")),
+        "minutes": None if args.minutes is None else _least("--minutes", args.minutes, 0.01),
+        "batch": whole(*given("batch", "128")),
+        "width": whole(*given("width", "16"), least=4),
+        "seed": whole(*given("seed", "0"), least=0, most=2**32 - 1),
+        "augment": _least(*given("augment", "0.5"), 0),
         "mirror": not args.no_mirror,
     }
 
@@ -187,21 +206,20 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _no_settings(args: argparse.Namespace) -> dict[str, Any]:
     from sr3_jax.aliases import UserError
 
-    for name in ("steps", "minutes", "batch", "width", "seed", "augment", "no_mirror"):
-        if getattr(args, name):
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"--features=alexnet trains one layer to its optimum: leave out {option}")
+    given = [
+        name
+        for name in ("steps", "minutes", "batch", "width", "seed", "augment")
+        if getattr(args, name) is not None
+    ]
+    for name in [*given, *(["no-mirror"] if args.no_mirror else [])]:
+        raise UserError(f"--features=alexnet trains one layer to its optimum: leave out --{name}")
     return {"features": args.features}
 
 
-def _number(option: str, text: str, kind: type, least: float):
+def _least(option: str, text: str, least: float) -> float:
     from sr3_jax.aliases import UserError
 
-    try:
-        value = kind(text)
-        if least <= value < float("inf"):
-            return value
-    except ValueError:
-        pass
-    what = "a whole number" if kind is int else "a number"
-    raise UserError(f"{option} must be {what}, {least:g} or more, got {text!r}")
+    value = number(option, text)
+    if not least <= value < float("inf"):
+        raise UserError(f"{option} must be a number, {least:g} or more, got {text!r}")
+    return value

@@ -49,8 +49,10 @@ class Source:
         file_name: Callable[[int], str] = "{:05d}".format,
         min_side: int = 0,
         cache_mb: int = 1024,
+        num_classes: int | None = None,
     ) -> None:
         self.name = name
+        self.num_classes = num_classes  # of the labels, where the data set says it
         self.describe = describe
         self.file_name = file_name  # of a picture's file where it is known, else its number
         self._load = load
@@ -182,7 +184,9 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
     parser = tfds.features.FeaturesDict(wanted)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
 
-    known = {}
+    known: dict[str, Any] = {}
+    if "label" in wanted:
+        known["num_classes"] = getattr(features["label"], "num_classes", None)
     if "file_name" in names and isinstance(features["file_name"], tfds.features.Text):
         namer = tfds.features.FeaturesDict({"file_name": features["file_name"]})
 

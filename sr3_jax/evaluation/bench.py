@@ -6,7 +6,6 @@ with copies if need be: another shape is another program, which may round differ
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +71,7 @@ class Bench:
         batch: int,
         features: KeptFeatures | None,
         pool: ThreadPoolExecutor,
+        labelled: bool = False,
     ) -> None:
         self.scores: list[dict[str, list[float]]] = []
         self.outputs: list[list[str]] = []
@@ -81,7 +81,7 @@ class Bench:
         each = tuple(one for one in meters.each if run or one.of_originals)
         self._run, self._store, self._meters = run, store, replace(meters, each=each)
         self._features, self._pool = features, pool
-        self._seed, self._batch = seed, batch
+        self._seed, self._batch, self._labelled = seed, batch, labelled
         self._compiled: set[tuple[int, ...]] = set()
 
     def work(self, subjects: Sequence[Subject]) -> None:
@@ -90,7 +90,7 @@ class Bench:
         found: dict[Place, Kept] = {}
         fresh: dict[Place, np.ndarray] = {}
         for at, sample in places:
-            kept = self._store.find(subjects[at].name, sample, subjects[at].about)
+            kept = self._store.find(subjects[at].name, sample, self._from(subjects[at]))
             if kept is not None:
                 found[at, sample] = kept
         self.reused += len(found) if self._run else 0
@@ -146,6 +146,10 @@ class Bench:
             return False
         return bool(self._features.missing(self._feature_keys(subject, output)))
 
+    def _from(self, subject: Subject) -> str:
+        """What an output is made from; where it depends on the label, an output of another label is another."""
+        return f"{subject.about} label {subject.label}" if self._labelled else subject.about
+
     def _image(self, subject: Subject, sample: int) -> np.ndarray:
         return subject.original if self._run is None else self._store.read(subject.name, sample)
 
@@ -159,8 +163,7 @@ class Bench:
         numbers = filled([np.uint32(sample) for _, sample in chunk], self._batch)
         keys = _keys(np.uint32(self._seed), about, numbers)
         labels = filled([np.int64(subjects[at].label) for at, _ in chunk], self._batch)
-        run = functools.partial(self._run, labels=labels)
-        images, seconds = timed(run, low_res, keys, warm=low_res.shape in self._compiled)
+        images, seconds = timed(self._run, low_res, keys, labels, warm=low_res.shape in self._compiled)
         self._compiled.add(low_res.shape)
         return images, seconds / self._batch
 
@@ -198,7 +201,7 @@ class Bench:
             found[place] = replace(found[place], measures={**found[place].measures, **measures})
             if new or measures:
                 output = image if new and self._run else None
-                records.append(Record(subject.name, place[1], subject.about, output, found[place]))
+                records.append(Record(subject.name, place[1], self._from(subject), output, found[place]))
         if records:
             self._store.keep(records, map=self._pool.map)
 
@@ -240,7 +243,7 @@ class Bench:
         wanted = [one for one in self._meters.spread if min(subject.original.shape[:2]) >= one.least_side]
         joined = digest({"samples": [kept.output for kept in together]})
         number = -len(together)
-        known = self._store.find(subject.name, number, subject.about, output=joined)
+        known = self._store.find(subject.name, number, self._from(subject), output=joined)
         before = dict(known.measures) if known else {}
         lacking = [one for one in wanted if one.key not in before]
         if lacking:
@@ -250,12 +253,12 @@ class Bench:
             ])  # fmt: skip
             before |= {one.key: dict(one.run(images)) for one in lacking}
             kept = Kept(joined, None, None, before)
-            self._store.keep([Record(subject.name, number, subject.about, None, kept)])
+            self._store.keep([Record(subject.name, number, self._from(subject), None, kept)])
         return {name: value for one in wanted for name, value in before[one.key].items()}
 
 
 def timed(
-    run: Callable[[np.ndarray, Key], np.ndarray], low_res: np.ndarray, keys: Key, *, warm: bool
+    run: Run, low_res: np.ndarray, keys: Key, labels: np.ndarray, *, warm: bool
 ) -> tuple[np.ndarray, float]:
     """The outputs, and the seconds that they take once compiled.
 
@@ -264,11 +267,11 @@ def timed(
     seconds are a small part of it. Sizes that were seen before cost one call.
     """
     start = time.perf_counter()
-    output = run(low_res, jax.random.clone(keys))
+    output = run(low_res, jax.random.clone(keys), labels)
     seconds = time.perf_counter() - start
     if not warm and seconds < LONG:
         start = time.perf_counter()
-        run(low_res, keys)
+        run(low_res, keys, labels)
         seconds = time.perf_counter() - start
     return output, seconds
 

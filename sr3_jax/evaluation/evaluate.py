@@ -104,6 +104,7 @@ def measure_part(
                 batch=batch,
                 features=features,
                 pool=pool,
+                labelled=method.labelled,
             )
             for method in methods
         ]

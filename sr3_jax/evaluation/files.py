@@ -37,14 +37,15 @@ def hardware() -> str:
     return f"{_processor()}, {cores} core{'s' * (cores != 1)}"
 
 
-def describe_model(model: Model, label: str) -> dict[str, Any]:
-    """A model's part of evaluation.json."""
+def describe_model(model: Model, label: str, *, labelled: bool = False) -> dict[str, Any]:
+    """A model's part of evaluation.json; `labelled`: whether the pictures' labels are given to models of classes."""
     return {
         "label": label,
         "name": model.name,
         "scale": model.scale,
         "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(model.params)),
         "sha256": fingerprint(model),
+        "labelled": bool(labelled and model.network.num_classes),
         "config": model.config,
     }
 
@@ -78,6 +79,7 @@ def assemble(
             "steps": method.steps,
             "detail": method.detail,
             "evaluations": method.evaluations,
+            "own": method.own,
             "summary": {key: to_json(of) for key, of in {**tables.summary(scores), **sets}.items()},
             "pictures": {
                 name: {

@@ -108,7 +108,13 @@ def recognition(classifier: Classifier) -> Measure:
         tops = {"top1": 1, "top5": 5} if logits.shape[1] >= TOP_FIVE else {"top1": 1}
         return {name: 100.0 * correct(logits, labels, top=top) for name, top in tops.items()}
 
-    return Measure(f"recognition {classifier.sha256}", run, labelled=True, of_originals=True)
+    return Measure(
+        f"recognition {classifier.sha256}",
+        run,
+        least_side=getattr(classifier, "least_side", 0),
+        labelled=True,
+        of_originals=True,
+    )
 
 
 def describe(setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
@@ -131,6 +137,7 @@ def describe(setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
             "network": setup.classifier.name,
             "sha256": setup.classifier.sha256,
             "classes": setup.classifier.num_classes,
+            "kind": getattr(setup.classifier, "kind", ""),
         }
     if setup.meters.network is not None:
         about["features"] = _of_network(setup, evaluation)

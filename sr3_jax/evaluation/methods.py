@@ -35,6 +35,7 @@ class Method:
         detail: what else the sampler has that is not its solver's usual, in words.
         evaluations: how often the network sees the whole picture.
         own: whether the model itself would choose this sampler.
+        labelled: whether `run` is told the pictures' labels.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     detail: str = ""
     evaluations: int = 0
     own: bool = False
+    labelled: bool = False
 
     @property
     def folder(self) -> str:
@@ -149,13 +151,13 @@ def by_sampling(
             "weights": weights or fingerprint(model),
             "setup": samplings.setup_of(model.config),
             "sampling": values,
-            **({"labelled": True} if conditional else {}),
         },
         solver=sampling.solver,
         steps=sampling.steps,
         detail=", ".join(_words(name, value) for name, value in values.items() if value != usual[name]),
         evaluations=sampling.evaluations,
         own=sampling == model.sampling,
+        labelled=conditional,
     )
 
 

@@ -94,9 +94,11 @@ def protocol(evaluation: Mapping[str, Any], *, source: str | None = None) -> lis
             f"LPIPS to the original: {_network(how['lpips'])}, RGB, uncropped, at the picture's own size."
         )
     if "top1" in columns and "classifier" in how:
+        known, five = how["classifier"], "top5" in columns
+        kind = f" ({known['kind']})" if known.get("kind") else ""
         lines.append(
-            f"top-1 %, top-5 %: outputs whose label is the classifier's best guess, or among its best five; "
-            f"{_network(how['classifier'])}, {how['classifier']['classes']} classes."
+            f"top-1 %{', top-5 %' * five}: outputs whose label is the classifier's best guess"
+            f"{', or among its best five' * five}; {_network(known)}{kind}, {known['classes']} classes."
         )
     lines += _of_sets(evaluation, columns)
     if "diversity" in columns:
@@ -122,7 +124,7 @@ def models(evaluation: Mapping[str, Any]) -> list[str]:
     """One line a model: what it is and the digest that proves it."""
     return [
         f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters']:,} weights, "
-        f"sha256 {model['sha256'][:16]}."
+        f"sha256 {model['sha256'][:16]}{', told the label of each picture' * model.get('labelled', False)}."
         for model in evaluation["models"]
     ]
 

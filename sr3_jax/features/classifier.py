@@ -49,6 +49,7 @@ class TrainedClassifier:
     height: int
     width: int
     about: Mapping[str, Any]
+    kind: ClassVar[str] = "a small network of its own"
     protocol: ClassVar[str] = "frechet_classifier"  # what a Frechet distance of its features is called
 
     @property
@@ -159,9 +160,18 @@ def write(
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from error
 
 
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """UserError unless labels int [N] are there and all in [0, num_classes)."""
+    if not len(labels):
+        raise UserError("there are no pictures to learn from: name others")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(
+            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}: name other pictures"
+        )
+
+
 def format_of(path: Path) -> str:
     """What `write` was told of a file; '' of any other. UserError if it cannot be read."""
-    read_file(path)
     with readable(path), safe_open(path, framework="numpy") as file:
         return (file.metadata() or {}).get("format", "")
 

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from sr3_jax.aliases import UserError
-from sr3_jax.features.classifier import in_parts, read, readable, write
+from sr3_jax.features.classifier import check_labels, in_parts, read, readable, write
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, Weights, alexnet, load_lpips
 
 FORMAT = "sr3_jax.linear.1"
@@ -54,6 +54,8 @@ class LinearClassifier:
     lpips: Lpips
     head: Head
     about: Mapping[str, Any]
+    kind: ClassVar[str] = "a linear layer on LPIPS's AlexNet"
+    least_side: ClassVar[int] = LEAST_SIDE
 
     @property
     def num_classes(self) -> int:
@@ -94,8 +96,7 @@ def train_head(features: np.ndarray, labels: np.ndarray, num_classes: int) -> He
     Raises:
         UserError: a label is out of range.
     """
-    if len(features) == 0 or labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"labels must be from 0 to {num_classes - 1}: {len(features)} pictures have others")
+    check_labels(labels, num_classes)
     mean = features.mean(axis=0)
     deviation = features.std(axis=0) + 1e-6  # a channel that never fires stays 0
     kernel, bias = _fit(jnp.asarray((features - mean) / deviation), jnp.asarray(labels), num_classes)

@@ -91,7 +91,7 @@ def open_network(spec: str | None, *, lpips: Lpips | None, classifier: Any = Non
             raise UserError("--features=classifier needs a classifier: name it with --classifier")
         if not callable(getattr(classifier, "features", None)):
             raise UserError(
-                f"classifier {classifier.name} gives no features: take one that sr3 train-classifier trained whole, or "
+                f"classifier {classifier.name} gives no features: take one trained without --features alexnet, or "
                 "--features=alexnet"
             )
         protocol = FeatureProtocol(

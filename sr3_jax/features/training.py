@@ -17,7 +17,7 @@ import optax
 
 from sr3_jax.aliases import Key, Params, UserError
 from sr3_jax.data.sources import Source
-from sr3_jax.features.classifier import init_params
+from sr3_jax.features.classifier import check_labels, init_params
 from sr3_jax.images import to_unit
 from sr3_jax.nn.classifier import ClassifierNetwork
 
@@ -148,10 +148,7 @@ def train_classifier(
     Raises:
         UserError: a label is out of range, or the loss is not finite.
     """
-    if len(images) == 0 or labels.min() < 0 or labels.max() >= network.num_classes:
-        raise UserError(
-            f"labels must be from 0 to {network.num_classes - 1}: {len(images)} pictures have others"
-        )
+    check_labels(labels, network.num_classes)
     key = jax.random.key(seed)
     fresh = jax.jit(functools.partial(init_params, network, images.shape[1:3]))
     params = fresh(jax.random.fold_in(key, 2**31))
