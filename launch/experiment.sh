@@ -131,7 +131,7 @@ photos_4x() {
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- \
             --data "folder:$out/tiles" --steps "$few,$more" --unsearched --batch 16
-        evaluate patches sr3 regression.safetensors searched.safetensors -- --data "folder:$out/tiles" --patch 64 --batch 16
+        evaluate patches sr3 regression.safetensors sr3_l1 searched.safetensors -- --data "folder:$out/tiles" --patch 64 --batch 16
         evaluate recognition sr3 regression.safetensors sr3_l1 -- --data tfds:photos_probe:train --steps $few \
             --unsearched --batch 32 --classifier "$out/classifier.safetensors" --features none
         evaluate diversity sr3 sr3_l1 -- --data "folder:$out/sweep_tiles" --steps 25 --samples 2 --batch 15

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -281,6 +282,7 @@ def test_the_command_line_has_it_all(installed, monkeypatch, tmp_path, capsys):
 
     class Stub:
         scale, name, config, params = 4, "stub", {}, {}
+        network = types.SimpleNamespace(num_classes=0)
 
     monkeypatch.setattr(sources, "open_source", lambda name, **options: source())
     monkeypatch.setattr("sr3_jax.model.load", lambda name: Stub())

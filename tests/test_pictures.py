@@ -390,7 +390,7 @@ def test_printable_paths():
 def test_reading_says_nothing(made):
     """No warning of Pillow's reaches the terminal, where a progress bar is."""
     code = (
-        "import sys; from pathlib import Path; from sr3_jax.pictures import read_picture\n"
+        "import sys; from pathlib import Path; from sr3_jax.pictures.picture import read_picture\n"
         "for path in map(Path, sys.argv[1:]):\n"
         "    try: read_picture(path)\n"
         "    except ValueError: pass\n"

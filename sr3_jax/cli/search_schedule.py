@@ -145,12 +145,12 @@ def run(args: argparse.Namespace) -> int:
             for of in crops
         ]
         outcomes, tried = [], 0
-        races = [(solver, budget) for budget in budgets for solver in solvers]
+        contests = [(solver, budget) for budget in budgets for solver in solvers]
         end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
-        for number, (solver, budget) in enumerate(races):
+        for number, (solver, budget) in enumerate(contests):
             bar.set_description(f"{solver}, {budget} evaluations")
             now = time.monotonic()
-            judges[0].deadline = now + (end - now) / (len(races) - number)  # equal shares of what is left
+            judges[0].deadline = now + (end - now) / (len(contests) - number)  # equal shares of what is left
             race = races.Race(
                 loaded.schedule,
                 plain[solver, budget],
