@@ -158,14 +158,14 @@ fashion_4x() {
     fi
     if stage evaluate; then
         evaluate evaluation sr3 regression.safetensors sr3_l1 -- --data tfds:fashion_mnist:test --limit 2000 \
-            --steps $few --batch 100 --classifier "$out/classifier.safetensors" --features classifier
+            --steps $few --batch 100 --classifier "$out/classifier.safetensors" --features alexnet
         evaluate diversity sr3 sr3_l1 -- --data tfds:fashion_mnist:test --limit 500 --samples 2 --batch 100 \
             --features none
         evaluate searched searched.safetensors regression.safetensors -- --data tfds:fashion_mnist:test --limit 2000 \
             --solver ancestral --steps 10 --unsearched --batch 100 --classifier "$out/classifier.safetensors" \
-            --features classifier
+            --features alexnet
         evaluate sweep sr3 regression.safetensors -- --data tfds:fashion_mnist:test --limit 300 --solver $solvers \
-            --steps $sweep --batch 100 --classifier "$out/classifier.safetensors" --features classifier
+            --steps $sweep --batch 100 --classifier "$out/classifier.safetensors" --features alexnet
     fi
 }
 

@@ -189,7 +189,7 @@ def swept(run: Mapping[str, Any]) -> list[str]:
     """Steps against quality for every solver."""
     lines = evaluation(run)
     pairs = [pair for pair in run["pairs"] if pair["kind"] == "regression - diffusion"]
-    for key in ("lpips", "frechet_classifier"):
+    for key in ("lpips", "frechet_alexnet", "frechet_classifier"):
         judged = [pair["columns"][key] for pair in pairs if key in pair["columns"]]
         if judged:
             better = sum(sign(one) > 0 for one in judged)

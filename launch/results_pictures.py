@@ -13,7 +13,7 @@ from results_findings import HEADINGS
 from results_parts import MAIN, parts
 
 LARGEST = 400_000  # bytes of a picture
-CURVES = ("lpips", "frechet_classifier", "top1", "psnr")
+CURVES = ("lpips", "frechet_alexnet", "frechet_classifier", "top1", "psnr")
 CURVE = "Steps against quality: mean over the pictures of the table."
 
 
