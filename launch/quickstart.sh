@@ -33,12 +33,13 @@ from pathlib import Path
 import jax
 
 jax.config.update("jax_platforms", "cpu")  # a moment's work, which need not take a GPU
-from sr3_jax import images, pictures
+from sr3_jax import images
+from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
 
-rgb = pictures.read_rgb(Path(sys.argv[1]))
+rgb = read_rgb(Path(sys.argv[1]))
 height, width = (side // 4 * 4 for side in rgb.shape[:2])
 small = images.to_uint8(images.degrade(images.to_unit(rgb[None, :height, :width]), 4))[0]
-pictures.write_picture(Path(sys.argv[2]), pictures.Picture(jax.device_get(small)))
+write_picture(Path(sys.argv[2]), Picture(jax.device_get(small)))
 print(f"{sys.argv[1]}, {width}x{height} pixels, made 4x smaller")
 PY
 "$sr3" upscale "$here/kingfisher_low_res.png" -o "$here/kingfisher_4x.png" --model photo_4x

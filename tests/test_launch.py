@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -210,3 +212,15 @@ def test_pre_commit_runs_what_the_test_command_lints():
 def test_ci_runs_the_test_command_alone():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     assert lines[-1] == "bash launch/test.sh"
+
+
+def test_the_quickstart_makes_its_small_picture(tmp_path):
+    """The Python in the middle of the script, as it stands there."""
+    script = (ROOT / "launch" / "quickstart.sh").read_text()
+    [code] = re.findall(r"<<'PY'\n(.*?)\nPY\n", script, re.DOTALL)
+    photo = next((ROOT / "sr3_jax" / "data" / "photos" / "test").glob("*.jpg"))
+    command = [sys.executable, "-c", code, str(photo), str(tmp_path / "small.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(photo) as large, Image.open(tmp_path / "small.png") as small:
+        assert small.size == tuple(side // 4 for side in large.size)
