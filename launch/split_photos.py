@@ -30,9 +30,8 @@ from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
 
 FIELDS = ("gallery", "probe")  # black and white
 PATCHES = 40  # of a photograph in each
-LONGEST = (
-    57  # letters of a held-out one's name: with a dash and two digits 60, where an evaluation cuts names
-)
+# Letters of a held-out one's name: with a dash and two digits 60, where an evaluation cuts names.
+LONGEST = 57
 
 
 def order(path: Path) -> str:
