@@ -60,11 +60,14 @@ def squares(image: np.ndarray, side: int) -> list[tuple[int, np.ndarray]]:
 
 def named(paths: list[Path]) -> list[list[Path]]:
     """For each path those that have its name, but for what file names may not have, itself first."""
+    names = [re.sub(r"[^\w-]+", "_", path.stem).lower() for path in paths]
     of: dict[str, list[Path]] = {}
-    for path in paths:
-        of.setdefault(re.sub(r"[^\w-]+", "_", path.stem).lower(), []).append(path)
-    groups = (of[re.sub(r"[^\w-]+", "_", path.stem).lower()] for path in paths)
-    return [sorted(group, key=lambda other: other != path) for path, group in zip(paths, groups, strict=True)]
+    for path, name in zip(paths, names, strict=True):
+        of.setdefault(name, []).append(path)
+    return [
+        [path, *(other for other in of[name] if other != path)]
+        for path, name in zip(paths, names, strict=True)
+    ]
 
 
 def spread(found: list[np.ndarray], count: int) -> list[np.ndarray]:

@@ -211,8 +211,9 @@ def _no_settings(args: argparse.Namespace) -> dict[str, Any]:
         for name in ("steps", "minutes", "batch", "width", "seed", "augment")
         if getattr(args, name) is not None
     ]
-    for name in [*given, *(["no-mirror"] if args.no_mirror else [])]:
-        raise UserError(f"--features=alexnet trains one layer to its optimum: leave out --{name}")
+    given += ["no-mirror"] if args.no_mirror else []
+    if given:
+        raise UserError(f"--features=alexnet trains one layer to its optimum: leave out --{given[0]}")
     return {"features": args.features}
 
 
