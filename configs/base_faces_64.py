@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
 
     Channels and levels are those of the paper's own 16 -> 128 network down to 8x8, attention at 16x16 as there. The
     cosine schedule, since the linear one wastes steps on noise at 64x64 (Nichol and Dhariwal 2021), and v, which it
-    needs near pure noise. Pictures are shrunk from 256 as the next stage's low-res ones are.
+    needs near pure noise. Images are shrunk from 256 as the next stage's low-res ones are.
     """
     return ConfigDict(
         {
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
                 "dtype": "bfloat16",
                 "low_res": False,
             },
-            "diffusion": {"kind": "v", "norm": "l2", "schedule": "cosine"},
+            "diffusion": {"prediction": "v", "norm": "l2", "schedule": "cosine"},
             "data": {
                 "source": "tfds:ffhq:train",
                 "eval_source": "tfds:celeb_a_hq/256:train",
@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
                 "threads": 16,
             },
             "train": {"num_steps": 1_000_000, "batch_size": 256},
-            "eval": {"num_images": 256, "steps": 100, "solver": "ancestral"},
+            "eval": {"num_images": 256},
+            "sampling": {"steps": 100, "solver": "ancestral"},
             "mesh": {"data": -1, "fsdp": 8},
             "stage": {"name": "base", "size": 64},
         }

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
                 "num_classes": 10,
                 "low_res": False,
             },
-            "diffusion": {"kind": "v", "norm": "l2", "schedule": "cosine"},
+            "diffusion": {"prediction": "v", "norm": "l2", "schedule": "cosine"},
             "data": {
                 "source": "tfds:fashion_mnist_32:train",
                 "eval_source": "tfds:fashion_mnist_32:test",
@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.999,
             },
             "train": {"num_steps": 3000, "batch_size": 64},
-            "eval": {"every": 1000, "num_images": 256, "steps": 25, "solver": "dpmpp_2m"},
+            "eval": {"every": 1000, "num_images": 256},
+            "sampling": {"steps": 25, "solver": "dpmpp_2m"},
             "checkpoint": {"every": 1000, "keep": 1},
             "stage": {"name": "base", "size": 8},
         }

@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
                 "threads": 16,
             },
             "train": {"num_steps": 1_000_000, "batch_size": 256},
-            "eval": {"num_images": 256, "steps": 100, "solver": "ancestral"},
+            "eval": {"num_images": 256},
+            "sampling": {"steps": 100, "solver": "ancestral"},
             "mesh": {"data": -1, "fsdp": 8},
         }
     )

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The paper's 64 -> 256 network (Table 1) on faces.
 
-    Half of the low-res pictures are blurred, as the paper does (section 4.4); how much it leaves open. Up to 0.6
+    Half of the low-res images are blurred, as the paper does (section 4.4); how much it leaves open. Up to 0.6
     pixels is what Ho et al. 2021 ("Cascaded Diffusion Models") give for 64 -> 256. The network is told how much.
     """
     config = imagenet()

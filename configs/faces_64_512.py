@@ -4,7 +4,7 @@ sr3 train --config=configs/faces_64_512.py --workdir=out/faces_64_512 \
     --config.data.source=tfds:ffhq:train \
     --config.data.eval_source=tfds:celeb_a_hq/512:train
 
-The paper gives pictures and human fool rates for this task, no PSNR.
+The paper gives images and human fool rates for this task, no PSNR.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
                 "threads": 16,
             },
             "train": {"num_steps": 1_000_000, "batch_size": 256},
-            "eval": {"num_images": 256, "steps": 100, "solver": "ancestral"},
+            "eval": {"num_images": 256},
+            "sampling": {"steps": 100, "solver": "ancestral"},
             "mesh": {"data": -1, "fsdp": 8},
         }
     )

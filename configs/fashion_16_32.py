@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The network and recipe of fashion_4x.py at 2x; it is told how noisy its low-res picture was made."""
+    """The network and recipe of fashion_4x.py at 2x; it is told how noisy its low-res image was made."""
     config = at_4x()
     config.data.update(
         {

@@ -1,4 +1,4 @@
-"""Fashion-MNIST at 4x, 7x7 to 28x28: labelled pictures, so that a classifier can judge what comes out.
+"""Fashion-MNIST at 4x, 7x7 to 28x28: labelled images, so that a classifier can judge what comes out.
 
 sr3 train --config=configs/fashion_4x.py --workdir=out/fashion_4x
 """
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             "diffusion": {
                 "space": "residual",
                 "residual_scale": 3.0,
-                "kind": "y0",
+                "prediction": "y0",
                 "norm": "l2",
                 "schedule": "cosine",
             },
@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.999,
             },
             "train": {"num_steps": 5000, "batch_size": 32},
-            "eval": {"every": 1000, "num_images": 256, "steps": 10, "solver": "dpmpp_2m"},
+            "eval": {"every": 1000, "num_images": 256},
+            "sampling": {"steps": 10, "solver": "dpmpp_2m"},
             "checkpoint": {"every": 1000, "keep": 1},
         }
     )

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The last stage's recipe on pictures of half the size."""
+    """The last stage's recipe on images of half the size."""
     config = last()
     config.data.shrink = 2
     config.stage.update({"name": "sr_16", "size": 16})

@@ -1,4 +1,4 @@
-"""The ORL faces at 4x, 22x28 to 88x112: 200 grey pictures of 20 people to train on, 20 other people to test on.
+"""The ORL faces at 4x, 22x28 to 88x112: 200 grey images of 20 people to train on, 20 other people to test on.
 
 sr3 train --config=configs/orl_4x.py --workdir=out/orl_4x
 """
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             "diffusion": {
                 "space": "residual",
                 "residual_scale": 9.0,
-                "kind": "y0",
+                "prediction": "y0",
                 "norm": "l2",
                 "schedule": "cosine",
             },
@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.999,
             },
             "train": {"num_steps": 3000, "batch_size": 8},
-            "eval": {"every": 500, "num_images": 100, "steps": 10, "solver": "dpmpp_2m"},
+            "eval": {"every": 500, "num_images": 100},
+            "sampling": {"steps": 10, "solver": "dpmpp_2m"},
             "checkpoint": {"every": 500, "keep": 1},
         }
     )

@@ -23,14 +23,15 @@ def get_config() -> ConfigDict:
             "diffusion": {
                 "space": "residual",
                 "residual_scale": 8.0,
-                "kind": "y0",
+                "prediction": "y0",
                 "norm": "l2",
                 "schedule": "cosine",
             },
             "data": {"source": "photos:train", "crop": 64, "scale": 4},
             "optim": {"learning_rate": 1e-3, "warmup_steps": 100, "ema_decay": 0.995},
             "train": {"num_steps": 100_000, "batch_size": 16},
-            "eval": {"every": 500, "num_images": 8, "steps": 5, "solver": "dpmpp_2m"},
+            "eval": {"every": 500, "num_images": 8},
+            "sampling": {"steps": 5, "solver": "dpmpp_2m"},
             "checkpoint": {"every": 500},
         }
     )

@@ -2,7 +2,7 @@
 # The small cascade from nothing to its figures in docs/cascade.md: under an hour of one core.
 #   bash launch/cascade.sh OUT
 # Data, three stages, the two SR stages again without augmentation of their condition (the paper's ablation), a
-# classifier, a page of pictures, the measurements. What is done is not done again.
+# classifier, a page of images, the measurements. What is done is not done again.
 # SR3_REHEARSE=1: a few steps of each, to see that everything runs; docs/ is left alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,5 +34,5 @@ done
 "$python" launch/cascade_measure.py "$out" --classifier "$out/classifier.safetensors" -o "$docs/measured.json" "${measure[@]}"
 settings=$("$python" launch/cascade_doc.py --settings "$docs/measured.json")
 # shellcheck disable=SC2086 # two options
-"${sr3[@]}" cascade --stages "$out/cascade" "${draw[@]}" $settings -o "$out/pictures" --keep
-"$python" launch/cascade_doc.py "$docs/measured.json" --pictures "$out/pictures" -o "$(dirname "$docs")"
+"${sr3[@]}" cascade --stages "$out/cascade" "${draw[@]}" $settings -o "$out/images" --keep
+"$python" launch/cascade_doc.py "$docs/measured.json" --images "$out/images" -o "$(dirname "$docs")"

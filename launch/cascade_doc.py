@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Writes docs/cascade.md and its pictures from what launch/cascade_measure.py measured; nothing there is typed by hand.
+"""Writes docs/cascade.md and its images from what launch/cascade_measure.py measured; nothing there is typed by hand.
 
-python launch/cascade_doc.py docs/cascade/measured.json --pictures OUT/pictures
+python launch/cascade_doc.py docs/cascade/measured.json --images OUT/images
 python launch/cascade_doc.py --settings docs/cascade/measured.json   # the chosen options of `sr3 cascade`, alone
 """
 
@@ -52,8 +52,10 @@ def page(found: Mapping[str, Any]) -> str:
     """The whole page."""
     best, strength = found["guidance"], found["strength"]
     chains = pick(found, group="chain", size=32)
-    drawn = {
-        row["strength"] if row["augmented"] else "plain": row for row in chains if row["origin"] == "drawn"
+    generate_jit = {
+        row["strength"] if row["augmented"] else "plain": row
+        for row in chains
+        if row["origin"] == "generate_jit"
     }
     real = pick(found, group="real")
     ablation = sorted(
@@ -75,61 +77,61 @@ def page(found: Mapping[str, Any]) -> str:
             "```bash",
             "python launch/make_dataset.py fashion_mnist_32",
             "sr3 train --config=configs/cascade_fashion_32.py --workdir=out/cascade",
-            f"sr3 cascade --stages out/cascade -n 100 {settings(found)} -o out/pictures",
+            f"sr3 cascade --stages out/cascade -n 100 {settings(found)} -o out/images",
             "```",
             "",
             "The stages that were measured here come with the package, rounded to bfloat16, "
             "and one command is enough:",
             "",
             "```bash",
-            f"sr3 cascade --stages fashion_base_8 fashion_8_16 fashion_16_32 -n 100 {settings(found)} -o out/pictures",
+            f"sr3 cascade --stages fashion_base_8 fashion_8_16 fashion_16_32 -n 100 {settings(found)} -o out/images",
             "```",
             "",
             f"Training took {sum(stage['minutes'] for stage in found['training'].values()):.0f} minutes ("
             + ", ".join(f"{k} {v['steps']} steps of {v['batch_size']}" for k, v in found["training"].items())
             + "). "
             f"`bash launch/cascade.sh out` does that and everything on this page. Measured on {found['hardware']} in "
-            f"{found['seconds'] / 60:.0f} minutes, training not counted; {found['count']} pictures for each figure, "
+            f"{found['seconds'] / 60:.0f} minutes, training not counted; {found['count']} images for each figure, "
             f"as many "
             f"of each class, seed 0; samplers {', '.join(f'{k} {v} steps' for k, v in found['samplers'].items())}.",
             "",
-            "- label recognised: the share of pictures whose label a classifier of real pictures (`sr3 "
+            "- label recognised: the share of images whose label a classifier of real images (`sr3 "
             "train-classifier`, "
             f"SHA-256 {found['classifier']['sha256'][:16]}) gives back, with {tables.LEVEL:.0%} bootstrap "
             f"intervals. Smaller "
-            "pictures are enlarged for it.",
-            f"- distance: Frechet distance in that classifier's features to {found['count']} real test pictures of "
+            "images are enlarged for it.",
+            f"- distance: Frechet distance in that classifier's features to {found['count']} real test images of "
             f"the same "
-            "size. It is no FID, and is biased upward at this number of pictures, as the row of other real pictures "
+            "size. It is no FID, and is biased upward at this number of images, as the row of other real images "
             "shows.",
-            "- strength, then guidance, are chosen by the distance of the 32x32 pictures to training pictures instead.",
+            "- strength, then guidance, are chosen by the distance of the 32x32 images to training images instead.",
             "",
-            "![A row of pictures for each label](images/cascade_grid.png)",
+            "![A row of images for each label](images/cascade_grid.png)",
             "",
-            "Each picture of the next page is drawn at 8x8, then made larger twice:",
+            "Each image of the next page is generate_jit at 8x8, then made larger twice:",
             "",
-            "![The stages of eight pictures](images/cascade_stages.png)",
+            "![The stages of eight images](images/cascade_stages.png)",
             "",
             "## What the stages reach",
             "",
             table(
-                ["pictures", "size"],
+                ["images", "size"],
                 [(("real, others", side(row)), row) for row in real]
                 + [
-                    ((f"drawn, guidance {best:g}", side(row)), row)
+                    ((f"generate_jit, guidance {best:g}", side(row)), row)
                     for row in pick(found, group="base", guidance=best)
                 ]
                 + [
-                    ((f"drawn, guidance {best:g}", side(row)), row)
+                    ((f"generate_jit, guidance {best:g}", side(row)), row)
                     for row in pick(found, group="guidance", guidance=best)
                 ],
             ),
             "",
             "## Augmentation of the condition",
             "",
-            verdict(drawn["plain"], drawn[0.0], drawn[strength], strength),
+            verdict(generate_jit["plain"], generate_jit[0.0], generate_jit[strength], strength),
             "",
-            "All at guidance 1. 'From real' begins with real 8x8 pictures in place of the base's: what is lost there, "
+            "All at guidance 1. 'From real' begins with real 8x8 images in place of the base's: what is lost there, "
             "the super-resolution stages lose alone. 'Strength' is the augmentation while sampling, which the stages "
             "are told.",
             "",
@@ -193,7 +195,7 @@ def main() -> int:
     )
     parser.add_argument("measured", type=Path)
     parser.add_argument("--settings", action="store_true", help="print the chosen options and write nothing")
-    parser.add_argument("--pictures", type=Path, help="the output of sr3 cascade, for its pages")
+    parser.add_argument("--images", type=Path, help="the output of sr3 cascade, for its pages")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     try:
@@ -207,9 +209,9 @@ def main() -> int:
         print(settings(found))
         return 0
     (args.output / "images").mkdir(parents=True, exist_ok=True)
-    if args.pictures is not None:
+    if args.images is not None:
         for name in ("grid", "stages"):
-            shutil.copy(args.pictures / f"{name}.png", args.output / "images" / f"cascade_{name}.png")
+            shutil.copy(args.images / f"{name}.png", args.output / "images" / f"cascade_{name}.png")
     (args.output / "cascade.md").write_text(page(found), encoding="utf-8")
     return 0
 

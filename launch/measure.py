@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr3_jax import parallel
+from sr3_jax.config.experiment import Experiment, load_config, read
 from sr3_jax.diffusion.sampler import sample
-from sr3_jax.experiment import Experiment, load_config, read
+from sr3_jax.distributed import sharding
 from sr3_jax.sampling import inference_grid, solver_named
 from sr3_jax.train.state import create_state
 from sr3_jax.train.step import make_train_step
@@ -50,11 +50,11 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
     """Our step and sampler at one batch size."""
     config, objective = experiment.config, experiment.objective
     network, side = objective.network, config["data"]["crop"]
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     optimizer = experiment.optimizer()
     state = create_state(experiment.init_params, optimizer, jax.random.key(0), mesh)
     crops = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
-    batch = parallel.to_global({"image": crops}, mesh)
+    batch = sharding.to_global({"image": crops}, mesh)
     step = make_train_step(objective, optimizer, ema_decay=0.9999)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch, jax.random.key(1)).compile()
     images = jnp.zeros((batch_size, side, side, 3))
@@ -86,7 +86,7 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
             shape=images.shape,
             schedule=schedule,
             solver=solver_named("dpmpp_2m"),
-            kind=objective.kind,
+            prediction=objective.prediction,
             space=objective.space,
         ).image
 

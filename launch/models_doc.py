@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/models.md and its pictures from measurements; nothing on that page is typed by hand.
+"""Writes docs/models.md and its images from measurements; nothing on that page is typed by hand.
 
     python launch/models_doc.py docs/models/photo_4x.json \
         --set "Bundled test photographs" out/photos/evaluation.json --set Set14 out/set14/evaluation.json
@@ -22,14 +22,14 @@ from typing import Any
 
 from PIL import Image
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTION = (
-    "The worst, median and best picture by the model's PSNR; of large ones the part that bicubic blurs most."
+    "The worst, median and best image by the model's PSNR; of large ones the part that bicubic blurs most."
 )
-LARGEST = 600_000  # bytes of a picture
+LARGEST = 600_000  # bytes of an image
 FACTS = {
     "name": "the model's name, as --model takes it",
     "summary": "a sentence or two: what it is for, and what it is not",
@@ -38,7 +38,7 @@ FACTS = {
     "hardware": "what it was trained on",
     "hours": "how long that took",
     "steps": "how many training steps",
-    "data": "a list of {'name', 'pictures', 'licence'}, maybe 'link'",
+    "data": "a list of {'name', 'images', 'licence'}, maybe 'link'",
     "licence": "the licence of the weights",
 }  # and, if need be, "notes": a list of sentences
 
@@ -70,7 +70,10 @@ def page(
         ("file", f"`{facts['file']}`, {megabytes:.1f} MB"),
         ("scale", f"{model['scale']}x"),
         ("weights", f"{model['parameters'] / 1e6:.2f} million, SHA-256 of all `{model['sha256']}`"),
-        ("diffused", f"{config['diffusion']['space']}; the network predicts {config['diffusion']['kind']}"),
+        (
+            "diffused",
+            f"{config['diffusion']['space']}; the network predicts {config['diffusion']['prediction']}",
+        ),
         ("default sampler", f"`{config['eval']['solver']}`, {config['eval']['steps']} steps"),
         ("training", f"{facts['steps']:,} steps in {facts['hours']:g} hours on {facts['hardware']}"),
         ("licence of the weights", facts["licence"]),
@@ -92,9 +95,9 @@ def page(
         "",
         "Trained on:",
         "",
-        "| data | pictures | licence |",
+        "| data | images | licence |",
         "| --- | ---: | --- |",
-        *(f"| {_linked(data)} | {data['pictures']:,} | {data['licence']} |" for data in facts["data"]),
+        *(f"| {_linked(data)} | {data['images']:,} | {data['licence']} |" for data in facts["data"]),
         "",
         "Made and measured by:",
         "",
@@ -122,10 +125,10 @@ def _linked(data: Mapping[str, Any]) -> str:
 
 
 def fitted(path: Path) -> tuple[str, bytes]:
-    """A picture file's suffix and bytes: PNG if that is small enough, else the best JPEG that is."""
+    """An image file's suffix and bytes: PNG if that is small enough, else the best JPEG that is."""
     try:
-        with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): run sr3 evaluate again") from error
     data = _encoded(rgb, "PNG", optimize=True)
@@ -138,9 +141,9 @@ def fitted(path: Path) -> tuple[str, bytes]:
     return ".jpg", data
 
 
-def _encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
+def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     data = io.BytesIO()
-    picture.save(data, form, **options)
+    image.save(data, form, **options)
     return data.getvalue()
 
 
@@ -179,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(facts_path: Path, paths: Mapping[str, Path], output: Path) -> None:
-    """Write the page and, in images/ beside it, the pictures."""
+    """Write the page and, in images/ beside it, the images."""
     from sr3_jax.evaluation.evaluate import fingerprint
-    from sr3_jax.model import load
+    from sr3_jax.inference.model import load
 
     facts = read_json(facts_path, fields=list(FACTS))
     wanted = ("rows", "models", "protocol", "hardware", "versions", "date")
@@ -190,11 +193,11 @@ def write(facts_path: Path, paths: Mapping[str, Path], output: Path) -> None:
     model = evaluated(facts, fingerprint(load(file)), sets)
     folder = output.parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    # Pictures of the first set alone: those of others, such as Set14, may not be ours to pass on.
+    # Images of the first set alone: those of others, such as Set14, may not be ours to pass on.
     title, path = next(iter(paths.items()))
     grids = {"grid": CAPTION}
     if (path.parent / f"grid_{model['label']}.png").is_file():
-        grids[f"grid_{model['label']}"] = "The same pictures by every sampler."
+        grids[f"grid_{model['label']}"] = "The same images by every sampler."
     images: dict[str, dict[str, str]] = {title: {}}
     for grid, caption in grids.items():
         suffix, data = fitted(path.parent / f"{grid}.png")
@@ -205,7 +208,7 @@ def write(facts_path: Path, paths: Mapping[str, Path], output: Path) -> None:
         images[title][caption] = f"images/{stem}{suffix}"
     megabytes = file.stat().st_size / 1e6
     output.write_text(page(facts, model, megabytes, sets, images), encoding="utf-8")
-    print(f"{output} and {len(grids)} picture(s) in {folder}")
+    print(f"{output} and {len(grids)} image(s) in {folder}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ PAGE, ROWS = ROOT / "docs" / "pods.md", ROOT / "docs" / "pods"
 BEGIN, END = "<!-- plan:begin -->", "<!-- plan:end -->"
 PRESETS = ("faces_16_128", "imagenet_64_256", "faces_64_512", "faces_256_1024")
 TOPOLOGIES = ("v5e:16x16", "v4:4x4x4", "v6e:4x4")
-SINGLE = "v6e:1x1"  # of the largest pictures also what a single one takes
+SINGLE = "v6e:1x1"  # of the largest images also what a single one takes
 # Beside the presets' own mesh: where a first plan did not fit, or an estimate said that it would not.
 SETTINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("faces_64_512", "v6e:4x4"): ("--config.train.accumulation=2",),

@@ -2,7 +2,7 @@
 # From nothing to results in under ten minutes on two cores: bash launch/quickstart.sh
 # Installs, upscales a photograph with the shipped model, trains a small one, and compares both with bicubic.
 # Every run has a folder of its own, out/quickstart/DATE-TIME, so that it trains from the start and nothing of an
-# earlier run is lost; out/quickstart/*.png are copies of the latest run's pictures.
+# earlier run is lost; out/quickstart/*.png are copies of the latest run's images.
 # SR3_QUICKSTART_MINUTES: how long to train (default 4). SR3_PYTHON: the Python to install with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,13 +33,13 @@ from pathlib import Path
 import jax
 
 jax.config.update("jax_platforms", "cpu")  # a moment's work, which need not take a GPU
-from sr3_jax import images
-from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
+from sr3_jax import image_ops as images
+from sr3_jax.image_io.image_file import Image, read_rgb, write_image
 
 rgb = read_rgb(Path(sys.argv[1]))
 height, width = (side // 4 * 4 for side in rgb.shape[:2])
 small = images.to_uint8(images.degrade(images.to_unit(rgb[None, :height, :width]), 4))[0]
-write_picture(Path(sys.argv[2]), Picture(jax.device_get(small)))
+write_image(Path(sys.argv[2]), Image(jax.device_get(small)))
 print(f"{sys.argv[1]}, {width}x{height} pixels, made 4x smaller")
 PY
 "$sr3" upscale "$here/kingfisher_low_res.png" -o "$here/kingfisher_4x.png" --model photo_4x
@@ -54,7 +54,7 @@ echo "== 3 of 3: compare on the test photographs"
 
 cp "$here"/*.png "$here"/evaluation/*.png "$out/"
 echo
-echo "Pictures: $(cd "$out" && echo *.png) in $out"
+echo "Images: $(cd "$out" && echo *.png) in $out"
 echo "This run: $here (to train it longer: $sr3 train --config=configs/photos_4x_small.py --workdir=$here/run)"
-echo "Your own pictures: $sr3 upscale PICTURE_OR_FOLDER -o OUT"
+echo "Your own images: $sr3 upscale IMAGE_OR_FOLDER -o OUT"
 echo "Took $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -1,4 +1,4 @@
-"""Curves of quality against the number of network evaluations, drawn with Pillow alone."""
+"""Curves of quality against the number of network evaluations, generate_jit with Pillow alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDE, HIGH = 460, 340  # of one panel
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 44
-FINE = 3  # drawn so much larger and shrunk, which smooths the lines
+FINE = 3  # generate_jit so much larger and shrunk, which smooths the lines
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 INK, FAINT = "#333333", "#e4e4e4"
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def picture(panels: Mapping[str, tuple[Curves, Mapping[str, float]]], *, axis: str) -> np.ndarray:
+def image(panels: Mapping[str, tuple[Curves, Mapping[str, float]]], *, axis: str) -> np.ndarray:
     """Panels side by side as uint8 [H,W,3], a legend below.
 
     Args:

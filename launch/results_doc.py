@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/results.md and its pictures from docs/results/*.json; nothing on that page is typed by hand.
+"""Writes docs/results.md and its images from docs/results/*.json; nothing on that page is typed by hand.
 
     python launch/results_doc.py                        # the page, from what was collected
     python launch/results_doc.py --collect photos OUT   # first collect an experiment's figures from its folder
@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import results_figures
-import results_pictures
+import results_images
 from results_page import page
 from results_parts import TITLES
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def write(docs: Path) -> Path:
         raise UserError(f"{folder} has no results: run launch/experiment.sh first")
     notes = results_figures.read(folder / "notes.json") if (folder / "notes.json").is_file() else {}
     paper = results_figures.read(ROOT / "docs" / "results" / "paper.json")
-    images = {result["name"]: results_pictures.shown(result, docs / "images") for result in results}
+    images = {result["name"]: results_images.shown(result, docs / "images") for result in results}
     write_text(docs / "results.md", page(results, notes, paper, images))
     return docs / "results.md"
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             (args.docs / "results").mkdir(parents=True, exist_ok=True)
             write_text(args.docs / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
-            results_pictures.draw(result, Path(out), args.docs / "images")
+            results_images.draw(result, Path(out), args.docs / "images")
         print(f"{write(args.docs)} is written")
     except UserError as error:
         print(f"results_doc.py: {error}", file=sys.stderr)

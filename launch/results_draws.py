@@ -1,4 +1,4 @@
-"""Resamples of distances between sets of pictures, the same for every method: intervals of their differences."""
+"""Resamples of distances between sets of images, the same for every method: intervals of their differences."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.features import figures
-from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features import set_metrics
+from sr3_jax.features.cache import KeptFeatures
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
-from sr3_jax.files import digest
+from sr3_jax.files import sha256_hex
 
 SET_RESAMPLES = 50
 
@@ -21,13 +21,13 @@ def set_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[di
     """For each row {column: [resamples]}, the Frechet distance and KID of resamples, the same for every row.
 
     Those of Frechet distances are biased, but alike: of use for the spread of differences alone. Empty for rows
-    without features, such as the originals, and where pictures have unlike numbers of patches.
+    without features, such as the originals, and where images have unlike numbers of patches.
     """
     rows, about = found["rows"], found["protocol"].get("features")
     draws: list[dict[str, list[float]]] = [{} for _ in rows]
-    if not about or about["count"] % about["pictures"]:
+    if not about or about["count"] % about["images"]:
         return draws
-    patches = about["count"] // about["pictures"]
+    patches = about["count"] // about["images"]
     protocol = FeatureProtocol(
         network=about["network"],
         distance=about["distance"],
@@ -35,12 +35,12 @@ def set_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[di
         preprocessing=about["preprocessing"],
     )
     kept = KeptFeatures.of(folder / "outputs", protocol)
-    names = [picture["name"] for picture in found["pictures"]]
+    names = [image["name"] for image in found["images"]]
     of = np.repeat(of, patches)
     members = [np.flatnonzero(of == one) for one in range(of.max() + 1)]
     draw = np.random.default_rng(0).integers(0, len(members), (SET_RESAMPLES, len(members)))
     resamples = [np.concatenate([members[one] for one in some]) for some in draw]
-    frechet, kid, _ = figures.keys(protocol)
+    frechet, kid, _ = set_metrics.keys(protocol)
     real: list[Any] = []
     for row, into in zip(rows, draws, strict=True):
         digests = {}
@@ -72,7 +72,7 @@ def _kernel_draws(a: np.ndarray, b: np.ndarray, resamples: Sequence[np.ndarray])
     for some in resamples:
         times = np.bincount(some, minlength=len(a)).astype(np.float64)
         pairs = times.sum() ** 2 - (times**2).sum()  # of different rows
-        draws.append(figures.KID_UNIT * float(times @ (within - 2.0 * across) @ times / pairs))
+        draws.append(set_metrics.KID_UNIT * float(times @ (within - 2.0 * across) @ times / pairs))
     return draws
 
 
@@ -87,13 +87,13 @@ def _folder(outputs: Path, row: Mapping[str, Any]) -> Path:
     return searched[0] if len(searched) == 1 else plain / "not known"
 
 
-def _keys(picture: str, patches: int) -> list[str]:
-    """The keys of a picture's features, as `bench.Bench` makes them."""
-    return [picture] if patches == 1 else [digest({picture: patch}) for patch in range(patches)]
+def _keys(image: str, patches: int) -> list[str]:
+    """The keys of an image's features, as `bench.Bench` makes them."""
+    return [image] if patches == 1 else [sha256_hex({image: patch}) for patch in range(patches)]
 
 
 def _digests(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """{picture: (digest of its first output, of its original)}, the latest of each."""
+    """{image: (digest of its first output, of its original)}, the latest of each."""
     known: dict[str, tuple[str, str]] = {}
     wanted = set(names)
     for path in sorted(folder.glob("scores*.jsonl")):
@@ -102,6 +102,6 @@ def _digests(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
                 entry = json.loads(line)
             except ValueError:
                 continue  # half a line of a killed run
-            if entry["sample"] == 0 and entry["picture"] in wanted:
-                known[entry["picture"]] = (entry["output"], entry["original"])
+            if entry["sample"] == 0 and entry["image"] in wanted:
+                known[entry["image"]] = (entry["output"], entry["original"])
     return known

@@ -1,7 +1,7 @@
-"""The figures of docs/results.md from the folders of an experiment, as plain values without the single pictures.
+"""The figures of docs/results.md from the folders of an experiment, as plain values without the single images.
 
-Differences between two methods are over the same pictures, which is much sharper than two intervals side by side. Where
-pictures come in groups (tiles of one photograph, pictures of one person) whole groups are drawn again, not pictures.
+Differences between two methods are over the same images, which is much sharper than two intervals side by side. Where
+images come in groups (tiles of one photograph, images of one person) whole groups are generate_jit again, not images.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import results_draws
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import showcase
 from sr3_jax.evaluation.files import hardware
 from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
-from sr3_jax.files import file_name
-from sr3_jax.model import load
-from sr3_jax.sampling import Sampling, Stored, beside, fingerprint, setup_of, store
+from sr3_jax.files import unique_file_name
+from sr3_jax.inference.model import load
+from sr3_jax.sampling import Sampling, Stored, config_fingerprint, fingerprint, sampling_path, store
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "sr3_jax.results.1"
@@ -44,7 +44,7 @@ TRAINED: Mapping[str, Sequence[str]] = {
     "orl": ("8x/sr3", "8x/regression", "4x/sr3", "4x/regression"),
 }
 SEARCHES = ("search", "search_ancestral", "8x/search_ancestral")
-PEOPLE = 5  # pictures in a row of one person, in the probe of the ORL faces
+PEOPLE = 5  # images in a row of one person, in the probe of the ORL faces
 PAIRED = ("psnr", "ssim", "consistency", "lpips", "top1", "diversity", "diversity_lpips")
 
 
@@ -118,10 +118,10 @@ def credited(folder: Path, credits: Path) -> list[str]:
     rows = [row for row in found["rows"] if row["method"] == first["label"]]
     # As `evaluation.files.representative` has it: the model's own sampler, else the one with the most steps.
     row = max(rows, key=lambda row: (row["own"], row["steps"] or 0))
-    names = list(row["pictures"])
-    psnr = np.array([np.mean(row["pictures"][name]["psnr"]) for name in names])
+    names = list(row["images"])
+    psnr = np.array([np.mean(row["images"][name]["psnr"]) for name in names])
     with credits.open(encoding="utf-8", newline="") as file:
-        known = {file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
+        known = {unique_file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
     lines = []
     for place in showcase.chosen(psnr).values():
         line = known.get(re.sub(r"-\d+$", "", names[place]))
@@ -170,7 +170,7 @@ def training(workdir: Path) -> dict[str, Any]:
 def store_found(search: Path, model: Path) -> None:
     """Store the sampling that a search found beside a model, whether or not the search itself did.
 
-    For the figures with and without it on other pictures; `sr3 search-schedule` stores only what beats the default.
+    For the figures with and without it on other images; `sr3 search-schedule` stores only what beats the default.
     """
     found = read(search)
     row = next((row for row in found["rows"] if row["which"] == "best"), None)
@@ -179,30 +179,30 @@ def store_found(search: Path, model: Path) -> None:
     loaded = load(model)
     source = {"search": str(search)}
     store(
-        beside(model),
+        sampling_path(model),
         Stored(
             Sampling(**row["sampling"]),
             fingerprint(loaded.params),
-            setup_of(loaded.config),
+            config_fingerprint(loaded.config),
             loaded.name,
             source,
         ),
     )
 
 
-def groups(name: str, pictures: Sequence[str]) -> np.ndarray:
-    """[N] the number of the group that each picture belongs to."""
+def groups(name: str, images: Sequence[str]) -> np.ndarray:
+    """[N] the number of the group that each image belongs to."""
     if name == "photos":
-        keys = [re.sub(r"-\d+$", "", picture) for picture in pictures]
+        keys = [re.sub(r"-\d+$", "", image) for image in images]
         return np.unique(keys, return_inverse=True)[1]
-    count = np.arange(len(pictures))
+    count = np.arange(len(images))
     return count // PEOPLE if name == "orl" else count
 
 
 def compact(name: str, folder: Path) -> dict[str, Any]:
-    """An evaluation without its pictures, with the differences between its rows."""
+    """An evaluation without its images, with the differences between its rows."""
     found = read(folder / "evaluation.json")
-    of = groups(name, [picture["name"] for picture in found["pictures"]])
+    of = groups(name, [image["name"] for image in found["images"]])
     rows = found["rows"]
     draws = results_draws.set_draws(folder, found, of)
     pairs = []
@@ -218,14 +218,14 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
         **{key: found[key] for key in kept},
         "groups": len(np.unique(of)),
         "models": [{key: of for key, of in model.items() if key != "config"} for model in found["models"]],
-        "rows": [_without_pictures(row) for row in rows],
+        "rows": [_without_images(row) for row in rows],
         "pairs": pairs,
     }
 
 
-def _without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
+def _without_images(row: Mapping[str, Any]) -> dict[str, Any]:
     """Nor the time, which is worth something only of a machine that does nothing else."""
-    kept = {key: of for key, of in row.items() if key != "pictures"}
+    kept = {key: of for key, of in row.items() if key != "images"}
     return {**kept, "summary": {key: of for key, of in row["summary"].items() if key != "seconds"}}
 
 
@@ -252,11 +252,11 @@ def interesting(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]
 def differences(
     a: Mapping[str, Any], b: Mapping[str, Any], of: np.ndarray
 ) -> dict[str, dict[str, float | None]]:
-    """{column: mean difference a - b over the same pictures, with its interval} where both have finite scores."""
+    """{column: mean difference a - b over the same images, with its interval} where both have finite scores."""
     found: dict[str, dict[str, float | None]] = {}
-    names = list(a["pictures"])
+    names = list(a["images"])
     for key in PAIRED:
-        values = [[row["pictures"][name].get(key) for name in names] for row in (a, b)]
+        values = [[row["images"][name].get(key) for name in names] for row in (a, b)]
         if any(one is None or None in one for row in values for one in row):
             continue
         x, y = (np.array([np.mean(one) for one in row]) for row in values)
@@ -267,7 +267,7 @@ def differences(
 def paired(difference: np.ndarray, of: np.ndarray) -> dict[str, float | None]:
     """{'mean', 'low', 'high', 'share'} of differences [N]: percentiles of resamples of the groups `of` [N].
 
-    'share' is that of the pictures where the difference is above 0.
+    'share' is that of the images where the difference is above 0.
     """
     count = of.max() + 1
     sums = np.bincount(of, weights=difference, minlength=count)

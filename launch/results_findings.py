@@ -144,7 +144,7 @@ def findings(run: Mapping[str, Any]) -> list[Finding]:
         found.append(
             Finding(
                 "consistency",
-                "Both SR3 and the regression agree with the low-res picture (here: closer than bicubic; "
+                "Both SR3 and the regression agree with the low-res image (here: closer than bicubic; "
                 "differences: model - bicubic; below 0 as in the paper)",
                 {"consistency": -1},
                 beside_bicubic,
@@ -183,14 +183,14 @@ def findings(run: Mapping[str, Any]) -> list[Finding]:
 
 
 def searched_finding(run: Mapping[str, Any]) -> Finding | None:
-    """What a stored search is worth on the pictures that everything else is judged on."""
+    """What a stored search is worth on the images that everything else is judged on."""
     lines = [
         Line(title_of(run["rows"][pair["a"]]), pair["columns"], True)
         for pair in run["pairs"]
         if pair["kind"] == "searched - usual"
     ]
     title = (
-        "The schedule found by search, on the pictures of the tables above (differences: searched - usual; below 0 as "
+        "The schedule found by search, on the images of the tables above (differences: searched - usual; below 0 as "
         "in the paper)"
     )
     present = [key for key in ("lpips", *DISTANCES) if any(key in line.cells for line in lines)]
@@ -199,7 +199,7 @@ def searched_finding(run: Mapping[str, Any]) -> Finding | None:
 
 
 def search_finding(searches: Sequence[Mapping[str, Any]]) -> Finding | None:
-    """Of schedule searches by one metric: what each gains for a solver on pictures that were not searched."""
+    """Of schedule searches by one metric: what each gains for a solver on images that were not searched."""
     metric = searches[0]["metric"] if searches else ""
     lines = [
         Line(
@@ -213,7 +213,7 @@ def search_finding(searches: Sequence[Mapping[str, Any]]) -> Finding | None:
     ]
     title = (
         f"A schedule found by search is better than the usual one (gains in {HEADINGS.get(metric, metric)} on "
-        "pictures that were not searched; above 0 as in the paper, whose sampler is the ancestral one)"
+        "images that were not searched; above 0 as in the paper, whose sampler is the ancestral one)"
     )
     return Finding("search", title, {metric: 1}, lines) if lines else None
 

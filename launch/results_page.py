@@ -42,7 +42,7 @@ def page(
         "",
         "Small networks, trained for minutes on one core of a processor, on data that anyone can have: enough to see "
         "whether a finding appears, not to reach the paper's figures. A finding has appeared where the 95% interval of "
-        "the difference over the same pictures leaves out 0, at the model's own sampler. `the opposite`: it leaves out "
+        "the difference over the same images leaves out 0, at the model's own sampler. `the opposite`: it leaves out "
         "0 on the other side. `in part`: so for some of the measures alone. `not decided`: the interval holds 0.",
         "",
     ]
@@ -167,14 +167,14 @@ def trainings(of: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def protocol(found: Mapping[str, Any]) -> list[str]:
-    """One sentence a line, with the models and what the differences are drawn from."""
-    lines = [line for line in tables.protocol(found) if not line.startswith("evals, s/picture")]
+    """One sentence a line, with the models and what the differences are generate_jit from."""
+    lines = [line for line in tables.protocol(found) if not line.startswith("evals, s/image")]
     lines += tables.models(found)
-    count = found["protocol"]["pictures"]
+    count = found["protocol"]["images"]
     if found["groups"] < count:
         lines.append(
-            f"Differences: the pictures are in {found['groups']} groups (of one photograph or person), which are "
-            "drawn again whole; the intervals of the tables of means draw single pictures."
+            f"Differences: the images are in {found['groups']} groups (of one photograph or person), which are "
+            "generate_jit again whole; the intervals of the tables of means draw single images."
         )
     versions = ", ".join(f"{tool} {version}" for tool, version in found["versions"].items())
     reused = found.get("outputs_reused")
@@ -196,7 +196,7 @@ def swept(run: Mapping[str, Any]) -> list[str]:
             return [
                 *lines,
                 f"By {better} of these {len(judged)} samplers SR3 is better in {HEADINGS[key]} than the regression by "
-                "more than chance, over the same pictures.",
+                "more than chance, over the same images.",
                 "",
             ]
     return lines
@@ -214,9 +214,9 @@ def diverse(run: Mapping[str, Any]) -> list[str]:
         for row in run["rows"]
         if "diversity" in row["summary"]
     ]
-    count, samples = run["protocol"]["pictures"], run["protocol"]["samples"]
+    count, samples = run["protocol"]["images"], run["protocol"]["samples"]
     return [
-        f"Of {samples} outputs of each of {count} pictures: their standard deviation in 255 levels"
+        f"Of {samples} outputs of each of {count} images: their standard deviation in 255 levels"
         f"{', the LPIPS between them, and to the original' * ('lpips' in keys)}, with 95% intervals.",
         "",
         tables.table(["method", *(HEADINGS[key] for key in keys)], body),

@@ -69,7 +69,7 @@ def _judged(kind: str, found: Mapping[str, Any]) -> list[Finding]:
     if kind == MAIN:
         return findings(found)
     all_of = [] if kind == "sweep" else findings(found)
-    if kind == "diversity":  # its other columns are of fewer pictures
+    if kind == "diversity":  # its other columns are of fewer images
         return [one for one in all_of if one.key == "diversity"]
     if kind == "recognition":
         return [

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data.sources import scan_folder
-from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import DecodedImage, read_rgb, write_image
 
 FIELDS = ("gallery", "probe")  # black and white
 PATCHES = 40  # of a photograph in each
@@ -90,7 +90,7 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    large = [path for path, size in zip(scan.pictures, scan.sizes, strict=True) if min(size) >= args.side]
+    large = [path for path, size in zip(scan.images, scan.sizes, strict=True) if min(size) >= args.side]
     queue = sorted(large, key=order)
     if len(queue) <= args.hold_out:
         print(
@@ -115,13 +115,13 @@ def main() -> int:
     for path in queue[: args.hold_out]:
         image = shrunk(read_rgb(path), args.side)
         for number, tile in enumerate(spread([one for _, one in squares(image, args.side)], args.tiles)):
-            write_picture(args.out / "tiles" / f"{path.stem}-{number}.png", Picture(tile))
+            write_image(args.out / "tiles" / f"{path.stem}-{number}.png", DecodedImage(tile))
             count += 1
         fields = squares(image, args.side // 2)
         for colour, name in enumerate(FIELDS):
             (args.out / name / path.stem).mkdir(parents=True)
             for number, patch in enumerate(spread([one for of, one in fields if of == colour], PATCHES)):
-                write_picture(args.out / name / path.stem / f"{path.stem}-{number}.png", Picture(patch))
+                write_image(args.out / name / path.stem / f"{path.stem}-{number}.png", DecodedImage(patch))
     print(
         f"{len(queue) - args.hold_out} photographs to train on, {count} tiles of {args.hold_out} others in {args.out}"
     )

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
-from sr3_jax.pictures.errors import printable, reason
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.errors import printable, reason
 
 
-def digest(value: np.ndarray | Mapping[str, Any]) -> str:
+def sha256_hex(value: np.ndarray | Mapping[str, Any]) -> str:
     """SHA-256, in hex, of an array with its shape and dtype, or of plain values as JSON."""
     if isinstance(value, np.ndarray):
         head = f"{value.dtype.str}{value.shape}".encode()
@@ -36,9 +36,9 @@ def from_json(scores: Mapping[str, float | None]) -> dict[str, float]:
     return {key: math.inf if value is None else value for key, value in scores.items()}
 
 
-def file_name(name: str, taken: set[str]) -> str:
+def unique_file_name(name: str, taken: set[str]) -> str:
     """`name` as a file's name that is fit for any system and not yet in `taken`, to which it is added."""
-    clean = re.sub(r"[^\w-]+", "_", name).strip("_")[:60] or "picture"  # 60 letters are at most 240 bytes
+    clean = re.sub(r"[^\w-]+", "_", name).strip("_")[:60] or "image"  # 60 letters are at most 240 bytes
     result, number = clean, 2
     while result.lower() in taken:  # some file systems do not tell A from a
         result, number = f"{clean}_{number}", number + 1
@@ -47,7 +47,7 @@ def file_name(name: str, taken: set[str]) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path`, of its own, for a file that takes its place at the end: whole, or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -65,13 +65,13 @@ def write_text(path: Path, text: str) -> None:
         UserError: it cannot be written.
     """
     try:
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{printable(path)} {sentence(error)}") from error
 
 
-def open_folder(path: Path) -> Path:
+def make_folder(path: Path) -> Path:
     """The folder, made if need be, and proven to take files.
 
     Raises:

@@ -1,7 +1,7 @@
 """How near an output is to its original (PSNR, SSIM) and to its low-res input (consistency, mean colour).
 
-Shape legend: B batch, H height, W width, C channels. Every function is pure jax, takes uint8 pictures
-[B,H,W,C] (quantise first, as a picture file does) and returns float32 [B], one figure per example. Whoever
+Shape legend: B batch, H height, W width, C channels. Every function is pure jax, takes uint8 images
+[B,H,W,C] (quantise first, as an image file does) and returns float32 [B], one figure per example. Whoever
 averages over a set does it in the metric's own unit: PSNR in dB. Wrong dtypes and shapes raise ValueError.
 
 Two protocols, 1-2 dB apart, never to be mixed in a table:
@@ -29,7 +29,7 @@ LUMA_OFFSET = 16.0
 
 @jax.jit
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB over pixels and channels, peak 255; +inf for identical pictures."""
+    """Peak signal-to-noise ratio in dB over pixels and channels, peak 255; +inf for identical images."""
     a, b = _levels(a, b)
     return _decibels(jnp.square(a - b))
 
@@ -66,7 +66,7 @@ def ssim_luma(a: jax.Array, b: jax.Array, *, crop: int) -> jax.Array:
 def consistency(output: jax.Array, low_res: jax.Array) -> jax.Array:
     """Mean squared error of the output, shrunk to the low-res size, to low_res; levels in [0,1], unit 1e-5.
 
-    Shrunk by the anti-aliased bicubic that made low_res, clipped to the range that a picture holds, not
+    Shrunk by the anti-aliased bicubic that made low_res, clipped to the range that an image holds, not
     rounded: so the original itself scores 0.13, the rounding error of low_res. The paper's SR3 has 2.68 on
     faces 16->128.
     Raises ValueError unless output is a whole multiple of low_res, the same both ways.
@@ -87,14 +87,14 @@ def mean_colour_error(output: jax.Array, low_res: jax.Array) -> jax.Array:
 
 
 def _levels(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two pictures of one shape as float32 levels."""
+    """Two images of one shape as float32 levels."""
     if a.shape != b.shape:
-        raise ValueError(f"pictures to compare must have the same shape, got {a.shape} and {b.shape}")
+        raise ValueError(f"images to compare must have the same shape, got {a.shape} and {b.shape}")
     return _float(a), _float(b)
 
 
 def _pair(output: jax.Array, low_res: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An output and the low-res picture it came from, as float32 levels."""
+    """An output and the low-res image it came from, as float32 levels."""
     result = _float(output), _float(low_res)
     (batch, height, width, channels), small = output.shape, low_res.shape
     scale = height // max(small[1], 1)
@@ -110,7 +110,7 @@ def _pair(output: jax.Array, low_res: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _float(image: jax.Array) -> jax.Array:
     if image.ndim != 4 or image.dtype != jnp.uint8:
-        raise ValueError(f"metrics take uint8 pictures [B,H,W,C], got {image.dtype} {image.shape}")
+        raise ValueError(f"metrics take uint8 images [B,H,W,C], got {image.dtype} {image.shape}")
     return image.astype(jnp.float32)
 
 
@@ -129,7 +129,7 @@ def _luma(image: jax.Array, crop: int) -> jax.Array:
     if channels != 3:
         raise ValueError(f"luma needs 3 channels, got {channels}")
     if crop < 0 or min(height, width) <= 2 * crop:
-        raise ValueError(f"a border of {crop} leaves nothing of a {height}x{width} picture")
+        raise ValueError(f"a border of {crop} leaves nothing of a {height}x{width} image")
     red, green, blue = (image[:, crop : height - crop, crop : width - crop, c : c + 1] for c in range(3))
     return LUMA_OFFSET + LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
@@ -138,7 +138,7 @@ def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     """float32 levels [B,H,W,C] -> [B]."""
     if min(a.shape[1:3]) < WINDOW:
         raise ValueError(f"SSIM needs at least {WINDOW}x{WINDOW} pixels, got {a.shape[1]}x{a.shape[2]}")
-    # A variance is a difference of squares: around the picture's own mean they are small and lose few digits.
+    # A variance is a difference of squares: around the image's own mean they are small and lose few digits.
     shift_a, shift_b = (jnp.round(jnp.mean(x, axis=(1, 2), keepdims=True)) for x in (a, b))  # [B,1,1,C]
     a, b = a - shift_a, b - shift_b
     mean_a, mean_b, aa, bb, ab = jnp.split(_blur(jnp.concatenate([a, b, a * a, b * b, a * b])), 5)

@@ -20,11 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sr3_jax.aliases import Params, UserError
 from sr3_jax.diffusion import solvers
 from sr3_jax.diffusion.schedule import SPACINGS, NoiseSchedule, respace
 from sr3_jax.diffusion.solvers import Solver
-from sr3_jax.files import digest, write_text
+from sr3_jax.errors import UserError
+from sr3_jax.files import sha256_hex, write_text
+from sr3_jax.types import Params
 
 _log = logging.getLogger("sr3_jax")
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m", "heun")
@@ -48,7 +49,7 @@ def inference_grid(schedule: NoiseSchedule, steps: int, solver: str) -> NoiseSch
     return respace(schedule, steps, solver_named(solver).spacing)
 
 
-def evaluations(solver: str, steps: int) -> int:
+def nfe(solver: str, steps: int) -> int:
     """How often a sampler calls the network; Heun's method twice a step, but for the last."""
     return 2 * steps - 1 if solver == "heun" else steps
 
@@ -61,7 +62,7 @@ class Sampling:
         solver: 'ancestral', 'ddim', 'dpmpp_2m' or 'heun'.
         steps: N.
         spacing: 'log_snr', 'uniform', 'karras' or 'linear' as in `diffusion.schedule.respace`; None: the solver's own.
-        noisiest, cleanest: log-SNR where sampling starts, and of the last level before the clean image; None: the
+        log_snr_min, log_snr_max: log-SNR where sampling starts, and of the last level before the clean image; None: the
             training schedule's.
         variance: of the ancestral solver, 0 (posterior) to 1 (the paper's beta), in the exponent.
         eta: of the DDIM solver, 0 (no noise) to 1.
@@ -72,8 +73,8 @@ class Sampling:
     solver: str = "dpmpp_2m"
     steps: int = 25
     spacing: str | None = None
-    noisiest: float | None = None
-    cleanest: float | None = None
+    log_snr_min: float | None = None
+    log_snr_max: float | None = None
     variance: float = 1.0
     eta: float = 0.0
     guidance: float = 1.0
@@ -92,7 +93,7 @@ class Sampling:
             if not _is_number(value) or not least <= value <= most:
                 above = f"be from {least} to {most}" if math.isfinite(most) else f"be at least {least}"
                 raise UserError(f"{name} must {above}, got {value!r}")
-        for name in ("noisiest", "cleanest"):
+        for name in ("log_snr_min", "log_snr_max"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise UserError(
@@ -105,14 +106,14 @@ class Sampling:
                 )
 
     @property
-    def evaluations(self) -> int:
-        """How often the network sees the picture, guidance aside."""
-        return evaluations(self.solver, self.steps)
+    def nfe(self) -> int:
+        """How often the network sees the image, guidance aside."""
+        return nfe(self.solver, self.steps)
 
     def grid(self, schedule: NoiseSchedule) -> NoiseSchedule:
         """The inference schedule. UserError if there is no such grid in this training schedule."""
         spacing = self.spacing or solver_named(self.solver).spacing
-        ends = {"noisiest": self.noisiest, "cleanest": self.cleanest}
+        ends = {"log_snr_min": self.log_snr_min, "log_snr_max": self.log_snr_max}
         try:
             return respace(schedule, self.steps, spacing, **ends)  # type: ignore[arg-type]
         except ValueError as error:
@@ -167,7 +168,7 @@ class Stored:
 
     Attributes:
         weights: `fingerprint` of the weights that it was searched with.
-        setup: `setup_of` their config.
+        setup: `config_fingerprint` their config.
         model: their name, in words.
         found: how: metric, data, scores; plain values for people.
     """
@@ -182,17 +183,17 @@ class Stored:
 def fingerprint(params: Params) -> str:
     """SHA-256 of weights: names, shapes, dtypes and bytes, whatever file they came from."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return digest({jax.tree_util.keystr(path): digest(np.asarray(leaf)) for path, leaf in leaves})
+    return sha256_hex({jax.tree_util.keystr(path): sha256_hex(np.asarray(leaf)) for path, leaf in leaves})
 
 
-def setup_of(config: Mapping[str, Any]) -> str:
+def config_fingerprint(config: Mapping[str, Any]) -> str:
     """SHA-256 of what in a config decides about the network and its noise: equal for all steps of a run."""
-    return digest(
+    return sha256_hex(
         {name: config.get(name) for name in ("model", "diffusion")} | {"scale": config["data"]["scale"]}
     )
 
 
-def beside(model: Path) -> Path:
+def sampling_path(model: Path) -> Path:
     """Where the sampling of a model is kept, given its workdir or its .safetensors file."""
     if os.path.isdir(model):
         return model / FILE
@@ -233,12 +234,15 @@ def carry_over(source: Path, target: Path, sampling: Sampling, *, params: Params
 
     What the source would be sampled with, its export is sampled with, though the precision of the weights may differ.
     """
-    file = beside(source)
+    file = sampling_path(source)
     stored = read_stored(file) if os.path.isfile(file) else None
     if stored is None or stored.sampling != sampling:
         return False
     found = {**stored.found, "searched_with": stored.model}
-    store(beside(target), dataclasses.replace(stored, weights=fingerprint(params), model=name, found=found))
+    store(
+        sampling_path(target),
+        dataclasses.replace(stored, weights=fingerprint(params), model=name, found=found),
+    )
     return True
 
 
@@ -254,13 +258,13 @@ def find_stored(
     Raises:
         UserError: the file is damaged.
     """
-    file = beside(path)
+    file = sampling_path(path)
     if not os.path.isfile(file):
         return own
     stored = read_stored(file)
     if stored.weights == fingerprint(params):
         return stored.sampling
-    if os.path.isdir(path) and stored.setup == setup_of(config):
+    if os.path.isdir(path) and stored.setup == config_fingerprint(config):
         _log.warning(
             "%s was searched with %s; it is used for %s too: run sr3 search-schedule again when training is done",
             file, stored.model, name,

@@ -1,4 +1,4 @@
-"""A folder of hostile inputs: pictures of every odd kind that must be read, and files that must be refused.
+"""A folder of hostile inputs: images of every odd kind that must be read, and files that must be refused.
 
 Shared by the tests of `sr3 upscale` and `sr3 prepare`. All is made here, from seeds; no file is shipped.
 """
@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 10, 14
 
 @dataclass
 class Hostile:
-    """good: path -> (height, width) upright; bad: path -> a part of the reason; ignored: no pictures."""
+    """good: path -> (height, width) upright; bad: path -> a part of the reason; ignored: no images."""
 
     good: dict[Path, tuple[int, int]] = field(default_factory=dict)
     bad: dict[Path, str] = field(default_factory=dict)
@@ -35,11 +35,11 @@ def pixels(height: int = HEIGHT, width: int = WIDTH, *, seed: int = 0) -> np.nda
     return np.clip(ramp + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
-def encode(picture: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
-    """The bytes of a picture file."""
-    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+def encode(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
+    """The bytes of an image file."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -68,9 +68,9 @@ def srgb() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def _lab(picture: Image.Image) -> Image.Image:
+def _lab(image: Image.Image) -> Image.Image:
     source, target = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    return ImageCms.profileToProfile(picture, source, target, outputMode="LAB")
+    return ImageCms.profileToProfile(image, source, target, outputMode="LAB")
 
 
 def tiff(
@@ -125,7 +125,7 @@ def make(folder: Path) -> Hostile:
         made.good[_put(path, encode(pixels(seed=index), "PNG"))] = (HEIGHT, WIDTH)
     for name, (data, why) in _bad().items():
         made.bad[_put(folder / "bad" / name, data)] = why
-    made.bad[_put(folder / "bad" / "no\nline 'quote' \"double\" 😀.png", b"text")] = "is not a picture"
+    made.bad[_put(folder / "bad" / "no\nline 'quote' \"double\" 😀.png", b"text")] = "is not an image"
     made.bad[_put(folder / "bad" / os.fsdecode(b"\xff\xfe bad.jpg"), b"\xff\xd8\xff")] = "is a damaged JPEG"
     _special(folder / "special", made)
     others = {
@@ -144,7 +144,7 @@ def _put(path: Path, data: bytes) -> Path:
 
 
 def _good() -> dict[str, bytes]:
-    """Name -> a whole picture of HEIGHT x WIDTH (turned where the name says so) that is odd in one way."""
+    """Name -> a whole image of HEIGHT x WIDTH (turned where the name says so) that is odd in one way."""
     rgb = Image.fromarray(pixels())
     grey = rgb.convert("L")
     alpha = Image.fromarray(pixels(seed=5)[..., 0])
@@ -247,11 +247,11 @@ def _bad() -> dict[str, tuple[bytes, str]]:
     limit = "over the limit"
     bad |= {
         "empty.png": (b"", "is empty"), "empty.jpg": (b"", "is empty"), "empty.tif": (b"", "is empty"),
-        "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "is not a picture"),
-        "text.png": (b"hello\n", "is not a picture"), "zeros.png": (b"\0" * 5000, "is not a picture"),
-        "random.webp": (np.random.default_rng(1).bytes(3000), "is not a picture"),
-        "eps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
-        "pdf.jpg": (b"%PDF-1.7\n", "is not a picture"), "svg.png": (b"<svg xmlns='x'/>", "is not a picture"),
+        "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "is not an image"),
+        "text.png": (b"hello\n", "is not an image"), "zeros.png": (b"\0" * 5000, "is not an image"),
+        "random.webp": (np.random.default_rng(1).bytes(3000), "is not an image"),
+        "eps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+        "pdf.jpg": (b"%PDF-1.7\n", "is not an image"), "svg.png": (b"<svg xmlns='x'/>", "is not an image"),
         "signature.png": (b"\x89PNG\r\n\x1a\n", "is a damaged PNG"), "soi.jpg": (b"\xff\xd8\xff\xd9", "is "),
         "riff.webp": (b"RIFF\4\0\0\0WEBP", "is a damaged WEBP"), "magic.gif": (b"GIF89a", "is a damaged GIF"),
         "magic.tif": (b"II*\0", "is a damaged TIFF"),

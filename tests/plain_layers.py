@@ -22,7 +22,7 @@ def max_pool(x, stride, padding=0):
 
 
 def mean_pool(x):
-    """Mean of 3x3 around each place, of what lies inside the picture."""
+    """Mean of 3x3 around each place, of what lies inside the image."""
     return np.nanmean(windows(x, (3, 3), 1, (1, 1), np.nan), axis=(4, 5))
 
 

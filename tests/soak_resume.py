@@ -67,7 +67,7 @@ class Job:
 
 
 def make_job(folder: Path, *, processes: int, devices: int, steps: int, every: int = 5) -> Job:
-    """A tiny run on pictures of its own, whose checkpoints come so often that many kills meet one."""
+    """A tiny run on images of its own, whose checkpoints come so often that many kills meet one."""
     from tests import tiny
 
     sections = {
@@ -75,7 +75,7 @@ def make_job(folder: Path, *, processes: int, devices: int, steps: int, every: i
         "eval": {"every": steps},
         "checkpoint": {"every": every, "keep": 2},
     }
-    config = tiny.config(tiny.pictures(folder / "pictures"), **sections)
+    config = tiny.config(tiny.images(folder / "images"), **sections)
     (folder / "config.py").write_text(f"def get_config():\n    return {config!r}\n")
     return Job(folder / "config.py", processes, devices)
 

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import Source
-from sr3_jax.pictures.picture import PictureError
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import ImageError
 
 CROP = 5
 
@@ -28,7 +28,7 @@ def said(monkeypatch):
 
 
 def image(index, height=9, width=12):
-    """Every pixel tells its picture, row and column."""
+    """Every pixel tells its image, row and column."""
     down, right = np.mgrid[:height, :width]
     return np.stack([np.full_like(down, index), down, right], -1).astype(np.uint8)
 
@@ -38,7 +38,7 @@ def source(count=7, *, bad=(), small=(), labels=False, reads=None):
         if reads is not None:
             reads.append(index)
         if index in bad:
-            raise PictureError("is truncated")
+            raise ImageError("is truncated")
         size = (CROP - 1, 12) if index in small else (9 + index % 3, 12)
         return {"image": image(index, *size)} | ({"label": index + 100} if labels else {})
 
@@ -165,13 +165,13 @@ def test_an_epoch_holds_every_photograph_once_and_each_is_in_another_order():
     assert len({tuple(epoch) for epoch in order.tolist()}) == 6
 
 
-def test_unusable_pictures_are_replaced_and_told(said):
+def test_unusable_images_are_replaced_and_told(said):
     arguments = {"seed": 0, "batch_size": 4, "crop": CROP}
     made = take(batches(source(bad=(1, 4), small=(2,)), **arguments), 30)
     seen = {int(index) for batch in made for index in batch["image"][:, 0, 0, 0]}
     assert seen == {0, 3, 5, 6}
     assert sorted(said) == [
-        f"left out so far for a short side under {CROP} pixels: 1 of the 7 pictures of fake",
+        f"left out so far for a short side under {CROP} pixels: 1 of the 7 images of fake",
         "left out: record 1: is truncated",
         "left out: record 4: is truncated",
     ]
@@ -183,12 +183,12 @@ def test_unusable_pictures_are_replaced_and_told(said):
                 np.testing.assert_array_equal(crop, clean_crop)
 
 
-def test_threads_that_find_the_same_bad_picture_tell_it_once(said):
+def test_threads_that_find_the_same_bad_image_tell_it_once(said):
 
     def load(index):
         time.sleep(0.05)
         if index == 0:
-            raise PictureError("is truncated")
+            raise ImageError("is truncated")
         return {"image": image(index)}
 
     take(batches(Source("slow", load, 2), seed=0, batch_size=2, crop=CROP, threads=8, prefetch=8), 8)
@@ -197,7 +197,7 @@ def test_threads_that_find_the_same_bad_picture_tell_it_once(said):
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_nothing_usable_ends_with_a_sentence(threads):
-    with pytest.raises(UserError, match=r"100 pictures of fake in a row are of no use with crop=50"):
+    with pytest.raises(UserError, match=r"100 images of fake in a row are of no use with crop=50"):
         next(batches(source(), seed=0, batch_size=2, crop=50, threads=threads))
 
 
@@ -235,6 +235,6 @@ def test_centre_crops_pass_over_the_unusable(said):
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 4, 5, 6]
     batch = center_crops(source(8, bad=(2,), small=(3, 7)), crop=CROP, count=99)
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 1, 4, 5, 6]
-    assert "fake gives only 5 of 99 pictures" in said[-1]
-    with pytest.raises(UserError, match="no picture of fake can be used with crop=50"):
+    assert "fake gives only 5 of 99 images" in said[-1]
+    with pytest.raises(UserError, match="no image of fake can be used with crop=50"):
         center_crops(source(), crop=50, count=4)

@@ -72,7 +72,11 @@ def test_log_snr_features_tell_the_levels_apart_where_raw_gamma_does_not(levels)
         chosen = table[steps]
         return float(np.linalg.norm(chosen[1:] - chosen[:-1], axis=1).min() / np.sqrt(table.shape[1] / 2))
 
-    for end in (slice(0, 2000, 100), slice(0, 100, 10), slice(1900, 2000, 20)):  # all, cleanest, noisiest
+    for end in (
+        slice(0, 2000, 100),
+        slice(0, 100, 10),
+        slice(1900, 2000, 20),
+    ):  # all, log_snr_max, log_snr_min
         assert nearest(features, end) > 0.05
     assert nearest(raw, slice(0, 100, 10)) < 1e-3
     assert nearest(raw, slice(1900, 2000, 20)) < 1e-3
@@ -101,7 +105,7 @@ def apply(module, *inputs, seed: int = 0, size: float = 0.3, **options):
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(4, 1), (8, 2), (12, 3), (48, 12), (128, 32), (160, 32)])
-def test_group_norm_is_over_the_picture_in_groups_of_four_channels_at_least(channels, groups):
+def test_group_norm_is_over_the_image_in_groups_of_four_channels_at_least(channels, groups):
     x = 3 + 2 * normal(2, 4, 4, channels)
     y, params = apply(blocks.Norm("group"), x)
     parts = x.astype(np.float64).reshape(2, 16, groups, -1)

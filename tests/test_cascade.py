@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import cascade, experiment, stages
-from sr3_jax.aliases import UserError
-from sr3_jax.checkpoint import CONFIG_FILE, export
 from sr3_jax.cli.main import main
-from sr3_jax.model import Model
-from sr3_jax.pictures.picture import read_rgb
+from sr3_jax.config import experiment
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import read_rgb
+from sr3_jax.inference import cascade, stages
+from sr3_jax.inference.model import Model
+from sr3_jax.train.checkpoints import CONFIG_FILE, export
 from tests import tiny
 
 BASE = {
@@ -56,22 +57,22 @@ def drawn(out: Path) -> np.ndarray:
     return np.stack([read_rgb(path) for path in sorted(out.glob("0*.png"))])
 
 
-def test_three_stages_make_labelled_pictures_and_a_page(exported, tmp_path, capsys):
+def test_three_stages_make_labelled_images_and_a_page(exported, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
         draw(["--stages", *exported.values(), "-n", "6", "--labels=2,0", "--keep", "--guidance=2"], out) == 0
     )
     assert drawn(out).shape == (6, 32, 32, 3)
     assert [len(list((out / "stages" / name).glob("*.png"))) for name in ("base", "middle")] == [6, 6]
-    manifest = json.loads((out / "pictures.json").read_text())
-    assert [entry["label"] for entry in manifest["pictures"]] == [2, 0] * 3
+    manifest = json.loads((out / "images.json").read_text())
+    assert [entry["label"] for entry in manifest["images"]] == [2, 0] * 3
     assert [stage["name"] for stage in manifest["stages"]] == ["base", "middle", "last"]
     assert [stage["sampling"]["guidance"] for stage in manifest["stages"]] == [2.0, 1.0, 1.0]
     assert read_rgb(out / "grid.png").shape[0] > 2 * 64 and (out / "stages.png").is_file()
-    assert "6 pictures, grid.png, stages.png and pictures.json in" in capsys.readouterr().out
+    assert "6 images, grid.png, stages.png and images.json in" in capsys.readouterr().out
 
 
-def test_a_stage_is_the_models_own_upscale_of_the_picture_before(exported, tmp_path):
+def test_a_stage_is_the_models_own_upscale_of_the_image_before(exported, tmp_path):
     """What the last stage gives is what `sr3 upscale` of its model would, by the same key."""
     out = tmp_path / "out"
     assert draw(["--stages", *exported.values(), "-n", "4", "--keep"], out) == 0
@@ -81,12 +82,12 @@ def test_a_stage_is_the_models_own_upscale_of_the_picture_before(exported, tmp_p
 
 
 def stages_model(path: str) -> Model:
-    from sr3_jax.model import load
+    from sr3_jax.inference.model import load
 
     return load(path)
 
 
-def test_a_picture_follows_from_seed_index_and_label_alone(exported, tmp_path):
+def test_a_image_follows_from_seed_index_and_label_alone(exported, tmp_path):
     few, many, other = (tmp_path / name for name in ("few", "many", "other"))
     assert draw(["--stages", *exported.values(), "-n", "2"], few) == 0
     assert draw(["--stages", *exported.values(), "-n", "7"], many) == 0
@@ -97,7 +98,7 @@ def test_a_picture_follows_from_seed_index_and_label_alone(exported, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the stages are asked to draw: 'base', or a low-res picture's side; `stop` ends the run before a call."""
+    """What the stages are asked to draw: 'base', or a low-res image's side; `stop` ends the run before a call."""
     seen, stop = [], []
     upscale, generate = Model.upscale, Model.generate
 
@@ -129,27 +130,27 @@ def test_it_goes_on_after_the_last_finished_stage(exported, tmp_path, calls):
     assert seen == ["base", 8, 16, 16]
     whole = drawn(out)
     del seen[:]
-    assert draw(arguments, out) == 0  # all is there, though the stages' own pictures are gone
+    assert draw(arguments, out) == 0  # all is there, though the stages' own images are gone
     assert seen == []
     assert draw(arguments, tmp_path / "again") == 0
     np.testing.assert_array_equal(whole, drawn(tmp_path / "again"))
 
 
-def test_pictures_of_two_runs_are_never_mixed(exported, tmp_path, calls):
+def test_images_of_two_runs_are_never_mixed(exported, tmp_path, calls):
     """A run that was stopped, another into the same folder, stopped too, and the first again."""
     seen, stop = calls
     out, arguments = tmp_path / "out", ["--stages", *exported.values(), "-n", "12", "--keep"]
     stop.append(5)  # in the last stage
     assert draw(arguments, out) == 130
     del seen[:]
-    stop.append(2)  # in the base, with eight of its pictures written
+    stop.append(2)  # in the base, with eight of its images written
     assert draw([*arguments, "--seed=1"], out) == 130
     assert draw(arguments, out) == 0
     assert draw(arguments, tmp_path / "alone") == 0
     np.testing.assert_array_equal(drawn(out), drawn(tmp_path / "alone"))
 
 
-def test_fewer_pictures_leave_none_of_more(exported, tmp_path):
+def test_fewer_images_leave_none_of_more(exported, tmp_path):
     out = tmp_path / "out"
     assert draw(["--stages", exported["base"], "-n", "5"], out) == 0
     (out / "00009.png").write_bytes(b"mine")
@@ -157,8 +158,8 @@ def test_fewer_pictures_leave_none_of_more(exported, tmp_path):
     assert sorted(path.name for path in out.glob("0*.png")) == ["00000.png", "00001.png", "00009.png"]
 
 
-def test_nothing_but_its_own_pictures_is_removed(exported, tmp_path):
-    """The stages may lie where it keeps their pictures."""
+def test_nothing_but_its_own_images_is_removed(exported, tmp_path):
+    """The stages may lie where it keeps their images."""
     out = tmp_path / "out"
     mine = out / "stages" / "base" / "notes.txt"
     mine.parent.mkdir(parents=True)
@@ -168,12 +169,12 @@ def test_nothing_but_its_own_pictures_is_removed(exported, tmp_path):
     assert not (out / "stages" / "middle").exists()
 
 
-def test_it_starts_from_given_pictures(exported, tmp_path):
-    folder, out = tiny.pictures(tmp_path / "in", count=3, side=8), tmp_path / "out"
+def test_it_starts_from_given_images(exported, tmp_path):
+    folder, out = tiny.images(tmp_path / "in", count=3, side=8), tmp_path / "out"
     assert draw(["--stages", exported["middle"], exported["last"], "--low-res", str(folder)], out) == 0
     assert drawn(out).shape == (3, 32, 32, 3)
     assert read_rgb(out / "stages.png").shape[1] > 3 * 128
-    inside = folder / "out"  # its own results are not taken for low-res pictures the next time
+    inside = folder / "out"  # its own results are not taken for low-res images the next time
     for _ in range(2):
         assert draw(["--stages", exported["middle"], "--low-res", str(folder)], inside) == 0
     assert len(drawn(inside)) == 3
@@ -198,7 +199,7 @@ def test_sr3_generate_draws_by_a_base_stage(exported, tmp_path, capsys):
     assert main(["generate", f"--model={exported['base']}", "-n", "5", "-o", str(out), "--labels=none"]) == 0
     assert drawn(out).shape == (5, 8, 8, 3)
     assert main(["generate", f"--model={exported['last']}", "-o", str(out)]) == 2
-    assert "stage last (16x16 to 32x32) needs low-res pictures" in capsys.readouterr().err
+    assert "stage last (16x16 to 32x32) needs low-res images" in capsys.readouterr().err
 
 
 REFUSED = {
@@ -206,25 +207,25 @@ REFUSED = {
     "base_late": (
         ["base", "base", "middle"],
         [],
-        "stage base_2 (base, 8x8) makes pictures of noise: it must come first",
+        "stage base_2 (base, 8x8) makes images of noise: it must come first",
     ),
     "gap": (
         ["base", "last"],
         [],
-        "stage last (16x16 to 32x32) takes pictures of 16x16, but base (base, 8x8) gives 8x8",
+        "stage last (16x16 to 32x32) takes images of 16x16, but base (base, 8x8) gives 8x8",
     ),
-    "swapped": (["base", "last", "middle"], [], "takes pictures of 16x16, but base (base, 8x8) gives 8x8"),
+    "swapped": (["base", "last", "middle"], [], "takes images of 16x16, but base (base, 8x8) gives 8x8"),
     "base_given": (
         ["base"],
-        ["--low-res", "PICTURES"],
-        "makes pictures of noise: leave it out with --low-res",
+        ["--low-res", "NUM_IMAGES"],
+        "makes images of noise: leave it out with --low-res",
     ),
-    "size_given": (["last"], ["--low-res", "PICTURES"], "takes pictures of 16x16, but --low-res gives 8x8"),
-    "too_many": (["middle"], ["--low-res", "PICTURES", "-n", "9"], "--count=9 is more than the 3 pictures"),
+    "size_given": (["last"], ["--low-res", "NUM_IMAGES"], "takes images of 16x16, but --low-res gives 8x8"),
+    "too_many": (["middle"], ["--low-res", "NUM_IMAGES", "-n", "9"], "--count=9 is more than the 3 images"),
     "steps": (["base", "middle"], ["--steps=2,2,2"], "--steps=2,2,2 has 3 values for 2 stages"),
     "guidance": (
         ["middle"],
-        ["--low-res", "PICTURES", "--guidance=2"],
+        ["--low-res", "NUM_IMAGES", "--guidance=2"],
         "--guidance=2 is of use to none of the stages",
     ),
     "augment": (["base", "middle"], ["--augment=0.5"], "--augment=0.5 is of use to none of the stages"),
@@ -244,7 +245,7 @@ REFUSED = {
     "label": (["base"], ["--labels=3"], "--labels must be a whole number, 0 to 2, got '3'"),
     "unlabelled": (
         ["middle"],
-        ["--low-res", "PICTURES", "--labels=0"],
+        ["--low-res", "NUM_IMAGES", "--labels=0"],
         "none of the stages was trained with labels",
     ),
     "missing": (
@@ -258,8 +259,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_work_is_refused_in_a_sentence(case, exported, tmp_path, capsys, monkeypatch):
     names, options, sentence = REFUSED[case]
-    folder = str(tiny.pictures(tmp_path / "in", count=3, side=8))
-    options = [folder if option == "PICTURES" else option for option in options]
+    folder = str(tiny.images(tmp_path / "in", count=3, side=8))
+    options = [folder if option == "NUM_IMAGES" else option for option in options]
     (tmp_path / "cascade.json").write_text('{"stages": [{"name": "base"}]}')
     names = [str(tmp_path) if name == "PLAN" else name for name in names]
     monkeypatch.setattr(
@@ -272,7 +273,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(case, exported, tmp_path, cap
 
 
 def test_all_stages_with_labels_must_have_the_same(exported):
-    base, middle, last = stages.find_links(list(exported.values()))
+    base, middle, last = stages.find_stages(list(exported.values()))
     wrong = [
         dataclasses.replace(base, classes=0),
         dataclasses.replace(middle, classes=10),
@@ -285,11 +286,11 @@ def test_all_stages_with_labels_must_have_the_same(exported):
 def test_a_base_without_a_size_has_that_of_its_crops():
     config = experiment.complete(tiny.config(**BASE))
     config["stage"]["size"] = 0
-    assert stages.link_of(config, "path", name="base", taken=set()).stage.size == 8
+    assert stages.stage_from_config(config, "path", name="base", taken=set()).stage.size == 8
 
 
 def test_a_cascade_is_trained_in_order_by_one_command_and_drawn_by_another(tmp_path, capsys):
-    folder = tiny.pictures(tmp_path / "pictures", side=32)
+    folder = tiny.images(tmp_path / "images", side=32)
     for name, sections in (("one", UNLABELLED), ("two", MIDDLE)):
         values = tiny.config(folder, **sections)
         (tmp_path / f"{name}.py").write_text(f"def get_config():\n    return {values!r}\n")
@@ -318,19 +319,19 @@ def test_a_cascade_is_trained_in_order_by_one_command_and_drawn_by_another(tmp_p
 
 
 def test_stages_that_do_not_chain_are_refused_before_training(tmp_path, capsys):
-    folder = tiny.pictures(tmp_path / "pictures", side=32)
+    folder = tiny.images(tmp_path / "images", side=32)
     for name, sections in (("one", UNLABELLED), ("two", LAST)):
         (tmp_path / f"{name}.py").write_text(
             f"def get_config():\n    return {tiny.config(folder, **sections)!r}\n"
         )
     (tmp_path / "cascade.py").write_text("def get_config():\n    return {'stages': ('one.py', 'two.py')}\n")
     assert main(["train", f"--config={tmp_path / 'cascade.py'}", f"--workdir={tmp_path / 'work'}"]) == 2
-    assert "takes pictures of 16x16, but base (base, 8x8) gives 8x8" in capsys.readouterr().err
+    assert "takes images of 16x16, but base (base, 8x8) gives 8x8" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
 
 
 def test_stages_of_one_name_are_refused_before_training(tmp_path, capsys):
-    folder = tiny.pictures(tmp_path / "pictures", side=32)
+    folder = tiny.images(tmp_path / "images", side=32)
     (tmp_path / "one.py").write_text(f"def get_config():\n    return {tiny.config(folder, **MIDDLE)!r}\n")
     (tmp_path / "cascade.py").write_text("def get_config():\n    return {'stages': ('one.py', 'one.py')}\n")
     command = ["train", f"--config={tmp_path / 'cascade.py'}", f"--workdir={tmp_path / 'work'}"]

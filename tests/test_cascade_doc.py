@@ -64,11 +64,11 @@ def test_measurements_that_are_not_there_are_a_sentence(tmp_path):
 
 
 def test_the_stages_come_with_the_package_and_chain():
-    from sr3_jax import stages
-    from sr3_jax.model import load
+    from sr3_jax.inference import stages
+    from sr3_jax.inference.model import load
 
     names = ["fashion_base_8", "fashion_8_16", "fashion_16_32"]
-    links = stages.find_links(names)
+    links = stages.find_stages(names)
     stages.check_chain(links)
     assert [link.stage.size for link in links] == [8, 16, 32]
     assert [load(name).network.augment for name in names] == [False, True, True]

@@ -12,9 +12,9 @@ import pytest
 from plain_layers import convolution
 from safetensors.numpy import load, save
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features import classifier, training
-from sr3_jax.images import resize_bicubic, to_unit
+from sr3_jax.image_ops import resize_bicubic, to_unit
 from sr3_jax.nn.classifier import ClassifierNetwork
 
 TINY = ClassifierNetwork(3, width=8, patch=2)
@@ -126,7 +126,7 @@ def test_labels_out_of_range_are_refused():
             training.train_classifier(images, wrong, TINY, steps=1)
 
 
-def test_every_picture_comes_once_in_each_round():
+def test_every_image_comes_once_in_each_round():
     drawn = training.order(10, 4, seed=3)
     rounds = np.concatenate([next(drawn) for _ in range(5)]).reshape(2, 10)
     assert (np.sort(rounds, axis=1) == np.arange(10)[None]).all()
@@ -135,12 +135,12 @@ def test_every_picture_comes_once_in_each_round():
 
 
 def changed(images, **amounts):
-    """Half of the pictures, by the draw of this key, stay where they are."""
+    """Half of the images, by the draw of this key, stay where they are."""
     still = dict.fromkeys(("shift", "zoom", "turn", "contrast"), 0.0) | {"mirror": False}
     return np.asarray(training.augment(jax.random.key(5), images, training.Augmentation(**(still | amounts))))
 
 
-def test_pictures_are_moved_turned_and_zoomed_within_limits():
+def test_images_are_moved_turned_and_zoomed_within_limits():
     noise = np.random.default_rng(0).uniform(0.2, 1, (64, 9, 8, 3)).astype(np.float32)
     np.testing.assert_allclose(changed(noise), noise, atol=1e-5)
     mirrored = changed(noise, mirror=True)
@@ -186,7 +186,7 @@ def test_the_file_gives_the_same_bits_back(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["c.safetensors"]
 
 
-def test_a_picture_gives_the_same_in_any_batch_and_other_sizes_are_resized(monkeypatch):
+def test_a_image_gives_the_same_in_any_batch_and_other_sizes_are_resized(monkeypatch):
     monkeypatch.setattr(classifier, "AT_ONCE", 4)
     one = classifier.TrainedClassifier("", "", TINY, random_params(TINY), 12, 12, {})
     images = np.random.default_rng(2).integers(0, 256, (7, 12, 12, 3)).astype(np.uint8)
@@ -204,7 +204,7 @@ def test_a_picture_gives_the_same_in_any_batch_and_other_sizes_are_resized(monke
         one.logits(larger), TINY.apply({"params": one.params}, smaller)[1], rtol=1e-4, atol=1e-4
     )
     for wrong in (images.astype(np.float32), images[0], images[..., :1]):
-        with pytest.raises(ValueError, match="uint8 pictures"):
+        with pytest.raises(ValueError, match="uint8 images"):
             one.logits(wrong)
 
 

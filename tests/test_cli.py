@@ -18,13 +18,15 @@ from hostile import encode, pixels
 from stand_in import StandIn
 
 import sr3_jax
-from sr3_jax import cli, model, parts
-from sr3_jax.checkpoint import export
+from sr3_jax import cli
 from sr3_jax.cli.main import commands, main
-from sr3_jax.experiment import complete
-from sr3_jax.pictures.picture import read_rgb
+from sr3_jax.config import build
+from sr3_jax.config.experiment import complete
+from sr3_jax.image_io.image_file import read_rgb
+from sr3_jax.inference import model
+from sr3_jax.train.checkpoints import export
 
-# As sr3_jax.pictures itself asks for on import, which pytest undoes.
+# As sr3_jax.images itself asks for on import, which pytest undoes.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +42,7 @@ def stand_in(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures, one of them deep, and a file that is none."""
+    """Two images, one of them deep, and a file that is none."""
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "a.png").write_bytes(encode(pixels(), "PNG"))
     (tmp_path / "in" / "sub" / "deep.png").write_bytes(
@@ -204,16 +206,16 @@ def test_options_may_stand_between_inputs(folder, stand_in):
     assert sorted(os.listdir(folder / "out")) == ["a.png", "deep.png"]
 
 
-def test_a_folder_without_pictures_is_a_mistake(tmp_path, stand_in, capsys):
+def test_a_folder_without_images_is_a_mistake(tmp_path, stand_in, capsys):
     (tmp_path / "in").mkdir()
     assert main(["upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 2
-    assert "no pictures in" in capsys.readouterr().err
+    assert "no images in" in capsys.readouterr().err
     assert stand_in.loaded == []
 
 
 def test_a_models_complaint_is_the_users(folder, stand_in, capsys):
     def before(images):
-        raise sr3_jax.aliases.UserError("solver must be one of ddim, heun, got 'x'")
+        raise sr3_jax.types.UserError("solver must be one of ddim, heun, got 'x'")
 
     stand_in.before = before
     assert main(["upscale", str(folder / "in"), "-o", str(folder / "out"), "--solver", "x"]) == 2
@@ -259,7 +261,7 @@ def test_a_real_model_end_to_end(folder, capsys):
     """An exported network of a few weights: odd sizes, and the same bytes however often and wherever."""
     config = complete(tiny.config())
     network = model.build_network(config["model"])
-    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     params = tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
     export(folder / "tiny.safetensors", params, config)
     (folder / "in" / "odd.png").write_bytes(encode(pixels(9, 13), "PNG"))
@@ -273,7 +275,7 @@ def test_a_real_model_end_to_end(folder, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_stop_it_finishes_its_picture_and_the_next_run_goes_on(
+def test_told_to_stop_it_finishes_its_image_and_the_next_run_goes_on(
     folder, stand_in, monkeypatch, capsys, number, code
 ):
     real = stand_in.upscale

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import tiny
 
-from sr3_jax import images, metrics
-from sr3_jax.aliases import UserError
-from sr3_jax.checkpoint import export
+from sr3_jax import image_ops, metrics
 from sr3_jax.cli.main import main
+from sr3_jax.config.experiment import read
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.diffusion.sampler import sample
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import bench, evaluate, meters, methods, scoring
 from sr3_jax.evaluation import files as evaluation_files
-from sr3_jax.experiment import read
-from sr3_jax.model import from_config, load
-from sr3_jax.pictures.picture import Picture, PictureError, read_rgb, write_picture
-from sr3_jax.sampling import SOLVERS, Sampling, evaluations, inference_grid, solver_named
+from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
+from sr3_jax.inference.model import from_config, load
+from sr3_jax.sampling import SOLVERS, Sampling, inference_grid, nfe, solver_named
+from sr3_jax.train.checkpoints import export
 
 # Two sizes, which the model pads to one: compiling takes most of the time here.
 SIZES = {"b-wide": (41, 52), "a-tall": (54, 39), "c-wide": (40, 55)}
@@ -52,14 +52,14 @@ def build(scale=4, seed=0, **sections):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """A folder with three pictures of different sizes in in/, and two exported models."""
+    """A folder with three images of different sizes in in/, and two exported models."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "in").mkdir()
     generator = np.random.default_rng(5)
     for name, (height, width) in SIZES.items():
         coarse = generator.uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
-        rgb = np.asarray(images.to_uint8(images.resize_bicubic(coarse, height, width)))[0]
-        write_picture(folder / "in" / f"{name}.png", Picture(rgb))
+        rgb = np.asarray(image_ops.to_uint8(image_ops.resize_bicubic(coarse, height, width)))[0]
+        write_image(folder / "in" / f"{name}.png", DecodedImage(rgb))
     for name, model in {"one": build(), "two": build(seed=1), "double": build(scale=2)}.items():
         export(folder / f"{name}.safetensors", model.params, model.config)
     return folder
@@ -88,7 +88,7 @@ def test_every_row_and_file_is_there(finished):
         ("one", "ddim", 1, 1),
         ("one", "ddim", 2, 2),
     ]
-    assert [picture["name"] for picture in found["pictures"]] == sorted(SIZES)
+    assert [image["name"] for image in found["images"]] == sorted(SIZES)
     outputs = {
         path.relative_to(finished / "outputs").as_posix() for path in finished.rglob("outputs/**/*.png")
     }
@@ -102,13 +102,13 @@ def test_every_row_and_file_is_there(finished):
     assert (finished / "evaluation.md").read_text().count("\n| one ") == 4
 
 
-def test_figures_are_those_of_the_written_pictures(house, finished):
+def test_figures_are_those_of_the_written_images(house, finished):
     """Computed anew from the files, the low-res by another path."""
     row = report(finished)["rows"][2]
     for name, (height, width) in SIZES.items():
         whole = read_rgb(house / "in" / f"{name}.png")
         original = whole[None, : height // 4 * 4, : width // 4 * 4]
-        low_res = images.to_uint8(images.degrade(images.to_unit(original), 4))
+        low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(original), 4))
         output = read_rgb(finished / "outputs" / "one" / "ddim-2" / f"{name}.png")[None]
         expected = {
             "psnr": metrics.psnr(output, original),
@@ -118,12 +118,12 @@ def test_figures_are_those_of_the_written_pictures(house, finished):
             "consistency": metrics.consistency(output, low_res),
             "mean_colour_error": metrics.mean_colour_error(output, low_res),
         }
-        got = row["pictures"][name]
+        got = row["images"][name]
         assert {key: got[key][0] for key in expected} == pytest.approx(
             {key: float(value[0]) for key, value in expected.items()}, rel=1e-4, abs=1e-4
         )
         assert got["seconds"][0] > 0
-    psnr = [row["pictures"][name]["psnr"][0] for name in SIZES]
+    psnr = [row["images"][name]["psnr"][0] for name in SIZES]
     assert row["summary"]["psnr"]["mean"] == pytest.approx(np.mean(psnr))
     assert row["summary"]["psnr"]["low"] <= np.mean(psnr) <= row["summary"]["psnr"]["high"]
 
@@ -135,11 +135,11 @@ def test_a_second_run_computes_only_what_is_missing_or_changed(house, finished, 
     asked = []
     whole = type(build()).upscale
 
-    def counted(self, pictures, key, **options):
-        asked.append((pictures.shape, options["sampling"].solver, options["sampling"].steps))
-        return whole(self, pictures, key, **options)
+    def counted(self, images, key, **options):
+        asked.append((image_ops.shape, options["sampling"].solver, options["sampling"].steps))
+        return whole(self, images, key, **options)
 
-    monkeypatch.setattr("sr3_jax.model.Model.upscale", counted)
+    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", counted)
     assert run(house, "--steps", "1,2", out=out) == 0
     assert asked == [] and report(out)["outputs_reused"] == 9
     assert report(out)["rows"] == before["rows"]
@@ -160,7 +160,7 @@ def test_a_second_run_computes_only_what_is_missing_or_changed(house, finished, 
     assert report(out)["outputs_reused"] == 0
 
 
-def test_an_output_depends_on_nothing_but_its_picture_model_seed_and_sample(house, finished, tmp_path):
+def test_an_output_depends_on_nothing_but_its_image_model_seed_and_sample(house, finished, tmp_path):
     extra = ["--steps", "2", "--solver", "ddim", "--samples", "2", "--limit", "2"]
     assert run(house, *extra, models=("two", "one"), out=tmp_path) == 0
     same = tmp_path / "outputs" / "one" / "ddim-2"
@@ -171,8 +171,8 @@ def test_an_output_depends_on_nothing_but_its_picture_model_seed_and_sample(hous
         assert not np.array_equal(first, read_rgb(tmp_path / "outputs" / "two" / "ddim-2" / f"{name}.png"))
     found = report(tmp_path)
     assert [row["method"] for row in found["rows"]] == ["bicubic", "two", "one"]
-    assert [len(row["pictures"]["a-tall"]["psnr"]) for row in found["rows"]] == [1, 2, 2]
-    assert len(found["pictures"]) == 2 and len({model["sha256"] for model in found["models"]}) == 2
+    assert [len(row["images"]["a-tall"]["psnr"]) for row in found["rows"]] == [1, 2, 2]
+    assert len(found["images"]) == 2 and len({model["sha256"] for model in found["models"]}) == 2
 
 
 def test_two_scales_have_each_their_bicubic(house, tmp_path, capsys):
@@ -190,13 +190,13 @@ def test_two_scales_have_each_their_bicubic(house, tmp_path, capsys):
     assert np.array_equal(scoring.original_at(read_rgb(house / "in" / "a-tall.png"), 4, 32), centre)
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
+def test_a_image_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
     rows = [evaluate.bicubic(4)]
     good = open_source(f"folder:{house / 'in'}")
 
     def load_some(index):
         if index == 1:
-            raise PictureError("is truncated")
+            raise ImageError("is truncated")
         return {"image": good[index]["image"].copy()}
 
     calls = []
@@ -207,7 +207,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
     assert done.scores[0]["psnr"].shape == (2, 1)
 
 
-def test_each_picture_and_sample_has_noise_of_its_own(house, tmp_path):
+def test_each_image_and_sample_has_noise_of_its_own(house, tmp_path):
     def keys_of(folder, count, seed=0):
         keys = {}
 
@@ -218,19 +218,19 @@ def test_each_picture_and_sample_has_noise_of_its_own(house, tmp_path):
         method = evaluate.Method("m", 4, upscale, {}, "ddim", 2)
         source = open_source(f"folder:{house / 'in'}")
         evaluate.evaluate([method], source, folder, samples=2, seed=seed, limit=count)
-        return {picture: set(of) for picture, of in keys.items()}
+        return {image: set(of) for image, of in keys.items()}
 
     three, two = keys_of(tmp_path / "a", 3), keys_of(tmp_path / "b", 2)
     assert len(three) == 3 and len(set.union(*three.values())) == 6
-    assert all(three[picture] == keys for picture, keys in two.items())
+    assert all(three[image] == keys for image, keys in two.items())
     assert set.union(*keys_of(tmp_path / "c", 3, seed=1).values()).isdisjoint(set.union(*three.values()))
 
 
 def test_a_model_without_finite_outputs_is_one_sentence(house, tmp_path, monkeypatch, capsys):
-    def broken(self, pictures, key, **options):
+    def broken(self, images, key, **options):
         raise FloatingPointError("model one gave values that are not finite")
 
-    monkeypatch.setattr("sr3_jax.model.Model.upscale", broken)
+    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", broken)
     assert run(house, "--steps", "3", out=tmp_path) == 2
     assert "not finite (ddim, 3 steps)" in capsys.readouterr().err
 
@@ -283,12 +283,12 @@ def test_a_model_gives_a_row_for_each_solver_and_number_of_steps():
 
 
 def test_a_searched_sampler_has_a_row_beside_the_usual_one():
-    searched = Sampling("ddim", 3, spacing="linear", noisiest=1.25, eta=0.5)
+    searched = Sampling("ddim", 3, spacing="linear", log_snr_min=1.25, eta=0.5)
     model = dataclasses.replace(build(), sampling=searched)
     rows = evaluate.sampled(model, "m", steps=[3, 5], unsearched=True)
     assert [(row.steps, row.detail, row.own) for row in rows] == [
         (3, "", False),
-        (3, "spacing linear, noisiest 1.25, eta 0.5", True),
+        (3, "spacing linear, log_snr_min 1.25, eta 0.5", True),
         (5, "", False),
     ]
     assert len({row.folder for row in rows}) == 3
@@ -301,7 +301,7 @@ def test_a_searched_sampler_has_a_row_beside_the_usual_one():
     assert np.array_equal(made[1], wanted)
 
 
-def test_a_model_of_classes_is_given_the_label_of_each_picture(house, tmp_path, monkeypatch, capsys):
+def test_a_model_of_classes_is_given_the_label_of_each_image(house, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
     for name, label in (("a-tall", "cat"), ("b-wide", "dog"), ("c-wide", "dog")):
         (tmp_path / "in" / label).mkdir(parents=True, exist_ok=True)
@@ -342,7 +342,7 @@ def test_a_model_of_classes_is_given_the_label_of_each_picture(house, tmp_path, 
 
     labels = {54: 0, 41: 1, 40: 1}
     assert told("--data=tfds:pets:train") == labels
-    assert "told the label of each picture" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert "told the label of each image" in (tmp_path / "out" / "evaluation.md").read_text()
     assert told("--data=tfds:pets:train") == {}  # all is there
     # Without labels, and with others, they are other outputs than those that are kept.
     assert told("--data=tfds:pets:train", "--no-labels") == dict.fromkeys(labels)
@@ -396,7 +396,7 @@ def test_network_evaluations_are_counted_right(solver):
             schedule=schedule,
             solver=solver_named(solver),
         )
-    assert len(calls) == evaluations(solver, 3)
+    assert len(calls) == nfe(solver, 3)
 
 
 def test_only_new_sizes_are_run_twice_and_slow_ones_never(monkeypatch):
@@ -407,14 +407,14 @@ def test_only_new_sizes_are_run_twice_and_slow_ones_never(monkeypatch):
         keys.append(jax.random.key_data(jax.random.clone(key)).tolist())
         return low_res
 
-    picture, labels = np.zeros((4, 4, 3), np.uint8), np.array([5])
-    assert bench.timed(upscale, picture, jax.random.key(3), labels, warm=True)[0] is picture
+    image, labels = np.zeros((4, 4, 3), np.uint8), np.array([5])
+    assert bench.timed(upscale, image, jax.random.key(3), labels, warm=True)[0] is image
     assert len(keys) == 1
-    bench.timed(upscale, picture, jax.random.key(3), labels, warm=False)
+    bench.timed(upscale, image, jax.random.key(3), labels, warm=False)
     assert len(keys) == 3 and keys[1] == keys[2]
     clock = iter([0.0, 100.0, 100.0])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.timed(upscale, picture, jax.random.key(3), labels, warm=False)[1] == 100.0
+    assert bench.timed(upscale, image, jax.random.key(3), labels, warm=False)[1] == 100.0
     assert len(keys) == 4
 
 
@@ -465,7 +465,7 @@ def test_sources_know_the_names_of_their_files(house, tmp_path, monkeypatch):
         (["--save-reference", "x.npz"], "--save-reference needs a network: name it with --features"),
         (["--crop", "30"], "--crop=30 must be a multiple of the scale, 4, and at least 20"),
         (["--crop", "16"], "--crop=16 must be"),
-        (["--crop", "400"], "holds no picture that can be used"),
+        (["--crop", "400"], "holds no image that can be used"),
         (["--data", "nowhere"], "no data source is called 'nowhere'"),
         (["--data", "folder:/nonexistent"], "is not a folder"),
         (["--model", "nonesuch"], "no model 'nonesuch'"),

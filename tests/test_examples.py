@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax.augment import Augmentation
-from sr3_jax.images import degrade, to_unit, upsample
+from sr3_jax.degradations import ConditioningAugmentation
+from sr3_jax.image_ops import degrade, to_unit, upsample
 from sr3_jax.train.examples import Task, condition, make_pair
 
 
@@ -48,7 +48,7 @@ def test_labels_are_dropped_in_training_alone():
 
 @pytest.mark.parametrize("kind", ["blur", "noise"])
 def test_the_condition_is_augmented_in_training_alone_and_the_target_never(kind):
-    crops, task = batch(), Task(scale=2, augmentation=Augmentation(kind, 0.9, share=0.5))
+    crops, task = batch(), Task(scale=2, augmentation=ConditioningAugmentation(kind, 0.9, share=0.5))
     target, cond = make_pair(crops, task, jax.random.key(1))
     np.testing.assert_array_equal(target, to_unit(crops["image"]))
     clean = upsample(degrade(target, 2), 2)

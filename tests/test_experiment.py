@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sr3_jax import experiment
-from sr3_jax.aliases import UserError
 from sr3_jax.cli import main as cli
-from sr3_jax.experiment import check_batch, complete, load_config, read
-from sr3_jax.fields import DEFAULTS
+from sr3_jax.config import experiment
+from sr3_jax.config.experiment import check_batch, complete, load_config, read
+from sr3_jax.config.schema import DEFAULTS
+from sr3_jax.errors import UserError
 from tests import tiny
 
 
@@ -67,7 +67,7 @@ def test_an_experiment_is_what_its_config_says():
             "x",
             diffusion={
                 "space": "image",
-                "kind": "y0",
+                "prediction": "y0",
                 "norm": "l1",
                 "weighting": "min_snr",
                 "schedule": "cosine",
@@ -77,7 +77,7 @@ def test_an_experiment_is_what_its_config_says():
         )
     )
     objective = made.objective
-    assert (objective.kind, objective.norm, objective.task.scale) == ("y0", "l1", 4)
+    assert (objective.prediction, objective.norm, objective.task.scale) == ("y0", "l1", 4)
     assert objective.schedule.num_steps == 100
     assert float(objective.weighting(np.float32(0.5), "y0")) == 1.0
     z = objective.space.encode(np.ones((1, 1, 1, 3)), {"upsampled": np.ones((1, 1, 1, 3))})
@@ -223,7 +223,11 @@ def test_arguments_that_are_no_override_are_refused(config_file, override):
             {"space": "latent"},
             "config.diffusion.space must be one of image, residual, got 'latent'",
         ),
-        ("diffusion", {"kind": "x0"}, "config.diffusion.kind must be one of eps, v, y0, got 'x0'"),
+        (
+            "diffusion",
+            {"prediction": "x0"},
+            "config.diffusion.prediction must be one of eps, v, y0, got 'x0'",
+        ),
         ("diffusion", {"norm": "l3"}, "config.diffusion.norm must be one of l1, l2, got 'l3'"),
         (
             "diffusion",
@@ -282,11 +286,11 @@ def test_arguments_that_are_no_override_are_refused(config_file, override):
         ("train", {"seed": "1"}, "config.train.seed must be a whole number, got '1'"),
         ("eval", {"every": 0}, "config.eval.every must be above 0, got 0"),
         ("eval", {"num_images": 0}, "config.eval.num_images must be above 0, got 0"),
-        ("eval", {"steps": 0}, "config.eval.steps must be above 0, got 0"),
+        ("eval", {"steps": 0}, "config.sampling.steps must be above 0, got 0"),
         (
             "eval",
             {"solver": "euler"},
-            "config.eval.solver must be one of ancestral, ddim, dpmpp_2m, heun, got 'eul",
+            "config.sampling.solver must be one of ancestral, ddim, dpmpp_2m, heun, got 'eul",
         ),
         ("checkpoint", {"every": 0}, "config.checkpoint.every must be above 0, got 0"),
         ("checkpoint", {"keep": 0}, "config.checkpoint.keep must be above 0, got 0"),
@@ -373,7 +377,7 @@ def test_a_file_that_is_no_python_is_refused(tmp_path):
     ],
 )
 def test_the_command_line_says_it_in_one_sentence_with_code_2(tmp_path, capsys, arguments, sentence):
-    folder = tiny.pictures(tmp_path / "pictures", count=1)
+    folder = tiny.images(tmp_path / "images", count=1)
     path = tmp_path / "config.py"
     path.write_text(f"def get_config():\n    return {tiny.config(folder)!r}\n")
     workdir = tmp_path / "workdir"

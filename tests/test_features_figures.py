@@ -1,4 +1,4 @@
-"""features/figures.py and features/kept.py: a set's figures against scipy and sums written out, and kept features."""
+"""features/set_metrics.py and features/cache.py: against scipy and sums written out, and cached features."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from scipy import linalg
 from scipy.stats import entropy
 
-from sr3_jax.features import figures
-from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features import set_metrics
+from sr3_jax.features.cache import KeptFeatures
 from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol, statistics_of
 
@@ -42,7 +42,7 @@ def kid(a, b):
 
 def test_figures_are_those_of_the_definitions():
     a, b = features(0, mean=0.3), features(1)
-    found = figures.figures(a, b, PROTOCOL)
+    found = set_metrics.figures(a, b, PROTOCOL)
     assert set(found) == {"frechet_alexnet", "kid_alexnet"}
     assert found["frechet_alexnet"]["mean"] == pytest.approx(frechet(a, b), rel=1e-6)
     assert found["kid_alexnet"]["mean"] == pytest.approx(1e3 * kid(a, b), rel=1e-5)
@@ -52,7 +52,8 @@ def test_figures_are_those_of_the_definitions():
 
 def test_only_fids_own_network_gives_columns_of_those_names():
     names = [
-        figures.keys(dataclasses.replace(PROTOCOL, distance=distance)) for distance in ("fid", "frechet_x")
+        set_metrics.keys(dataclasses.replace(PROTOCOL, distance=distance))
+        for distance in ("fid", "frechet_x")
     ]
     assert names == [("fid", "kid", "inception_score"), ("frechet_x", "kid_x", "inception_score_x")]
 
@@ -61,7 +62,7 @@ def test_inception_score_is_of_the_logits_alone():
     """Two classes told apart with certainty, in any order: 2 of 10 splits' means; by scipy on the same order."""
     guesses = np.random.default_rng(2).normal(0, 3, (40, 5)).astype(np.float32)
     both = np.hstack([features(0, 40), guesses])
-    found = figures.figures(both, np.hstack([features(1, 40), guesses]), FID, logits=5)
+    found = set_metrics.figures(both, np.hstack([features(1, 40), guesses]), FID, logits=5)
     order = np.random.default_rng(0).permutation(40)
     p = np.exp(guesses[order].astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)
@@ -72,7 +73,7 @@ def test_inception_score_is_of_the_logits_alone():
     half = 1.96 * np.std(scores) / 10**0.5
     assert found["inception_score"]["high"] == pytest.approx(np.mean(scores) + half, rel=1e-6)
     assert found["fid"]["mean"] == pytest.approx(frechet(features(0, 40), features(1, 40)), rel=1e-6)
-    few = figures.figures(both[:19], both[:19], FID, logits=5)
+    few = set_metrics.figures(both[:19], both[:19], FID, logits=5)
     assert "fid" in few and "inception_score" not in few
 
 
@@ -83,7 +84,7 @@ def test_the_interval_is_as_wide_as_the_figure_varies():
         common = features(seed, 300)
         return common + features(seed + 1000, 300, mean=0.2), common
 
-    found = [figures.figures(*draw(seed), PROTOCOL) for seed in range(12)]
+    found = [set_metrics.figures(*draw(seed), PROTOCOL) for seed in range(12)]
     for key in ("frechet_alexnet", "kid_alexnet"):
         widths = [(of[key]["high"] - of[key]["low"]) / 2 / 1.96 for of in found]
         assert 0.6 < np.mean(widths) / np.std([of[key]["mean"] for of in found], ddof=1) < 1.7
@@ -91,16 +92,16 @@ def test_the_interval_is_as_wide_as_the_figure_varies():
 
 def test_a_reference_takes_the_place_of_the_originals():
     a, b, other = features(0), features(1), features(2, 500, mean=1.0)
-    found = figures.figures(a, b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
-    assert set(found) == {"frechet_alexnet"}  # KID needs every picture of it
+    found = set_metrics.figures(a, b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
+    assert set(found) == {"frechet_alexnet"}  # KID needs every image of it
     assert found["frechet_alexnet"]["mean"] == pytest.approx(frechet(a, other), rel=1e-6)
-    reals = figures.figures_of_originals(b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
+    reals = set_metrics.figures_of_originals(b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
     assert reals["frechet_alexnet"]["mean"] == pytest.approx(frechet(b, other), rel=1e-6)
 
 
 def test_originals_beside_themselves_are_two_halves():
     b = features(3, 400)
-    found = figures.figures_of_originals(b, PROTOCOL)
+    found = set_metrics.figures_of_originals(b, PROTOCOL)
     parts = [frechet(*np.split(b[np.random.default_rng(seed).permutation(400)], 2)) for seed in range(40)]
     assert found["frechet_alexnet"]["mean"] == pytest.approx(np.mean(parts), rel=0.25)
     assert (
@@ -111,18 +112,18 @@ def test_originals_beside_themselves_are_two_halves():
     assert found["kid_alexnet"]["low"] < 0 < found["kid_alexnet"]["high"]
 
 
-def test_too_few_pictures_have_no_figures_and_wide_features_no_interval(monkeypatch):
-    assert figures.figures(features(0, 1), features(1, 1), PROTOCOL) == {}
-    assert figures.figures_of_originals(features(0, 3), PROTOCOL) == {}
-    monkeypatch.setattr(figures, "WIDEST", 3)
-    found = figures.figures(features(0), features(1), PROTOCOL)
+def test_too_few_images_have_no_figures_and_wide_features_no_interval(monkeypatch):
+    assert set_metrics.figures(features(0, 1), features(1, 1), PROTOCOL) == {}
+    assert set_metrics.figures_of_originals(features(0, 3), PROTOCOL) == {}
+    monkeypatch.setattr(set_metrics, "WIDEST", 3)
+    found = set_metrics.figures(features(0), features(1), PROTOCOL)
     assert list(found["frechet_alexnet"]) == ["mean"] and "low" in found["kid_alexnet"]
 
 
-def test_kid_of_many_pictures_is_of_subsets(monkeypatch):
-    monkeypatch.setattr(figures, "SUBSET", 100)
+def test_kid_of_many_images_is_of_subsets(monkeypatch):
+    monkeypatch.setattr(set_metrics, "SUBSET", 100)
     a, b = features(0, 400, mean=0.5), features(1, 400)
-    found = figures.kernel_figure(a, b)
+    found = set_metrics.kernel_figure(a, b)
     assert found["mean"] == pytest.approx(1e3 * kid(a[:150], b[:150]), rel=0.4)
     assert found["low"] < 1e3 * kid(a[:150], b[:150]) * 1.2 and found["low"] < found["mean"] < found["high"]
 
@@ -131,7 +132,7 @@ def digests(*numbers):
     return [f"{number:064x}" for number in numbers]
 
 
-def test_features_are_kept_by_picture_over_runs_and_processes(tmp_path):
+def test_features_are_kept_by_image_over_runs_and_processes(tmp_path):
     values = features(0, 5, 3)
     KeptFeatures.of(tmp_path, PROTOCOL).add(digests(1, 2), values[:2])
     second = KeptFeatures.of(tmp_path, PROTOCOL, process=1)
@@ -156,18 +157,20 @@ def test_half_a_row_of_a_killed_run_is_overwritten(tmp_path):
     np.testing.assert_array_equal(KeptFeatures(tmp_path, "n").find(digests(1, 2, 3)), values)
 
 
-def test_patches_of_one_picture_are_drawn_together():
-    """Ten copies of each picture are not ten times as many pictures: the interval stays, the figure too."""
+def test_patches_of_one_image_are_drawn_together():
+    """Ten copies of each image are not ten times as many images: the interval stays, the figure too."""
     a, b = features(0, mean=0.3), features(1)
     copies = np.repeat(np.arange(30), 10)
-    single = figures.figures(a, b, PROTOCOL)["frechet_alexnet"]
-    many = figures.figures(a[copies], b[copies], PROTOCOL, pictures=copies)["frechet_alexnet"]
-    naive = figures.figures(a[copies], b[copies], PROTOCOL)["frechet_alexnet"]
+    single = set_metrics.figures(a, b, PROTOCOL)["frechet_alexnet"]
+    many = set_metrics.figures(a[copies], b[copies], PROTOCOL, images=copies)["frechet_alexnet"]
+    naive = set_metrics.figures(a[copies], b[copies], PROTOCOL)["frechet_alexnet"]
     assert many["mean"] == pytest.approx(single["mean"], rel=0.1)
     widths = [of["high"] - of["low"] for of in (single, many, naive)]
     assert widths[1] == pytest.approx(widths[0], rel=0.1) and widths[2] < 0.5 * widths[0]
-    halves = figures.figures_of_originals(b[copies], PROTOCOL, pictures=copies)["frechet_alexnet"]
-    assert halves["mean"] > 2 * figures.figures_of_originals(b[copies], PROTOCOL)["frechet_alexnet"]["mean"]
+    halves = set_metrics.figures_of_originals(b[copies], PROTOCOL, images=copies)["frechet_alexnet"]
+    assert (
+        halves["mean"] > 2 * set_metrics.figures_of_originals(b[copies], PROTOCOL)["frechet_alexnet"]["mean"]
+    )
 
 
 def test_patches_lie_side_by_side_about_the_centre():

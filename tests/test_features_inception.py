@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 from scipy.ndimage import map_coordinates
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features import inception
 from sr3_jax.features.inception_layers import kernel_shapes
 
-SIDE = 107  # of the picture that the layers are compared on; the network takes any from 75
+SIDE = 107  # of the image that the layers are compared on; the network takes any from 75
 
 
 class PlainLayers:
@@ -227,7 +227,7 @@ def test_shapes_at_the_size_of_fid(weights):
 
 @pytest.mark.parametrize("size", [(37, 52), (299, 410)])
 @pytest.mark.parametrize("preprocessing", ["tf1", "pytorch_fid"])
-def test_pictures_come_in_as_each_library_resizes_them(size, preprocessing):
+def test_images_come_in_as_each_library_resizes_them(size, preprocessing):
     images = np.random.default_rng(2).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     shift = 0.5 if preprocessing == "pytorch_fid" else 0.0
     places = [(np.arange(299) + shift) * side / 299 - shift for side in size]
@@ -241,7 +241,7 @@ def test_pictures_come_in_as_each_library_resizes_them(size, preprocessing):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_outputs_come_from_the_resized_pictures_and_leave_the_bias_out(monkeypatch):
+def test_outputs_come_from_the_resized_images_and_leave_the_bias_out(monkeypatch):
     def network(weights, x):
         pool3 = x.sum(axis=(1, 2))
         return {"pool3": pool3, "logits": pool3 @ weights["fc"]["kernel"] + weights["fc"]["bias"][None]}

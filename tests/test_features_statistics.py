@@ -7,7 +7,7 @@ import pytest
 from scipy import linalg
 from scipy.stats import entropy
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features.statistics import (
     FeatureProtocol,
     Statistics,
@@ -78,7 +78,7 @@ def test_frechet_distance_is_that_with_scipys_matrix_root(width):
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-7)
 
 
-def test_frechet_distance_of_fewer_pictures_than_features():
+def test_frechet_distance_of_fewer_images_than_features():
     """Singular covariances, as nearly always: N = 12, D = 64, where the trace of the root has a small form.
 
     With deviations X and Y, tr (X'X Y'Y)^(1/2) is the sum of the singular values of the 12x12 matrix X Y'.
@@ -138,16 +138,16 @@ def test_different_features_are_not_compared(field):
             call(a, b)
 
 
-def test_too_few_pictures_are_refused():
+def test_too_few_images_are_refused():
     one, two = (statistics_of(features(9, count, 3), PROTOCOL) for count in (1, 2))
-    with pytest.raises(UserError, match="at least 2 pictures, got 1"):
+    with pytest.raises(UserError, match="at least 2 images, got 1"):
         frechet_distance(two, one)
     frechet_distance(two, two)
-    with pytest.raises(UserError, match="KID needs at least 2 pictures of each kind, got 5 and 1"):
+    with pytest.raises(UserError, match="KID needs at least 2 images of each kind, got 5 and 1"):
         kernel_distance(np.ones((5, 3)), np.ones((1, 3)), seed=0)
-    with pytest.raises(UserError, match="in 10 splits needs at least 20 pictures, got 19"):
+    with pytest.raises(UserError, match="in 10 splits needs at least 20 images, got 19"):
         inception_score(np.ones((19, 3)))
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         merged([])
     with pytest.raises(UserError, match="features of 3 and of 4 numbers"):
         frechet_distance(two, statistics_of(features(9, 5, 4), PROTOCOL))
@@ -182,7 +182,7 @@ def test_kid_is_the_sum_over_pairs():
 
 
 def test_kid_in_subsets_is_unbiased_and_seeded():
-    """The mean over subsets tends to the value of all pictures; pictures of one kind have a KID of 0 on average."""
+    """The mean over subsets tends to the value of all images; images of one kind have a KID of 0 on average."""
     a, b = features(12, 300, 3) / 3, features(13, 200, 3, mean=1.0) / 3
     whole = kernel_distance(a, b, seed=0).mean
     subsets = kernel_distance(a, b, seed=0, subsets=2000, subset_size=20)
@@ -201,8 +201,8 @@ def test_kid_in_subsets_is_unbiased_and_seeded():
     assert abs(same.mean) < 0.1 * whole
 
 
-def test_a_kid_subset_has_no_picture_twice():
-    """Subsets as large as the set are the set: where the other kind is all one picture, they differ in nothing."""
+def test_a_kid_subset_has_no_image_twice():
+    """Subsets as large as the set are the set: where the other kind is all one image, they differ in nothing."""
     a, b = np.ones((21, 3)), features(15, 20, 3)
     assert kernel_distance(a, b, seed=0, subsets=5, subset_size=20).deviation == pytest.approx(0, abs=1e-9)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_arrays, read_file
 
 # What PyTorch 2.13 saves (b85 of zlib), since 1.6 and as before it (_use_new_zipfile_serialization=False), of

@@ -37,11 +37,11 @@ FLOORS = {
     "stages.py": 6,
     "cascade.py": 7,
     "page.py": 8,
-    "pictures/errors.py": 0,
-    "pictures/metadata.py": 0,
-    "pictures/pixels.py": 0,
-    "pictures/picture.py": 1,
-    "pictures/jobs.py": 2,
+    "images/errors.py": 0,
+    "images/metadata.py": 0,
+    "images/pixels.py": 0,
+    "images/image.py": 1,
+    "images/jobs.py": 2,
     "diffusion/guidance.py": 1,
     "diffusion/process.py": 1,
     "diffusion/schedule.py": 1,
@@ -115,11 +115,11 @@ FLOORS = {
 ROOMS_OF = {
     "flax.linen": ("sr3_jax/nn/",),
     "flax.nnx": (),
-    "orbax": ("sr3_jax/checkpoint.py",),
+    "orbax": ("sr3_jax/train/checkpoints.py",),
     "tensorflow_datasets": ("sr3_jax/data/",),
     "grain": ("sr3_jax/data/",),
     "array_record": ("sr3_jax/data/",),
-    "ml_collections": ("sr3_jax/experiment.py", "configs/"),
+    "ml_collections": ("sr3_jax/config/experiment.py", "configs/"),
     "torch": (),
     "torchvision": (),
     "tensorflow": (),
@@ -189,7 +189,7 @@ def violations(path: str, source: str, files: set[str]) -> list[str]:
         if path.startswith("configs/") and top not in {"ml_collections", "__future__"} and not beside:
             wrong.append(f"{where}: imports {full}; a config imports ml_collections or another config alone")
         if path.startswith("sr3_jax/diffusion/"):
-            own = full.startswith(("sr3_jax.aliases", "sr3_jax.diffusion"))
+            own = full.startswith(("sr3_jax.types", "sr3_jax.diffusion"))
             if not own and (top not in CORE_LIBRARIES | STANDARD or top in CORE_NEVER):
                 wrong.append(f"{where}: imports {full}; the core knows jax, numpy, aliases and itself alone")
         if top == "sr3_jax" and floor is not None:
@@ -239,21 +239,33 @@ FILES = {
     ("path", "source", "complaint"),
     [
         (
-            "sr3_jax/images.py",
+            "sr3_jax/image_ops.py",
             "from sr3_jax.metrics import psnr",
             "floor 1 imports sr3_jax/metrics.py of floor 1",
         ),
-        ("sr3_jax/images.py", "import sr3_jax.metrics", "floor 1 imports"),
-        ("sr3_jax/images.py", "from sr3_jax import model", "floor 1 imports sr3_jax/model.py of floor 5"),
-        ("sr3_jax/images.py", "from . import model as m", "floor 1 imports sr3_jax/model.py of floor 5"),
+        ("sr3_jax/image_ops.py", "import sr3_jax.metrics", "floor 1 imports"),
+        (
+            "sr3_jax/image_ops.py",
+            "from sr3_jax import model",
+            "floor 1 imports sr3_jax/inference/model.py of floor 5",
+        ),
+        (
+            "sr3_jax/image_ops.py",
+            "from . import model as m",
+            "floor 1 imports sr3_jax/inference/model.py of floor 5",
+        ),
         (
             "sr3_jax/diffusion/loss.py",
             "from .solvers import ddim",
             "floor 2 imports sr3_jax/diffusion/solvers.py",
         ),
-        ("sr3_jax/diffusion/loss.py", "from .. import model", "floor 2 imports sr3_jax/model.py"),
-        ("sr3_jax/model.py", "def f():\n    from sr3_jax.experiment import read", ":2: floor 5 imports"),
-        ("sr3_jax/aliases.py", "from sr3_jax.pictures.picture import Picture", "floor 0 imports"),
+        ("sr3_jax/diffusion/loss.py", "from .. import model", "floor 2 imports sr3_jax/inference/model.py"),
+        (
+            "sr3_jax/inference/model.py",
+            "def f():\n    from sr3_jax.config.experiment import read",
+            ":2: floor 5 imports",
+        ),
+        ("sr3_jax/types.py", "from sr3_jax.image_io.image_file import Image", "floor 0 imports"),
         (
             "sr3_jax/cli/train.py",
             "from sr3_jax.cli import main",
@@ -264,21 +276,21 @@ FILES = {
             "from sr3_jax.data import prepare",
             "floor 3 imports sr3_jax/data/prepare.py",
         ),
-        ("sr3_jax/model.py", "from sr3_jax.nowhere import x", "there is no such file"),
+        ("sr3_jax/inference/model.py", "from sr3_jax.nowhere import x", "there is no such file"),
         ("sr3_jax/utils.py", "", "has no floor"),
         ("sr3_jax/nn/new.py", "", "has no floor"),
-        ("sr3_jax/images.py", "\n" * 301, "is longer than 300 lines"),
+        ("sr3_jax/image_ops.py", "\n" * 301, "is longer than 300 lines"),
         ("sr3_jax/diffusion/loss.py", "import optax", "the core knows"),
-        ("sr3_jax/diffusion/loss.py", "from sr3_jax.images import to_unit", "the core knows"),
+        ("sr3_jax/diffusion/loss.py", "from sr3_jax.image_ops import to_unit", "the core knows"),
         ("sr3_jax/diffusion/loss.py", "import logging", "the core knows"),
-        ("sr3_jax/model.py", "from flax import linen as nn", "imports flax.linen"),
-        ("sr3_jax/model.py", "import flax.linen as nn", "imports flax.linen"),
-        ("sr3_jax/model.py", "from flax.linen import Module", "imports flax.linen"),
-        ("sr3_jax/model.py", "import flax", "the whole of flax"),
-        ("sr3_jax/model.py", "from orbax.checkpoint import v1", "imports orbax"),
-        ("sr3_jax/model.py", "import tensorflow_datasets as tfds", "imports tensorflow_datasets"),
+        ("sr3_jax/inference/model.py", "from flax import linen as nn", "imports flax.linen"),
+        ("sr3_jax/inference/model.py", "import flax.linen as nn", "imports flax.linen"),
+        ("sr3_jax/inference/model.py", "from flax.linen import Module", "imports flax.linen"),
+        ("sr3_jax/inference/model.py", "import flax", "the whole of flax"),
+        ("sr3_jax/inference/model.py", "from orbax.checkpoint import v1", "imports orbax"),
+        ("sr3_jax/inference/model.py", "import tensorflow_datasets as tfds", "imports tensorflow_datasets"),
         ("sr3_jax/train/loop.py", "import grain.python as grain", "imports grain"),
-        ("sr3_jax/model.py", "from ml_collections import ConfigDict", "imports ml_collections"),
+        ("sr3_jax/inference/model.py", "from ml_collections import ConfigDict", "imports ml_collections"),
         ("configs/faces.py", "import numpy as np", "ml_collections or another config alone"),
         ("configs/faces.py", "from sr3_jax import images", "ml_collections or another config alone"),
         ("tests/test_images.py", "import torch", "imports torch, which only nobody may"),
@@ -294,7 +306,7 @@ def test_a_breach_is_found(path: str, source: str, complaint: str):
     ("path", "source"),
     [
         (
-            "sr3_jax/model.py",
+            "sr3_jax/inference/model.py",
             "from sr3_jax import __version__, images\nfrom sr3_jax.diffusion import sampler",
         ),
         (

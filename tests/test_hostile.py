@@ -8,14 +8,14 @@ import hostile
 import pytest
 from stand_in import StandIn
 
-from sr3_jax import model
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import open_source
-from sr3_jax.pictures.errors import printable
-from sr3_jax.pictures.picture import read_picture
-from sr3_jax.upscale import find_pictures
+from sr3_jax.image_io.errors import printable
+from sr3_jax.image_io.image_file import read_image
+from sr3_jax.inference import model
+from sr3_jax.inference.upscale_files import find_images
 
-# As sr3_jax.pictures itself asks for on import, which pytest undoes.
+# As sr3_jax.images itself asks for on import, which pytest undoes.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 
@@ -37,15 +37,15 @@ def test_upscale(made, tmp_path, monkeypatch, capsys, batch_size):
     assert "Traceback" not in captured.err
     closing = f"{len(files.good)} done, 0 skipped (already there), {len(files.bad)} failed"
     assert captured.out.splitlines()[-1] == closing
-    assert f"{len(files.ignored)} files that are no pictures" in captured.out
+    assert f"{len(files.ignored)} files that are no images" in captured.out
     named = captured.err.splitlines()
     for path, why in files.bad.items():
         lines = [line for line in named if line.startswith(f"{printable(path)}: ")]
         assert len(lines) == 1, path
         assert why in lines[0]
-    jobs = {job.source: job.target for job in find_pictures([folder], out).jobs}
+    jobs = {job.source: job.target for job in find_images([folder], out).jobs}
     for path, (height, width) in files.good.items():
-        before, after = read_picture(path), read_picture(jobs[path])
+        before, after = read_image(path), read_image(jobs[path])
         assert after.rgb.shape == (2 * height, 2 * width, 3), path
         assert (after.alpha is None) == (before.alpha is None), path
         assert after.grey == before.grey, path
@@ -71,7 +71,7 @@ def test_upscale_of_each_file_named_by_hand(made, tmp_path, monkeypatch, capsys)
 
 
 def test_prepare(made, tmp_path, capsys, monkeypatch):
-    """Every picture but the hidden ones is in the data set, and every other file is named."""
+    """Every image but the hidden ones is in the data set, and every other file is named."""
     folder, files = made
     data_dir = tmp_path / "data"
     monkeypatch.setenv("SR3_DATA_DIR", str(data_dir))
@@ -79,7 +79,7 @@ def test_prepare(made, tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     good = {path: size for path, size in files.good.items() if not path.name.startswith(".")}
-    assert f"tfds:hostile:train  {len(good)} pictures" in captured.out
+    assert f"tfds:hostile:train  {len(good)} images" in captured.out
     for path, why in files.bad.items():
         lines = [
             line for line in captured.err.splitlines() if line.strip().startswith(f"{printable(path)}: ")

@@ -214,7 +214,7 @@ def test_ci_runs_the_test_command_alone():
     assert lines[-1] == "bash launch/test.sh"
 
 
-def test_the_quickstart_makes_its_small_picture(tmp_path):
+def test_the_quickstart_makes_its_small_image(tmp_path):
     """The Python in the middle of the script, as it stands there."""
     script = (ROOT / "launch" / "quickstart.sh").read_text()
     [code] = re.findall(r"<<'PY'\n(.*?)\nPY\n", script, re.DOTALL)

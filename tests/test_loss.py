@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from sr3_jax.diffusion.loss import denoising_loss, min_snr
-from sr3_jax.diffusion.process import KINDS, diffuse, target, to_eps
+from sr3_jax.diffusion.process import PREDICTIONS, diffuse, target, to_eps
 from sr3_jax.diffusion.schedule import from_gamma, linear
 from sr3_jax.diffusion.space import image, residual
 
-# Far enough from 0 and 1 that float32 conversions between the kinds are exact to 1e-5.
+# Far enough from 0 and 1 that float32 conversions between the prediction are exact to 1e-5.
 MILD = from_gamma(np.array([1.0, 0.95, 0.7, 0.4, 0.1, 0.05]))
 SHAPE = (6, 32, 32, 3)
 
@@ -40,17 +40,17 @@ def zero(y_t, gamma, cond):
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("space", [image(), residual(4.0)], ids=["image", "residual"])
-def test_a_perfect_network_has_no_loss(kind, norm, space):
+def test_a_perfect_network_has_no_loss(prediction, norm, space):
     y0, cond = photographs(), {"upsampled": photographs(1)}
 
     def perfect(y_t, gamma, cond):
         z0 = space.encode(y0, cond)
-        return target(z0, to_eps(z0, y_t, gamma), gamma, kind)
+        return target(z0, to_eps(z0, y_t, gamma), gamma, prediction)
 
     loss = denoising_loss(
-        perfect, jax.random.key(2), y0, cond, schedule=MILD, kind=kind, norm=norm, space=space
+        perfect, jax.random.key(2), y0, cond, schedule=MILD, prediction=prediction, norm=norm, space=space
     )
     assert loss.shape == (6,) and loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, np.zeros(6), atol=1e-5)
@@ -64,7 +64,7 @@ def test_a_zero_network_predicting_noise_has_the_noises_own_size(norm, expected)
 
 def test_a_zero_network_predicting_the_image_has_the_images_size():
     y0 = photographs()
-    loss = denoising_loss(zero, jax.random.key(3), y0, {}, schedule=linear(), kind="y0", norm="l2")
+    loss = denoising_loss(zero, jax.random.key(3), y0, {}, schedule=linear(), prediction="y0", norm="l2")
     np.testing.assert_allclose(loss, np.mean(np.square(y0), axis=(1, 2, 3)), rtol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_a_zero_network_predicting_velocity_mixes_both_by_its_own_gamma():
     seen: dict = {}
     y0 = jnp.full(SHAPE, 0.6)
     loss = denoising_loss(
-        recorded(zero, seen), jax.random.key(3), y0, {}, schedule=linear(), kind="v", norm="l2"
+        recorded(zero, seen), jax.random.key(3), y0, {}, schedule=linear(), prediction="v", norm="l2"
     )
     gamma = np.asarray(seen["gamma"])
     assert np.ptp(gamma) > 0.5
@@ -87,7 +87,7 @@ def test_a_constant_error_counts_by_its_norm(norm, power):
         photographs(),
         {},
         schedule=MILD,
-        kind="y0",
+        prediction="y0",
         norm=norm,
     )
     np.testing.assert_allclose(loss, np.full(6, 0.3**power), rtol=1e-4)
@@ -96,7 +96,7 @@ def test_a_constant_error_counts_by_its_norm(norm, power):
 def test_the_loss_of_an_example_is_its_own():
     def loss(y0):
         return denoising_loss(
-            lambda y_t, gamma, cond: 0.5 * y_t, jax.random.key(1), y0, {}, schedule=MILD, kind="y0"
+            lambda y_t, gamma, cond: 0.5 * y_t, jax.random.key(1), y0, {}, schedule=MILD, prediction="y0"
         )
 
     y0 = photographs()
@@ -134,14 +134,14 @@ def test_min_snr_weights_are_the_papers_formulas():
     gamma = np.array([1e-4, 0.2, 0.5, 5 / 6, 0.9, 0.9999], np.float32)
     snr = gamma.astype(np.float64) / (1 - gamma.astype(np.float64))
     clamped = np.minimum(snr, 5.0)
-    for kind, expected in {"y0": clamped, "eps": clamped / snr, "v": clamped / (snr + 1)}.items():
-        np.testing.assert_allclose(min_snr()(jnp.asarray(gamma), kind), expected, rtol=1e-5)
+    for prediction, expected in {"y0": clamped, "eps": clamped / snr, "v": clamped / (snr + 1)}.items():
+        np.testing.assert_allclose(min_snr()(jnp.asarray(gamma), prediction), expected, rtol=1e-5)
     np.testing.assert_allclose(min_snr(2.0)(jnp.asarray([0.9]), "y0"), [2.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_min_snr_weights_are_finite_at_both_ends(kind):
-    weights = min_snr()(jnp.asarray([1.0, linear().gamma[-1]]), kind)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weights_are_finite_at_both_ends(prediction):
+    weights = min_snr()(jnp.asarray([1.0, linear().gamma[-1]]), prediction)
     assert np.all(np.isfinite(weights)) and np.all(weights >= 0)
 
 
@@ -149,22 +149,22 @@ def test_min_snr_weighs_one_estimate_alike_whatever_the_kind():
     """The same wrong estimate of y0, told as eps, v or y0, costs the same under the squared error."""
     y0 = photographs()
 
-    def network(kind, y_t, gamma, cond):
+    def network(prediction, y_t, gamma, cond):
         estimate = 0.3 * y_t + 0.2
-        return target(estimate, to_eps(estimate, y_t, gamma), gamma, kind)
+        return target(estimate, to_eps(estimate, y_t, gamma), gamma, prediction)
 
     losses = {
-        kind: denoising_loss(
-            functools.partial(network, kind),
+        prediction: denoising_loss(
+            functools.partial(network, prediction),
             jax.random.key(7),
             y0,
             {},
             schedule=MILD,
-            kind=kind,
+            prediction=prediction,
             norm="l2",
             weighting=min_snr(),
         )
-        for kind in KINDS
+        for prediction in PREDICTIONS
     }
     np.testing.assert_allclose(losses["eps"], losses["y0"], rtol=1e-4)
     np.testing.assert_allclose(losses["v"], losses["y0"], rtol=1e-4)
@@ -172,12 +172,12 @@ def test_min_snr_weighs_one_estimate_alike_whatever_the_kind():
 
 def test_a_weighting_multiplies_each_example_by_its_own_gammas_weight():
     seen: dict = {}
-    arguments = dict(schedule=MILD, kind="v", norm="l1")
+    arguments = dict(schedule=MILD, prediction="v", norm="l1")
     y0 = photographs()
     plain = denoising_loss(recorded(zero, seen), jax.random.key(8), y0, {}, **arguments)
 
-    def weighting(gamma, kind):
-        assert kind == "v"
+    def weighting(gamma, prediction):
+        assert prediction == "v"
         return 10.0 * gamma
 
     weighted = denoising_loss(zero, jax.random.key(8), y0, {}, weighting=weighting, **arguments)
@@ -198,7 +198,7 @@ def test_the_gradient_descends_to_the_posterior_mean():
     def objective(shift):
         denoiser = functools.partial(network, shift)
         return denoising_loss(
-            denoiser, jax.random.key(1), y0, {}, schedule=schedule, kind="y0", norm="l2"
+            denoiser, jax.random.key(1), y0, {}, schedule=schedule, prediction="y0", norm="l2"
         ).mean()
 
     slope = jax.jit(jax.grad(objective))
@@ -210,7 +210,7 @@ def test_the_gradient_descends_to_the_posterior_mean():
 def test_an_unknown_norm_or_kind_is_named():
     for wrong, message in [
         ({"norm": "huber"}, "'l1' or 'l2', got 'huber'"),
-        ({"kind": "score"}, "got 'score'"),
+        ({"prediction": "score"}, "got 'score'"),
     ]:
         with pytest.raises(ValueError, match=message):
             denoising_loss(zero, jax.random.key(0), photographs(), {}, schedule=MILD, **wrong)

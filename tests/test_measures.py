@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import measures, meters
 
 
 class Brightness:
-    """Stands for LPIPS: how far apart the means of two pictures are. Notes the shapes that it was asked for."""
+    """Stands for LPIPS: how far apart the means of two images are. Notes the shapes that it was asked for."""
 
     sha256 = "b" * 64
     name = "brightness"
@@ -24,7 +24,7 @@ class Brightness:
 
 
 class Lookup:
-    """Stands for a classifier: logits by the red value of a picture's first pixel."""
+    """Stands for a classifier: logits by the red value of an image's first pixel."""
 
     name, sha256 = "lookup", "c" * 64
 

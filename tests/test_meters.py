@@ -12,33 +12,33 @@ import pytest
 from test_features_figures import frechet
 from test_measures import Brightness, Lookup
 
-from sr3_jax.aliases import UserError
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import bench, evaluate, measures, meters, scoring
 from sr3_jax.evaluation import files as evaluation_files
 from sr3_jax.evaluation.outputs import Outputs
 from sr3_jax.features import networks
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import FeatureProtocol, load_statistics, save_statistics, statistics_of
-from sr3_jax.pictures.picture import read_rgb
+from sr3_jax.image_io.image_file import read_rgb
 
 COUNT, SIDE = 7, 32
 GENERATOR = np.random.default_rng(4)
 COARSE = GENERATOR.integers(0, 256, (COUNT, SIDE // 8, SIDE // 8, 3), np.uint8)
-PICTURES = COARSE.repeat(8, axis=1).repeat(8, axis=2)
+NUM_IMAGES = COARSE.repeat(8, axis=1).repeat(8, axis=2)
 
 
 def source(*, labelled=True, side=SIDE):
     def load_one(index):
-        item = {"image": PICTURES[index, :side].copy()}
+        item = {"image": NUM_IMAGES[index, :side].copy()}
         return item | {"label": index % 3} if labelled else item
 
     return Source("seven", load_one, COUNT)
 
 
 class Corners:
-    """Features of a picture: three of its pixels. Counts the pictures that it has seen."""
+    """Features of an image: three of its pixels. Counts the images that it has seen."""
 
     def __init__(self):
         self.seen = 0
@@ -73,7 +73,7 @@ def every(corners, classifier=None, lpips=None):
 ROWS = (evaluate.original(4), evaluate.bicubic(4))
 
 
-def test_every_number_is_that_of_the_written_pictures(tmp_path):
+def test_every_number_is_that_of_the_written_images(tmp_path):
     done = evaluate.evaluate(
         [*ROWS, noisy()], source(), tmp_path, meters=every(Corners()), samples=3, batch=4
     )
@@ -86,7 +86,7 @@ def test_every_number_is_that_of_the_written_pictures(tmp_path):
     assert set(real) == {"top1"} and "diversity" not in bicubic and bicubic["lpips"].shape == (COUNT, 1)
     assert made["lpips"].shape == (COUNT, 3) and made["diversity"].shape == (COUNT, 1)
     brightness = outputs.astype(float).mean(axis=(2, 3, 4))
-    apart = np.abs(brightness - PICTURES.astype(float).mean(axis=(1, 2, 3))[:, None])
+    apart = np.abs(brightness - NUM_IMAGES.astype(float).mean(axis=(1, 2, 3))[:, None])
     np.testing.assert_allclose(made["lpips"], apart, atol=1e-4)
     deviation = outputs.astype(float).std(axis=1, ddof=1).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(made["diversity"][:, 0], deviation, rtol=1e-5)
@@ -95,9 +95,9 @@ def test_every_number_is_that_of_the_written_pictures(tmp_path):
     right = outputs[:, :, 0, 0, 0] % 3 == (np.arange(COUNT) % 3)[:, None]
     np.testing.assert_array_equal(made["top1"], 100.0 * right)
     np.testing.assert_array_equal(
-        real["top1"][:, 0], 100.0 * (PICTURES[:, 0, 0, 0] % 3 == np.arange(COUNT) % 3)
+        real["top1"][:, 0], 100.0 * (NUM_IMAGES[:, 0, 0, 0] % 3 == np.arange(COUNT) % 3)
     )
-    expected = frechet(Corners()(outputs[:, 0]), Corners()(PICTURES))
+    expected = frechet(Corners()(outputs[:, 0]), Corners()(NUM_IMAGES))
     assert done.sets[2]["frechet_corners"]["mean"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert all(set(of) == {"frechet_corners", "kid_corners"} for of in done.sets)
 
@@ -118,8 +118,8 @@ def test_outputs_do_not_depend_on_what_else_is_in_their_batch(tmp_path):
     assert one.reused == 0  # another batch is another program
 
 
-def test_other_measures_are_taken_of_the_kept_pictures(tmp_path, monkeypatch):
-    """Neither the network runs again nor any measure that is known; a damaged picture is made anew."""
+def test_other_measures_are_taken_of_the_kept_images(tmp_path, monkeypatch):
+    """Neither the network runs again nor any measure that is known; a damaged image is made anew."""
     ran, options = [], {"samples": 2, "batch": 4}
     evaluate.evaluate([*ROWS, noisy(seen=ran)], source(), tmp_path, **options)
     ran.clear()
@@ -132,7 +132,7 @@ def test_other_measures_are_taken_of_the_kept_pictures(tmp_path, monkeypatch):
 
     corners, lpips = Corners(), Brightness()
     with monkeypatch.context() as patch:
-        patch.setattr(Outputs, "read", None)  # no picture is even opened
+        patch.setattr(Outputs, "read", None)  # no image is even opened
         again = evaluate.evaluate(
             [*ROWS, noisy(seen=ran)], source(), tmp_path, meters=every(corners, lpips=lpips), **options
         )
@@ -157,7 +157,7 @@ def test_other_measures_are_taken_of_the_kept_pictures(tmp_path, monkeypatch):
     newer = evaluate.evaluate([noisy(seen=ran)], source(), tmp_path, **options)
     assert ran == [] and set(newer.scores[0]) == {"psnr", "seconds"} and (newer.scores[0]["psnr"] == 5).all()
 
-    (tmp_path / "noisy" / "ddim-2" / "00003.2.png").write_bytes(b"no picture")
+    (tmp_path / "noisy" / "ddim-2" / "00003.2.png").write_bytes(b"no image")
     evaluate.evaluate([noisy(seen=ran)], source(), tmp_path, **options)
     assert ran == [4, 4]  # one full batch, twice: the first call of a size is not timed
 
@@ -181,9 +181,9 @@ def test_the_diversity_of_other_outputs_is_another(tmp_path):
     assert after.scores[0]["diversity"].mean() > 2 * before.scores[0]["diversity"].mean() > 0
 
 
-def test_a_column_that_not_every_picture_has_is_left_out_and_said(tmp_path):
+def test_a_column_that_not_every_image_has_is_left_out_and_said(tmp_path):
     def load_one(index):
-        return {"image": PICTURES[index, : 28 if index == 2 else SIDE].copy()}
+        return {"image": NUM_IMAGES[index, : 28 if index == 2 else SIDE].copy()}
 
     mixed = Source("mixed", load_one, 4)
     lpips, corners = Brightness(), Corners()
@@ -195,8 +195,8 @@ def test_a_column_that_not_every_picture_has_is_left_out_and_said(tmp_path):
     assert "lpips" not in done.scores[1] and "psnr" in done.scores[1] and done.sets == ({}, {})
     absent = meters.describe(setup, done)["absent"]
     small = evaluate.evaluate(ROWS, source(side=28), tmp_path / "small", meters=setup.meters)
-    assert meters.describe(setup, small)["absent"][0].startswith("LPIPS is left out: 7 of 7 pictures")
-    assert absent[0] == "LPIPS is left out: 1 of 4 pictures have a side under 31 pixels."
+    assert meters.describe(setup, small)["absent"][0].startswith("LPIPS is left out: 7 of 7 images")
+    assert absent[0] == "LPIPS is left out: 1 of 4 images have a side under 31 pixels."
     assert "(corners) are left out: some have a side under 31 pixels" in absent[1] and len(absent) == 2
 
 
@@ -258,7 +258,7 @@ def test_what_is_not_installed_is_said_once(monkeypatch):
 def test_a_classifier_without_labels_is_said(installed, monkeypatch):
     monkeypatch.setattr(meters, "load_classifier", lambda spec: Lookup(np.eye(3)))
     setup = meters.open_setup(features="none", classifier="x", labelled=False)
-    assert setup.absent == ("Recognition accuracy is left out: the pictures have no labels for lookup.",)
+    assert setup.absent == ("Recognition accuracy is left out: the images have no labels for lookup.",)
 
 
 def test_a_reference_is_of_the_same_network(installed, tmp_path):
@@ -285,7 +285,7 @@ def test_the_command_line_has_it_all(installed, monkeypatch, tmp_path, capsys):
         network = types.SimpleNamespace(num_classes=0)
 
     monkeypatch.setattr(sources, "open_source", lambda name, **options: source())
-    monkeypatch.setattr("sr3_jax.model.load", lambda name: Stub())
+    monkeypatch.setattr("sr3_jax.inference.model.load", lambda name: Stub())
     monkeypatch.setattr(evaluate, "sampled", lambda model, label, **options: [noisy(label)])
     monkeypatch.setattr(evaluation_files, "fingerprint", lambda model: "ab" * 32)
     monkeypatch.setattr(meters, "load_classifier", lambda spec: Lookup(np.eye(10)[np.arange(256) % 10]))
@@ -309,17 +309,17 @@ def test_the_command_line_has_it_all(installed, monkeypatch, tmp_path, capsys):
         assert words in text
     kept = load_statistics(statistics)
     assert kept.count == COUNT
-    np.testing.assert_allclose(kept.mean, Corners()(PICTURES).mean(axis=0, dtype=np.float64))
+    np.testing.assert_allclose(kept.mean, Corners()(NUM_IMAGES).mean(axis=0, dtype=np.float64))
 
     compared = run(f"--reference={statistics}")
     assert compared["outputs_reused"] == 3 * COUNT
     assert compared["rows"][0]["summary"]["frechet_alexnet"]["mean"] == pytest.approx(0, abs=1e-6)
     same = [of["rows"][2]["summary"]["frechet_alexnet"]["mean"] for of in (found, compared)]
     assert same[0] == pytest.approx(same[1], rel=1e-6) and "kid_alexnet" not in compared["rows"][2]["summary"]
-    assert "reference.npz (7 pictures)" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert "reference.npz (7 images)" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
-def test_patches_stand_for_the_pictures(tmp_path):
+def test_patches_stand_for_the_images(tmp_path):
     corners = Corners()
     network = Network(corners.protocol, corners).in_patches(16)
     done = evaluate.evaluate(ROWS, source(), tmp_path, meters=bench.Meters((measures.plain(),), (), network))
@@ -328,7 +328,7 @@ def test_patches_stand_for_the_pictures(tmp_path):
     def patches(images):
         return np.stack([image[y : y + 16, x : x + 16] for image in images for y in (0, 16) for x in (0, 16)])
 
-    expected = frechet(Corners()(patches(bicubic)), Corners()(patches(PICTURES)))
+    expected = frechet(Corners()(patches(bicubic)), Corners()(patches(NUM_IMAGES)))
     assert done.count == 4 * COUNT
     assert done.sets[1]["frechet_corners"]["mean"] == pytest.approx(expected, rel=1e-5)
     before = corners.seen

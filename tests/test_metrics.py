@@ -7,11 +7,11 @@ import pytest
 from PIL import Image as PillowImage
 from skimage.metrics import structural_similarity
 
-from sr3_jax import images, metrics
+from sr3_jax import image_ops, metrics
 
 
 def pair(seed, *shape, spread=30):
-    """A picture with smooth and rough places, and a worse copy of it: uint8 [B,H,W,C] each."""
+    """An image with smooth and rough places, and a worse copy of it: uint8 [B,H,W,C] each."""
     random = np.random.default_rng(seed)
     batch, height, width, channels = shape
     ramp = np.linspace(0, 200, width)[None, None, :, None] * np.ones((batch, height, 1, channels))
@@ -37,7 +37,7 @@ def ssim64(a, b, channel_axis=-1):
 
 
 @pytest.mark.parametrize("spread", [0, 1, 30, 250])
-def test_psnr_of_large_pictures_has_its_digits(spread):
+def test_psnr_of_large_images_has_its_digits(spread):
     a, b = pair(0, 1, 768, 1024, 3, spread=spread)
     np.testing.assert_allclose(metrics.psnr(a, b), [psnr64(a, b)], atol=1e-4, rtol=0)
 
@@ -51,7 +51,7 @@ def test_psnr_of_black_and_white_is_zero_and_of_a_copy_infinite():
 def test_every_metric_is_per_example():
     a, b = pair(1, 3, 24, 32, 3)
     b[1] = a[1]
-    low_res = np.asarray(images.to_uint8(images.degrade(images.to_unit(a), 4)))
+    low_res = np.asarray(image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(a), 4)))
     for metric, other in [
         (metrics.psnr, b),
         (metrics.ssim, b),
@@ -76,7 +76,7 @@ def test_ssim_is_scikit_images(shape):
 
 
 @pytest.mark.parametrize("level", [0, 128, 250])
-def test_ssim_keeps_its_digits_on_flat_pictures(level):
+def test_ssim_keeps_its_digits_on_flat_images(level):
     a = np.full((1, 16, 16, 3), level, np.uint8)
     b = a + np.random.default_rng(3).integers(0, 4, a.shape, dtype=np.uint8)
     np.testing.assert_allclose(metrics.ssim(a, b), [ssim64(a[0], b[0])], atol=1e-5)
@@ -114,15 +114,15 @@ def test_consistency_is_the_error_after_pillows_bicubic():
 def test_the_original_is_consistent_but_for_the_rounding_of_low_res():
     """Ties the metric to the bicubic that makes low_res: with another kernel this would be hundreds."""
     original = np.random.default_rng(6).integers(0, 256, (2, 128, 128, 3), dtype=np.uint8)
-    low_res = images.to_uint8(images.degrade(images.to_unit(original), 4))
+    low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(original), 4))
     rounding = 1e5 / 12 / 255**2  # the variance of a uniform error of one level: 0.128
     np.testing.assert_allclose(metrics.consistency(original, low_res), rounding, rtol=0.1)
 
 
-def test_an_overshoot_that_no_picture_holds_is_not_held_against_the_output():
+def test_an_overshoot_that_no_image_holds_is_not_held_against_the_output():
     stripes = np.tile(np.repeat([0, 255], 12).astype(np.uint8), 2)
     original = np.ascontiguousarray(np.broadcast_to(stripes[None, None, :, None], (1, 16, 48, 3)))
-    low_res = images.to_uint8(images.degrade(images.to_unit(original), 4))
+    low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(original), 4))
     assert float(metrics.consistency(original, low_res)[0]) < 0.2
 
 

@@ -1,4 +1,4 @@
-"""Models: any size of picture, one draw by its key, tiles, and every way to load one or to be told why not."""
+"""Models: any size of image, one draw by its key, tiles, and every way to load one or to be told why not."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from sr3_jax import checkpoint, draw, experiment, parallel, parts
-from sr3_jax import model as models
-from sr3_jax.aliases import UserError
 from sr3_jax.cli import main as cli
+from sr3_jax.config import build, experiment
+from sr3_jax.distributed import sharding
+from sr3_jax.errors import UserError
+from sr3_jax.inference import model as models
+from sr3_jax.inference import program
 from sr3_jax.sampling import Sampling
+from sr3_jax.train import checkpoints
 from sr3_jax.train.state import start_from
 from tests import tiny
 
@@ -34,7 +37,7 @@ def config(**sections) -> dict:
 
 def params_of(config: dict, *, size: float = 0.1):
     network = experiment.build_network(config["model"])
-    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     return tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), size=size)
 
 
@@ -50,11 +53,11 @@ def model() -> models.Model:
 
 @pytest.fixture(scope="module")
 def bicubic() -> models.Model:
-    """A network that says zero, in residual space, predicting y0: its picture is the bicubic one."""
-    return make(size=0.0, diffusion={"kind": "y0"})
+    """A network that says zero, in residual space, predicting y0: its image is the bicubic one."""
+    return make(size=0.0, diffusion={"prediction": "y0"})
 
 
-def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+def random_images(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
@@ -67,7 +70,7 @@ def keys(*seeds: int) -> jax.Array:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 30), (37, 91)])
 def test_any_size_is_upscaled_and_a_network_without_opinion_gives_the_bicubic(bicubic, height, width):
-    images = pictures(2, height, width)
+    images = random_images(2, height, width)
     output = bicubic.upscale(images, jax.random.key(0))
     assert output.shape == (2, 4 * height, 4 * width, 3) and output.dtype == np.uint8
     for one, out in zip(images, output, strict=True):
@@ -79,15 +82,15 @@ def test_any_size_is_upscaled_and_a_network_without_opinion_gives_the_bicubic(bi
             assert np.abs(out[..., channel] - wanted).max() < 0.51
 
 
-def test_a_picture_is_padded_by_its_edge_and_cropped_again(model):
-    images = pictures(1, 7, 9)
+def test_a_image_is_padded_by_its_edge_and_cropped_again(model):
+    images = random_images(1, 7, 9)
     padded = np.pad(images, ((0, 0), (0, 1), (0, 7), (0, 0)), mode="edge")
     whole = model.upscale(padded, jax.random.key(1))
     np.testing.assert_array_equal(model.upscale(images, jax.random.key(1)), whole[:, :28, :36])
 
 
-def test_one_key_one_picture(model):
-    images = pictures(2, 8, 8)
+def test_one_key_one_image(model):
+    images = random_images(2, 8, 8)
     output = model.upscale(images, jax.random.key(1))
     np.testing.assert_array_equal(output, model.upscale(images, jax.random.key(1)))
     other = model.upscale(images, jax.random.key(2))
@@ -95,7 +98,7 @@ def test_one_key_one_picture(model):
 
 
 def test_with_a_key_each_an_output_does_not_depend_on_its_batch(model):
-    images = pictures(3, 8, 8)
+    images = random_images(3, 8, 8)
     together = model.upscale(images, keys(5, 6, 7))
     order = np.array([2, 0, 1])
     np.testing.assert_array_equal(model.upscale(images[order], keys(7, 5, 6)), together[order])
@@ -107,7 +110,7 @@ def test_with_a_key_each_an_output_does_not_depend_on_its_batch(model):
 
 def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, monkeypatch):
     seen = []
-    real = draw.drawn
+    real = program.generate_jit
 
     def upscale(*arguments, **options):
         seen.append(real.lower(*arguments, **options).compile().as_text())
@@ -115,16 +118,16 @@ def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, mon
         seen.append(output)
         return output, finite
 
-    monkeypatch.setattr(models, "drawn", upscale)
-    images = np.concatenate([pictures(1, 8, 8)] * 16)
+    monkeypatch.setattr(models, "generate_jit", upscale)
+    images = np.concatenate([random_images(1, 8, 8)] * 16)
     images[8:] = 255 - images[8:]
     output = model.upscale(images, keys(*range(16)))
-    program, array = seen
+    text, array = seen
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 32, 32, 3)}
     assert len({shard.device for shard in array.addressable_shards}) == 8
-    rows = re.findall(r"\w+\[(\d+),\d+,\d+,\d+\]\S* convolution\(", program)
+    rows = re.findall(r"\w+\[(\d+),\d+,\d+,\d+\]\S* convolution\(", text)
     assert len(rows) > 5 and set(rows) == {"2"}
-    assert not re.search(r"\w+\[16,\d+,\d+,\d+\]", program)
+    assert not re.search(r"\w+\[16,\d+,\d+,\d+\]", text)
     for row in (0, 9):  # and each is what it is in a batch of another size
         alone = model.upscale(images[row : row + 1], keys(row))
         assert np.abs(alone[0].astype(int) - output[row]).max() <= 1
@@ -132,17 +135,17 @@ def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, mon
 
 @pytest.mark.parametrize(("batch", "devices"), [(1, 1), (2, 2), (6, 6), (7, 7), (9, 3), (16, 8)])
 def test_as_many_devices_as_share_a_batch_equally(batch, devices):
-    assert parallel.mesh_for_batch(batch).size == devices
+    assert sharding.mesh_for_batch(batch).size == devices
 
 
-def test_the_picture_tells_the_output_what_to_show(model):
+def test_the_image_tells_the_output_what_to_show(model):
     dark, light = (np.full((1, 8, 8, 3), level, np.uint8) for level in (40, 200))
     for image in (dark, light):
         assert abs(model.upscale(image, jax.random.key(0)).mean() - image.mean()) < 40
 
 
 def test_steps_and_solver_are_the_models_own_unless_given(model):
-    images = pictures(1, 8, 8)
+    images = random_images(1, 8, 8)
 
     def run(**options):
         return model.upscale(images, jax.random.key(3), **options)
@@ -167,10 +170,12 @@ def test_steps_and_solver_are_the_models_own_unless_given(model):
 )
 def test_steps_and_solvers_that_cannot_work_are_refused(model, options, sentence):
     with pytest.raises(UserError, match=sentence):
-        model.upscale(pictures(1, 8, 8), jax.random.key(0), **options)
+        model.upscale(random_images(1, 8, 8), jax.random.key(0), **options)
 
 
-@pytest.mark.parametrize("images", [pictures(8, 8), pictures(1, 8, 8)[..., :1], pictures(1, 8, 8) / 255.0])
+@pytest.mark.parametrize(
+    "images", [random_images(8, 8), random_images(1, 8, 8)[..., :1], random_images(1, 8, 8) / 255.0]
+)
 def test_images_that_are_not_uint8_rgb_batches_are_refused(model, images):
     with pytest.raises(ValueError, match=r"images must be uint8 \[B,h,w,3\], got"):
         model.upscale(images, jax.random.key(0))
@@ -182,39 +187,39 @@ def test_images_that_are_not_uint8_rgb_batches_are_refused(model, images):
 )
 def test_a_scale_that_the_stride_does_not_divide_is_padded_to_both(stride, scale):
     odd = make(size=0.0, model=stride, data={"crop": 48, "scale": scale})
-    assert odd.upscale(pictures(1, 9, 11), jax.random.key(0)).shape == (1, 9 * scale, 11 * scale, 3)
+    assert odd.upscale(random_images(1, 9, 11), jax.random.key(0)).shape == (1, 9 * scale, 11 * scale, 3)
 
 
 def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
     for unit in (1, 2, 5, 16):
-        sides = {side: draw.bucket(side, unit) for side in range(1, 3000)}
+        sides = {side: program.bucket(side, unit) for side in range(1, 3000)}
         for side, bucket in sides.items():
             assert bucket >= side and bucket % unit == 0
             assert bucket - side < max(8, side / 8) + unit
         assert len(set(sides.values())) < 80
 
 
-def test_a_picture_of_the_training_s_size_is_not_padded(model, monkeypatch):
-    """A network of whole small pictures knows where they end."""
-    assert draw.bucket(7, 1, exact=10) == 7 and draw.bucket(7, 2, exact=10) == 8
-    assert draw.bucket(11, 1, exact=10) == 16
-    drawn = []
-    real = models.Model._draw
+def test_a_image_of_the_training_s_size_is_not_padded(model, monkeypatch):
+    """A network of whole small images knows where they end."""
+    assert program.bucket(7, 1, exact=10) == 7 and program.bucket(7, 2, exact=10) == 8
+    assert program.bucket(11, 1, exact=10) == 16
+    generate_jit = []
+    real = models.Model._generate
 
     def spied(self, shape, *arguments):
-        drawn.append(shape)
+        generate_jit.append(shape)
         return real(self, shape, *arguments)
 
-    monkeypatch.setattr(models.Model, "_draw", spied)
+    monkeypatch.setattr(models.Model, "_generate", spied)
     crop = model.config["data"]["crop"]
     model.upscale(np.zeros((1, crop // 4, crop // 4, 3), np.uint8), jax.random.key(0), steps=1)
-    assert drawn[0][1:3] == (crop, crop)
+    assert generate_jit[0][1:3] == (crop, crop)
 
 
 def test_labels_are_asked_for_checked_and_used():
     labelled = make(model={"num_classes": 10}, data={"label_dropout": 0.0})
-    images = np.concatenate([pictures(1, 8, 8)] * 2)
-    with pytest.raises(UserError, match="model tiny needs the class of each picture, 0 to 9: give labels"):
+    images = np.concatenate([random_images(1, 8, 8)] * 2)
+    with pytest.raises(UserError, match="model tiny needs the class of each image, 0 to 9: give labels"):
         labelled.upscale(images, keys(3, 3))
     with pytest.raises(UserError, match="label 10 is none of model tiny: its classes are 0 to 9"):
         labelled.upscale(images, keys(3, 3), labels=np.array([0, 10]))
@@ -231,13 +236,13 @@ def test_labels_are_asked_for_checked_and_used():
 
 BASE = {
     "model": {"low_res": False, "num_classes": 3},
-    "diffusion": {"space": "image", "kind": "v"},
+    "diffusion": {"space": "image", "prediction": "v"},
     "data": {"scale": 1, "label_dropout": 0.1, "crop": 16, "shrink": 2},
     "stage": {"name": "base", "size": 8},
 }
 
 
-def test_a_base_stage_draws_pictures_of_noise_each_by_its_key_and_label():
+def test_a_base_stage_draws_images_of_noise_each_by_its_key_and_label():
     base = make(size=0.3, **BASE)
     together = base.generate(3, keys(4, 5, 4), labels=np.array([0, 0, 1]))
     assert together.shape == (3, 8, 8, 3) and together.dtype == np.uint8
@@ -247,39 +252,39 @@ def test_a_base_stage_draws_pictures_of_noise_each_by_its_key_and_label():
     assert base.generate(2, jax.random.key(0), size=12).shape == (2, 12, 12, 3)
     with pytest.raises(UserError, match=r"size must be a multiple of 2 for model tiny, got 9"):
         base.generate(1, keys(0), size=9)
-    with pytest.raises(UserError, match=r"model tiny takes no picture .* use sr3 generate"):
-        base.upscale(pictures(1, 8, 8), keys(0))
-    with pytest.raises(UserError, match=r"model tiny makes large pictures of small ones: use sr3 upscale"):
+    with pytest.raises(UserError, match=r"model tiny takes no image .* use sr3 generate"):
+        base.upscale(random_images(1, 8, 8), keys(0))
+    with pytest.raises(UserError, match=r"model tiny makes large images of small ones: use sr3 upscale"):
         make().generate(1, keys(0))
-    assert base.stage == parts.Stage("base", 8, None) and make().stage == parts.Stage("", 0, 4)
+    assert base.stage == build.Stage("base", 8, None) and make().stage == build.Stage("", 0, 4)
 
 
 def test_guidance_goes_on_from_no_label_through_the_label():
-    """At 0 it is the picture of no label, at 1 that of the label, from 1 on another, by twice the network's batch."""
+    """At 0 it is the image of no label, at 1 that of the label, from 1 on another, by twice the network's batch."""
     base = make(size=0.3, **BASE)
     labels = np.array([1, 2])
 
-    def drawn(guidance, labels=labels):
+    def generate_jit(guidance, labels=labels):
         return base.generate(2, keys(7, 8), labels=labels, sampling=replace(base.sampling, guidance=guidance))
 
-    np.testing.assert_array_equal(drawn(0.0), base.generate(2, keys(7, 8)))
+    np.testing.assert_array_equal(generate_jit(0.0), base.generate(2, keys(7, 8)))
     labelled = base.generate(2, keys(7, 8), labels=labels)
-    np.testing.assert_array_equal(drawn(1.0), labelled)
-    assert (drawn(3.0) != labelled).any()
-    before = draw.drawn._cache_size()
-    drawn(2.0)
-    assert draw.drawn._cache_size() == before
+    np.testing.assert_array_equal(generate_jit(1.0), labelled)
+    assert (generate_jit(3.0) != labelled).any()
+    before = program.generate_jit._cache_size()
+    generate_jit(2.0)
+    assert program.generate_jit._cache_size() == before
     with pytest.raises(
         UserError, match=r"guidance=2 needs config\.data\.label_dropout in training, which tiny lacked"
     ):
-        make().upscale(pictures(1, 8, 8), keys(0), sampling=Sampling("ddim", 2, guidance=2.0))
+        make().upscale(random_images(1, 8, 8), keys(0), sampling=Sampling("ddim", 2, guidance=2.0))
 
 
 def test_augmentation_when_sampling_is_of_the_asked_strength_and_told():
     augmented = make(
         model={"augment": True}, data={"augment": "blur", "augment_largest": 2.0, "augment_share": 0.5}
     )
-    images, plain = pictures(2, 8, 8), augmented.upscale(pictures(2, 8, 8), keys(0, 1))
+    images, plain = random_images(2, 8, 8), augmented.upscale(random_images(2, 8, 8), keys(0, 1))
 
     def at(strength):
         return augmented.upscale(images, keys(0, 1), sampling=replace(augmented.sampling, augment=strength))
@@ -298,7 +303,7 @@ def test_a_model_whose_numbers_are_not_finite_says_so():
     params["output"]["bias"][0] = np.nan
     ill = models.from_config(values, params, name="ill")
     with pytest.raises(FloatingPointError, match="model ill gave values that are not finite"):
-        ill.upscale(pictures(1, 8, 8), jax.random.key(0))
+        ill.upscale(random_images(1, 8, 8), jax.random.key(0))
 
 
 # ---- Tiles
@@ -306,13 +311,13 @@ def test_a_model_whose_numbers_are_not_finite_says_so():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(draw, "TILE", 64)
-    monkeypatch.setattr(draw, "OVERLAP", 24)
+    monkeypatch.setattr(program, "TILE", 64)
+    monkeypatch.setattr(program, "OVERLAP", 24)
 
 
-def test_a_large_picture_goes_through_tiles_of_the_networks_size(small_tiles, monkeypatch):
+def test_a_large_image_goes_through_tiles_of_the_networks_size(small_tiles, monkeypatch):
     seen = []
-    tiled = draw.tiled
+    tiled = program.tiled
 
     def spied(denoiser, **options):
         def spy(y_t, gamma, cond):
@@ -321,20 +326,22 @@ def test_a_large_picture_goes_through_tiles_of_the_networks_size(small_tiles, mo
 
         return tiled(spy, **options)
 
-    monkeypatch.setattr(draw, "tiled", spied)
-    output = make(size=0.0, diffusion={"kind": "y0"}).upscale(pictures(1, 40, 24), jax.random.key(0))
+    monkeypatch.setattr(program, "tiled", spied)
+    output = make(size=0.0, diffusion={"prediction": "y0"}).upscale(
+        random_images(1, 40, 24), jax.random.key(0)
+    )
     assert output.shape == (1, 160, 96, 3)
     assert set(seen) == {(1, 64, 64, 3)}
 
 
-def test_a_large_picture_is_nearly_the_same_in_tiles_as_in_one_piece(monkeypatch):
+def test_a_large_image_is_nearly_the_same_in_tiles_as_in_one_piece(monkeypatch):
     """Tiles cut next to each other, rather than blended, would differ by 30 levels at their edges."""
-    smooth = PillowImage.fromarray(pictures(4, 4)).resize((40, 40), PillowImage.Resampling.BICUBIC)
+    smooth = PillowImage.fromarray(random_images(4, 4)).resize((40, 40), PillowImage.Resampling.BICUBIC)
     outputs = []
     for tile, overlap in ((1024, 64), (64, 24)):
-        monkeypatch.setattr(draw, "TILE", tile)
-        monkeypatch.setattr(draw, "OVERLAP", overlap)
-        strong = make(size=0.4, diffusion={"kind": "y0"})
+        monkeypatch.setattr(program, "TILE", tile)
+        monkeypatch.setattr(program, "OVERLAP", overlap)
+        strong = make(size=0.4, diffusion={"prediction": "y0"})
         outputs.append(strong.upscale(np.asarray(smooth)[None], jax.random.key(4))[0].astype(float))
     whole, in_tiles = outputs
     assert whole.std() > 20
@@ -349,15 +356,15 @@ def test_a_large_picture_is_nearly_the_same_in_tiles_as_in_one_piece(monkeypatch
 def workdir(tmp_path_factory) -> Path:
     """As a run leaves it: config, and a checkpoint whose average is not its weights."""
     folder, values = tmp_path_factory.mktemp("run"), config()
-    checkpoint.write_config(folder, values)
+    checkpoints.write_config(folder, values)
     read = experiment.read(values)
-    state = start_from(params_of(values), read.optimizer(), parallel.make_mesh())
+    state = start_from(params_of(values), read.optimizer(), sharding.make_mesh())
     state = jax.tree.map(jnp.copy, state)
     state = type(state)(
         jnp.int32(7), jax.tree.map(jnp.zeros_like, state.params), state.ema_params, state.opt_state
     )
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        checkpoints.save(state)
+    with checkpoints.Checkpoints(folder) as store:
+        store.save(state)
     return folder
 
 
@@ -365,7 +372,7 @@ def test_a_workdir_and_its_export_give_the_same_bytes(workdir, model, tmp_path, 
     exported = tmp_path / "model.safetensors"
     assert cli.main(["export", str(workdir), "-o", str(exported)]) == 0
     assert f"written to {exported}" in capsys.readouterr().out
-    images, outputs = pictures(1, 8, 8), []
+    images, outputs = random_images(1, 8, 8), []
     for path in (workdir, exported):
         loaded = models.load(path)
         assert (loaded.scale, loaded.steps, loaded.solver) == (4, 2, "ddim")
@@ -384,7 +391,7 @@ def test_a_bfloat16_export_is_near(workdir, model, tmp_path):
     assert cli.main(["export", str(workdir), "-o", str(exported), "--dtype", "bfloat16"]) == 0
     loaded = models.load(exported)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
-    images = pictures(1, 8, 8)
+    images = random_images(1, 8, 8)
     difference = loaded.upscale(images, jax.random.key(9)).astype(int) - model.upscale(
         images, jax.random.key(9)
     )
@@ -398,7 +405,7 @@ def test_an_export_is_a_safetensors_file_by_name(workdir, tmp_path, capsys):
 
 def test_a_shipped_model_is_loaded_by_its_name(model, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "SHIPPED", tmp_path)
-    checkpoint.export(tmp_path / "tiny_4x.safetensors", model.params, config())
+    checkpoints.export(tmp_path / "tiny_4x.safetensors", model.params, config())
     assert models.load("tiny_4x").name == "tiny_4x"
     with pytest.raises(UserError) as error:
         models.load("tiny_8x")
@@ -421,7 +428,7 @@ def refusal(path) -> str:
 
 def test_folders_that_are_no_workdir_are_refused(tmp_path):
     assert refusal(tmp_path) == f"model folder {tmp_path} has no config.json; give a workdir of sr3 train"
-    checkpoint.write_config(tmp_path, config())
+    checkpoints.write_config(tmp_path, config())
     assert f"{tmp_path} has no checkpoint yet" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json is damaged" in refusal(tmp_path)
@@ -439,7 +446,7 @@ def broken(change) -> dict:
         {},
         [],
         broken(lambda c: c.pop("diffusion")),
-        broken(lambda c: c["diffusion"].pop("kind")),
+        broken(lambda c: c["diffusion"].pop("prediction")),
         broken(lambda c: c["model"].update(depth=3)),
         broken(lambda c: c.update(model=[1])),
         broken(lambda c: c["model"].update(channels="many")),
@@ -449,7 +456,7 @@ def broken(change) -> dict:
     ids=str,
 )
 def test_a_config_of_another_version_is_named(values, tmp_path):
-    checkpoint.export(tmp_path / "model.safetensors", params_of(config()), values)
+    checkpoints.export(tmp_path / "model.safetensors", params_of(config()), values)
     text = refusal(tmp_path / "model.safetensors")
     assert text.startswith("the config of model model.safetensors does not fit this version of sr3_jax (")
     assert text.endswith("; use the version that wrote it")
@@ -466,7 +473,7 @@ def test_a_config_of_another_version_is_named(values, tmp_path):
 def test_weights_of_another_network_are_named(change, where, tmp_path):
     params = params_of(config())
     change(params)
-    checkpoint.export(tmp_path / "model.safetensors", params, config())
+    checkpoints.export(tmp_path / "model.safetensors", params, config())
     text = refusal(tmp_path / "model.safetensors")
     assert text.startswith(
         "the weights of model model.safetensors are not those of the network in its config"

@@ -12,12 +12,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from sr3_jax.checkpoint import export
+from sr3_jax.config.experiment import read
 from sr3_jax.data.sources import open_source
 from sr3_jax.evaluation import evaluate
 from sr3_jax.evaluation import files as evaluation_files
-from sr3_jax.experiment import read
-from sr3_jax.model import load
+from sr3_jax.inference.model import load
+from sr3_jax.train.checkpoints import export
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
@@ -27,7 +27,7 @@ FACTS = {
     "hardware": "2 cores of a test machine",
     "hours": 1.5,
     "steps": 12345,
-    "data": [{"name": "noise", "pictures": 1234, "licence": "CC0", "link": "https://example.org"}],
+    "data": [{"name": "noise", "images": 1234, "licence": "CC0", "link": "https://example.org"}],
     "licence": "Apache-2.0",
     "notes": ["It was never trained."],
 }
@@ -55,7 +55,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models_doc")
     model = weights(folder / "tiny_4x.safetensors")
     (folder / "facts.json").write_text(json.dumps(FACTS | {"file": str(folder / "tiny_4x.safetensors")}))
-    source = open_source(f"folder:{tiny.pictures(folder / 'in', count=3, side=40)}")
+    source = open_source(f"folder:{tiny.images(folder / 'in', count=3, side=40)}")
     methods = [evaluate.bicubic(4), *evaluate.sampled(model, "tiny_4x", steps=[1, 2])]
     done = evaluate.evaluate(methods, source, folder / "eval" / "outputs")
     about = {"source": source.name, "samples": 1, "seed": 0, "crop": None, "seconds": 1.0, "command": ["sr3"]}
@@ -72,7 +72,7 @@ def run(models_doc, made, *, facts="facts.json", sets=("Set of 3",), out="docs/m
     return models_doc.main([str(made / facts), *named, "-o", str(made / out)])
 
 
-def test_the_page_holds_the_facts_the_figures_and_the_pictures(models_doc, made):
+def test_the_page_holds_the_facts_the_figures_and_the_images(models_doc, made):
     assert run(models_doc, made, sets=("Set of 3", "Again")) == 0
     text = (made / "docs" / "models.md").read_text()
     evaluation = json.loads((made / "eval" / "evaluation.json").read_text())
@@ -86,7 +86,7 @@ def test_the_page_holds_the_facts_the_figures_and_the_pictures(models_doc, made)
         "1,234",
         "CC0",
     ]
-    wanted += ["[noise](https://example.org)", evaluation["models"][0]["sha256"], "3 pictures of Again, "]
+    wanted += ["[noise](https://example.org)", evaluation["models"][0]["sha256"], "3 images of Again, "]
     assert [words for words in wanted if words not in text] == []
     assert str(made / "in") not in text and text.count("\n| bicubic ") == 4
     assert text.count("BT.601") == 1 and text.count("bootstrap") == 1  # the same for both sets
@@ -120,7 +120,7 @@ def test_facts_that_lack_something_are_one_sentence(models_doc, made, capsys, te
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_large_pictures_become_jpegs_of_bounded_size(models_doc, tmp_path):
+def test_large_images_become_jpegs_of_bounded_size(models_doc, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     suffix, data = models_doc.fitted(tmp_path / "noise.png")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from sr3_jax import experiment
-from sr3_jax.aliases import UserError
 from sr3_jax.cli import main
 from sr3_jax.cli import plan as command
-from sr3_jax.parallel import batch_sharding, make_mesh
+from sr3_jax.config import experiment
+from sr3_jax.distributed.sharding import batch_sharding, make_mesh
+from sr3_jax.errors import UserError
 from sr3_jax.planning import cache as plan_cache
 from sr3_jax.planning import costs, topologies, verdict
 from sr3_jax.planning import plan as planning

@@ -18,15 +18,16 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from PIL import Image as PillowImage
 
-from sr3_jax import experiment, parallel
 from sr3_jax.cli import main as cli
+from sr3_jax.config import experiment
+from sr3_jax.distributed import sharding
 from sr3_jax.train import loop
 from tests import soak_resume, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 # Small arrays are split too, so that weights lie across the processes.
 START = (
-    "import sys; from sr3_jax import parallel; parallel.FSDP_MIN_BYTES = 64; from sr3_jax.cli.main import main; "
+    "import sys; from sr3_jax import parallel; sharding.FSDP_MIN_BYTES = 64; from sr3_jax.cli.main import main; "
     "sys.exit(main(sys.argv[1:]))"
 )
 MODEL = tiny.CONFIG["model"] | {"channels": 8}
@@ -90,7 +91,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_go_on(tmp_path, monkeypatch):
     """2 processes x 4 devices, weights over both; then 1 process, 4 devices; as if it had been 8 devices all along."""
-    folder = tiny.pictures(tmp_path / "pictures")
+    folder = tiny.images(tmp_path / "images")
 
     def values(steps: int, **mesh: int) -> dict:
         train = {"num_steps": steps, "log_every": 1}
@@ -119,9 +120,9 @@ def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_go_on(tmp_path, m
     whole = tmp_path / "whole"
     assert loop.train(experiment.read(values(step + 2)), whole) == 0
     # ---- 4 devices go on from what 2 x 4 have left
-    four = parallel.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-    monkeypatch.setattr(parallel, "FSDP_MIN_BYTES", 64)
-    monkeypatch.setattr(parallel, "make_mesh", lambda **sizes: four)
+    four = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    monkeypatch.setattr(sharding, "FSDP_MIN_BYTES", 64)
+    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: four)
     assert loop.train(experiment.read(values(step + 2, data=2, fsdp=2)), workdir) == 0
     found, wanted = losses(workdir), losses(whole)
     assert found.keys() == wanted.keys()
@@ -130,19 +131,19 @@ def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_go_on(tmp_path, m
 
 
 def test_a_folder_is_divided_by_process_and_written_once(tmp_path, capsys):
-    folder = tiny.pictures(tmp_path / "in", count=5, side=12)
-    (folder / "broken.png").write_bytes(b"no picture")
+    folder = tiny.images(tmp_path / "in", count=5, side=12)
+    (folder / "broken.png").write_bytes(b"no image")
     model = tmp_path / "model.safetensors"
     plain = experiment.read(tiny.config(folder))
-    from sr3_jax import checkpoint
+    from sr3_jax.train import checkpoints
 
-    checkpoint.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
+    checkpoints.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
     options = [f"--model={model}", "--steps=2", "--batch-size=1"]
     out, alone = tmp_path / "out", tmp_path / "alone"
     command = ["-m", "sr3_jax", "upscale", str(folder), f"-o{out}", *options]
     with pod(2, 1, *command) as process:
         text, err = process.communicate(timeout=300)
-    assert process.returncode == 3  # one picture is broken
+    assert process.returncode == 3  # one image is broken
     assert err.count("broken.png: ") == 1 and "Traceback" not in err
     counts = sorted(line.removeprefix("[1] ") for line in text.splitlines() if "done" in line)
     assert [line.split(",")[0] for line in counts] == ["process 0 of 2: 3 done", "process 1 of 2: 2 done"]
@@ -156,13 +157,13 @@ def test_a_folder_is_divided_by_process_and_written_once(tmp_path, capsys):
 
 
 def test_an_evaluation_is_divided_by_process_and_one_process_takes_it_over(tmp_path, capsys):
-    """2 processes, each on its own pictures, then one alone, which finds all that both have made."""
-    folder = tiny.pictures(tmp_path / "in", count=5, side=24)
+    """2 processes, each on its own images, then one alone, which finds all that both have made."""
+    folder = tiny.images(tmp_path / "in", count=5, side=24)
     model = tmp_path / "model.safetensors"
     plain = experiment.read(tiny.config(folder))
-    from sr3_jax import checkpoint
+    from sr3_jax.train import checkpoints
 
-    checkpoint.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
+    checkpoints.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
     out, alone = tmp_path / "out", tmp_path / "alone"
     options = [f"--model={model}", f"--data=folder:{folder}", "--steps=2", "--samples=2", "--features=none"]
     with pod(2, 1, "-m", "sr3_jax", "evaluate", *options, f"-o{out}") as process:
@@ -178,7 +179,7 @@ def test_an_evaluation_is_divided_by_process_and_one_process_takes_it_over(tmp_p
         return json.loads((path / "evaluation.json").read_text())
 
     first = report(out)
-    assert [picture["name"] for picture in first["pictures"]] == [f"{at:02d}" for at in range(5)]
+    assert [image["name"] for image in first["images"]] == [f"{at:02d}" for at in range(5)]
     assert (out / "grid.png").is_file()
     assert cli.main(["evaluate", *options, f"-o{out}"]) == cli.main(["evaluate", *options, f"-o{alone}"]) == 0
     second, whole = report(out), report(alone)
@@ -191,13 +192,13 @@ def test_an_evaluation_is_divided_by_process_and_one_process_takes_it_over(tmp_p
     capsys.readouterr()
 
 
-def test_a_cascade_is_divided_by_process_and_gives_the_same_pictures(tmp_path, capsys):
+def test_a_cascade_is_divided_by_process_and_gives_the_same_images(tmp_path, capsys):
     options = ["--stages", "fashion_base_8", "fashion_8_16", "-n", "5", "--steps=2", "--batch-size=2"]
     out, alone = tmp_path / "out", tmp_path / "alone"
     with pod(2, 1, "-m", "sr3_jax", "cascade", *options, f"-o{out}") as process:
         text, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert text.count("5 pictures, grid.png, stages.png and pictures.json") == 1  # by the first process alone
+    assert text.count("5 images, grid.png, stages.png and images.json") == 1  # by the first process alone
     assert cli.main(["cascade", *options, f"-o{alone}"]) == 0
     for index in range(5):
         with (

@@ -14,7 +14,7 @@ from PIL import Image
 from sr3_jax.cli.main import main
 from sr3_jax.data import store
 from sr3_jax.data.sources import open_source
-from sr3_jax.pictures.picture import read_rgb
+from sr3_jax.image_io.image_file import read_rgb
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,9 @@ def pixels(seed, size=(24, 16)):
 
 def save(path, seed=0, *, mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = pixels(seed).convert(mode)
+    image = pixels(seed).convert(mode)
     with path.open("wb") as file:
-        picture.save(
-            file, options.pop("format", None) or Image.registered_extensions()[path.suffix], **options
-        )
+        image.save(file, options.pop("format", None) or Image.registered_extensions()[path.suffix], **options)
     return path
 
 
@@ -53,11 +51,11 @@ def test_round_trip_with_classes_and_a_test_split(tmp_path, capsys):
     files = [
         save(folder / kind / f"{n}.png", n) for n, kind in enumerate(["dog", "cat", "dog", "cat", "eel"])
     ]
-    (folder / "README.md").write_text("no picture, but no reason to have no classes either")
+    (folder / "README.md").write_text("no image, but no reason to have no classes either")
     assert main(["prepare", str(folder), "--name", "pets", "--test-count", "2"]) == 1
     out, err = capsys.readouterr()
-    assert "tfds:pets:train  3 pictures, 3 classes" in out and "tfds:pets:test  2 pictures" in out
-    assert f"1 left out:\n  {folder}/README.md: is not a picture" in err
+    assert "tfds:pets:train  3 images, 3 classes" in out and "tfds:pets:test  2 images" in out
+    assert f"1 left out:\n  {folder}/README.md: is not an image" in err
     train, test = records("pets", "train"), records("pets", "test")
     assert len(train) == 3 and len(test) == 2
     assert {name: data for name, data, _ in train + test} == {
@@ -91,7 +89,7 @@ def test_plain_tfds_decodes_it(tmp_path):
         ["b/x/1.png", "c/x/2.png"],
     ],
 )
-def test_no_classes_unless_each_picture_is_one_of_several_folders_deep(tmp_path, paths):
+def test_no_classes_unless_each_image_is_one_of_several_folders_deep(tmp_path, paths):
     for path in paths:
         save(tmp_path / "in" / path)
     assert main(["prepare", str(tmp_path / "in"), "--name", "some"]) == 0
@@ -152,7 +150,7 @@ def test_every_bad_file_is_listed_with_its_reason_and_the_good_are_done(tmp_path
     os.mkfifo(folder / "pipe.png")  # would block whoever opens it
     assert main(["prepare", str(folder), "--name", "mixed"]) == 1
     out, err = capsys.readouterr()
-    assert "tfds:mixed:train  2 pictures\n" in out
+    assert "tfds:mixed:train  2 images\n" in out
     listed = [line for line in err.splitlines() if line.startswith("  ")]
     assert [line.split(": ")[0].split("/")[-1] for line in listed] == [
         "cut.jpg",
@@ -178,7 +176,7 @@ def test_bad_files_do_not_count_for_the_test_split(tmp_path):
     assert {name for name, _, _ in train + test} == {f"{index}.png" for index in range(0, 12, 2)}
 
 
-def test_test_pictures_follow_from_names_alone(tmp_path):
+def test_test_images_follow_from_names_alone(tmp_path):
     for index in range(20):
         save(tmp_path / "in" / f"{index}.png", index)
         save(tmp_path / "moved" / f"{index}.png", 99 - index)
@@ -197,7 +195,7 @@ def test_nothing_to_do_is_code_2(tmp_path, capsys, data_dir):
         ([str(tmp_path / "nowhere"), "--name", "n"], "is not a folder"),
         ([str(tmp_path / "home"), "--name", "n"], "is not a folder"),
         ([str(folder), "--name", "Bad-Name"], "name 'Bad-Name' is no TFDS name"),
-        ([str(folder), "--name", "n"], "holds too few pictures that can be read"),
+        ([str(folder), "--name", "n"], "holds too few images that can be read"),
         ([str(folder), "--name", "n", "--test-count", "1"], "leave none of 1 to train on"),
         ([str(folder), "--name", "n", "--test-count", "-1"], "--test-count=-1 is negative"),
         ([str(folder), "--name", "n", "--test-fraction", "1.5"], "--test-fraction=1.5"),

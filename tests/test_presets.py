@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import experiment
-from sr3_jax.aliases import UserError
+from sr3_jax.config import experiment
+from sr3_jax.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Table 1 and section 3 of the paper; the last column is what this reading of its text counts to.
@@ -57,7 +57,7 @@ def test_presets_are_the_papers_table(name):
         0,
     )
     assert (data["crop"], data["scale"]) == (high, high // low)
-    assert (diffusion["space"], diffusion["kind"], diffusion["norm"], diffusion["weighting"]) == (
+    assert (diffusion["space"], diffusion["prediction"], diffusion["norm"], diffusion["weighting"]) == (
         "image",
         "eps",
         "l1",
@@ -67,7 +67,7 @@ def test_presets_are_the_papers_table(name):
     assert (diffusion["beta_start"], diffusion["beta_end"]) == (1e-6, 1e-2)
     assert (train["batch_size"], train["num_steps"]) == (256, 1_000_000)
     assert (optim["learning_rate"], optim["warmup_steps"], optim["decay"]) == (1e-4, 10_000, "constant")
-    assert (optim["ema_decay"], config["eval"]["solver"]) == (0.9999, "ancestral")
+    assert (optim["ema_decay"], config["sampling"]["solver"]) == (0.9999, "ancestral")
 
 
 STAGES = [path for path in sorted(CONFIGS.glob("[!_]*.py")) if not path.stem.startswith("cascade_")]

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sr3_jax import experiment, parallel
-from sr3_jax.train.heldout import jit_held_out
+from sr3_jax.config import experiment
+from sr3_jax.distributed import sharding
+from sr3_jax.train.held_out import held_out_jit
 from sr3_jax.train.state import abstract_state
 from sr3_jax.train.step import jit_train_step, make_train_step
 from tests import tiny
@@ -49,14 +50,14 @@ def reduced(name: str) -> experiment.Experiment:
     config["data"]["crop"] = config["data"]["shrink"] * math.lcm(stride, config["data"]["scale"])
     config["stage"]["size"] = 0
     config["train"] |= {"batch_size": 2, "accumulation": 1}
-    config["eval"]["steps"] = min(2, config["eval"]["steps"])
+    config["sampling"]["steps"] = min(2, config["sampling"]["steps"])
     return experiment.read(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_training_step_and_the_sampler_compile(name):
     small = reduced(name)
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     optimizer, crop = small.optimizer(), small.section("data")["crop"]
     state = abstract_state(small.init_params, optimizer, mesh)
     batch = {"image": jax.ShapeDtypeStruct((2, crop, crop, 3), jnp.uint8)}
@@ -66,7 +67,7 @@ def test_the_training_step_and_the_sampler_compile(name):
     step = jit_train_step(make_train_step(small.objective, optimizer, ema_decay=0.9), state, mesh)
     assert step.lower(state, batch, key).compile().memory_analysis().argument_size_in_bytes > 0
     section = small.section("eval")
-    sampler = jit_held_out(small.objective, mesh, rows=2, steps=section["steps"], solver=section["solver"])
+    sampler = held_out_jit(small.objective, mesh, rows=2, steps=section["steps"], solver=section["solver"])
     values, images = sampler.lower(state.ema_params, batch, key).compile().out_info
     assert images["output"].shape == (2, *(crop // small.section("data")["shrink"],) * 2, 3)
     assert ("eval_psnr" in values) == small.section("model")["low_res"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax.diffusion.process import KINDS, diffuse, posterior, target, to_eps, to_y0
+from sr3_jax.diffusion.process import PREDICTIONS, diffuse, posterior, target, to_eps, to_y0
 from sr3_jax.diffusion.schedule import linear, respace
 
 SHAPE = (5, 2, 3, 4)
@@ -53,31 +53,33 @@ def test_single_steps_compose_to_the_marginal():
     np.testing.assert_allclose(np.sum(noise**2), 1 - schedule.gamma64[-1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_to_y0_inverts_target(kind):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_to_y0_inverts_target(prediction):
     y0, eps = pair()
     gamma = jnp.asarray(GAMMAS)
     y = diffuse(y0, eps, gamma)
-    np.testing.assert_allclose(to_y0(target(y0, eps, gamma, kind), y, gamma, kind), y0, atol=1e-11)
+    np.testing.assert_allclose(
+        to_y0(target(y0, eps, gamma, prediction), y, gamma, prediction), y0, atol=1e-11
+    )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_leads_to_the_noise(kind):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_kind_leads_to_the_noise(prediction):
     y0, eps = pair()
     gamma = jnp.asarray(GAMMAS)
     y = diffuse(y0, eps, gamma)
-    y0_hat = to_y0(target(y0, eps, gamma, kind), y, gamma, kind)
+    y0_hat = to_y0(target(y0, eps, gamma, prediction), y, gamma, prediction)
     np.testing.assert_allclose(to_eps(y0_hat, y, gamma), eps, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_prediction_gives_the_y0_that_would_have_made_it(kind):
-    """With y_t fixed, not only the true prediction maps back: `to_y0` inverts `target` for any prediction."""
-    y, prediction = pair(3)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_wrong_prediction_gives_the_y0_that_would_have_made_it(prediction):
+    """With y_t fixed, not only the true output maps back: `to_y0` inverts `target` for any output."""
+    y, output = pair(3)
     gamma = jnp.asarray(GAMMAS)
-    y0 = to_y0(prediction, y, gamma, kind)
+    y0 = to_y0(output, y, gamma, prediction)
     np.testing.assert_allclose(
-        target(y0, to_eps(y0, y, gamma), gamma, kind), prediction, rtol=1e-6, atol=1e-9
+        target(y0, to_eps(y0, y, gamma), gamma, prediction), output, rtol=1e-6, atol=1e-9
     )
 
 
@@ -93,14 +95,14 @@ def test_v_is_the_velocity_of_y_along_the_angle_of_the_noise():
     np.testing.assert_allclose(target(y0, eps, jnp.asarray(GAMMAS), "v"), velocity, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_scalar_gamma_is_the_same_gamma_for_each(kind):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_scalar_gamma_is_the_same_gamma_for_each(prediction):
     y0, eps = pair()
     one, each = jnp.asarray(0.4), jnp.full((5,), 0.4)
     y = diffuse(y0, eps, each)
     np.testing.assert_array_equal(diffuse(y0, eps, one), y)
-    np.testing.assert_array_equal(target(y0, eps, one, kind), target(y0, eps, each, kind))
-    np.testing.assert_array_equal(to_y0(eps, y, one, kind), to_y0(eps, y, each, kind))
+    np.testing.assert_array_equal(target(y0, eps, one, prediction), target(y0, eps, each, prediction))
+    np.testing.assert_array_equal(to_y0(eps, y, one, prediction), to_y0(eps, y, each, prediction))
     np.testing.assert_array_equal(to_eps(y0, y, one), to_eps(y0, y, each))
     np.testing.assert_array_equal(posterior(y0, y, one, one + 0.1)[0], posterior(y0, y, each, each + 0.1)[0])
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from sr3_jax import processes
-from sr3_jax.aliases import UserError
-from sr3_jax.processes import Group, find_group
+from sr3_jax.distributed import processes
+from sr3_jax.distributed.processes import Group, find_group
+from sr3_jax.errors import UserError
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "h:8", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 SLURM = {"JAX_COORDINATOR_ADDRESS": "h:8", "SLURM_NTASKS": "16", "SLURM_PROCID": "9"}
@@ -112,7 +112,7 @@ def test_those_that_came_say_who_did_not():
         "SR3_START_TIMEOUT to wait longer"
     )
     assert call((0, 4), (2, 4), timeout=0.5) == [missing] * 2
-    with pytest.raises(processes.NotAllCame):  # which launchers try again
+    with pytest.raises(processes.MissingProcesses):  # which launchers try again
         processes.roll_call(Group(f"127.0.0.1:{free_port()}", 2, 0), timeout=0.2)
     [many] = call((0, 40), timeout=0.2)
     assert "without 1, 2, 3, 4, 5, 6, 7, 8 and 31 more: " in many

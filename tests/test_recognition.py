@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features import onnx
 from sr3_jax.features.recognition import correct, load_classifier
 
@@ -68,7 +68,7 @@ def test_a_function_of_a_module_beside_one(working_directory):
     assert found.logits(images).dtype == np.float32
     assert found.num_classes == 3 and found.name == "my_classifier:brightest"
     assert found.sha256 == hashlib.sha256(source.encode()).hexdigest()
-    with pytest.raises(UserError, match=r"must return numbers \[B,K\] for 2 pictures, got uint8 \(2,\)"):
+    with pytest.raises(UserError, match=r"must return numbers \[B,K\] for 2 images, got uint8 \(2,\)"):
         load_classifier("my_classifier:single").logits(images)
     with pytest.raises(UserError, match="is a int, not a function"):
         load_classifier("my_classifier:NUMBER")
@@ -123,10 +123,10 @@ def node(kind, inputs, output, attributes=b""):
 def onnx_file(path, shape, *, kind=FLOAT, output=("batch", "values")):
     """A network whose logits are the pixels that it is given, in the order of its layout."""
     minus_one = field(1, 2) + field(2, INT64) + field(8, "shape") + field(9, struct.pack("<2q", 0, -1))
-    nodes = [node("Cast", ["pictures"], "floats", field(5, field(1, "to") + field(3, FLOAT) + field(20, 2)))]
+    nodes = [node("Cast", ["images"], "floats", field(5, field(1, "to") + field(3, FLOAT) + field(20, 2)))]
     nodes += [node("Reshape", ["floats", "shape"], "logits")]
     graph = b"".join(field(1, one) for one in nodes) + field(2, "pixels") + field(5, minus_one)
-    graph += field(11, value_info("pictures", kind, shape)) + field(12, value_info("logits", FLOAT, output))
+    graph += field(11, value_info("images", kind, shape)) + field(12, value_info("logits", FLOAT, output))
     path.write_bytes(field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 17)))
     return path
 
@@ -147,7 +147,7 @@ def test_an_onnx_file_of_any_batch_and_size(tmp_path, noise):
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_how_pictures_come_into_an_onnx_file(tmp_path, noise):
+def test_how_images_come_into_an_onnx_file(tmp_path, noise):
     path = onnx_file(tmp_path / "c.onnx", [2, 12, 8, 3], output=(2, 12 * 8 * 3))
     assert load_classifier(str(path)).num_classes == 288
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -195,21 +195,21 @@ def test_onnx_files_and_options_that_are_refused(tmp_path, noise, monkeypatch):
     damaged.write_bytes(good.read_bytes()[:50])
     sentences = {
         damaged: "is no ONNX file that can be run",
-        onnx_file(tmp_path / "flat.onnx", ["batch", 3]): "does not take pictures alone",
+        onnx_file(tmp_path / "flat.onnx", ["batch", 3]): "does not take images alone",
         onnx_file(tmp_path / "wide.onnx", ["batch", 4, 12, 8]): "no axis of 1 or 3 channels",
         f"{good}?normalise=imagnet": "option normalise=imagnet of an ONNX classifier is unknown",
         f"{good}?crop=0": "option crop=0",
         f"{good}?crop": "option crop=",
         f"{good}?size=224": "option size=224",
-        f"{onnx_file(tmp_path / 'grey.onnx', ['batch', 1, 12, 8])}?normalise=imagenet": "takes grey pictures",
+        f"{onnx_file(tmp_path / 'grey.onnx', ['batch', 1, 12, 8])}?normalise=imagenet": "takes grey images",
     }
     for spec, sentence in sentences.items():
         with pytest.raises(UserError, match=sentence) as caught:
             load_classifier(str(spec))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="pictures of 8x12 have no centre of 10x10"):
+    with pytest.raises(UserError, match="images of 8x12 have no centre of 10x10"):
         load_classifier(f"{good}?crop=10").logits(noise)
-    with pytest.raises(ValueError, match="uint8 pictures"):
+    with pytest.raises(ValueError, match="uint8 images"):
         load_classifier(str(good)).logits(noise[0])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'sr3_jax\[onnx\]'"):

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax import experiment, parallel
-from sr3_jax import model as models
-from sr3_jax.aliases import UserError
+from sr3_jax.config import experiment
+from sr3_jax.distributed import sharding
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import evaluate
+from sr3_jax.inference import model as models
 from sr3_jax.train import best, loop
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.step import batch_losses
@@ -22,7 +23,7 @@ from tests import tiny
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SWITCH = {
     "model": tiny.CONFIG["model"] | {"regression": True},
-    "diffusion": tiny.CONFIG["diffusion"] | {"kind": "y0"},
+    "diffusion": tiny.CONFIG["diffusion"] | {"prediction": "y0"},
     "eval": tiny.CONFIG["eval"] | {"steps": 1},
 }
 
@@ -82,7 +83,7 @@ def test_it_upscales_in_one_pass_whatever_the_key(regression, params):
 
 @pytest.mark.parametrize(
     ("section", "field", "value"),
-    [("diffusion", "kind", "eps"), ("diffusion", "norm", "l1"), ("eval", "steps", 5), ("eval", "solver", "heun")],
+    [("diffusion", "prediction", "eps"), ("diffusion", "norm", "l1"), ("sampling", "steps", 5), ("sampling", "solver", "heun")],
 )  # fmt: skip
 def test_what_is_no_regression_is_refused(section, field, value):
     config = tiny.config(**SWITCH)
@@ -103,8 +104,8 @@ def test_a_config_is_its_twin_but_for_the_switch(path):
         for field, value in fields.items()
         if twin[section][field] != value
     }
-    switch = {"model.regression", "checkpoint.best", "diffusion.kind", "diffusion.norm"}
-    assert differ <= switch | {"eval.steps", "eval.solver", "optim.learning_rate"}
+    switch = {"model.regression", "checkpoint.best", "diffusion.prediction", "diffusion.norm"}
+    assert differ <= switch | {"sampling.steps", "sampling.solver", "optim.learning_rate"}
     assert found["model"]["regression"] and found["checkpoint"]["best"]
     assert experiment.read(found).objective.norm == "l2"
 
@@ -113,7 +114,7 @@ def test_a_config_is_its_twin_but_for_the_switch(path):
 
 
 def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 5, "eval_psnr": 20.0}\n{"step": 9, "eval_psnr": 30.0}\nhalf'
     )
@@ -129,7 +130,7 @@ def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):
 
 
 def test_a_run_keeps_its_best(tmp_path):
-    folder = tiny.pictures(tmp_path / "pictures")
+    folder = tiny.images(tmp_path / "images")
     sections = SWITCH | {"checkpoint": {"best": True, "every": 4}, "eval": SWITCH["eval"] | {"every": 2}}
     config = tiny.config(folder, **sections)
     assert loop.train(experiment.read(config), tmp_path / "run") == 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def launch():
 
 
 def row(method, *, solver=None, steps=None, detail="", evaluations=0, own=True, **scores):
-    """A row of evaluation.json; scores {column: of each of the four pictures}."""
+    """A row of evaluation.json; scores {column: of each of the four images}."""
     return {
         "method": method,
         "scale": 4,
@@ -40,7 +40,7 @@ def row(method, *, solver=None, steps=None, detail="", evaluations=0, own=True, 
         "summary": {
             key: {"mean": float(np.mean(of)), "low": min(of), "high": max(of)} for key, of in scores.items()
         },
-        "pictures": {name: {key: [of[at]] for key, of in scores.items()} for at, name in enumerate(NAMES)},
+        "images": {name: {key: [of[at]] for key, of in scores.items()} for at, name in enumerate(NAMES)},
     }
 
 
@@ -57,7 +57,7 @@ def evaluation(**changes):
         ),
     ]  # fmt: skip
     model = {"name": "x", "scale": 4, "parameters": 7, "sha256": "ab" * 32}
-    config = {"eval": {"solver": "ddim", "steps": 5}}
+    config = {"sampling": {"solver": "ddim", "steps": 5}}
     return {
         "date": "2026-01-02T03:04:05+00:00",
         "command": ["sr3", "evaluate"],
@@ -65,12 +65,12 @@ def evaluation(**changes):
         "hardware": "a machine",
         "versions": {"jax": "0"},
         "outputs_reused": 0,
-        "protocol": {"source": "folder:tiles", "pictures": 4, "samples": 1, "seed": 0, "crop": None},
+        "protocol": {"source": "folder:tiles", "images": 4, "samples": 1, "seed": 0, "crop": None},
         "models": [
             {"label": "sr3", "config": config, **model},
             {"label": "regression", "config": config, **model},
         ],
-        "pictures": [{"name": name} for name in NAMES],
+        "images": [{"name": name} for name in NAMES],
         "rows": rows,
     }
 
@@ -95,11 +95,11 @@ def training_folder(path):
 def search(low=0.1):
     gain = {"mean": 0.2, "low": low, "high": 0.3}
     figures = {"lpips": 0.2}
-    common = {"evaluations": 5, "pictures": 4, "search": figures, "own": figures, "check": figures}
+    common = {"evaluations": 5, "images": 4, "search": figures, "own": figures, "check": figures}
     usual = dataclasses.asdict(Sampling("ancestral", 5))
     return {
         "model": "sr3", "metric": "lpips", "data": "photos:test", "eval_data": None, "crop": 64,
-        "search_crops": 4, "check_crops": 4, "pictures": [4, 4], "seed": 0, "guarded": True, "tried": 9,
+        "search_crops": 4, "check_crops": 4, "images": [4, 4], "seed": 0, "guarded": True, "tried": 9,
         "version": "0", "chosen": None, "choice": "The default stands.", "seconds": 3.0, "command": ["sr3"],
         "rows": [
             {"which": "default", "sampling": usual, "gain": None, "over_own": None, **common},
@@ -141,7 +141,7 @@ def test_findings_that_do_not_appear_are_said(tmp_path):
     )
 
 
-def test_differences_are_over_the_same_pictures_and_whole_groups():
+def test_differences_are_over_the_same_images_and_whole_groups():
     import results_figures
 
     difference = np.array([1.0, 1.0, 3.0, 3.0])
@@ -193,17 +193,17 @@ def test_pairs_are_of_one_sampler(tmp_path):
 
 def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
     """The regression's features lie further from the originals' than SR3's, and not by chance."""
-    from sr3_jax.features.kept import KeptFeatures
+    from sr3_jax.features.cache import KeptFeatures
     from sr3_jax.features.statistics import FeatureProtocol
 
     found, count = evaluation(), 200
-    found["pictures"] = [{"name": f"p{number}"} for number in range(count)]
+    found["images"] = [{"name": f"p{number}"} for number in range(count)]
     found["protocol"]["features"] = {
         "network": "n", "sha256": "f" * 64, "preprocessing": "none", "distance": "frechet_alexnet",
-        "count": count, "pictures": count,
+        "count": count, "images": count,
     }  # fmt: skip
     for at, row_of in enumerate(found["rows"]):
-        row_of["pictures"] = {picture["name"]: {"psnr": [at]} for picture in found["pictures"]}
+        row_of["images"] = {image["name"]: {"psnr": [at]} for image in found["images"]}
         row_of["summary"] |= {key: {"mean": float(at)} for key in ("frechet_alexnet", "kid_alexnet")}
     protocol = FeatureProtocol("n", "frechet_alexnet", "f" * 64, "none")
     kept = KeptFeatures.of(tmp_path / "outputs", protocol)
@@ -213,7 +213,7 @@ def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
         digests[name] = [f"{at:02x}{number:062x}" for number in range(count)]
         kept.add(digests[name], real + {"sr3/ddim-5": 0.3, "regression/4x": 1.0}.get(name, 0.0))
         lines = [
-            {"picture": f"p{number}", "sample": 0, "output": output, "original": original}
+            {"image": f"p{number}", "sample": 0, "output": output, "original": original}
             for number, (output, original) in enumerate(zip(digests[name], digests["original"], strict=True))
         ]
         (tmp_path / "outputs" / name).mkdir(parents=True)
@@ -241,7 +241,7 @@ def test_a_training_is_summed_up_from_its_log(tmp_path):
     assert results_figures.training(tmp_path / "sr3")["commit"] == "an earlier one"
 
 
-def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
+def test_the_page_has_figures_verdicts_notes_and_images(tmp_path):
     import results_doc
 
     out = tmp_path / "out"
@@ -274,7 +274,7 @@ def test_the_page_has_figures_verdicts_notes_and_pictures(tmp_path):
     assert "images/results_photos.png" in page and "images/results_photos_curve.png" in page
     assert "sr3 train --config=configs/photos_4x_small.py" in page
     kept = json.loads((docs / "results" / "photos.json").read_text())
-    assert "pictures" not in kept["runs"]["evaluation"]["rows"][0]
+    assert "images" not in kept["runs"]["evaluation"]["rows"][0]
     assert (docs / "images" / "results_photos_curve.png").stat().st_size < 400_000
     # What is wrong is said in a sentence.
     assert results_doc.main(["--collect", "photos", str(tmp_path / "none"), "--docs", str(docs)]) == 2
@@ -336,7 +336,7 @@ def test_without_lpips_a_found_schedule_is_judged_by_distances():
     assert searched_finding({"rows": rows, "pairs": [{**pair, "columns": {"psnr": below}}]}) is None
 
 
-def test_a_search_is_judged_by_what_it_gains_on_other_pictures():
+def test_a_search_is_judged_by_what_it_gains_on_other_images():
     from results_findings import search_finding
 
     assert search_finding([search()]).verdict == "appeared"
@@ -344,7 +344,7 @@ def test_a_search_is_judged_by_what_it_gains_on_other_pictures():
 
 
 def test_curves_are_of_what_was_measured():
-    from results_pictures import curve
+    from results_images import curve
 
     run = evaluation(frechet_classifier=[3.0, 2.0, 1.0, 2.0])
     run["rows"].append(row("original", frechet_classifier=[9.0] * 4, top1=[100] * 4))
@@ -375,7 +375,7 @@ def dry_run(*arguments, **environment):
 @pytest.mark.parametrize("name", ["photos", "fashion", "orl"])
 def test_an_experiment_is_one_command(name):
     """What it would run: configs that are there, models that it has trained, and the page at the end."""
-    ran = dry_run(name, "out/x", *(["pictures"] if name == "photos" else []))
+    ran = dry_run(name, "out/x", *(["images"] if name == "photos" else []))
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     trained = set()

@@ -1,4 +1,4 @@
-"""The reverse loop: what comes out for which key, condition, space and kind, and the snapshots on the way."""
+"""The reverse loop: what comes out for which key, condition, space and prediction, and the snapshots on the way."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sr3_jax.diffusion import solvers
-from sr3_jax.diffusion.process import KINDS, target, to_eps
+from sr3_jax.diffusion.process import PREDICTIONS, target, to_eps
 from sr3_jax.diffusion.sampler import Samples, sample
 from sr3_jax.diffusion.schedule import linear, respace
 from sr3_jax.diffusion.space import Space, image, residual
@@ -30,10 +30,14 @@ def network(y, gamma, cond):
     return 0.8 * jnp.tanh(2.0 * y) * gamma.reshape(-1, 1, 1, 1) ** 0.25
 
 
-def draw(steps=5, *, denoiser=network, key=None, cond=None, shape=SHAPE, kind="y0", **settings) -> Samples:
+def draw(
+    steps=5, *, denoiser=network, key=None, cond=None, shape=SHAPE, prediction="y0", **settings
+) -> Samples:
     key = jax.random.key(0) if key is None else key
     schedule = respace(TRAINING, steps)
-    return sample(denoiser, key, cond or {}, shape=shape, schedule=schedule, kind=kind, **settings)
+    return sample(
+        denoiser, key, cond or {}, shape=shape, schedule=schedule, prediction=prediction, **settings
+    )
 
 
 def first_noise(key, shape) -> jax.Array:
@@ -183,12 +187,13 @@ def test_without_clipping_in_the_space_the_image_is_still_in_range():
 
 @each_solver
 def test_every_kind_of_prediction_gives_the_same_images(solver):
-    def predict(kind, y, gamma, cond):
+    def predict(prediction, y, gamma, cond):
         y0 = network(y, gamma, cond)
-        return target(y0, to_eps(y0, y, gamma), gamma, kind)
+        return target(y0, to_eps(y0, y, gamma), gamma, prediction)
 
     eps, v, y0 = (
-        draw(12, denoiser=functools.partial(predict, kind), kind=kind, solver=solver).image for kind in KINDS
+        draw(12, denoiser=functools.partial(predict, prediction), prediction=prediction, solver=solver).image
+        for prediction in PREDICTIONS
     )
     np.testing.assert_allclose(v, y0, atol=2e-3)
     np.testing.assert_allclose(eps, y0, atol=2e-3)

@@ -30,10 +30,14 @@ def network(y, gamma, cond):
     return 0.8 * jnp.tanh(2.0 * y) * gamma.reshape(-1, 1, 1, 1) ** 0.25
 
 
-def draw(steps=5, *, denoiser=network, key=None, cond=None, shape=SHAPE, kind="y0", **settings) -> Samples:
+def draw(
+    steps=5, *, denoiser=network, key=None, cond=None, shape=SHAPE, prediction="y0", **settings
+) -> Samples:
     key = jax.random.key(0) if key is None else key
     schedule = respace(TRAINING, steps)
-    return sample(denoiser, key, cond or {}, shape=shape, schedule=schedule, kind=kind, **settings)
+    return sample(
+        denoiser, key, cond or {}, shape=shape, schedule=schedule, prediction=prediction, **settings
+    )
 
 
 @each_solver
@@ -67,7 +71,7 @@ def test_the_network_runs_once_a_step_and_heun_twice_but_for_the_last(name):
     draw(steps, denoiser=counted, solver=ALL[name])
     jax.effects_barrier()
     levels = respace(TRAINING, steps).gamma[1:]  # clean to noise, as sorted below
-    if name == "heun":  # every level but the noisiest ends one step and starts the next
+    if name == "heun":  # every level but the log_snr_min ends one step and starts the next
         levels = np.append(np.repeat(levels[:-1], 2), levels[-1])
     assert len(seen) == (2 * steps - 1 if name == "heun" else steps)
     assert all(np.ptp(level) == 0 for level in seen)
@@ -95,9 +99,9 @@ def test_memory_holds_the_snapshots_and_never_the_trajectory(solver, snapshots, 
     run = functools.partial(draw, steps, solver=solver, snapshots=snapshots)
     shapes = arrays_in(jax.make_jaxpr(lambda key: run(key=key))(jax.random.key(0)).jaxpr)
     assert SHAPE in shapes
-    pictures = [shape for shape in shapes if shape[-len(SHAPE) :] == SHAPE and len(shape) > len(SHAPE)]
-    assert all(shape[0] <= max(kept, 1) for shape in pictures)
-    assert ((kept, *SHAPE) in pictures) == bool(kept)
+    images = [shape for shape in shapes if shape[-len(SHAPE) :] == SHAPE and len(shape) > len(SHAPE)]
+    assert all(shape[0] <= max(kept, 1) for shape in images)
+    assert ((kept, *SHAPE) in images) == bool(kept)
     assert max(int(np.prod(shape)) for shape in shapes) <= max(kept, 1) * np.prod(SHAPE)
 
 

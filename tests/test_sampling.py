@@ -9,19 +9,22 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import checkpoint, draw, experiment, parts, sampling
-from sr3_jax import model as models
-from sr3_jax.aliases import UserError
+from sr3_jax import sampling
 from sr3_jax.cli import main as cli
+from sr3_jax.config import build, experiment
 from sr3_jax.diffusion import solvers
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.diffusion.schedule import linear, respace
+from sr3_jax.errors import UserError
+from sr3_jax.inference import model as models
+from sr3_jax.inference import program
 from sr3_jax.sampling import SOLVERS, Sampling, Stored, inference_grid, solver_named
+from sr3_jax.train import checkpoints
 from tests import tiny
 
 TRAINING = linear()
 # Within the noise of the tiny config, whose 100 steps end at a log-SNR of 0.43.
-SEARCHED = Sampling("ancestral", 3, "linear", noisiest=0.8, cleanest=6.0, variance=0.25)
+SEARCHED = Sampling("ancestral", 3, "linear", log_snr_min=0.8, log_snr_max=6.0, variance=0.25)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,14 +39,14 @@ def config(**sections) -> dict:
 
 def params_of(values: dict, *, seed: int = 0):
     network = experiment.build_network(values["model"])
-    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return tiny.perturbed(zeros, seed=seed)
 
 
 def exported(path, *, seed: int = 0, **sections) -> models.Model:
     values = config(**sections)
-    checkpoint.export(path, params_of(values, seed=seed), values)
+    checkpoints.export(path, params_of(values, seed=seed), values)
     return models.load(path)
 
 
@@ -51,13 +54,13 @@ def stored_for(model: models.Model, chosen: Sampling = SEARCHED) -> Stored:
     return Stored(
         chosen,
         sampling.fingerprint(model.params),
-        sampling.setup_of(model.config),
+        sampling.config_fingerprint(model.config),
         model.name,
         {"metric": "lpips"},
     )
 
 
-def pictures(count: int = 1) -> np.ndarray:
+def images(count: int = 1) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
 
 
@@ -121,15 +124,13 @@ def test_coefficients_as_an_argument_give_what_the_schedule_gives(chosen):
 
 def test_samplings_of_one_solver_and_length_share_a_program(tmp_path):
     model = exported(tmp_path / "m.safetensors")
-    model.upscale(pictures(), jax.random.key(0), sampling=Sampling("ancestral", 5))
-    before = draw.drawn._cache_size()
+    model.upscale(images(), jax.random.key(0), sampling=Sampling("ancestral", 5))
+    before = program.generate_jit._cache_size()
     outputs = [
-        model.upscale(
-            pictures(), jax.random.key(0), sampling=dataclasses.replace(SEARCHED, steps=5, **change)
-        )
-        for change in ({}, {"variance": 0.9}, {"spacing": "karras"}, {"noisiest": 2.0})
+        model.upscale(images(), jax.random.key(0), sampling=dataclasses.replace(SEARCHED, steps=5, **change))
+        for change in ({}, {"variance": 0.9}, {"spacing": "karras"}, {"log_snr_min": 2.0})
     ]
-    assert draw.drawn._cache_size() == before
+    assert program.generate_jit._cache_size() == before
     assert len({output.tobytes() for output in outputs}) == 4
 
 
@@ -148,8 +149,8 @@ def test_samplings_of_one_solver_and_length_share_a_program(tmp_path):
         ({"guidance": float("nan")}, "guidance must be at least 0, got nan"),
         ({"augment": True}, "augment must be from 0 to 1, got True"),
         (
-            {"noisiest": float("inf")},
-            "noisiest must be a log-SNR, or null for the training schedule's, got inf",
+            {"log_snr_min": float("inf")},
+            "log_snr_min must be a log-SNR, or null for the training schedule's, got inf",
         ),
     ],
 )
@@ -163,13 +164,13 @@ def test_settings_that_cannot_work_are_one_sentence(settings, sentence):
     ("settings", "sentence"),
     [
         (
-            {"noisiest": -12.0},
-            "noisiest must be a log-SNR that the training schedule has, -10.034 to 13.816, got -12",
+            {"log_snr_min": -12.0},
+            "log_snr_min must be a log-SNR that the training schedule has, -10.034 to 13.816, got -12",
         ),
-        ({"cleanest": 14.0}, "cleanest must be a log-SNR that the training schedule has"),
+        ({"log_snr_max": 14.0}, "log_snr_max must be a log-SNR that the training schedule has"),
         (
-            {"noisiest": 3.0, "cleanest": 2.0},
-            "noisiest must be a log-SNR below the cleanest of 2.000, got 3.000",
+            {"log_snr_min": 3.0, "log_snr_max": 2.0},
+            "log_snr_min must be a log-SNR below the log_snr_max of 2.000, got 3.000",
         ),
         ({"steps": 2001, "spacing": "uniform"}, "uniform spacing has at most the 2000 training steps"),
     ],
@@ -181,7 +182,7 @@ def test_grids_that_the_training_schedule_does_not_have_are_refused(settings, se
 
 
 def test_evaluations_are_the_networks_calls():
-    assert [Sampling(solver, 5).evaluations for solver in SOLVERS] == [5, 5, 5, 9]
+    assert [Sampling(solver, 5).nfe for solver in SOLVERS] == [5, 5, 5, 9]
 
 
 def test_what_is_asked_by_name_does_not_inherit_a_grid_found_for_another():
@@ -199,18 +200,18 @@ def test_what_is_asked_by_name_does_not_inherit_a_grid_found_for_another():
 def test_a_stored_sampling_is_the_models_own(tmp_path):
     path = tmp_path / "m.safetensors"
     model = exported(path)
-    plain = model.upscale(pictures(), jax.random.key(0))
+    plain = model.upscale(images(), jax.random.key(0))
     sampling.store(tmp_path / "m.sampling.json", stored_for(model))
     tuned = models.load(path)
     assert (model.sampling, tuned.sampling) == (Sampling("ddim", 2), SEARCHED)
     assert (tuned.steps, tuned.solver) == (3, "ancestral")
-    own = tuned.upscale(pictures(), jax.random.key(0))
-    np.testing.assert_array_equal(own, model.upscale(pictures(), jax.random.key(0), sampling=SEARCHED))
+    own = tuned.upscale(images(), jax.random.key(0))
+    np.testing.assert_array_equal(own, model.upscale(images(), jax.random.key(0), sampling=SEARCHED))
     assert np.any(own != plain)
-    np.testing.assert_array_equal(plain, tuned.upscale(pictures(), jax.random.key(0), steps=2, solver="ddim"))
-    untuned = model.upscale(pictures(), jax.random.key(0), steps=3, solver="ancestral")
+    np.testing.assert_array_equal(plain, tuned.upscale(images(), jax.random.key(0), steps=2, solver="ddim"))
+    untuned = model.upscale(images(), jax.random.key(0), steps=3, solver="ancestral")
     np.testing.assert_array_equal(
-        own, tuned.upscale(pictures(), jax.random.key(0), steps=3, solver="ancestral")
+        own, tuned.upscale(images(), jax.random.key(0), steps=3, solver="ancestral")
     )
     assert np.any(own != untuned)
 

@@ -131,10 +131,10 @@ def test_respacing_keeps_both_ends_and_falls_strictly(name, steps, spacing):
     short = respace(training, steps, spacing)
     assert short.num_steps == steps
     assert short.gamma64[0] == 1.0
-    noisiest = training.gamma64[-1]
+    log_snr_min = training.gamma64[-1]
     if spacing != "uniform":  # nothing noisier than a log-SNR of -10.1, which `linear` does not reach
-        noisiest = max(noisiest, 1 / (1 + np.exp(10.1)))
-    np.testing.assert_allclose(short.gamma64[-1], noisiest, rtol=1e-12)
+        log_snr_min = max(log_snr_min, 1 / (1 + np.exp(10.1)))
+    np.testing.assert_allclose(short.gamma64[-1], log_snr_min, rtol=1e-12)
     assert np.all(np.diff(short.gamma64) < 0)
     if spacing != "uniform" and steps > 1:  # these start at the training schedule's first noisy level
         np.testing.assert_allclose(1 - short.gamma64[1], 1 - training.gamma64[1], rtol=1e-9)
@@ -167,17 +167,19 @@ def test_karras_spacing_is_equation_5():
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 100])
-@pytest.mark.parametrize(("noisiest", "cleanest"), [(-8.0, 7.0), (-2.5, 4.0), (-10.0, None), (None, 3.0)])
-def test_other_end_points_are_hit_and_gamma_falls_from_one(noisiest, cleanest, steps, spacing):
+@pytest.mark.parametrize(
+    ("log_snr_min", "log_snr_max"), [(-8.0, 7.0), (-2.5, 4.0), (-10.0, None), (None, 3.0)]
+)
+def test_other_end_points_are_hit_and_gamma_falls_from_one(log_snr_min, log_snr_max, steps, spacing):
     training = linear()
-    short = respace(training, steps, spacing, noisiest=noisiest, cleanest=cleanest)
+    short = respace(training, steps, spacing, log_snr_min=log_snr_min, log_snr_max=log_snr_max)
     assert short.num_steps == steps
     assert short.gamma64[0] == 1.0 and np.all(np.diff(short.gamma64) < 0)
     log_snr = np.log(short.gamma64[1:]) - np.log1p(-short.gamma64[1:])
     default = respace(training, steps, spacing).log_snr
-    np.testing.assert_allclose(log_snr[-1], default[-1] if noisiest is None else noisiest, atol=1e-6)
-    if steps > 1 and (cleanest is not None or spacing != "uniform"):
-        np.testing.assert_allclose(log_snr[0], default[1] if cleanest is None else cleanest, atol=1e-6)
+    np.testing.assert_allclose(log_snr[-1], default[-1] if log_snr_min is None else log_snr_min, atol=1e-6)
+    if steps > 1 and (log_snr_max is not None or spacing != "uniform"):
+        np.testing.assert_allclose(log_snr[0], default[1] if log_snr_max is None else log_snr_max, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +194,9 @@ def test_linear_spacing_has_the_papers_betas(steps, beta_end):
 def test_uniform_spacing_between_end_points_is_even_in_the_training_step():
     training = linear()
     known = np.log(training.gamma64[1:]) - np.log1p(-training.gamma64[1:])
-    short = respace(training, 5, "uniform", noisiest=known[1599], cleanest=known[399]).gamma64
+    short = respace(training, 5, "uniform", log_snr_min=known[1599], log_snr_max=known[399]).gamma64
     np.testing.assert_allclose(short[1:], training.gamma64[[400, 700, 1000, 1300, 1600]], rtol=1e-9)
-    without = respace(training, 5, "uniform", noisiest=known[1499]).gamma64
+    without = respace(training, 5, "uniform", log_snr_min=known[1499]).gamma64
     np.testing.assert_allclose(without[1:], training.gamma64[[300, 600, 900, 1200, 1500]], rtol=1e-9)
 
 
@@ -202,16 +204,16 @@ def test_uniform_spacing_between_end_points_is_even_in_the_training_step():
     ("ends", "message"),
     [
         (
-            {"noisiest": -10.1},
-            "noisiest must be a log-SNR that the training schedule has, -10.034 to 13.816, got -10",
+            {"log_snr_min": -10.1},
+            "log_snr_min must be a log-SNR that the training schedule has, -10.034 to 13.816, got -10",
         ),
-        ({"cleanest": 13.9}, "cleanest must be .*, got 13.9"),
-        ({"noisiest": float("nan")}, "noisiest must be .*, got nan"),
+        ({"log_snr_max": 13.9}, "log_snr_max must be .*, got 13.9"),
+        ({"log_snr_min": float("nan")}, "log_snr_min must be .*, got nan"),
         (
-            {"noisiest": 2.0, "cleanest": 1.0},
-            "noisiest must be a log-SNR below the cleanest of 1.000, got 2.000",
+            {"log_snr_min": 2.0, "log_snr_max": 1.0},
+            "log_snr_min must be a log-SNR below the log_snr_max of 1.000, got 2.000",
         ),
-        ({"noisiest": -1.0, "cleanest": -0.9}, "5 betas that are linear from 0.711 .* noisier"),
+        ({"log_snr_min": -1.0, "log_snr_max": -0.9}, "5 betas that are linear from 0.711 .* noisier"),
     ],
 )
 def test_end_points_that_make_no_grid_are_refused(ends, message):

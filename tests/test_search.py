@@ -11,8 +11,8 @@ import pytest
 
 from sr3_jax.diffusion.schedule import cosine, linear
 from sr3_jax.sampling import SOLVERS, Sampling
-from sr3_jax.search import races
-from sr3_jax.search.races import Race, TimeUp, best, spread, steps_for
+from sr3_jax.search import successive_halving
+from sr3_jax.search.successive_halving import Race, TimeUp, best, spread, steps_for
 
 TRAINING = linear()
 MEAN, DEVIATION = 0.3, 0.2
@@ -38,7 +38,7 @@ def exact(candidate: Sampling) -> float:
 
 
 def noisy(candidate: Sampling, count: int) -> float:
-    """The same as pictures tell it: the fewer, the less sure."""
+    """The same as images tell it: the fewer, the less sure."""
     word = hashlib.sha256(f"{candidate} {count}".encode()).digest()
     return exact(candidate) * (1 + 0.3 * (word[0] / 255 - 0.5) / np.sqrt(count))
 
@@ -69,8 +69,8 @@ def recorded(score=noisy):
     return scored, asked
 
 
-def test_the_better_half_goes_on_to_more_pictures(monkeypatch):
-    monkeypatch.setattr(races, "REFINEMENTS", 0)
+def test_the_better_half_goes_on_to_more_images(monkeypatch):
+    monkeypatch.setattr(successive_halving, "REFINEMENTS", 0)
     scored, asked = recorded()
     found, _ = best(race(), scored, candidates=16, counts=COUNTS, seed=0)
     rounds = {count: [candidate for candidate, of in asked if of == count] for count in COUNTS}
@@ -84,7 +84,7 @@ def test_the_better_half_goes_on_to_more_pictures(monkeypatch):
     assert found == min(rounds[32], key=lambda candidate: noisy(candidate, 32))
 
 
-def test_small_steps_are_judged_on_all_pictures_and_help():
+def test_small_steps_are_judged_on_all_images_and_help():
     scored, asked = recorded()
     found, _ = best(race("ddim", 4), scored, candidates=4, counts=(8, 16), seed=0)
     start = min(spread(race("ddim", 4), 4, seed=0), key=lambda candidate: noisy(candidate, 16))
@@ -114,7 +114,7 @@ def test_what_is_out_of_the_race_does_not_win():
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 10, 14, 20])
-def test_when_time_is_up_the_most_pictures_decide(allowed):
+def test_when_time_is_up_the_most_images_decide(allowed):
     scored, asked = recorded()
 
     def limited(candidate, count):
@@ -146,12 +146,12 @@ def test_candidates_are_grids_of_the_schedule_that_all_differ(solver, steps, sch
     assert {(candidate.solver, candidate.steps) for candidate in candidates} == {(solver, steps)}
     assert {(candidate.guidance, candidate.augment) for candidate in candidates} == {(1.0, 0.0)}
     if steps > 1:
-        assert {candidate.spacing for candidate in candidates} == {None, *races.SPACINGS}
+        assert {candidate.spacing for candidate in candidates} == {None, *successive_halving.SPACINGS}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_few_points_cover_every_number_well(seed):
-    points = np.array(list(races._cover(6, 24, seed=seed)))
+    points = np.array(list(successive_halving._cover(6, 24, seed=seed)))
     assert points.min() >= 0 and points.max() < 1
     for column in points.T:
         counts, _ = np.histogram(column, bins=4, range=(0, 1))
@@ -174,7 +174,9 @@ def test_guidance_and_augment_are_searched_where_the_network_knows_them():
 
 def test_small_steps_stay_within_what_the_network_knows():
     def score(candidate, count):  # wants out of it at both ends
-        low, high = ({"noisiest": -10.1, "cleanest": 13.8} | races._levels(race(), candidate)).values()
+        low, high = (
+            {"log_snr_min": -10.1, "log_snr_max": 13.8} | successive_halving._levels(race(), candidate)
+        ).values()
         return low - high + 1e-3 * candidate.variance
 
     found, _ = best(race(), score, candidates=6, counts=(8,), seed=0)
@@ -185,7 +187,7 @@ def test_small_steps_stay_within_what_the_network_knows():
 
 def test_heun_takes_two_evaluations_a_step():
     for solver in SOLVERS:
-        for evaluations in (1, 2, 5, 8, 25):
-            steps = steps_for(solver, evaluations)
-            assert Sampling(solver, steps).evaluations <= evaluations
-            assert replace(Sampling(solver, steps), steps=steps + 1).evaluations > evaluations
+        for nfe in (1, 2, 5, 8, 25):
+            steps = steps_for(solver, nfe)
+            assert Sampling(solver, steps).nfe <= nfe
+            assert replace(Sampling(solver, steps), steps=steps + 1).nfe > nfe

@@ -10,19 +10,21 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import checkpoint, experiment, metrics, parts, sampling
-from sr3_jax import model as models
+from sr3_jax import metrics, sampling
 from sr3_jax.cli.main import main
+from sr3_jax.config import build, experiment
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source
 from sr3_jax.evaluation import measures, scoring
-from sr3_jax.images import degrade, to_uint8, to_unit
-from sr3_jax.pictures.picture import PictureError, read_rgb
+from sr3_jax.image_io.image_file import ImageError, read_rgb
+from sr3_jax.image_ops import degrade, to_uint8, to_unit
+from sr3_jax.inference import model as models
 from sr3_jax.sampling import Sampling
 from sr3_jax.search import inputs as search_inputs
 from sr3_jax.search import report as search_report
 from sr3_jax.search import scores
-from sr3_jax.search.races import TimeUp
+from sr3_jax.search.successive_halving import TimeUp
+from sr3_jax.train import checkpoints
 from tests import tiny
 
 CROP = 32
@@ -32,28 +34,28 @@ SHORT = ["--metric", "psnr", "--candidates", "3", "--crops", "8", "--crop", str(
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
     with tiny.quick_compilation(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sr3_jax.search.races.REFINEMENTS", 1)
+        patch.setattr("sr3_jax.search.successive_halving.REFINEMENTS", 1)
         yield
 
 
 def exported(path: Path, **sections) -> models.Model:
     values = json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))
     network = experiment.build_network(values["model"])
-    shapes = jax.eval_shape(lambda key: parts.init_params(network, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    checkpoint.export(path, tiny.perturbed(zeros), values)
+    checkpoints.export(path, tiny.perturbed(zeros), values)
     return models.load(path)
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("house")
-    tiny.pictures(folder / "in", count=4, side=70)
+    tiny.images(folder / "in", count=4, side=70)
     exported(folder / "m.safetensors")
     exported(
         folder / "regression.safetensors",
         model={"regression": True},
-        diffusion={"kind": "y0"},
+        diffusion={"prediction": "y0"},
         eval={"steps": 1},
     )
     return folder
@@ -105,10 +107,10 @@ def test_the_table_has_every_race_with_its_default(finished):
 
 def test_its_figures_are_those_of_the_models_outputs(house, finished):
     """From the files by another path: the crops by hand, the whole batch at once."""
-    pictures = [read_rgb(path) for path in sorted((house / "in").iterdir())]
+    images = [read_rgb(path) for path in sorted((house / "in").iterdir())]
     tiles = {
         part: np.stack(
-            [picture[3 + row : 35 + row, 3 + column : 35 + column] for picture in pictures[first::2]
+            [image[3 + row : 35 + row, 3 + column : 35 + column] for image in images[first::2]
              for row in (0, 32) for column in (0, 32)]
         )
         for part, first in (("search", 0), ("check", 1))
@@ -173,7 +175,9 @@ def test_one_that_was_stopped_goes_on_and_ends_alike(house, tmp_path, monkeypatc
 
 
 def test_without_a_gain_nothing_is_stored_and_it_says_so(house, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sr3_jax.search.races.best", lambda race, *rest, **options: (race.default, 8))
+    monkeypatch.setattr(
+        "sr3_jax.search.successive_halving.best", lambda race, *rest, **options: (race.default, 8)
+    )
     before = (house / "m.sampling.json").read_bytes() if (house / "m.sampling.json").exists() else None
     assert run(house, tmp_path, "--solver", "ddim") == 0
     assert "by more than chance: the default stands" in capsys.readouterr().out
@@ -191,8 +195,8 @@ def test_it_ends_in_time_with_what_there_is(house, tmp_path):
     assert all("psnr" in row["check"] for row in rows)
 
 
-def test_other_pictures_can_be_given_to_see_on(house, tmp_path):
-    tiny.pictures(tmp_path / "other", count=2, side=70, seed=9)
+def test_other_images_can_be_given_to_see_on(house, tmp_path):
+    tiny.images(tmp_path / "other", count=2, side=70, seed=9)
     extra = [
         "--solver",
         "ddim",
@@ -204,7 +208,7 @@ def test_other_pictures_can_be_given_to_see_on(house, tmp_path):
     ]
     assert run(house, tmp_path / "out", *extra) == 0
     found = report(tmp_path / "out")
-    assert (found["search_crops"], found["check_crops"], found["pictures"]) == (8, 8, [4, 2])
+    assert (found["search_crops"], found["check_crops"], found["images"]) == (8, 8, [4, 2])
     assert "crops of folder:" in (tmp_path / "out" / "search.md").read_text()
 
 
@@ -228,10 +232,10 @@ def test_other_pictures_can_be_given_to_see_on(house, tmp_path):
             ["--metric", "frechet"],
             "--metric=frechet needs 100 crops to search on and as many to see on, got 8",
         ),
-        (["--crop", "200"], "200 pixels): put pictures there"),
+        (["--crop", "200"], "200 pixels): put images there"),
         (
             ["--limit", "1"],
-            "has one picture to use, and none to see on what the search is worth: give --eval-data",
+            "has one image to use, and none to see on what the search is worth: give --eval-data",
         ),
         (["--data", "nowhere"], "no data source is called 'nowhere'"),
         (["--model", "nonesuch"], "no model 'nonesuch'"),
@@ -248,13 +252,13 @@ def test_mistakes_are_one_sentence(house, tmp_path, capsys, extra, sentence):
 # ---- Crops
 
 
-def test_crops_do_not_overlap_and_come_from_every_picture():
+def test_crops_do_not_overlap_and_come_from_every_image():
     generator = np.random.default_rng(0)
     shapes = [(40, 70), (33, 33), (64, 96), (20, 90)]
     images = [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     source = Source("some", lambda index: {"image": images[index].copy(), "label": index}, 4)
     crops = crops_of(source, range(4), crop=32, count=100, seed=0)
-    assert np.bincount(crops.labels).tolist() == [2, 1, 6] and crops.pictures == 3
+    assert np.bincount(crops.labels).tolist() == [2, 1, 6] and crops.images == 3
     assert len({crop.tobytes() for crop in crops.images}) == 9
     few = crops_of(source, range(4), crop=32, count=4, seed=0)
     assert sorted(few.labels.tolist()) == [0, 0, 1, 2]
@@ -264,21 +268,21 @@ def test_crops_do_not_overlap_and_come_from_every_picture():
     assert crops.whole_batches(4).images.shape == (8, 32, 32, 3) and len(crops.whole_batches(4).labels) == 8
 
 
-def test_many_pictures_give_a_crop_each_spread_evenly():
+def test_many_images_give_a_crop_each_spread_evenly():
     seen = []
 
     def load(index):
         seen.append(index)
         if index == 50:
-            raise PictureError("is truncated")
+            raise ImageError("is truncated")
         return {"image": np.full((32, 32, 3), index, np.uint8)}
 
     crops = crops_of(Source("many", load, 100), range(100), crop=32, count=10, seed=0)
-    assert seen == list(range(0, 100, 10)) and crops.pictures == 9
+    assert seen == list(range(0, 100, 10)) and crops.images == 9
     assert crops.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 60, 70, 80, 90]
 
 
-def test_the_two_parts_share_no_picture():
+def test_the_two_parts_share_no_image():
     first, second = halves(7)
     assert sorted([*first, *second]) == list(range(7)) and abs(len(first) - len(second)) == 1
 
@@ -339,7 +343,7 @@ class _Told:
         return self._figures[candidate.solver]
 
 
-def test_the_guard_keeps_out_what_forgets_its_low_res_picture():
+def test_the_guard_keeps_out_what_forgets_its_low_res_image():
     told = _Told(
         ddim={"lpips": 0.3, "psnr": 20.0, "consistency": 2.0},
         heun={"lpips": 0.1, "psnr": 22.0, "consistency": 3.6},
@@ -438,7 +442,7 @@ def test_what_is_chosen_holds_on_crops_that_were_not_searched(rows, chosen):
     assert against is default
 
 
-def test_a_stage_of_a_cascade_is_searched_on_pictures_as_it_was_trained_to_make_them():
+def test_a_stage_of_a_cascade_is_searched_on_images_as_it_was_trained_to_make_them():
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     crops = Crops(images, None, 2)
     assert search_inputs.shrunk(crops, 1) is crops

@@ -1,4 +1,4 @@
-"""What is shown of an evaluation: which pictures, which part, and cells that fit each other."""
+"""What is shown of an evaluation: which images, which part, and cells that fit each other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def test_worst_median_and_best():
     assert showcase.chosen(np.array([5.0])) == {"only": 0}
 
 
-def test_a_small_picture_is_shown_whole():
-    picture = np.zeros((200, 256, 3), np.uint8)
-    assert showcase.detail_window(picture, picture, multiple=4) == (slice(0, 200), slice(0, 256))
+def test_a_small_image_is_shown_whole():
+    image = np.zeros((200, 256, 3), np.uint8)
+    assert showcase.detail_window(image, image, multiple=4) == (slice(0, 200), slice(0, 256))
 
 
 @pytest.mark.parametrize(("top", "left"), [(0, 0), (300, 12), (604, 404), (333, 217)])
@@ -33,7 +33,7 @@ def test_the_window_holds_what_bicubic_lost(top, left):
     assert 0 <= columns.start <= left and left + 180 <= columns.stop <= 600
 
 
-def test_a_narrow_picture_has_a_narrow_window():
+def test_a_narrow_image_has_a_narrow_window():
     original = np.zeros((48, 1000, 3), np.uint8)
     original[:, 500:520] = 9
     rows, columns = showcase.detail_window(original, np.zeros_like(original), multiple=8)
@@ -41,7 +41,7 @@ def test_a_narrow_picture_has_a_narrow_window():
 
 
 def test_all_cells_of_a_row_show_the_same_place():
-    """Each picture tells its place in its colours: row number in red, column number in green."""
+    """Each image tells its place in its colours: row number in red, column number in green."""
 
     def places(height, width, step):
         grid = np.zeros((height, width, 3), np.uint8)

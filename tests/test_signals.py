@@ -7,13 +7,13 @@ import threading
 
 import pytest
 
-from sr3_jax.signals import leave_if, polled_signals
+from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_first_signal_sets_the_exit_code(number, code):
     before = signal.getsignal(number)
-    with polled_signals() as stopped:
+    with stop_signals() as stopped:
         assert stopped() == 0
         signal.raise_signal(number)
         assert stopped() == code
@@ -22,7 +22,7 @@ def test_the_first_signal_sets_the_exit_code(number, code):
 
 def test_the_second_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    with pytest.raises(KeyboardInterrupt), polled_signals():
+    with pytest.raises(KeyboardInterrupt), stop_signals():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
@@ -32,7 +32,7 @@ def test_outside_the_main_thread_it_does_nothing():
     seen = []
 
     def work():
-        with polled_signals() as stopped:
+        with stop_signals() as stopped:
             seen.append(stopped())
 
     thread = threading.Thread(target=work)
@@ -42,8 +42,8 @@ def test_outside_the_main_thread_it_does_nothing():
 
 
 def test_leaving_says_how_to_go_on(capsys):
-    leave_if(0)
+    exit_if_stopped(0)
     with pytest.raises(SystemExit) as stop:
-        leave_if(143)
+        exit_if_stopped(143)
     assert stop.value.code == 143
     assert capsys.readouterr().err == "Stopped. Run the same command again to go on from there.\n"

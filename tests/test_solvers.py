@@ -177,7 +177,7 @@ def images(solver, steps: int, spacing: str, network=gaussian) -> np.ndarray:
         shape=SHAPE,
         schedule=schedule,
         solver=solver,
-        kind="y0",
+        prediction="y0",
         space=UNCLIPPED,
     )
     return np.asarray(drawn.image)

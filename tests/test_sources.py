@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data import photos, sources, store
 from sr3_jax.data.folders import shown
-from sr3_jax.data.sources import SmallPicture, Source, open_source, squares
-from sr3_jax.pictures.picture import PictureError
+from sr3_jax.data.sources import ImageTooSmallError, Source, open_source, squares
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import ImageError
 
 PHOTOS = Path(photos.__file__).parent
 
@@ -40,7 +40,7 @@ def said(monkeypatch):
     return messages
 
 
-def picture(path, size=(40, 30), seed=0, mode="RGB"):
+def image(path, size=(40, 30), seed=0, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, "PNG")
@@ -148,17 +148,17 @@ def test_tfds_image_and_label(data_dir, tmp_path):
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-        # What we do not use must not be decoded: these bytes are no picture.
+        # What we do not use must not be decoded: these bytes are no image.
         "mask": tfds.features.Image(shape=(None, None, 1)),
         "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature()}),
     }
-    pixels = [picture(tmp_path / f"{index}.png", seed=index) for index in range(3)]
+    pixels = [image(tmp_path / f"{index}.png", seed=index) for index in range(3)]
     box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
     examples = [
         {
             "image": (tmp_path / f"{index}.png").read_bytes(),
             "label": index % 2,
-            "mask": b"no picture",
+            "mask": b"no image",
             "objects": [{"bbox": box}] * index,
         }
         for index in range(3)
@@ -177,7 +177,7 @@ def test_tfds_image_and_label(data_dir, tmp_path):
 def test_tfds_grey_and_raw_arrays_become_three_channels(data_dir, tmp_path):
     import tensorflow_datasets as tfds
 
-    grey = picture(tmp_path / "grey.png", mode="L")
+    grey = image(tmp_path / "grey.png", mode="L")
     write_tfds(
         data_dir,
         "grey",
@@ -191,8 +191,8 @@ def test_tfds_grey_and_raw_arrays_become_three_channels(data_dir, tmp_path):
         array = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
         feature = tfds.features.Tensor(shape=(5, 7, channels), dtype=np.uint8)
         write_tfds(data_dir, name, {"image": feature}, [{"image": array}])
-        image = open_source(f"tfds:{name}:train")[0]["image"]
-        assert image.shape == (5, 7, 3) and image.dtype == np.uint8
+        array = open_source(f"tfds:{name}:train")[0]["image"]
+        assert array.shape == (5, 7, 3) and array.dtype == np.uint8
         np.testing.assert_array_equal(image, np.repeat(array, 3, -1) if channels == 1 else array[..., :3])
 
 
@@ -236,7 +236,7 @@ def test_tfds_mistakes_are_told_with_the_way_out(data_dir, tmp_path):
         "tfds:old:train": r"stored as tfrecord, without random access: run `tfds build` .*sr3 prepare",
         "tfds:plain": r"write tfds:NAME",
         "photos:validation": r"no data source is called 'photos:validation': use photos:train",
-        "pictures": r"no data source is called 'pictures'",
+        "images": r"no data source is called 'images'",
         "folder:": r"no data source",
     }.items():
         with pytest.raises(UserError, match=message) as error:
@@ -244,15 +244,15 @@ def test_tfds_mistakes_are_told_with_the_way_out(data_dir, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_small_pictures_of_a_tfds_data_set_are_refused_from_their_headers(data_dir, tmp_path, monkeypatch):
+def test_small_images_of_a_tfds_data_set_are_refused_from_their_headers(data_dir, tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    picture(tmp_path / "small.png", size=(40, 30))
-    picture(tmp_path / "large.png", size=(40, 32))
+    image(tmp_path / "small.png", size=(40, 30))
+    image(tmp_path / "large.png", size=(40, 32))
     examples = [{"image": (tmp_path / name).read_bytes()} for name in ("small.png", "large.png")]
     write_tfds(data_dir, "sizes", {"image": tfds.features.Image(shape=(None, None, 3))}, examples)
     source = open_source("tfds:sizes:train", min_side=32)
-    with monkeypatch.context() as patch, pytest.raises(SmallPicture) as error:
+    with monkeypatch.context() as patch, pytest.raises(ImageTooSmallError) as error:
         patch.setattr(sources, "read_rgb", None)  # nothing is decoded
         source[0]
     assert str(error.value) == "record 0: is 40x30 pixels, with a short side under 32"
@@ -264,11 +264,11 @@ def test_small_pictures_of_a_tfds_data_set_are_refused_from_their_headers(data_d
 
 def test_folder_reads_in_sorted_order_and_lists_what_it_cannot_read(tmp_path, said):
     pixels = {
-        name: picture(tmp_path / name, seed=seed) for seed, name in enumerate(["b/2.png", "a.png", "b/1.png"])
+        name: image(tmp_path / name, seed=seed) for seed, name in enumerate(["b/2.png", "a.png", "b/1.png"])
     }
-    picture(tmp_path / ".hidden.png")
-    picture(tmp_path / ".cache" / "x.png")
-    picture(tmp_path / "small.png", size=(30, 12))
+    image(tmp_path / ".hidden.png")
+    image(tmp_path / ".cache" / "x.png")
+    image(tmp_path / "small.png", size=(30, 12))
     (tmp_path / "notes.txt").write_text("words")
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -280,12 +280,12 @@ def test_folder_reads_in_sorted_order_and_lists_what_it_cannot_read(tmp_path, sa
     listing, small = said
     assert listing.startswith("3 left out of folder:")
     assert all(f"{tmp_path}/{name}: " in listing for name in ("notes.txt", "empty.jpg", "gone.png"))
-    assert "1 of 4 pictures" in small and "under 20 pixels" in small
+    assert "1 of 4 images" in small and "under 20 pixels" in small
 
 
 def test_folder_with_names_that_are_not_text(tmp_path, said):
     good, bad = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/caf\xe9.png", b"/\xff.png"))
-    pixels = picture(good)
+    pixels = image(good)
     bad.write_bytes(b"x")
     source = open_source(f"folder:{tmp_path}")
     np.testing.assert_array_equal(source[0]["image"], pixels)
@@ -303,26 +303,26 @@ def test_names_are_shown_on_one_line(name):
 def test_folder_mistakes(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         open_source(f"folder:{tmp_path}/nowhere")
-    with pytest.raises(UserError, match="holds no picture that can be used"):
+    with pytest.raises(UserError, match="holds no image that can be used"):
         open_source(f"folder:{tmp_path}")
-    picture(tmp_path / "small.png", size=(30, 12))
+    image(tmp_path / "small.png", size=(30, 12))
     with pytest.raises(UserError, match=r"\(0 could not be read, 1 are under 13 pixels\)"):
         open_source(f"folder:{tmp_path}", min_side=13)
 
 
-def test_a_picture_found_truncated_when_read_is_named(tmp_path):
-    picture(tmp_path / "cut.png", size=(100, 100))
+def test_a_image_found_truncated_when_read_is_named(tmp_path):
+    image(tmp_path / "cut.png", size=(100, 100))
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     source = open_source(f"folder:{tmp_path}")  # the header is good
-    with pytest.raises(PictureError, match=r"cut\.png: is truncated"):
+    with pytest.raises(ImageError, match=r"cut\.png: is truncated"):
         source[0]
 
 
 # -- what all sources share
 
 
-def test_decoded_pictures_are_kept_within_the_memory_given():
+def test_decoded_images_are_kept_within_the_memory_given():
     reads = []
 
     def load(index):
@@ -336,7 +336,7 @@ def test_decoded_pictures_are_kept_within_the_memory_given():
     assert sorted(reads) == [0, 1, 2, 2, 2, 3, 3, 3]  # two fit, and they stay
 
 
-def test_kept_pictures_cannot_be_changed():
+def test_kept_images_cannot_be_changed():
     source = Source("fake", lambda index: {"image": np.zeros((4, 4, 3), np.uint8)}, 1)
     with pytest.raises(ValueError, match="read-only"):
         source[0]["image"][:] = 1

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
-from sr3_jax import parallel
+from sr3_jax.distributed import sharding
 from sr3_jax.train.state import abstract_state, create_state, start_from, update_ema
 from tests import tiny
 
@@ -25,7 +25,7 @@ def _quick():
 
 @pytest.fixture
 def small_arrays_are_split(monkeypatch):
-    monkeypatch.setattr(parallel, "FSDP_MIN_BYTES", 1000)
+    monkeypatch.setattr(sharding, "FSDP_MIN_BYTES", 1000)
 
 
 def init_params(key):
@@ -40,7 +40,7 @@ def flat(tree) -> dict[str, jax.Array]:
 def test_each_large_array_is_made_in_its_parts_and_the_values_are_those_of_any_mesh(
     data, fsdp, small_arrays_are_split
 ):
-    state = create_state(init_params, OPTIMIZER, jax.random.key(7), parallel.make_mesh(data=data, fsdp=fsdp))
+    state = create_state(init_params, OPTIMIZER, jax.random.key(7), sharding.make_mesh(data=data, fsdp=fsdp))
     kernels = [leaf for path, leaf in flat(state).items() if "kernel" in path]
     assert len(kernels) == 4  # weights, their average, Adam's two moments
     for leaf in kernels:
@@ -58,7 +58,7 @@ def test_each_large_array_is_made_in_its_parts_and_the_values_are_those_of_any_m
 
 
 def test_abstract_state_is_the_state_without_an_array(small_arrays_are_split):
-    mesh = parallel.make_mesh(data=2, fsdp=4)
+    mesh = sharding.make_mesh(data=2, fsdp=4)
     state = create_state(init_params, OPTIMIZER, jax.random.key(0), mesh)
     abstract = abstract_state(init_params, OPTIMIZER, mesh)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
@@ -71,7 +71,7 @@ def test_abstract_state_is_the_state_without_an_array(small_arrays_are_split):
 def test_given_weights_start_a_state_of_their_own(host, small_arrays_are_split):
     given = jax.jit(init_params)(jax.random.key(3))
     given = jax.device_get(given) if host else given
-    mesh = parallel.make_mesh(data=2, fsdp=4)
+    mesh = sharding.make_mesh(data=2, fsdp=4)
     state = start_from(given, OPTIMIZER, mesh)
     for tree in (state.params, state.ema_params):
         for name in given:

@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image as PillowImage
 
-from sr3_jax import experiment, parallel
+from sr3_jax.config import experiment
+from sr3_jax.distributed import sharding
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.state import start_from
 from sr3_jax.train.step import batch_losses, jit_train_step, make_train_step
@@ -60,7 +61,7 @@ class Run:
         step = jit_train_step(
             make_train_step(objective, OPTIMIZER, ema_decay=DECAY, **options), self.state(), mesh
         )
-        image = jax.ShapeDtypeStruct((rows, 16, 16, 3), np.uint8, sharding=parallel.batch_sharding(mesh))
+        image = jax.ShapeDtypeStruct((rows, 16, 16, 3), np.uint8, sharding=sharding.batch_sharding(mesh))
         key = jax.eval_shape(lambda: jax.random.key(0))
         self.compiled = step.lower(self.state(), {"image": image}, key).compile()
 
@@ -69,7 +70,7 @@ class Run:
         return dataclasses.replace(state, step=jax.device_put(jnp.int32(step), state.step.sharding))
 
     def batch(self, images: np.ndarray):
-        return parallel.to_global({"image": images}, self.mesh)
+        return sharding.to_global({"image": images}, self.mesh)
 
     def __call__(self, images: np.ndarray, *, seed: int = 1, step: int = 0, count: int = 1):
         """The state on the host, and the metrics of each step, after `count` steps."""
@@ -97,19 +98,19 @@ def gradients(objective):
 @pytest.fixture(scope="module")
 def one_device(objective, params) -> Run:
     devices = np.array(jax.devices()[:1]).reshape(1, 1)
-    return Run(objective, params, Mesh(devices, parallel.AXES, axis_types=(AxisType.Auto,) * 2))
+    return Run(objective, params, Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 2))
 
 
 @pytest.fixture(scope="module")
 def eight_devices(objective, params) -> Run:
-    return Run(objective, params, parallel.make_mesh())
+    return Run(objective, params, sharding.make_mesh())
 
 
 @pytest.fixture(scope="module")
 def sharded(objective, params):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "FSDP_MIN_BYTES", 64)
-        run = Run(objective, params, parallel.make_mesh(data=2, fsdp=4))
+        patch.setattr(sharding, "FSDP_MIN_BYTES", 64)
+        run = Run(objective, params, sharding.make_mesh(data=2, fsdp=4))
         yield run
 
 
@@ -131,7 +132,7 @@ def test_the_condition_is_made_from_the_crop_as_pillow_would(images):
         for channel in range(3):
             low_res = np.clip(
                 np.round(resize(images[index, ..., channel], 4)), 0, 255
-            )  # a picture file's levels
+            )  # an image file's levels
             upsampled = 127.5 * (np.asarray(cond["upsampled"][index, ..., channel]) + 1)
             np.testing.assert_allclose(upsampled, resize(low_res, 16), atol=0.02)
 
@@ -176,7 +177,7 @@ def test_dropout_is_on_in_the_step(objective, images):
             return y_t * variables["params"]["w"]
 
     step = make_train_step(dataclasses.replace(objective, network=Spy()), OPTIMIZER, ema_decay=DECAY)
-    state = start_from({"w": np.ones((), np.float32)}, OPTIMIZER, parallel.make_mesh())
+    state = start_from({"w": np.ones((), np.float32)}, OPTIMIZER, sharding.make_mesh())
     jax.eval_shape(step, state, {"image": images}, jax.random.key(0))
     assert seen == [True]
 
@@ -270,11 +271,11 @@ def test_the_old_state_is_donated_whole(name, images, request):
 def test_fully_sharded_it_is_the_step_of_one_device(
     params, one_device, images, monkeypatch, model, accumulation
 ):
-    monkeypatch.setattr(parallel, "FSDP_MIN_BYTES", 64)
+    monkeypatch.setattr(sharding, "FSDP_MIN_BYTES", 64)
     objective = experiment.read(tiny.config(model=tiny.CONFIG["model"] | model)).objective
     rows = 8 * accumulation
     crops = np.concatenate([images] * accumulation)
-    run = Run(objective, params, parallel.make_mesh(data=1, fsdp=8), rows=rows, accumulation=accumulation)
+    run = Run(objective, params, sharding.make_mesh(data=1, fsdp=8), rows=rows, accumulation=accumulation)
     new, _ = run.compiled(run.state(), run.batch(crops), jax.random.key(1))
     split = [leaf for leaf in jax.tree.leaves(new) if not leaf.sharding.is_fully_replicated]
     assert len(split) > 20
@@ -304,7 +305,7 @@ def test_fully_sharded_it_is_the_step_of_one_device(
 
 def test_accumulation_is_the_mean_of_the_parts_every_second_row_each(objective, gradients, params, images):
     images = np.concatenate([images, 255 - images])
-    run = Run(objective, params, parallel.make_mesh(), rows=16, accumulation=2)
+    run = Run(objective, params, sharding.make_mesh(), rows=16, accumulation=2)
     state, [metrics] = run(images, seed=4)
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(4), 0), 2)

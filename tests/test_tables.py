@@ -25,7 +25,7 @@ def row(method="bicubic", *, solver=None, steps=None, mean=20.0, low=19.0, high=
 
 
 def evaluation(rows, **how):
-    protocol = {"source": "photos:test", "pictures": 3, "samples": 1, "seed": 7, "crop": None}
+    protocol = {"source": "photos:test", "images": 3, "samples": 1, "seed": 7, "crop": None}
     model = {"label": "m", "name": "m.safetensors", "scale": 4, "parameters": 2_500_000, "sha256": "ab" * 32}
     return {"protocol": protocol | how, "hardware": "a slide rule", "models": [model], "rows": rows}
 
@@ -40,7 +40,7 @@ def test_the_interval_of_normal_values_is_that_of_their_mean():
     assert found == tables.bootstrap(values)
 
 
-def test_rows_over_the_same_pictures_see_the_same_resamples():
+def test_rows_over_the_same_images_see_the_same_resamples():
     values = np.random.default_rng(0).normal(size=12)
     shifted = tables.bootstrap(values + 3.0)
     assert shifted == pytest.approx({key: end + 3.0 for key, end in tables.bootstrap(values).items()})
@@ -53,8 +53,8 @@ def test_one_value_is_its_own_interval_and_an_infinite_one_gives_no_nan():
     assert found["low"] >= 20.0
 
 
-def test_samples_of_a_picture_are_averaged_before_pictures_are_resampled():
-    noisy = np.array([[0.0, 10.0], [10.0, 0.0], [5.0, 5.0]])  # equal pictures, whose samples differ
+def test_samples_of_a_image_are_averaged_before_images_are_resampled():
+    noisy = np.array([[0.0, 10.0], [10.0, 0.0], [5.0, 5.0]])  # equal images, whose samples differ
     assert tables.summary({"psnr": noisy})["psnr"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
 
 
@@ -88,7 +88,7 @@ def test_csv_holds_every_digit():
 
 def test_the_page_says_how_each_figure_was_made():
     text = tables.markdown(evaluation([row()], samples=2, crop=64))
-    wanted = ["3 pictures of photos:test, the centre 64x64", "2 outputs each", "seed 7", "BT.601", "8 bits"]
+    wanted = ["3 images of photos:test, the centre 64x64", "2 outputs each", "seed 7", "BT.601", "8 bits"]
     wanted += [
         "RGB, 0-255, no border crop",
         "a slide rule",
@@ -96,7 +96,7 @@ def test_the_page_says_how_each_figure_was_made():
         "2,500,000 weights",
     ]
     assert [words for words in wanted if words not in text] == []
-    assert "1 picture of Set14" in tables.markdown(evaluation([row()], pictures=1), source="Set14")
+    assert "1 image of Set14" in tables.markdown(evaluation([row()], images=1), source="Set14")
 
 
 def test_a_column_that_only_some_rows_have_is_blank_elsewhere():
@@ -139,7 +139,7 @@ def test_each_network_is_named_with_its_weights_and_the_reference():
     wanted += [
         "16 at a time, the batch's time divided by 16",
         "2 processes",
-        "one random half of the original pictures",
+        "one random half of the original images",
     ]
     assert [words for words in wanted if words not in text] == []
     assert "KID (AlexNet): kernel" in text and "FID:" not in text

@@ -1,4 +1,4 @@
-"""Tiles against the whole picture, with denoisers whose reach and place-dependence are known.
+"""Tiles against the whole image, with denoisers whose reach and place-dependence are known.
 
 Shape legend: B batch, H height, W width, C channels.
 """
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax.diffusion import tiling
-from sr3_jax.diffusion.tiling import tiled
+from sr3_jax.inference import tiling
+from sr3_jax.inference.tiling import tiled
 
 GAMMA = np.array([0.3, 0.8], np.float32)
 
 
-def picture(height: int, width: int, *, seed: int = 0) -> jax.Array:
+def image(height: int, width: int, *, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal((2, height, width, 3)), jnp.float32)
 
 
 def inputs(height: int, width: int):
-    return picture(height, width), jnp.asarray(GAMMA), {"upsampled": picture(height, width, seed=1)}
+    return image(height, width), jnp.asarray(GAMMA), {"upsampled": image(height, width, seed=1)}
 
 
 def pointwise(y_t, gamma, cond):
@@ -99,7 +99,7 @@ def test_the_network_sees_tiles_of_one_size_with_all_that_belongs_to_them():
     assert set(seen) == {((2, 40, 48, 3), (2, 40, 48, 3), (2,), (2,))}
 
 
-def test_a_picture_within_one_tile_goes_through_unchanged():
+def test_a_image_within_one_tile_goes_through_unchanged():
     given = inputs(16, 12)
     np.testing.assert_array_equal(tiled(blurred, tile=16, overlap=4)(*given), blurred(*given))
 

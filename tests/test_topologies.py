@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.planning import topologies
 
 

@@ -1,4 +1,4 @@
-"""`sr3 train-classifier`: labelled pictures in, one file out, and its accuracy told."""
+"""`sr3 train-classifier`: labelled images in, one file out, and its accuracy told."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sr3_jax.aliases import UserError
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source, open_source
+from sr3_jax.errors import UserError
 from sr3_jax.features import training
 from sr3_jax.features.recognition import load_classifier
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Pictures of 8x8: the class 'dark' or 'light' is that of their upper half."""
+    """Images of 8x8: the class 'dark' or 'light' is that of their upper half."""
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
     random = np.random.default_rng(0)
     for label, offset in (("dark", 0), ("light", 150)):
-        (tmp_path / "pictures" / label).mkdir(parents=True)
+        (tmp_path / "images" / label).mkdir(parents=True)
         for number in range(16):
             image = random.integers(0, 100, (8, 8, 3)).astype(np.uint8)
             image[:4] += offset
-            Image.fromarray(image).save(tmp_path / "pictures" / label / f"{number}.png")
-    assert main(["prepare", str(tmp_path / "pictures"), "--name=halves", "--test-count=12"]) == 0
+            Image.fromarray(image).save(tmp_path / "images" / label / f"{number}.png")
+    assert main(["prepare", str(tmp_path / "images"), "--name=halves", "--test-count=12"]) == 0
     return tmp_path
 
 
@@ -35,13 +35,13 @@ def test_a_classifier_is_trained_kept_and_found_by_its_name(data, capsys):
     command += [str(data / "halves.safetensors"), "--steps=12", "--batch=10", "--width=4", "--augment=0.5"]
     assert main(command) == 0
     told = capsys.readouterr()
-    assert "12 of 12 pictures of tfds:halves:test are recognised: 100.00%" in told.out
+    assert "12 of 12 images of tfds:halves:test are recognised: 100.00%" in told.out
     assert "loss" in told.err
     found = load_classifier(str(data / "halves.safetensors"))
     assert found.num_classes == 2 and found.sha256 in told.out and (found.height, found.width) == (8, 8)
     assert found.about["accuracy"] == 1.0 and found.about["accuracy_by_class"] == {"0": 1.0, "1": 1.0}
-    assert (found.about["data"], found.about["pictures"], found.about["seed"]) == ("tfds:halves:train", 20, 0)
-    # Asked by hand, it says the same of each picture.
+    assert (found.about["data"], found.about["images"], found.about["seed"]) == ("tfds:halves:train", 20, 0)
+    # Asked by hand, it says the same of each image.
     for item in (open_source("tfds:halves:test")[index] for index in range(12)):
         assert found.logits(item["image"][None]).argmax() == item["label"]
     capsys.readouterr()
@@ -85,7 +85,7 @@ def test_a_classifier_is_trained_kept_and_found_by_its_name(data, capsys):
         ),
         (
             ["--data=tfds:halves:train", "--eval-data=tfds:thirds:train", "-o", "c.safetensors"],
-            "tfds:thirds:train has pictures of class 2, which tfds:halves:train has not: name others",
+            "tfds:thirds:train has images of class 2, which tfds:halves:train has not: name others",
         ),
     ],
 )
@@ -105,7 +105,7 @@ def test_mistakes_are_one_sentence(data, arguments, sentence, capsys, monkeypatc
 
 def test_a_training_that_is_stopped_says_that_nothing_is_kept(data, capsys, monkeypatch):
     polled = contextlib.nullcontext(lambda: 143)
-    monkeypatch.setattr("sr3_jax.signals.polled_signals", lambda: polled)
+    monkeypatch.setattr("sr3_jax.distributed.signals.stop_signals", lambda: polled)
     command = ["train-classifier", "--data=tfds:halves:train", "-o", str(data / "c.safetensors"), "--steps=9"]
     assert main(command) == 143
     assert "nothing is kept" in capsys.readouterr().err and not list(data.glob("c.*"))
@@ -118,10 +118,10 @@ def items(*shapes):
     return Source("some", load, len(shapes))
 
 
-def test_pictures_in_memory(monkeypatch):
+def test_images_in_memory(monkeypatch):
     images, labels = training.labelled(items((4, 5), (4, 5), (4, 5)))
     assert images.shape == (3, 4, 5, 3) and labels.tolist() == [0, 1, 2] == images[:, 0, 0, 0].tolist()
-    with pytest.raises(UserError, match="some has pictures of 5x4 and 4x5: bring them to one size"):
+    with pytest.raises(UserError, match="some has images of 5x4 and 4x5: bring them to one size"):
         training.labelled(items((4, 5), (5, 4)))
     monkeypatch.setattr(training, "MOST_BYTES", 100)
     with pytest.raises(UserError, match="over 4 GiB"):

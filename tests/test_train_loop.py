@@ -21,16 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax import checkpoint, experiment, images, metrics, parallel
-from sr3_jax.aliases import UserError
+from sr3_jax import image_ops, metrics
+from sr3_jax.config import experiment
 from sr3_jax.data.sources import Source
-from sr3_jax.model import load
-from sr3_jax.train import heldout, loop
+from sr3_jax.distributed import sharding
+from sr3_jax.errors import UserError
+from sr3_jax.inference.model import load
+from sr3_jax.train import checkpoints, held_out, loop
 from sr3_jax.train.state import abstract_state
 from tests import tiny
 
 ROOT = Path(experiment.__file__).resolve().parent.parent
-HELD_OUT = 5  # pictures; not a multiple of the devices
+HELD_OUT = 5  # images; not a multiple of the devices
 REAL = {
     "train": {"num_steps": 6, "log_every": 2},
     "eval": {"every": 3, "num_images": HELD_OUT},
@@ -46,7 +48,7 @@ def _quick():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny.pictures(tmp_path_factory.mktemp("pictures"))
+    return tiny.images(tmp_path_factory.mktemp("images"))
 
 
 def run(folder: Path, workdir: Path, sections: dict | None = None, **more) -> int:
@@ -66,10 +68,10 @@ def steps_of(workdir: Path) -> list[int]:
 
 def restored(workdir: Path):
     """The newest state of a workdir, on the host."""
-    read = experiment.read(checkpoint.read_config(workdir))
-    with checkpoint.Checkpoints(workdir, keep=99) as checkpoints:
+    read = experiment.read(checkpoints.read_config(workdir))
+    with checkpoints.Checkpoints(workdir, keep=99) as store:
         return jax.device_get(
-            checkpoints.restore(abstract_state(read.init_params, read.optimizer(), parallel.make_mesh()))
+            store.restore(abstract_state(read.init_params, read.optimizer(), sharding.make_mesh()))
         )
 
 
@@ -92,7 +94,7 @@ def whole(folder, tmp_path_factory) -> Path:
 def test_a_run_leaves_its_log_its_samples_its_config_and_its_checkpoints(whole, folder):
     assert steps_of(whole) == [3, 6]
     given = experiment.read(tiny.config(folder, **REAL)).config
-    assert experiment.read(checkpoint.read_config(whole)).config == given
+    assert experiment.read(checkpoints.read_config(whole)).config == given
     assert sorted(path.name for path in (whole / "samples").iterdir()) == [
         "samples_0000003.png",
         "samples_0000006.png",
@@ -139,7 +141,7 @@ def test_the_resumed_run_is_the_uninterrupted_one_to_the_bit(whole, folder, tmp_
     for workdir in (whole, tmp_path):
         shutil.copytree(workdir / "checkpoints" / "3", tmp_path / workdir.name / "checkpoints" / "3")
     names = (whole.name, tmp_path.name)
-    early = [checkpoint.load_ema(tmp_path / name) for name in names]
+    early = [checkpoints.load_ema(tmp_path / name) for name in names]
     assert early[0][1] == 3 and same_bits(early[0], early[1])
 
 
@@ -167,22 +169,22 @@ def test_an_evaluation_that_a_kill_came_before_is_made_up_for(folder, tmp_path, 
     assert run(folder, tmp_path, sections) == 0 and len(stand_in.evaluated) == count  # once is enough
 
 
-def test_evaluation_is_of_all_pictures_once_and_the_same_each_time(folder, whole, monkeypatch):
-    """Five pictures on eight devices: the means are over the five."""
+def test_evaluation_is_of_all_images_once_and_the_same_each_time(folder, whole, monkeypatch):
+    """Five images on eight devices: the means are over the five."""
     seen = {}
-    monkeypatch.setattr(heldout, "picture_grid", lambda rows, **titles: seen.update(rows=rows, **titles))
+    monkeypatch.setattr(held_out, "image_grid", lambda rows, **titles: seen.update(rows=rows, **titles))
     objective = experiment.read(tiny.config(folder, **REAL)).objective
     crops = np.random.default_rng(0).integers(0, 256, (HELD_OUT, 16, 16, 3), dtype=np.uint8)
-    evaluate = heldout.HeldOut(
-        objective, {"image": crops}, parallel.make_mesh(), steps=2, solver="ddim", seed=0
+    evaluate = held_out.HeldOutEvaluation(
+        objective, {"image": crops}, sharding.make_mesh(), steps=2, solver="ddim", seed=0
     )
     params = restored(whole).ema_params
     values, _ = evaluate(params)
     assert evaluate(params)[0] == values
-    low_res = images.degrade(images.to_unit(crops), 4)
-    bicubic = images.to_uint8(images.upsample(low_res, 4))
+    low_res = image_ops.degrade(image_ops.to_unit(crops), 4)
+    bicubic = image_ops.to_uint8(image_ops.upsample(low_res, 4))
     assert values["eval_psnr_bicubic"] == pytest.approx(float(metrics.psnr(bicubic, crops).mean()), rel=1e-4)
-    low_res = images.to_uint8(low_res)
+    low_res = image_ops.to_uint8(low_res)
     wanted = float(metrics.consistency(bicubic, low_res).mean())
     assert values["eval_consistency_bicubic"] == pytest.approx(wanted, rel=1e-3)
     assert seen["column_titles"] == ["low-res", "bicubic", "output", "original"]
@@ -208,7 +210,7 @@ class StandIn:
         self.events: list[tuple] = []
         self.states: list = []
         self.evaluated: list = []
-        real_jit, real_finite, real_global = jax.jit, loop._finite, parallel.to_global
+        real_jit, real_finite, real_global = jax.jit, loop._finite, sharding.to_global
 
         def make_train_step(objective, optimizer, *, ema_decay, accumulation):
             self.options = {"ema_decay": ema_decay, "accumulation": accumulation}
@@ -234,7 +236,7 @@ class StandIn:
             self.events.append(("fetch",))
             return real_global(batch, mesh, **options)
 
-        class HeldOut:
+        class HeldOutEvaluation:
             def __init__(held_out, objective, batch, mesh, **options) -> None:
                 self.held_out = batch
 
@@ -249,9 +251,9 @@ class StandIn:
         for target, name, value in (
             (loop, "make_train_step", make_train_step),
             (loop, "_finite", finite),
-            (loop, "HeldOut", HeldOut),
+            (loop, "HeldOutEvaluation", HeldOutEvaluation),
             (experiment.Experiment, "init_params", init_params),
-            (parallel, "to_global", to_global),
+            (sharding, "to_global", to_global),
             (jax, "jit", jit),
         ):
             monkeypatch.setattr(target, name, value)
@@ -494,7 +496,7 @@ def test_a_damaged_checkpoint_is_not_trained_over(stopped_at_3, folder):
         ("model", "channels", 8, 4),
         ("model", "multipliers", (2,), (1,)),
         ("model", "film", True, False),
-        ("diffusion", "kind", "eps", "v"),
+        ("diffusion", "prediction", "eps", "v"),
         ("optim", "ema_decay", 0.5, 0.9),
         ("data", "scale", 2, 4),
     ],
@@ -513,16 +515,16 @@ def test_another_network_or_task_is_refused(stopped_at_3, folder, section, field
 def test_a_run_of_an_older_version_goes_on_if_newer_fields_are_at_their_defaults(
     stopped_at_3, folder, monkeypatch
 ):
-    config = checkpoint.read_config(stopped_at_3)
+    config = checkpoints.read_config(stopped_at_3)
     del config["model"]["film"], config["model"]["patch"]
-    checkpoint.write_config(stopped_at_3, config)
+    checkpoints.write_config(stopped_at_3, config)
     with pytest.raises(UserError, match=r"config.model.patch is 2 but .* was trained with 1"):
         run(folder, stopped_at_3, plain(num_steps=4))
     config["model"]["patch"] = 2
-    checkpoint.write_config(stopped_at_3, config)
+    checkpoints.write_config(stopped_at_3, config)
     StandIn(monkeypatch)
     assert run(folder, stopped_at_3, plain(num_steps=4)) == 0
-    assert checkpoint.read_config(stopped_at_3)["model"]["film"] is False
+    assert checkpoints.read_config(stopped_at_3)["model"]["film"] is False
 
 
 @pytest.mark.parametrize("kind", ["workdir", "export"])
@@ -530,7 +532,7 @@ def test_a_run_starts_from_given_weights(whole, folder, tmp_path, monkeypatch, k
     model, start, init_params = load(whole), whole, experiment.Experiment.init_params
     if kind == "export":
         start = tmp_path / "model.safetensors"
-        checkpoint.export(start, model.params, model.config)
+        checkpoints.export(start, model.params, model.config)
     StandIn(monkeypatch)
     monkeypatch.setattr(experiment.Experiment, "init_params", init_params)
     assert run(folder, tmp_path / "new", plain(num_steps=1, init_from=str(start))) == 0
@@ -551,9 +553,9 @@ def test_weights_of_another_network_and_none_at_all_are_refused(whole, folder, t
 
 
 def labelled(*labels: int) -> Source:
-    """Pictures with these labels."""
-    picture = np.zeros((16, 16, 3), np.uint8)
-    return Source("labelled", lambda index: {"image": picture.copy(), "label": labels[index]}, len(labels))
+    """Images with these labels."""
+    image = np.zeros((16, 16, 3), np.uint8)
+    return Source("labelled", lambda index: {"image": image.copy(), "label": labels[index]}, len(labels))
 
 
 @pytest.mark.parametrize("which", ["source", "eval_source"])
@@ -578,10 +580,10 @@ def test_a_label_out_of_range_is_refused(folder, tmp_path, monkeypatch, label):
         run(folder, tmp_path, plain(num_steps=2), model={"num_classes": 3})
 
 
-def test_a_damaged_first_picture_does_not_stop_a_run(folder, tmp_path, monkeypatch):
-    pictures = shutil.copytree(folder, tmp_path / "pictures")
-    first = min(pictures.iterdir())
+def test_a_damaged_first_image_does_not_stop_a_run(folder, tmp_path, monkeypatch):
+    images = shutil.copytree(folder, tmp_path / "images")
+    first = min(image_ops.iterdir())
     first.write_bytes(first.read_bytes()[:200])
     stand_in = StandIn(monkeypatch)
-    assert run(pictures, tmp_path / "run", plain(num_steps=2), eval={"num_images": 8}) == 0
+    assert run(images, tmp_path / "run", plain(num_steps=2), eval={"num_images": 8}) == 0
     assert len(stand_in.held_out["image"]) == 7

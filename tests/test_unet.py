@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sr3_jax.config.build import init_params
 from sr3_jax.nn.unet import UNet
-from sr3_jax.parts import init_params
 from tests import tiny
 
 SIDE = 8

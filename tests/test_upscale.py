@@ -12,9 +12,9 @@ from hostile import encode, exif, pixels, srgb
 from PIL import Image
 from stand_in import StandIn
 
-from sr3_jax.aliases import UserError
-from sr3_jax.pictures.picture import PictureError, read_picture, read_rgb
-from sr3_jax.upscale import Job, find_pictures, upscale_files
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import ImageError, read_image, read_rgb
+from sr3_jax.inference.upscale_files import Job, find_images, upscale_files
 
 
 def put(path: Path, data: bytes | np.ndarray) -> Path:
@@ -31,7 +31,7 @@ def targets(found) -> dict[str, str]:
     return {str(job.source): str(job.target) for job in found.jobs}
 
 
-# --- find_pictures
+# --- find_images
 
 
 def test_a_tree_is_mirrored(tmp_path, monkeypatch):
@@ -41,7 +41,7 @@ def test_a_tree_is_mirrored(tmp_path, monkeypatch):
     put(Path("in/text.txt"), b"hello")
     put(Path("in/._a.jpg"), b"hello")
     Path("in/empty").mkdir()
-    found = find_pictures([Path("in")], Path("out"))
+    found = find_images([Path("in")], Path("out"))
     assert targets(found) == {
         "in/b.png": "out/b.png",
         "in/a.JPG": "out/a.JPG.png",  # it is a PNG, which may have alpha
@@ -62,7 +62,7 @@ def test_names_of_targets(tmp_path, monkeypatch):
     }  # fmt: skip
     for name, data in sources.items():
         put(Path("in") / name, data)
-    found = targets(find_pictures([Path("in")], Path("out")))
+    found = targets(find_images([Path("in")], Path("out")))
     assert {Path(source).name: Path(target).name for source, target in found.items()} == {
         "a.jpeg": "a.jpeg", "b.PNG": "b.PNG", "c.gif": "c.gif.png", "c.png": "c.png", "d": "d.jpg",
         "e.dat": "e.dat.webp", "f.bmp": "f.bmp.png", "g.jpg": "g.jpg", "h.jpg": "h.jpg.tif",
@@ -72,30 +72,28 @@ def test_names_of_targets(tmp_path, monkeypatch):
 
 def test_a_single_file_goes_to_a_folder_or_to_a_name(tmp_path):
     source = put(tmp_path / "a.png", pixels())
-    assert find_pictures([source], tmp_path / "out").jobs == (Job(source, tmp_path / "out" / "a.png"),)
-    assert find_pictures([source], tmp_path / "b.jpg").jobs == (Job(source, tmp_path / "b.jpg"),)
+    assert find_images([source], tmp_path / "out").jobs == (Job(source, tmp_path / "out" / "a.png"),)
+    assert find_images([source], tmp_path / "b.jpg").jobs == (Job(source, tmp_path / "b.jpg"),)
     (tmp_path / "folder.png").mkdir()
-    assert (
-        find_pictures([source], tmp_path / "folder.png").jobs[0].target == tmp_path / "folder.png" / "a.png"
-    )
+    assert find_images([source], tmp_path / "folder.png").jobs[0].target == tmp_path / "folder.png" / "a.png"
 
 
 def test_a_file_named_by_the_user_counts_whatever_it_is(tmp_path):
     source = put(tmp_path / "notes.txt", b"hello")
-    assert len(find_pictures([source], tmp_path / "out").jobs) == 1
+    assert len(find_images([source], tmp_path / "out").jobs) == 1
 
 
 def test_a_file_given_twice_is_done_once(tmp_path, monkeypatch):
     put(tmp_path / "in" / "a.png", pixels())
     monkeypatch.chdir(tmp_path)
-    found = find_pictures([Path("in"), Path("in/a.png"), Path("./in/../in")], Path("out"))
+    found = find_images([Path("in"), Path("in/a.png"), Path("./in/../in")], Path("out"))
     assert targets(found) == {"in/a.png": "out/a.png"}
 
 
 def test_the_output_folder_is_no_input(tmp_path):
     put(tmp_path / "a.png", pixels())
     put(tmp_path / "out" / "old.png", pixels())
-    found = find_pictures([tmp_path], tmp_path / "out")
+    found = find_images([tmp_path], tmp_path / "out")
     assert [job.source.name for job in found.jobs] == ["a.png"]
 
 
@@ -107,7 +105,7 @@ def test_links_are_followed_but_not_for_ever(tmp_path):
         "elsewhere/back": "../in", "elsewhere/self": ".",
     }.items():  # fmt: skip
         (tmp_path / name).symlink_to(target)
-    found = find_pictures([tmp_path / "in"], tmp_path / "out")
+    found = find_images([tmp_path / "in"], tmp_path / "out")
     assert [str(job.source.relative_to(tmp_path)) for job in found.jobs] == ["in/far/b.png", "in/z/a.png"]
 
 
@@ -121,8 +119,8 @@ def test_links_are_followed_but_not_for_ever(tmp_path):
         (["in/a.png"], "in/a.png", "'in/a.png' is an input too"),
         (["in/a.png"], "link/a.png", "'link/a.png' is an input too"),
         (["in/b.png", "other"], "in", "is an input too"),
-        (["in"], "out.png", "names one picture"),
-        (["in/a.png", "in/b.png"], "out.png", "names one picture"),
+        (["in"], "out.png", "names one image"),
+        (["in/a.png", "in/b.png"], "out.png", "names one image"),
         (["in/a.png"], "out.gif", "cannot be written as .gif"),
         (["in"], "file", "is a file"),
         (["in"], "file/deeper", "'file' is not a folder"),
@@ -136,9 +134,9 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch, inputs, output, 
     put(Path("file"), b"")
     Path("link").symlink_to("in")
     with pytest.raises(UserError) as caught:
-        find_pictures([Path(path) for path in inputs], Path(output))
+        find_images([Path(path) for path in inputs], Path(output))
     assert sentence in str(caught.value)
-    assert not isinstance(caught.value, PictureError)
+    assert not isinstance(caught.value, ImageError)
 
 
 def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
@@ -152,7 +150,7 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    found = find_pictures([tmp_path / "in"], tmp_path / "out")
+    found = find_images([tmp_path / "in"], tmp_path / "out")
     assert [job.source.name for job in found.jobs] == ["a.png"]
     assert found.failed == ((tmp_path / "in" / "closed", "permission denied"),)
 
@@ -160,8 +158,8 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
 # --- upscale_files
 
 
-def jobs_of(folder: Path, pictures: dict[str, np.ndarray | bytes], out: str = "out") -> list[Job]:
-    return [Job(put(folder / "in" / name, data), folder / out / name) for name, data in pictures.items()]
+def jobs_of(folder: Path, images: dict[str, np.ndarray | bytes], out: str = "out") -> list[Job]:
+    return [Job(put(folder / "in" / name, data), folder / out / name) for name, data in images.items()]
 
 
 def test_pixels_grey_alpha_and_metadata_arrive(tmp_path):
@@ -175,16 +173,16 @@ def test_pixels_grey_alpha_and_metadata_arrive(tmp_path):
     outcome = upscale_files(model, [job, grey_job, turned], steps=7, solver="ddim")
     assert (len(outcome.done), outcome.skipped, outcome.failed) == (3, (), ())
     assert {call[1:] for call in model.calls} == {(7, "ddim")}
-    after = read_picture(job.target)
+    after = read_image(job.target)
     np.testing.assert_array_equal(after.rgb, nearest(rgb))
     height, width = rgb.shape[:2]
     smooth = Image.fromarray(alpha).resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(after.alpha, np.asarray(smooth))
     assert after.icc_profile == srgb()
-    grey = read_picture(grey_job.target)
+    grey = read_image(grey_job.target)
     assert grey.grey
     np.testing.assert_array_equal(grey.rgb[..., 0], nearest(rgb[..., 0]))
-    upright = read_picture(turned.target)
+    upright = read_image(turned.target)
     np.testing.assert_array_equal(upright.rgb, nearest(np.rot90(rgb, -1)))
     assert b"Maker" in (upright.exif or b"")
 
@@ -201,41 +199,41 @@ def test_grey_is_the_luma_of_what_the_model_gives(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_result_depends_on_the_picture_and_the_seed_alone(tmp_path, batch_size):
+def test_a_result_depends_on_the_image_and_the_seed_alone(tmp_path, batch_size):
     """Not on the order, the neighbours, the file's name, or what was done before."""
-    pictures = {f"{i}.png": pixels(8 + i % 2, 9, seed=i) for i in range(8)}
+    images = {f"{i}.png": pixels(8 + i % 2, 9, seed=i) for i in range(8)}
     model = StandIn(noise=30)
     options = {"batch_size": batch_size, "seed": 5}
-    upscale_files(model, jobs_of(tmp_path, pictures, "all"), **options)
-    upscale_files(model, jobs_of(tmp_path, pictures, "reverse")[::-1], **options)
-    some = jobs_of(tmp_path, pictures, "some")
+    upscale_files(model, jobs_of(tmp_path, images, "all"), **options)
+    upscale_files(model, jobs_of(tmp_path, images, "reverse")[::-1], **options)
+    some = jobs_of(tmp_path, images, "some")
     upscale_files(model, some[3:5], **options)
     upscale_files(model, some, **options)
-    for name in pictures:
+    for name in images:
         first = (tmp_path / "all" / name).read_bytes()
         assert (tmp_path / "reverse" / name).read_bytes() == first
         assert (tmp_path / "some" / name).read_bytes() == first
-    renamed = jobs_of(tmp_path, {"renamed.png": pictures["4.png"]})
+    renamed = jobs_of(tmp_path, {"renamed.png": images["4.png"]})
     upscale_files(model, renamed, **options)
     assert renamed[0].target.read_bytes() == (tmp_path / "all" / "4.png").read_bytes()
-    other = jobs_of(tmp_path, pictures, "other")[:1]
+    other = jobs_of(tmp_path, images, "other")[:1]
     upscale_files(model, other, batch_size=batch_size, seed=6)
     assert other[0].target.read_bytes() != (tmp_path / "all" / "0.png").read_bytes()
 
 
-def test_pictures_of_one_size_share_full_batches(tmp_path):
-    """Every batch has batch_size rows, so each size of picture is compiled once."""
-    pictures = {f"{i:02}.png": pixels(8, 9 if i % 3 else 11, seed=i) for i in range(11)}
+def test_images_of_one_size_share_full_batches(tmp_path):
+    """Every batch has batch_size rows, so each size of image is compiled once."""
+    images = {f"{i:02}.png": pixels(8, 9 if i % 3 else 11, seed=i) for i in range(11)}
     model = StandIn()
-    jobs = jobs_of(tmp_path, pictures)
+    jobs = jobs_of(tmp_path, images)
     outcome = upscale_files(model, jobs, batch_size=4)
     assert len(outcome.done) == 11
     assert sorted(shape for shape, _, _ in model.calls) == [(4, 8, 9, 3)] * 2 + [(4, 8, 11, 3)]
     for job in jobs:
-        np.testing.assert_array_equal(read_rgb(job.target), nearest(pictures[job.source.name]))
+        np.testing.assert_array_equal(read_rgb(job.target), nearest(images[job.source.name]))
 
 
-def test_finished_pictures_are_skipped_unless_told(tmp_path):
+def test_finished_images_are_skipped_unless_told(tmp_path):
     jobs = jobs_of(tmp_path, {"a.png": pixels(seed=1), "b.png": pixels(seed=2)})
     upscale_files(StandIn(), jobs[:1])
     jobs[0].target.write_bytes(b"mine")
@@ -248,15 +246,15 @@ def test_finished_pictures_are_skipped_unless_told(tmp_path):
 
 
 def test_what_the_model_cannot_do_is_named_and_the_others_go_on(tmp_path):
-    pictures = {f"{i}.png": pixels(8, 9, seed=i) for i in range(6)}
+    images = {f"{i}.png": pixels(8, 9, seed=i) for i in range(6)}
 
     def before(images: np.ndarray) -> None:
-        if (images == pictures["2.png"]).all(axis=(1, 2, 3)).any():
+        if (images == images["2.png"]).all(axis=(1, 2, 3)).any():
             raise FloatingPointError("gave values that are\nnot finite")
-        if (images == pictures["4.png"]).all(axis=(1, 2, 3)).any():
+        if (images == images["4.png"]).all(axis=(1, 2, 3)).any():
             raise RuntimeError("INTERNAL: dice")
 
-    jobs, told, model = jobs_of(tmp_path, pictures), [], StandIn(before=before)
+    jobs, told, model = jobs_of(tmp_path, images), [], StandIn(before=before)
     outcome = upscale_files(model, jobs, batch_size=3, on_result=lambda *one: told.append(one))
     assert dict(outcome.failed) == {
         jobs[2].source: "gave values that are not finite",
@@ -270,19 +268,19 @@ def test_what_the_model_cannot_do_is_named_and_the_others_go_on(tmp_path):
 
 
 def test_a_batch_too_large_for_the_device_is_done_one_by_one(tmp_path):
-    pictures = {f"{i}.png": pixels(8, 9, seed=i) for i in range(4)}
+    images = {f"{i}.png": pixels(8, 9, seed=i) for i in range(4)}
 
     def before(images: np.ndarray) -> None:
-        if len(images) > 1 or (images == pictures["2.png"]).all():
+        if len(images) > 1 or (images == images["2.png"]).all():
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes")
 
-    jobs = jobs_of(tmp_path, pictures)
+    jobs = jobs_of(tmp_path, images)
     outcome = upscale_files(StandIn(before=before), jobs, batch_size=4)
     assert outcome.failed == ((jobs[2].source, "needs more memory than the device has"),)
     assert [path.name for path in outcome.done] == ["0.png", "1.png", "3.png"]
 
 
-def test_unreadable_and_unwritable_pictures_are_named(tmp_path):
+def test_unreadable_and_unwritable_images_are_named(tmp_path):
     jobs = jobs_of(
         tmp_path,
         {
@@ -303,7 +301,7 @@ def test_unreadable_and_unwritable_pictures_are_named(tmp_path):
     failed = dict(outcome.failed)
     assert len(model.calls) == 3, "what cannot be written is given to the model all the same"
     assert [path.name for path in outcome.done] == ["a.png", "z.png"]
-    assert "not a picture" in failed[tmp_path / "in" / "bad.png"]
+    assert "not an image" in failed[tmp_path / "in" / "bad.png"]
     assert "truncated" in failed[tmp_path / "in" / "cut.jpg"]
     assert "transparency" in failed[tmp_path / "in" / "alpha.png"]
     assert "18000x2" in failed[tmp_path / "in" / "long.png"]
@@ -324,7 +322,7 @@ def test_a_mistake_that_concerns_all_stops_at_once(tmp_path):
 
 
 def test_reading_goes_ahead_within_a_window(tmp_path, monkeypatch):
-    """While the device works, pictures are read, but never the whole folder."""
+    """While the device works, images are read, but never the whole folder."""
     jobs = jobs_of(tmp_path, {f"{i:02}.png": pixels(seed=i) for i in range(60)})
     read, lock, many = [], threading.Lock(), threading.Event()
 
@@ -333,7 +331,7 @@ def test_reading_goes_ahead_within_a_window(tmp_path, monkeypatch):
             read.append(path)
             if len(read) > 4:
                 many.set()
-        return read_picture(path, **options)
+        return read_image(path, **options)
 
     worked, ahead = [], []
 
@@ -342,21 +340,21 @@ def test_reading_goes_ahead_within_a_window(tmp_path, monkeypatch):
         worked.append(len(images))
         ahead.append(len(read) - sum(worked))
 
-    monkeypatch.setattr("sr3_jax.upscale.read_picture", counting)
+    monkeypatch.setattr("sr3_jax.inference.upscale_files.read_image", counting)
     outcome = upscale_files(StandIn(before=before), jobs, batch_size=2)
     assert len(outcome.done) == 60
     assert max(ahead) <= 4 * 2 + 2 * 4  # the window, and what the threads had begun
 
 
 def test_memory_is_bounded_by_bytes_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("sr3_jax.upscale._WINDOW_BYTES", 1)
+    monkeypatch.setattr("sr3_jax.inference.upscale_files._WINDOW_BYTES", 1)
     read, ahead = [], []
 
     def counting(path: Path, **options):
         read.append(path)
-        return read_picture(path, **options)
+        return read_image(path, **options)
 
-    monkeypatch.setattr("sr3_jax.upscale.read_picture", counting)
+    monkeypatch.setattr("sr3_jax.inference.upscale_files.read_image", counting)
     model = StandIn(before=lambda images: ahead.append(len(read) - len(ahead)))
     jobs = jobs_of(tmp_path, {f"{i:02}.png": pixels(5, 5 + i) for i in range(30)})  # no two share a batch
     outcome = upscale_files(model, jobs, batch_size=9)
@@ -366,16 +364,16 @@ def test_memory_is_bounded_by_bytes_too(tmp_path, monkeypatch):
 
 def test_writing_does_not_hold_up_the_device(tmp_path, monkeypatch):
     second = threading.Event()
-    from sr3_jax import upscale
+    from sr3_jax.inference import upscale_files as upscale
 
-    write = upscale.write_picture
+    write = upscale.write_image
 
-    def slow(path, picture):
-        assert second.wait(20), "the device waits for the first picture to be written"
-        write(path, picture)
+    def slow(path, image):
+        assert second.wait(20), "the device waits for the first image to be written"
+        write(path, image)
 
     model = StandIn(before=lambda images: second.set() if len(model.calls) > 1 else None)
-    monkeypatch.setattr(upscale, "write_picture", slow)
+    monkeypatch.setattr(upscale, "write_image", slow)
     outcome = upscale_files(model, jobs_of(tmp_path, {f"{i}.png": pixels(seed=i) for i in range(3)}))
     assert len(outcome.done) == 3
 
@@ -392,5 +390,5 @@ def test_an_interrupt_leaves_whole_files_alone(tmp_path):
     written = sorted(os.listdir(tmp_path / "out"))
     assert len(written) == 2
     for name in written:
-        read_picture(tmp_path / "out" / name)
+        read_image(tmp_path / "out" / name)
     assert len(upscale_files(StandIn(), jobs).skipped) == 2

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import tiny
 
-from sr3_jax import experiment
+from sr3_jax.config import experiment
 from sr3_jax.planning import topologies, verdict
 
 V6E = topologies.parse("v6e:4x4")

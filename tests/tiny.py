@@ -1,4 +1,4 @@
-"""A run small enough for a test: pictures, a config and weights that take a second or two on a processor."""
+"""A run small enough for a test: images, a config and weights that take a second or two on a processor."""
 
 from __future__ import annotations
 
@@ -24,16 +24,23 @@ CONFIG: dict[str, dict[str, Any]] = {
         "norm": "pixel",
         "mid_attention": False,
     },
-    "diffusion": {"space": "residual", "residual_scale": 4.0, "kind": "v", "norm": "l2", "num_steps": 100},
+    "diffusion": {
+        "space": "residual",
+        "residual_scale": 4.0,
+        "prediction": "v",
+        "norm": "l2",
+        "num_steps": 100,
+    },
     "data": {"crop": CROP, "scale": SCALE, "threads": 1, "cache_mb": 16},
     "optim": {"learning_rate": 1e-3, "warmup_steps": 2, "ema_decay": 0.9},
     "train": {"num_steps": 4, "batch_size": 8, "log_every": 2},
-    "eval": {"every": 1000, "num_images": 8, "steps": 2, "solver": "ddim"},
+    "eval": {"every": 1000, "num_images": 8},
+    "sampling": {"steps": 2, "solver": "ddim"},
     "checkpoint": {"every": 1000, "keep": 10},
 }
 
 
-def pictures(folder: Path, *, count: int = 8, side: int = 24, seed: int = 0) -> Path:
+def images(folder: Path, *, count: int = 8, side: int = 24, seed: int = 0) -> Path:
     """A folder of `count` smooth PNGs of side x side, each its own; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
@@ -43,8 +50,8 @@ def pictures(folder: Path, *, count: int = 8, side: int = 24, seed: int = 0) -> 
     return folder
 
 
-def config(folder: Path | str = "pictures", **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tiny config over the pictures of a folder, with fields of sections replaced: config(f, train={...})."""
+def config(folder: Path | str = "images", **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tiny config over the images of a folder, with fields of sections replaced: config(f, train={...})."""
     merged = copy.deepcopy(CONFIG)
     merged["data"] |= {"source": f"folder:{folder}", "eval_source": f"folder:{folder}"}
     for section, fields in sections.items():

@@ -41,7 +41,7 @@ count.__name__, seed.__name__, positive.__name__ = "whole number", "whole number
 
 def listed(option: str, text: str | None) -> list[str]:
     """The parts of a list with commas; none if the option was not given."""
-    from sr3_jax.aliases import UserError
+    from sr3_jax.errors import UserError
 
     if text is None:
         return []
@@ -53,7 +53,7 @@ def listed(option: str, text: str | None) -> list[str]:
 
 def whole(option: str, text: str, *, least: int = 1, most: int = 10**9) -> int:
     """A whole number in a range."""
-    from sr3_jax.aliases import UserError
+    from sr3_jax.errors import UserError
 
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         above = f"{least} or more" if most == 10**9 else f"{least} to {most}"
@@ -63,7 +63,7 @@ def whole(option: str, text: str, *, least: int = 1, most: int = 10**9) -> int:
 
 def number(option: str, text: str) -> float:
     """A number."""
-    from sr3_jax.aliases import UserError
+    from sr3_jax.errors import UserError
 
     try:
         return float(text)
@@ -75,7 +75,7 @@ def by_stage(
     option: str, text: str | None, *, stages: int, read: Callable[[str, str], T], takes: Sequence[bool]
 ) -> list[T | None]:
     """One value for each stage: A,B,C as given ('-' for the stage's own), or one for all stages that take it."""
-    from sr3_jax.aliases import UserError
+    from sr3_jax.errors import UserError
 
     parts = listed(option, text)
     if not parts:

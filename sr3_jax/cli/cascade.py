@@ -1,6 +1,6 @@
-"""Draw pictures by a cascade of stages: a base stage, then super-resolution stages, each trained on its own.
+"""Draw images by a cascade of stages: a base stage, then super-resolution stages, each trained on its own.
 
-OUT gets 00000.png and on, a page of them (grid.png, stages.png) and pictures.json. The same command again goes on
+OUT gets 00000.png and on, a page of them (grid.png, stages.png) and images.json. The same command again goes on
 after the last finished stage. `--stages DIR` names all stages of a cascade that was trained in one folder.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sr3_jax.cli._drawing import add_shared, draw
+from sr3_jax.cli._generation import add_shared, draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="workdirs, exported .safetensors files or shipped names, the base first; or the one folder of all",
     )  # fmt: skip
     parser.add_argument(
-        "--low-res", nargs="+", type=Path, metavar="PICTURE",
-        help="start from these pictures (or folders of them) in place of a base stage",
+        "--low-res", nargs="+", type=Path, metavar="IMAGE",
+        help="start from these images (or folders of them) in place of a base stage",
     )  # fmt: skip
-    parser.add_argument("--keep", action="store_true", help="keep the pictures of all stages, in OUT/stages")
+    parser.add_argument("--keep", action="store_true", help="keep the images of all stages, in OUT/stages")
     add_shared(parser)
 
 

@@ -1,8 +1,8 @@
-"""Score models on held-out pictures, beside bicubic interpolation: tables, JSON and picture grids.
+"""Score models on held-out images, beside bicubic interpolation: tables, JSON and image grids.
 
-Each picture is made small, upscaled by each model with each solver and number of steps, and compared with
-the original. DIR gets evaluation.json, .md and .csv, grids with the worst, median and best picture, and every
-output. The same command again goes on where it was stopped. Exit code 1 if a picture could not be used.
+Each image is made small, upscaled by each model with each solver and number of steps, and compared with
+the original. DIR gets evaluation.json, .md and .csv, grids with the worst, median and best image, and every
+output. The same command again goes on where it was stopped. Exit code 1 if an image could not be used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sr3_jax.cli._options import listed, whole
 if TYPE_CHECKING:
     from sr3_jax.data.sources import Source
     from sr3_jax.features.recognition import Classifier
-    from sr3_jax.model import Model
+    from sr3_jax.inference.model import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,17 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unsearched", action="store_true",
         help="beside a sampler that sr3 search-schedule found also the same solver and steps as they were",
     )  # fmt: skip
-    parser.add_argument("--samples", default="1", metavar="N", help="outputs of each picture (default: 1)")
+    parser.add_argument("--samples", default="1", metavar="N", help="outputs of each image (default: 1)")
     parser.add_argument("--seed", default="0", metavar="S", help="same seed, same outputs (default: 0)")
-    parser.add_argument("--limit", metavar="N", help="only the first N pictures")
-    parser.add_argument("--crop", metavar="C", help="only the centre of each picture, C x C pixels")
+    parser.add_argument("--limit", metavar="N", help="only the first N images")
+    parser.add_argument("--crop", metavar="C", help="only the centre of each image, C x C pixels")
     parser.add_argument(
         "--batch", default="1", metavar="B",
-        help="outputs made at once, for many small pictures of one size (default: 1)",
+        help="outputs made at once, for many small images of one size (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--no-labels", action="store_true",
-        help="draw from models of classes without the labels of the pictures (they need label_dropout in training)",
+        help="draw from models of classes without the labels of the images (they need label_dropout in training)",
     )  # fmt: skip
     parser.add_argument(
         "--classifier", metavar="SPEC",
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--patch", metavar="P",
-        help="compare features of P x P pixel patches of larger pictures, not of the whole shrunk (default: the whole)",
+        help="compare features of P x P pixel patches of larger images, not of the whole shrunk (default: the whole)",
     )  # fmt: skip
     parser.add_argument(
         "--reference", type=Path, metavar="FILE", help="compare with these statistics, not with the originals"
@@ -75,18 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, or 1 (3 of several processes) when pictures were left out."""
+    """Exit code 0, or 1 (3 of several processes) when images were left out."""
     from tqdm import tqdm
 
-    from sr3_jax import files, model
-    from sr3_jax.aliases import UserError
+    from sr3_jax import files
     from sr3_jax.data.sources import open_source
+    from sr3_jax.distributed.processes import start_processes, wait_for_all
+    from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
+    from sr3_jax.errors import UserError
     from sr3_jax.evaluation import evaluate, meters, scoring, tables
     from sr3_jax.evaluation import files as evaluation_files
     from sr3_jax.evaluation import parts as evaluation_parts
     from sr3_jax.features.statistics import save_statistics
-    from sr3_jax.processes import leave_together, start_processes
-    from sr3_jax.signals import leave_if, polled_signals
+    from sr3_jax.inference import model
 
     started = time.perf_counter()
     steps = list(dict.fromkeys(whole("--steps", text) for text in listed("--steps", args.steps)))
@@ -128,16 +129,16 @@ def run(args: argparse.Namespace) -> int:
         methods += evaluate.sampled(
             one, label, solvers=solvers, steps=steps, unsearched=args.unsearched, labelled=told
         )
-    folder = files.open_folder(args.output)
+    folder = files.make_folder(args.output)
     kept = folder / "outputs"
 
-    pictures = len(range(mine, min(len(source), limit or len(source)), of))
-    total = evaluate.count_outputs(methods, pictures=pictures, samples=samples)
-    with tqdm(total=total, unit="output", disable=None, file=sys.stderr) as bar, polled_signals() as stopped:
+    images = len(range(mine, min(len(source), limit or len(source)), of))
+    total = evaluate.count_outputs(methods, images=images, samples=samples)
+    with tqdm(total=total, unit="output", disable=None, file=sys.stderr) as bar, stop_signals() as stopped:
 
         def tell(count: int) -> None:
             bar.update(count)
-            leave_if(stopped())
+            exit_if_stopped(stopped())
 
         part = evaluate.measure_part(
             methods,
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [part]
     if of > 1:
         evaluation_parts.write_part(kept, part, process=mine)
-        leave_together()
+        wait_for_all()
         if mine > 0:
             return 0  # the first one speaks for all
         parts = [evaluation_parts.read_part(kept, process=number) for number in range(of)]
@@ -193,15 +194,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_classes(source: Source, models: list[Model], classifier: Classifier | None) -> None:
-    """That they know as many classes as the pictures have, as far as the data set says it: before hours of sampling."""
-    from sr3_jax.aliases import UserError
+    """That they know as many classes as the images have, as far as the data set says it: before hours of sampling."""
+    from sr3_jax.errors import UserError
 
     count = source.num_classes or 0
     for model in models:
         if 0 < model.network.num_classes < count:
             raise UserError(
                 f"{source.name} has {count} classes, and model {model.name} knows {model.network.num_classes}: name "
-                "pictures of those, or add --no-labels"
+                "images of those, or add --no-labels"
             )
     if classifier is not None and 0 < classifier.num_classes < count:
         raise UserError(
@@ -211,12 +212,12 @@ def _check_classes(source: Source, models: list[Model], classifier: Classifier |
 
 
 def _labelled(source: Source) -> bool:
-    """Whether the pictures have labels, by the first that can be read."""
-    from sr3_jax.pictures.picture import PictureError
+    """Whether the images have labels, by the first that can be read."""
+    from sr3_jax.image_io.image_file import ImageError
 
     for index in range(len(source)):
         try:
             return "label" in source[index]
-        except PictureError:
+        except ImageError:
             continue
     return False

@@ -1,13 +1,13 @@
-"""Draw pictures of noise by a base stage: a model that was trained without low-res pictures.
+"""Draw images of noise by a base stage: a model that was trained without low-res images.
 
-OUT gets 00000.png and on, a page of them (grid.png) and pictures.json.
+OUT gets 00000.png and on, a page of them (grid.png) and images.json.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from sr3_jax.cli._drawing import add_shared, draw
+from sr3_jax.cli._generation import add_shared, draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

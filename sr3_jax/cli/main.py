@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import sr3_jax.cli
 from sr3_jax import __version__
-from sr3_jax.pictures.errors import printable
+from sr3_jax.image_io.errors import printable
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells have it
 
@@ -94,8 +94,8 @@ def _dispatch(arguments: list[str]) -> int:
     _prepare()
     import jax  # which --help need not wait for
 
-    from sr3_jax.aliases import UserError
-    from sr3_jax.processes import NotAllCame, abandon
+    from sr3_jax.distributed.processes import MissingProcesses, abandon
+    from sr3_jax.errors import UserError
 
     module = importlib.import_module(f"{sr3_jax.cli.__name__}.{name.replace('-', '_')}")
     parser = _Parser(prog=f"sr3 {name}", description=module.__doc__, allow_abbrev=False)
@@ -112,7 +112,7 @@ def _dispatch(arguments: list[str]) -> int:
         return module.run(parsed)
     except UserError as error:
         print(f"sr3 {name}: {error}", file=sys.stderr)
-        code = 1 if isinstance(error, NotAllCame) else 2  # launchers try 1 again
+        code = 1 if isinstance(error, MissingProcesses) else 2  # launchers try 1 again
         abandon(code)
         return code
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Chips that are only planned for need none that are here; a plan must not take a GPU from a job.
     jax.config.update("jax_platforms", "cpu")
-    from sr3_jax.experiment import load_config, read
+    from sr3_jax.config.experiment import load_config, read
     from sr3_jax.files import write_text
     from sr3_jax.planning import cache as plan_cache
     from sr3_jax.planning import text as plan_text

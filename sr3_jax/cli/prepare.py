@@ -1,4 +1,4 @@
-"""Make a TFDS data set from a folder of pictures, for tfds:NAME:train."""
+"""Make a TFDS data set from a folder of images, for tfds:NAME:train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder of pictures; subfolders become classes")
+    parser.add_argument("path", metavar="PATH", help="a folder of images; subfolders become classes")
     parser.add_argument(
         "--name", required=True, help="name of the data set: small letters, digits, underscores"
     )
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     test.add_argument(
         "--test-fraction", type=float, default=0.0, metavar="F", help="share kept for split 'test'"
     )
-    test.add_argument("--test-count", type=int, default=0, metavar="N", help="pictures kept for split 'test'")
+    test.add_argument("--test-count", type=int, default=0, metavar="N", help="images kept for split 'test'")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
 
 
@@ -27,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 when files were left out; UserError when nothing could be done."""
     from tqdm import tqdm
 
-    from sr3_jax.aliases import UserError
     from sr3_jax.data import store
     from sr3_jax.data.folders import shown
     from sr3_jax.data.prepare import NothingPrepared, prepare
+    from sr3_jax.errors import UserError
 
     if not 0 <= args.test_fraction < 1:
         raise UserError(f"--test-fraction={args.test_fraction:g} is no share: use one from 0 to under 1")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     def advance(total: int) -> None:
         if not bars:
-            bars.append(tqdm(total=total, desc=args.name, unit=" pictures"))
+            bars.append(tqdm(total=total, desc=args.name, unit=" images"))
         bars[0].update()
 
     try:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             bar.close()
     classes = f", {len(made.labels)} classes" if made.labels else ""
     for split, count in made.examples.items():
-        print(f"tfds:{args.name}:{split}  {count} pictures{classes}")
+        print(f"tfds:{args.name}:{split}  {count} images{classes}")
     print(f"in {shown(made.folder)}")
     if args.data_dir and str(data_dir) not in store.search_path():
         print(f"(set SR3_DATA_DIR={shown(data_dir)} to use it)")

@@ -1,7 +1,7 @@
 """Find how a model is best sampled, at a fixed number of network evaluations, and keep it as the model's default.
 
 Spacing and ends of the grid of noise levels and the noise of each step are searched for each solver on crops of
-held-out pictures, as the paper did. Half of the pictures (or --eval-data) is not searched on: what is found is stored
+held-out images, as the paper did. Half of the images (or --eval-data) is not searched on: what is found is stored
 beside the model only if it beats the model's default there. The same command goes on where it was stopped.
 """
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--eval-data", metavar="SOURCE",
-        help="pictures to see on what the found sampling is worth (default: every second one of --data)",
+        help="images to see on what the found sampling is worth (default: every second one of --data)",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="DIR",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the model's)",
     )  # fmt: skip
     parser.add_argument("--minutes", type=positive, metavar="T", help="end the search after so long")
-    parser.add_argument("--limit", type=count, metavar="N", help="only the first N pictures")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")
     parser.add_argument(
         "--crop", type=count, metavar="C", help="side of a crop in pixels (default: as in training)"
     )
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-store", action="store_true", help="leave the model's default as it is")
     parser.add_argument(
         "--no-guard", action="store_true",
-        help="let a sampling win that agrees much less with the low-res pictures than the default does",
+        help="let a sampling win that agrees much less with the low-res images than the default does",
     )  # fmt: skip
 
 
@@ -83,14 +83,23 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0, also where the model's default stands."""
     from tqdm import tqdm
 
-    from sr3_jax import __version__, files, model
-    from sr3_jax.aliases import UserError
-    from sr3_jax.sampling import SOLVERS, Sampling, Stored, beside, fingerprint, setup_of, store
+    from sr3_jax import __version__, files
+    from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
+    from sr3_jax.errors import UserError
+    from sr3_jax.inference import model
+    from sr3_jax.sampling import (
+        SOLVERS,
+        Sampling,
+        Stored,
+        config_fingerprint,
+        fingerprint,
+        sampling_path,
+        store,
+    )
     from sr3_jax.search import inputs as search_inputs
-    from sr3_jax.search import races
     from sr3_jax.search import report as search_report
     from sr3_jax.search import scores as search_scores
-    from sr3_jax.signals import leave_if, polled_signals
+    from sr3_jax.search import successive_halving
 
     started = time.perf_counter()
     if args.metric not in search_scores.METRICS:
@@ -100,20 +109,20 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"model {loaded.name} is a regression, of one pass without a schedule: name another model"
         )
-    own = Sampling(loaded.config["eval"]["solver"], loaded.config["eval"]["steps"])
-    solvers, budgets = args.solver or list(SOLVERS), args.steps or [own.evaluations]
+    own = Sampling(loaded.config["sampling"]["solver"], loaded.config["sampling"]["steps"])
+    solvers, budgets = args.solver or list(SOLVERS), args.steps or [own.nfe]
     plain = {
-        (solver, budget): Sampling(solver, races.steps_for(solver, budget))
+        (solver, budget): Sampling(solver, successive_halving.steps_for(solver, budget))
         for budget in budgets
         for solver in dict.fromkeys([own.solver, *solvers])
     }
     usual = {budget: plain[own.solver, budget] for budget in budgets}
     for sampling in plain.values():
         sampling.grid(loaded.schedule)  # which may say what is wrong with so many steps
-    place = beside(model.locate(args.model))
+    place = sampling_path(model.locate(args.model))
     if not args.no_store:
-        files.open_folder(place.parent)  # now rather than after an hour
-    folder = files.open_folder(args.output)
+        files.make_folder(place.parent)  # now rather than after an hour
+    folder = files.make_folder(args.output)
     crop = args.crop or loaded.config["data"]["crop"] // loaded.config["data"].get("shrink", 1)
     measures, features = search_inputs.open_measures(args.metric, crop)
     crops, batch = search_inputs.open_crops(
@@ -125,11 +134,11 @@ def run(args: argparse.Namespace) -> int:
     rounds = [batch * 2**power for power in range(math.ceil(math.log2(counts[0] / batch)))] + [counts[0]]
     if args.metric == "frechet":
         rounds = [count for count in rounds if count >= search_scores.LEAST_FRECHET]
-    with tqdm(unit="batch", disable=None, file=sys.stderr) as bar, polled_signals() as stopped:
+    with tqdm(unit="batch", disable=None, file=sys.stderr) as bar, stop_signals() as stopped:
 
         def tell() -> None:
             bar.update()
-            leave_if(stopped())
+            exit_if_stopped(stopped())
 
         judges = [
             search_scores.Judge(
@@ -151,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
             bar.set_description(f"{solver}, {budget} evaluations")
             now = time.monotonic()
             judges[0].deadline = now + (end - now) / (len(contests) - number)  # equal shares of what is left
-            race = races.Race(
+            race = successive_halving.Race(
                 loaded.schedule,
                 plain[solver, budget],
                 augment=loaded.network.augment,
@@ -160,16 +169,18 @@ def run(args: argparse.Namespace) -> int:
             score = search_scores.score_by(
                 judges[0], args.metric, default=usual[budget], guarded=not args.no_guard
             )
-            found = races.best(race, score, candidates=args.candidates, counts=rounds, seed=args.seed)
+            found = successive_halving.best(
+                race, score, candidates=args.candidates, counts=rounds, seed=args.seed
+            )
             outcomes.append(search_report.Outcome(budget, race.default, *found))
         judges[0].deadline = math.inf
-        searched = max(outcome.pictures for outcome in outcomes)
+        searched = max(outcome.images for outcome in outcomes)
         outcomes += [
             search_report.Outcome(budget, sampling, sampling, searched)
             for budget, sampling in usual.items()
             if own.solver not in solvers
         ]
-        bar.set_description("on the other pictures")
+        bar.set_description("on the other images")
         rows = search_report.rows_of(
             outcomes, search=judges[0], check=judges[1], count=counts[1], own=usual, metric=args.metric
         )
@@ -185,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
         "crop": crop,
         "search_crops": counts[0],
         "check_crops": counts[1],
-        "pictures": [one.pictures for one in crops],
+        "images": [one.images for one in crops],
         "seed": args.seed,
         "guarded": not args.no_guard,
         "tried": tried,
@@ -204,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
             Stored(
                 Sampling(**chosen["sampling"]),
                 fingerprint(loaded.params),
-                setup_of(loaded.config),
+                config_fingerprint(loaded.config),
                 loaded.name,
                 search_report.provenance(report, chosen, default),
             ),

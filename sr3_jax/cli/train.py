@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 when complete, 128 + the signal's number when one stopped it."""
-    from sr3_jax.experiment import load_cascade, load_config, read
-    from sr3_jax.files import open_folder, write_text
-    from sr3_jax.processes import start_processes
-    from sr3_jax.stages import PLAN_FILE, check_chain, link_of
+    from sr3_jax.config.experiment import load_cascade, load_config, read
+    from sr3_jax.distributed.processes import start_processes
+    from sr3_jax.files import make_folder, write_text
+    from sr3_jax.inference.stages import PLAN_FILE, check_chain, stage_from_config
     from sr3_jax.train.loop import train
 
     configs = load_cascade(args.config, args.rest)
@@ -36,11 +36,14 @@ def run(args: argparse.Namespace) -> int:
     names = [config["stage"]["name"] for config in configs]
     taken: set[str] = set()
     check_chain(
-        [link_of(config, name, name=name, taken=taken) for config, name in zip(configs, names, strict=True)]
+        [
+            stage_from_config(config, name, name=name, taken=taken)
+            for config, name in zip(configs, names, strict=True)
+        ]
     )
     process, _ = start_processes()
     if process == 0:
-        write_text(open_folder(args.workdir) / PLAN_FILE, json.dumps({"stages": names}) + "\n")
+        write_text(make_folder(args.workdir) / PLAN_FILE, json.dumps({"stages": names}) + "\n")
     for name, experiment in zip(names, experiments, strict=True):
         if process == 0:
             print(f"stage {name}", flush=True)

@@ -1,10 +1,10 @@
-"""Train a small classifier on labelled pictures: what recognition accuracy is measured with.
+"""Train a small classifier on labelled images: what recognition accuracy is measured with.
 
 It takes some minutes on one CPU core. FILE then goes to `sr3 evaluate --classifier FILE`, where --features classifier
-compares pictures in its features. Pictures of other sizes than those of the training are resized to them.
+compares images in its features. Images of other sizes than those of the training are resized to them.
 
-With --features alexnet only a last layer is trained, to its optimum, on what AlexNet sees in pictures at their own
-size, 31 pixels a side at least: for few pictures, and for classes that differ in texture. The options of a training
+With --features alexnet only a last layer is trained, to its optimum, on what AlexNet sees in images at their own
+size, 31 pixels a side at least: for few images, and for classes that differ in texture. The options of a training
 are refused then, and the file does not serve `sr3 evaluate --features classifier`.
 """
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from sr3_jax.features.lpips import Lpips
 
-    # Pictures to logits; and path and facts to the SHA-256 of the file that is written.
+    # Images to logits; and path and facts to the SHA-256 of the file that is written.
     Trained = tuple[Callable[[np.ndarray], np.ndarray], Callable[[Path, dict[str, Any]], str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", required=True, metavar="SOURCE", help="labelled pictures of one size: tfds:NAME:SPLIT"
+        "--data", required=True, metavar="SOURCE", help="labelled images of one size: tfds:NAME:SPLIT"
     )
     parser.add_argument("--eval-data", metavar="SOURCE", help="others, on which its accuracy is measured")
     parser.add_argument(
@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--steps", metavar="N", help="of training (default: 3000)")
     parser.add_argument("--minutes", metavar="M", help="end after M minutes, if the steps take longer")
-    parser.add_argument("--batch", metavar="B", help="pictures in a step (default: 128)")
+    parser.add_argument("--batch", metavar="B", help="images in a step (default: 128)")
     parser.add_argument("--width", metavar="C", help="channels (default: 16)")
     parser.add_argument("--seed", metavar="S", help="same seed, same weights (default: 0)")
     parser.add_argument(
         "--augment", metavar="X",
-        help="how much pictures are moved, turned and zoomed: 0 not at all, 3 much (default: 0.5)",
+        help="how much images are moved, turned and zoomed: 0 not at all, 3 much (default: 0.5)",
     )  # fmt: skip
     parser.add_argument(
         "--no-mirror", action="store_true", help="where left and right matter, as in digits and letters"
@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from sr3_jax import __version__
-    from sr3_jax.aliases import UserError
     from sr3_jax.data.sources import open_source
+    from sr3_jax.errors import UserError
     from sr3_jax.features.classifier import check_labels
     from sr3_jax.features.lpips import load_lpips
     from sr3_jax.features.recognition import correct
     from sr3_jax.features.training import labelled
-    from sr3_jax.files import open_folder
+    from sr3_jax.files import make_folder
 
     if args.features not in (None, "alexnet"):
         raise UserError(f"--features must be alexnet or left out, got {args.features!r}")
@@ -83,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} is there already: take another name, or add --overwrite")
 
-    open_folder(args.output.parent)  # now rather than after the training
+    make_folder(args.output.parent)  # now rather than after the training
 
     started = time.monotonic()
     images, labels = labelled(open_source(args.data, cache_mb=0))
     known, held_out = np.unique(labels), None
     if len(known) < 2:
-        raise UserError(f"{args.data} has pictures of one class alone: a classifier needs two")
+        raise UserError(f"{args.data} has images of one class alone: a classifier needs two")
     classes = 1 + int(known[-1])
     check_labels(labels, classes)
     if args.eval_data:
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         unknown = np.setdiff1d(held_out[1], known)
         if len(unknown):
             raise UserError(
-                f"{args.eval_data} has pictures of class {unknown[0]}, which {args.data} has not: name others"
+                f"{args.eval_data} has images of class {unknown[0]}, which {args.data} has not: name others"
             )
     if lpips is not None:
         logits, save = _linear(images, labels, classes, lpips)
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         logits, save = _network(images, labels, classes, settings)
     about = {
         "data": args.data,
-        "pictures": len(images),
+        "images": len(images),
         "eval_data": args.eval_data,
         **settings,
         "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
@@ -114,12 +114,12 @@ def run(args: argparse.Namespace) -> int:
     if held_out is not None:
         right = correct(logits(held_out[0]), held_out[1])
         by_class = {int(label): float(right[held_out[1] == label].mean()) for label in np.unique(held_out[1])}
-        about |= {"eval_pictures": len(right), "accuracy": float(right.mean()), "accuracy_by_class": by_class}
+        about |= {"eval_images": len(right), "accuracy": float(right.mean()), "accuracy_by_class": by_class}
     seconds = time.monotonic() - started
     sha256 = save(args.output, about)
     if held_out is not None:
         count, total = int(right.sum()), len(right)
-        print(f"{count} of {total} pictures of {args.eval_data} are recognised: {count / total:.2%}")
+        print(f"{count} of {total} images of {args.eval_data} are recognised: {count / total:.2%}")
     size = f"{images.shape[2]}x{images.shape[1]}"
     print(f"{args.output}: {classes} classes, {size}, {seconds:.0f} s, SHA-256 {sha256}")
     return 0
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _linear(images: np.ndarray, labels: np.ndarray, classes: int, lpips: Lpips) -> Trained:
     """A layer on AlexNet."""
-    from sr3_jax.features.linear import features_of, save_linear, train_head
+    from sr3_jax.features.linear_probe import features_of, save_linear, train_head
 
     head = train_head(features_of(lpips, images), labels, classes)
     return (
@@ -140,10 +140,10 @@ def _network(images: np.ndarray, labels: np.ndarray, classes: int, settings: dic
     """A small network, with a bar that tells how far it is."""
     from tqdm import tqdm
 
+    from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.features.classifier import TrainedClassifier, save_classifier
     from sr3_jax.features.training import Augmentation, Progress, patch_for, train_classifier
     from sr3_jax.nn.classifier import ClassifierNetwork
-    from sr3_jax.signals import leave_if, polled_signals
 
     size = images.shape[1:3]
     network = ClassifierNetwork(classes, width=settings["width"], patch=patch_for(*size))
@@ -152,14 +152,14 @@ def _network(images: np.ndarray, labels: np.ndarray, classes: int, settings: dic
     parts = {name: getattr(plain, name) * strength for name in ("shift", "zoom", "turn", "contrast")}
     with (
         tqdm(total=100.0, disable=None, file=sys.stderr, bar_format="{desc} {bar} {elapsed}") as bar,
-        polled_signals() as stopped,
+        stop_signals() as stopped,
     ):
         mean = {"loss": 0.0, "accuracy": 0.0}
         told = 0.0
 
         def tell(progress: Progress) -> None:
             nonlocal told
-            leave_if(stopped(), "Stopped: nothing is kept of a classifier's training.")
+            exit_if_stopped(stopped(), "Stopped: nothing is kept of a classifier's training.")
             for name in mean:  # over about the last 50 steps
                 mean[name] += (getattr(progress, name) - mean[name]) / min(progress.step, 50)
             line = f"step {progress.step}  loss {mean['loss']:.3f}  accuracy {mean['accuracy']:.1%}"
@@ -204,7 +204,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _no_settings(args: argparse.Namespace) -> dict[str, Any]:
-    from sr3_jax.aliases import UserError
+    from sr3_jax.errors import UserError
 
     given = [
         name
@@ -218,7 +218,7 @@ def _no_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _least(option: str, text: str, least: float) -> float:
-    from sr3_jax.aliases import UserError
+    from sr3_jax.errors import UserError
 
     value = number(option, text)
     if not least <= value < float("inf"):

@@ -1,7 +1,7 @@
-"""Upscale pictures and folders of pictures with a model.
+"""Upscale images and folders of images with a model.
 
 Folders are mirrored under OUT; results that are there already are skipped, so an interrupted run goes on
-where it stopped. Exit code 1 (3 of several processes) if a picture could not be done; each is named with the reason.
+where it stopped. Exit code 1 (3 of several processes) if an image could not be done; each is named with the reason.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from sr3_jax.cli._options import count, positive, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a picture or a folder")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image or a folder")
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT",
-        help="the folder for the results; for a single picture also the result's name",
+        help="the folder for the results; for a single image also the result's name",
     )  # fmt: skip
     parser.add_argument(
         "--model", default="photo_4x", metavar="PATH_OR_NAME",
@@ -31,53 +31,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size", type=count, default=None, metavar="B",
-        help="pictures done at once, shared by the devices; more than one each pays for many pictures of one size "
+        help="images done at once, shared by the devices; more than one each pays for many images of one size "
         "(default: the number of devices)",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="do finished pictures again")
+    parser.add_argument("--overwrite", action="store_true", help="do finished images again")
     parser.add_argument(
         "--max-megapixels", type=positive, default=64.0, metavar="N",
-        help="refuse larger pictures, before memory is taken (default: 64)",
+        help="refuse larger images, before memory is taken (default: 64)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from sr3_jax.aliases import UserError
-    from sr3_jax.pictures.errors import printable
-    from sr3_jax.processes import start_processes
-    from sr3_jax.signals import leave_if, polled_signals
-    from sr3_jax.upscale import Job, Outcome, find_pictures, split_finished, upscale_files
+    from sr3_jax.distributed.processes import start_processes
+    from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
+    from sr3_jax.errors import UserError
+    from sr3_jax.image_io.errors import printable
+    from sr3_jax.inference.upscale_files import Job, UpscaleResult, find_images, split_finished, upscale_files
 
-    found = find_pictures(args.inputs, args.output)
+    found = find_images(args.inputs, args.output)
     if not found.jobs and not found.failed:
         raise UserError(
-            f"no pictures in {', '.join(printable(path) for path in args.inputs)}: name other inputs"
+            f"no images in {', '.join(printable(path) for path in args.inputs)}: name other inputs"
         )
     mine, of = start_processes()
     jobs, unusable = found.jobs[mine::of], found.failed[mine::of]  # the same list on all, so each job on one
     for path, failure in unusable:
         print(f"{printable(path)}: {failure}", file=sys.stderr)
     to_do, finished = split_finished(jobs, overwrite=args.overwrite)
-    outcome = Outcome((), tuple(job.target for job in finished), (), ())
+    outcome = UpscaleResult((), tuple(job.target for job in finished), (), ())
     if to_do:  # else the model need not be loaded
         import jax
 
-        from sr3_jax import model as models
+        from sr3_jax.inference import model as models
 
         model = models.load(args.model)
         batch_size = args.batch_size or jax.local_device_count()
         with (
-            tqdm(total=len(to_do), unit="picture", disable=None, file=sys.stderr) as bar,
-            polled_signals() as stopped,
+            tqdm(total=len(to_do), unit="image", disable=None, file=sys.stderr) as bar,
+            stop_signals() as stopped,
         ):
 
             def tell(job: Job, failure: str | None) -> None:
                 if failure is not None:
                     tqdm.write(f"{printable(job.source)}: {failure}", file=sys.stderr)
                 bar.update()
-                leave_if(stopped())
+                exit_if_stopped(stopped())
 
             outcome = upscale_files(
                 model,
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         print(f"note: {printable(paths[0])}{others}: {note}")
     if found.ignored and mine == 0:
-        print(f"{found.ignored} files that are no pictures were left alone")
+        print(f"{found.ignored} files that are no images were left alone")
     failed = len(outcome.failed) + len(unusable)
     who = f"process {mine} of {of}: " if of > 1 else ""
     print(f"{who}{len(outcome.done)} done, {len(outcome.skipped)} skipped (already there), {failed} failed")

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
-from sr3_jax.data.sources import SmallPicture, Source, check_side
-from sr3_jax.pictures.picture import PictureError
+from sr3_jax.data.sources import ImageTooSmallError, Source, check_side
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import ImageError
 
 _log = logging.getLogger("sr3_jax")
 _MAX_REJECTIONS = 100  # in a row
@@ -50,7 +50,7 @@ def batches(
       prefetch: batches made ahead.
 
     Raises:
-      UserError: while iterating, 100 unusable pictures in a row.
+      UserError: while iterating, 100 unusable images in a row.
     """
     import grain  # takes most of a second
 
@@ -66,11 +66,11 @@ def batches(
 def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarray]:
     """The centre crops of `count` photographs spread evenly over the source: the same ones every time.
 
-    Returns one batch as `batches` gives them. The next usable picture takes the place of an unusable one;
+    Returns one batch as `batches` gives them. The next usable image takes the place of an unusable one;
     with fewer than `count` usable ones there are fewer rows, and a message.
 
     Raises:
-      UserError: no picture can be used.
+      UserError: no image can be used.
     """
     count_here = min(count, len(source))
     taken: dict[int, dict[str, Any]] = {}
@@ -88,10 +88,10 @@ def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarr
                 break
     if not taken:
         raise UserError(
-            f"no picture of {source.name} can be used with crop={crop}: use smaller crops or other data"
+            f"no image of {source.name} can be used with crop={crop}: use smaller crops or other data"
         )
     if len(taken) < count:
-        _log.warning("%s gives only %d of %d pictures with crop=%d", source.name, len(taken), count, crop)
+        _log.warning("%s gives only %d of %d images with crop=%d", source.name, len(taken), count, crop)
     return _stack([taken[index] for index in sorted(taken)])
 
 
@@ -127,7 +127,7 @@ class _Draw:
             index = int(words.random_raw()) % len(self._source)
         else:
             raise UserError(
-                f"{_MAX_REJECTIONS} pictures of {self._source.name} in a row are of no use with "
+                f"{_MAX_REJECTIONS} images of {self._source.name} in a row are of no use with "
                 f"crop={self._crop}: use smaller crops or other data"
             )
         height, width = item["image"].shape[:2]
@@ -137,7 +137,7 @@ class _Draw:
 
 
 class _Rejections:
-    """Pictures found unusable: remembered, and told once each if damaged, by their number if small."""
+    """Images found unusable: remembered, and told once each if damaged, by their number if small."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -146,29 +146,29 @@ class _Rejections:
         self._lock = threading.Lock()
 
     def usable(self, index: int, crop: int) -> dict[str, Any] | None:
-        """The picture, or None if it is damaged or too small for the crop."""
+        """The image, or None if it is damaged or too small for the crop."""
         if index in self._bad:
             return None
         try:
             item = self._source[index]
             check_side(item["image"].shape[:2], crop)
             return item
-        except PictureError as error:
+        except ImageError as error:
             self._tell(index, error, crop)
             return None
 
-    def _tell(self, index: int, error: PictureError, crop: int) -> None:
+    def _tell(self, index: int, error: ImageError, crop: int) -> None:
         with self._lock:
             if index in self._bad:
                 return
             self._bad.add(index)
-            if not isinstance(error, SmallPicture):
+            if not isinstance(error, ImageTooSmallError):
                 _log.warning("left out: %s", error)
                 return
             self._small += 1
             if str(self._small).strip("0") == "1":  # at 1, 10, 100, ...
                 _log.warning(
-                    "left out so far for a short side under %d pixels: %d of the %d pictures of %s",
+                    "left out so far for a short side under %d pixels: %d of the %d images of %s",
                     crop,
                     self._small,
                     len(self._source),

@@ -1,4 +1,4 @@
-"""Many crops of few pictures, the same ones every time: what samplings are compared on.
+"""Many crops of few images, the same ones every time: what samplings are compared on.
 
 Shape legend: N crops of C x C pixels.
 """
@@ -11,40 +11,40 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data.sources import Source
-from sr3_jax.pictures.picture import PictureError
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import ImageError
 
 
 @dataclass(frozen=True, eq=False)
 class Crops:
-    """images uint8 [N,C,C,3], labels int32 [N] where the source has them, out of `pictures` pictures."""
+    """images uint8 [N,C,C,3], labels int32 [N] where the source has them, out of `images` images."""
 
     images: np.ndarray
     labels: np.ndarray | None
-    pictures: int
+    images: int
 
     def whole_batches(self, size: int) -> Crops:
         """Without the last ones, which would not fill a batch."""
         count = len(self.images) // size * size
         labels = None if self.labels is None else self.labels[:count]
-        return Crops(self.images[:count], labels, self.pictures)
+        return Crops(self.images[:count], labels, self.images)
 
 
 def halves(count: int) -> tuple[list[int], list[int]]:
-    """The numbers of `count` pictures in two parts, by turns: one for a search, one to see what it is worth."""
+    """The numbers of `count` images in two parts, by turns: one for a search, one to see what it is worth."""
     return list(range(0, count, 2)), list(range(1, count, 2))
 
 
 def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, seed: int) -> Crops:
-    """Up to `count` crops that do not overlap, as many from each picture as there can be.
+    """Up to `count` crops that do not overlap, as many from each image as there can be.
 
     Args:
-        numbers: the pictures of the source to take; of more than `count`, some spread evenly.
-        seed: decides which crops of a picture come first.
+        numbers: the images of the source to take; of more than `count`, some spread evenly.
+        seed: decides which crops of an image come first.
 
     Raises:
-        UserError: no picture can be used.
+        UserError: no image can be used.
     """
     chosen = (
         [numbers[place * len(numbers) // count] for place in range(count)]
@@ -56,7 +56,7 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
     for number in chosen:
         try:
             item = source[number]
-        except PictureError as error:
+        except ImageError as error:
             failure = failure or f"; the first that cannot be used: {error}"
             continue
         height, width = item["image"].shape[:2]
@@ -73,7 +73,7 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
                 found.append((item["image"][top : top + crop, left : left + crop], item.get("label")))
     if not found:
         raise UserError(
-            f"no picture of {source.name} gives a crop of {crop} pixels{failure}: use a smaller --crop or other data"
+            f"no image of {source.name} gives a crop of {crop} pixels{failure}: use a smaller --crop or other data"
         )
     labelled = all(label is not None for _, label in found)
     return Crops(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -28,7 +28,7 @@ def walk(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
       UserError: `root` is no folder, or can't be listed.
     """
     if not root.is_dir():
-        raise UserError(f"'{shown(root)}' is not a folder: name one that holds pictures")
+        raise UserError(f"'{shown(root)}' is not a folder: name one that holds images")
     files: list[Path] = []
     refused: list[tuple[Path, str]] = []
     seen: set[tuple[int, int]] = set()  # a link back up the tree must not be followed for ever

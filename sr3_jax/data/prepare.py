@@ -1,4 +1,4 @@
-"""A folder of pictures made into a TFDS data set: every file read to its last pixel, bad ones listed."""
+"""A folder of images made into a TFDS data set: every file read to its last pixel, bad ones listed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data import store
 from sr3_jax.data.folders import shown, sort_key
 from sr3_jax.data.sources import scan_folder
-from sr3_jax.pictures.picture import PictureError, read_rgb
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import ImageError, read_rgb
 
 _VERSION = "1.0.0"
-_PER_SHARD = 10_000  # pictures in one ArrayRecord file: about a gigabyte of photographs
-_AT_ONCE = 64  # pictures between two writes
+_PER_SHARD = 10_000  # images in one ArrayRecord file: about a gigabyte of photographs
+_AT_ONCE = 64  # images between two writes
 _ORIENTATION = 274  # EXIF tag
 
 
@@ -56,39 +56,37 @@ def prepare(
     threads: int = 4,
     progress: Callable[[int], None] = lambda total: None,
 ) -> Prepared:
-    """Write the pictures under `root` as the data set DATA_DIR/NAME with the split 'train', maybe 'test'.
+    """Write the images under `root` as the data set DATA_DIR/NAME with the split 'train', maybe 'test'.
 
-    Each example has 'image', 'file_name' (below `root`), and 'label' when every picture lies exactly one
+    Each example has 'image', 'file_name' (below `root`), and 'label' when every image lies exactly one
     folder deep and there are two such folders or more. Plain RGB files, JPEG or PNG, go in as they are,
-    others as PNG of the same pixels. Which pictures are for testing follows from a hash of their names. The
+    others as PNG of the same pixels. Which images are for testing follows from a hash of their names. The
     data set appears when all is written; a killed run leaves nothing under its name.
 
     Args:
-      test_count, test_fraction: pictures for the split 'test', at most one of the two.
-      progress: called with the number of pictures after each one.
+      test_count, test_fraction: images for the split 'test', at most one of the two.
+      progress: called with the number of images after each one.
 
     Raises:
       UserError: the name is taken, or can't be one.
-      NothingPrepared: no picture can be read, or none is left to train on.
+      NothingPrepared: no image can be read, or none is left to train on.
     """
     _require_free(name, data_dir, overwrite)
     scan = scan_folder(root)
-    pictures, rejected = scan.pictures, list(scan.rejected)
-    if not pictures:
-        raise NothingPrepared(f"'{shown(root)}' holds no picture: name a folder with some", rejected)
+    images, rejected = scan.images, list(scan.rejected)
+    if not images:
+        raise NothingPrepared(f"'{shown(root)}' holds no image: name a folder with some", rejected)
     if test_fraction:
-        test_count = max(1, round(test_fraction * len(pictures)))
-    if test_count >= len(pictures):
-        sentence = (
-            f"{test_count} pictures for testing leave none of {len(pictures)} to train on: ask for fewer"
-        )
+        test_count = max(1, round(test_fraction * len(images)))
+    if test_count >= len(images):
+        sentence = f"{test_count} images for testing leave none of {len(images)} to train on: ask for fewer"
         raise NothingPrepared(sentence, rejected)
-    labels = _labels(root, pictures)
+    labels = _labels(root, images)
     splits = {"test": test_count} if test_count else {}
-    left = pictures
+    left = images
     with store.appears_whole(data_dir, name, _VERSION, overwrite=overwrite) as work:
         writer = _Writer(work, name, labels, ["train", *splits])
-        for split, most in (splits | {"train": len(pictures)}).items():
+        for split, most in (splits | {"train": len(images)}).items():
             done: set[Path] = set()
             candidates = left if split == "train" else sorted(left, key=lambda path: _hash(path, root))
             with ThreadPoolExecutor(threads) as pool:
@@ -96,15 +94,15 @@ def prepare(
                     if writer.examples[split] == most:
                         break
                     done.add(path)
-                    progress(len(pictures))
-                    if isinstance(data, PictureError):
+                    progress(len(images))
+                    if isinstance(data, ImageError):
                         rejected.append((path, str(data)))
                     else:
                         writer.add(split, path.relative_to(root), data)
             left = [path for path in left if path not in done]
         if not all(writer.examples.values()):
             sentence = (
-                f"'{shown(root)}' holds too few pictures that can be read: mend those listed, or add some"
+                f"'{shown(root)}' holds too few images that can be read: mend those listed, or add some"
             )
             raise NothingPrepared(sentence, rejected)
         writer.close()
@@ -126,14 +124,14 @@ def _hash(path: Path, root: Path) -> bytes:
     return hashlib.sha256(sort_key(path.relative_to(root))).digest()
 
 
-def _labels(root: Path, pictures: list[Path]) -> list[str]:
-    parts = [path.relative_to(root).parts for path in pictures]
+def _labels(root: Path, images: list[Path]) -> list[str]:
+    parts = [path.relative_to(root).parts for path in images]
     folders = sorted({part[0] for part in parts}, key=sort_key)
     one_deep = all(len(part) == 2 for part in parts)
     return [shown(folder) for folder in folders] if one_deep and len(folders) > 1 else []
 
 
-def _checked(path: Path) -> bytes | PictureError:
+def _checked(path: Path) -> bytes | ImageError:
     """The bytes to store: the file's own if it is plain, else a PNG of its pixels."""
     try:
         data = path.read_bytes()
@@ -143,10 +141,10 @@ def _checked(path: Path) -> bytes | PictureError:
         file = io.BytesIO()
         Image.fromarray(rgb).save(file, "PNG")
         return file.getvalue()
-    except PictureError as error:
+    except ImageError as error:
         return error
     except OSError as error:
-        return PictureError((error.strerror or str(error)).lower())
+        return ImageError((error.strerror or str(error)).lower())
 
 
 def _is_plain(data: bytes, rgb: np.ndarray) -> bool:
@@ -160,7 +158,7 @@ def _is_plain(data: bytes, rgb: np.ndarray) -> bool:
             return False
         if header.format == "PNG":  # bit depth; EXIF may stand behind the pixels, where Pillow has not looked
             return data[24] == 8 and not any(chunk in data for chunk in (b"eXIf", b"tRNS", b"acTL"))
-        return header.format in ("JPEG", "MPO")  # MPO: a JPEG with more pictures behind it
+        return header.format in ("JPEG", "MPO")  # MPO: a JPEG with more images behind it
 
 
 def _in_order(

@@ -17,26 +17,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data import store
 from sr3_jax.data.folders import shown, walk
-from sr3_jax.pictures.picture import PICTURE_SUFFIXES, PictureError, read_rgb, read_size
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, read_rgb, read_size
 
 _log = logging.getLogger("sr3_jax")
 _NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH"
 _LISTED = 100  # unreadable files named in one message; the rest are counted
 
 
-class SmallPicture(PictureError):
-    """A picture whose short side is under the least that was asked for."""
+class ImageTooSmallError(ImageError):
+    """An image whose short side is under the least that was asked for."""
 
 
 class Source:
     """Random access to a data set: source[i] is {'image': uint8 [H,W,3], 'label': int if it has labels}.
 
-    Arrays are read-only and shared. Decoded pictures stay in memory until `cache_mb` are full, and then those
+    Arrays are read-only and shared. Decoded images stay in memory until `cache_mb` are full, and then those
     stay: in epochs of random order that serves more reads than dropping the oldest. Thread-safe.
-    Reading raises PictureError ('NAME: reason') for a picture that can't be used.
+    Reading raises ImageError ('NAME: reason') for an image that can't be used.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Source:
         self.name = name
         self.num_classes = num_classes  # of the labels, where the data set says it
         self.describe = describe
-        self.file_name = file_name  # of a picture's file where it is known, else its number
+        self.file_name = file_name  # of an image's file where it is known, else its number
         self._load = load
         self._count = count
         self._min_side = min_side
@@ -67,14 +67,14 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._count:
-            raise IndexError(f"{self.name} has {self._count} pictures, no number {index}")
+            raise IndexError(f"{self.name} has {self._count} images, no number {index}")
         kept = self._kept.get(index)
         if kept is not None:
             return dict(kept)
         try:
             item = self._load(index)
             check_side(item["image"].shape[:2], self._min_side)
-        except PictureError as error:
+        except ImageError as error:
             raise type(error)(f"{self.describe(index)}: {error}") from error
         item["image"].flags.writeable = False
         with self._lock:
@@ -88,9 +88,9 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
     """Open a data set: `photos:train`, `photos:test`, `tfds:NAME[/CONFIG][:VERSION]:SPLIT` or `folder:PATH`.
 
     Args:
-      min_side: least short side in pixels. Smaller pictures of a folder are counted and left out here; in a
-        TFDS data set reading one raises SmallPicture, since looking at each first would take too long.
-      cache_mb: memory for decoded pictures.
+      min_side: least short side in pixels. Smaller images of a folder are counted and left out here; in a
+        TFDS data set reading one raises ImageTooSmallError, since looking at each first would take too long.
+      cache_mb: memory for decoded images.
 
     Raises:
       UserError: there is no such data set or split, it has no images, or none can be used.
@@ -106,7 +106,7 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
 
 
 def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
-    """The largest centre square of each picture, area-resampled to `side` pixels: the paper's ImageNet (section 3).
+    """The largest centre square of each image, area-resampled to `side` pixels: the paper's ImageNet (section 3).
 
     Open `source` with cache_mb=0, so that only the squares are kept in memory.
     """
@@ -116,8 +116,8 @@ def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
         height, width = item["image"].shape[:2]
         short = min(height, width)
         top, left = (height - short) // 2, (width - short) // 2
-        picture = Image.fromarray(item["image"][top : top + short, left : left + short])
-        return item | {"image": np.array(picture.resize((side, side), Image.Resampling.BOX))}
+        image = Image.fromarray(item["image"][top : top + short, left : left + short])
+        return item | {"image": np.array(image.resize((side, side), Image.Resampling.BOX))}
 
     def describe(index: int) -> str:
         return source.describe(index)
@@ -126,9 +126,9 @@ def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
 
 
 def check_side(size: tuple[int, int], min_side: int) -> None:
-    """Raises SmallPicture if the short side of a (height, width) is under `min_side`."""
+    """Raises ImageTooSmallError if the short side of a (height, width) is under `min_side`."""
     if min(size) < min_side:
-        raise SmallPicture(f"is {size[1]}x{size[0]} pixels, with a short side under {min_side}")
+        raise ImageTooSmallError(f"is {size[1]}x{size[0]} pixels, with a short side under {min_side}")
 
 
 def _open_tfds(name: str, rest: str, min_side: int, cache_mb: int) -> Source:
@@ -176,7 +176,7 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
     except NotImplementedError as error:
         raise UserError(
             f"the data set of '{name}' is stored as {builder.info.file_format.value}, without random access: "
-            "run `tfds build` with --file_format=array_record, or `sr3 prepare` on its pictures"
+            "run `tfds build` with --file_format=array_record, or `sr3 prepare` on its images"
         ) from error
     except (ValueError, KeyError) as error:
         sentence = f"the data set of '{name}' has no split '{split}', or nothing in it: use one of {splits}"
@@ -226,10 +226,10 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: pictures whose headers are good, in order, and (file, reason) for what is not."""
+    """What a folder holds: images whose headers are good, in order, and (file, reason) for what is not."""
 
-    pictures: list[Path]
-    sizes: list[tuple[int, int]]  # (height, width) of each picture
+    images: list[Path]
+    sizes: list[tuple[int, int]]  # (height, width) of each image
     rejected: list[tuple[Path, str]]
 
 
@@ -244,7 +244,7 @@ def scan_folder(root: Path, *, threads: int = 16) -> Scan:
     def look(path: Path) -> tuple[int, int] | str:
         try:
             return read_size(path)
-        except PictureError as error:
+        except ImageError as error:
             return str(error)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -256,19 +256,19 @@ def scan_folder(root: Path, *, threads: int = 16) -> Scan:
 
 def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
     scan = scan_folder(root)
-    paths = [path for path, size in zip(scan.pictures, scan.sizes, strict=True) if min(size) >= min_side]
-    bad, small = len(scan.rejected), len(scan.pictures) - len(paths)
+    paths = [path for path, size in zip(scan.images, scan.sizes, strict=True) if min(size) >= min_side]
+    bad, small = len(scan.rejected), len(scan.images) - len(paths)
     if bad:
         listed = [f"  {shown(path)}: {reason}" for path, reason in scan.rejected[:_LISTED]]
         listed += [f"  and {bad - _LISTED} more"] if bad > _LISTED else []
         _log.warning("%d left out of %s:\n%s", bad, shown(name), "\n".join(listed))
     if small:
-        told = f"{small} of {len(scan.pictures)} pictures of {shown(name)}"
+        told = f"{small} of {len(scan.images)} images of {shown(name)}"
         _log.warning("%s left out: their short side is under %d pixels", told, min_side)
     if not paths:
         raise UserError(
-            f"'{shown(root)}' holds no picture that can be used ({bad} could not be read, {small} are under "
-            f"{min_side} pixels): put pictures there ({' '.join(sorted(PICTURE_SUFFIXES))}), or crop smaller"
+            f"'{shown(root)}' holds no image that can be used ({bad} could not be read, {small} are under "
+            f"{min_side} pixels): put images there ({' '.join(sorted(IMAGE_SUFFIXES))}), or crop smaller"
         )
     return Source(
         name,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VARIABLES = ("SR3_DATA_DIR", "TFDS_DATA_DIR")
@@ -76,7 +76,7 @@ def require(name: str, *, version: str | None = None) -> Any:
             )
     raise UserError(
         f"the data set '{name}' is not prepared in {' or '.join(search_path())}: make it from a folder of "
-        f"pictures with `sr3 prepare PATH --name {name}`, or set SR3_DATA_DIR to where it is"
+        f"images with `sr3 prepare PATH --name {name}`, or set SR3_DATA_DIR to where it is"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.aliases import Conditioning, Denoiser, Image, NoiseLevel
+from sr3_jax.types import Conditioning, Denoiser, Image, NoiseLevel
 
 
 def guided(denoiser: Denoiser, *, guidance: float | jax.Array, no_label: int) -> Denoiser:

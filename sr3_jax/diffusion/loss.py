@@ -8,13 +8,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.aliases import Conditioning, Denoiser, Image, Key, NoiseLevel
-from sr3_jax.diffusion.process import Kind, diffuse, target
+from sr3_jax.diffusion.process import Prediction, diffuse, target
 from sr3_jax.diffusion.schedule import NoiseSchedule, sample_gamma
 from sr3_jax.diffusion.space import Space, image
+from sr3_jax.types import Conditioning, Denoiser, Image, Key, NoiseLevel
 
-Norm = Literal["l1", "l2"]
-Weighting = Callable[[NoiseLevel, Kind], jax.Array]
+LossNorm = Literal["l1", "l2"]
+Weighting = Callable[[NoiseLevel, Prediction], jax.Array]
 
 
 def min_snr(clamp: float = 5.0) -> Weighting:
@@ -24,9 +24,9 @@ def min_snr(clamp: float = 5.0) -> Weighting:
     The three are the same loss under 'l2' alone.
     """
 
-    def weight(gamma: NoiseLevel, kind: Kind) -> jax.Array:
+    def weight(gamma: NoiseLevel, prediction: Prediction) -> jax.Array:
         snr = gamma / (1.0 - gamma)
-        scale = {"y0": jnp.ones_like(snr), "eps": snr, "v": snr + 1.0}[kind]
+        scale = {"y0": jnp.ones_like(snr), "eps": snr, "v": snr + 1.0}[prediction]
         return jnp.minimum(snr, clamp) / scale
 
     return weight
@@ -39,8 +39,8 @@ def denoising_loss(
     cond: Conditioning,
     *,
     schedule: NoiseSchedule,
-    kind: Kind = "eps",
-    norm: Norm = "l1",
+    prediction: Prediction = "eps",
+    norm: LossNorm = "l1",
     weighting: Weighting | None = None,
     space: Space = image(),
 ) -> jax.Array:
@@ -63,10 +63,10 @@ def denoising_loss(
     gamma = sample_gamma(gamma_key, schedule, y0.shape[0])  # [B]
     eps = jax.random.normal(eps_key, y0.shape)
     z0 = space.encode(y0, cond)
-    prediction = denoiser(diffuse(z0, eps, gamma), gamma, cond)
-    if prediction.shape != z0.shape:  # [B,H,W,1] would broadcast without a word
-        raise ValueError(f"the denoiser must predict {z0.shape}, got {prediction.shape}")
-    error = prediction - target(z0, eps, gamma, kind)
+    output = denoiser(diffuse(z0, eps, gamma), gamma, cond)
+    if output.shape != z0.shape:  # [B,H,W,1] would broadcast without a word
+        raise ValueError(f"the denoiser must predict {z0.shape}, got {output.shape}")
+    error = output - target(z0, eps, gamma, prediction)
     error = jnp.abs(error) if norm == "l1" else jnp.square(error)
     loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))  # [B]
-    return loss if weighting is None else loss * weighting(gamma, kind)
+    return loss if weighting is None else loss * weighting(gamma, prediction)

@@ -10,10 +10,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.aliases import NoiseLevel
+from sr3_jax.types import NoiseLevel
 
-Kind = Literal["eps", "v", "y0"]
-KINDS: tuple[Kind, ...] = ("eps", "v", "y0")
+Prediction = Literal["eps", "v", "y0"]
+PREDICTIONS: tuple[Prediction, ...] = ("eps", "v", "y0")
 
 
 def along(level: NoiseLevel, y: jax.Array) -> jax.Array:
@@ -28,31 +28,31 @@ def diffuse(y0: jax.Array, eps: jax.Array, gamma: NoiseLevel) -> jax.Array:
     return jnp.sqrt(gamma) * y0 + jnp.sqrt(1.0 - gamma) * eps
 
 
-def target(y0: jax.Array, eps: jax.Array, gamma: NoiseLevel, kind: Kind) -> jax.Array:
-    """What a network of this kind predicts: eps (the paper), y0, or v = sqrt(gamma) eps - sqrt(1 - gamma) y0."""
-    if kind == "eps":
+def target(y0: jax.Array, eps: jax.Array, gamma: NoiseLevel, prediction: Prediction) -> jax.Array:
+    """What a network of this prediction predicts: eps (the paper), y0, or v = sqrt(gamma) eps - sqrt(1 - gamma) y0."""
+    if prediction == "eps":
         return eps
-    if kind == "y0":
+    if prediction == "y0":
         return y0
-    if kind == "v":
+    if prediction == "v":
         gamma = along(gamma, y0)
         return jnp.sqrt(gamma) * eps - jnp.sqrt(1.0 - gamma) * y0
-    raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
-def to_y0(prediction: jax.Array, y_t: jax.Array, gamma: NoiseLevel, kind: Kind) -> jax.Array:
-    """The estimate of y0 that a prediction of this kind means at y_t, not clipped; the inverse of `target`.
+def to_y0(output: jax.Array, y_t: jax.Array, gamma: NoiseLevel, prediction: Prediction) -> jax.Array:
+    """The estimate of y0 that a output of this prediction means at y_t, not clipped; the inverse of `target`.
 
     From eps it divides by sqrt(gamma): at low gamma small errors of the network become large ones in y0.
     """
     gamma = along(gamma, y_t)
-    if kind == "eps":
-        return (y_t - jnp.sqrt(1.0 - gamma) * prediction) / jnp.sqrt(gamma)
-    if kind == "y0":
-        return prediction
-    if kind == "v":
-        return jnp.sqrt(gamma) * y_t - jnp.sqrt(1.0 - gamma) * prediction
-    raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if prediction == "eps":
+        return (y_t - jnp.sqrt(1.0 - gamma) * output) / jnp.sqrt(gamma)
+    if prediction == "y0":
+        return output
+    if prediction == "v":
+        return jnp.sqrt(gamma) * y_t - jnp.sqrt(1.0 - gamma) * output
+    raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
 def to_eps(y0: jax.Array, y_t: jax.Array, gamma: NoiseLevel) -> jax.Array:

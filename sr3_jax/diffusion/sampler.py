@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.aliases import Conditioning, Denoiser, Image, Key
-from sr3_jax.diffusion.process import Kind, to_y0
+from sr3_jax.diffusion.process import Prediction, to_y0
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.solvers import Carry, Solver, ancestral
 from sr3_jax.diffusion.space import Space, image
+from sr3_jax.types import Conditioning, Denoiser, Image, Key
 
 
 class Samples(NamedTuple):
@@ -29,7 +29,7 @@ def sample(
     shape: tuple[int, ...],
     schedule: NoiseSchedule,
     solver: Solver = ancestral(),
-    kind: Kind = "eps",
+    prediction: Prediction = "eps",
     space: Space = image(),
     snapshots: int = 0,
 ) -> Samples:
@@ -38,7 +38,7 @@ def sample(
     Pure and traceable; wrap it in `jit` with `out_shardings`, so that each device computes its part of the batch.
 
     Args:
-        denoiser: the network, predicting `kind`.
+        denoiser: the network, predicting `prediction`.
         key: one key for the batch, or [B] keys, which make each example independent of its batch.
         cond: passed through to the network.
         shape: (B,H,W,C) of the images.
@@ -56,7 +56,7 @@ def sample(
 
     def denoise(y: jax.Array, gamma: jax.Array) -> jax.Array:
         level = jnp.full((batch_size,), gamma)
-        y0_hat = to_y0(denoiser(y, level, cond), y, level, kind)
+        y0_hat = to_y0(denoiser(y, level, cond), y, level, prediction)
         # Inside Heun gamma can be 1 only in the branch that is not taken.
         return space.clip(y0_hat, cond)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr3_jax.aliases import Key, NoiseLevel
+from sr3_jax.types import Key, NoiseLevel
 
 Spacing = Literal["log_snr", "uniform", "karras", "linear"]
 SPACINGS: tuple[Spacing, ...] = ("log_snr", "uniform", "karras", "linear")
@@ -104,22 +104,22 @@ def respace(
     num_steps: int,
     spacing: Spacing = "log_snr",
     *,
-    noisiest: float | None = None,
-    cleanest: float | None = None,
+    log_snr_min: float | None = None,
+    log_snr_max: float | None = None,
 ) -> NoiseSchedule:
-    """An inference schedule of N steps from the training schedule's noisiest level to clean.
+    """An inference schedule of N steps from the training schedule's log_snr_min level to clean.
 
     y_T stays as noisy as the network knows it; keeping betas instead would leave signal in it. Except for 'uniform',
-    the cleanest noisy level is the training schedule's gamma_1 and the noisiest has a log-SNR of at least -10.1.
+    the log_snr_max noisy level is the training schedule's gamma_1 and the log_snr_min has a log-SNR of at least -10.1.
 
     Args:
         schedule: the training schedule.
         num_steps: N >= 1; for 'uniform' at most T.
         spacing: 'log_snr' even in log-SNR; 'uniform' every (T/N)-th training step; 'karras' even in
             sigma^(1/7), sigma = sqrt((1-gamma)/gamma) (Karras et al. 2022, Eq. 5); 'linear' betas linear in the step,
-            as the paper's, the last one such that gamma_N is the noisiest level.
-        noisiest, cleanest: other end points, gamma_N and gamma_1 of the N steps as log-SNR, within the training
-            schedule's range; the paper searched for them. One step has the noisiest alone.
+            as the paper's, the last one such that gamma_N is the log_snr_min level.
+        log_snr_min, log_snr_max: other end points, gamma_N and gamma_1 of the N steps as log-SNR, within the training
+            schedule's range; the paper searched for them. One step has the log_snr_min alone.
 
     Raises:
         ValueError: no such spacing, or no such grid in the training schedule.
@@ -130,19 +130,21 @@ def respace(
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
     known = log_snr64(schedule.gamma64[1:])
     first, last = known[[0, -1]]
-    for name, level in (("noisiest", noisiest), ("cleanest", cleanest)):
+    for name, level in (("log_snr_min", log_snr_min), ("log_snr_max", log_snr_max)):
         if level is not None and not last - 1e-6 <= level <= first + 1e-6:
             raise ValueError(
                 f"{name} must be a log-SNR that the training schedule has, {last:.3f} to {first:.3f}, got {level}"
             )
     if spacing == "uniform":
-        return _strided(schedule, num_steps, noisiest, cleanest)
-    last = max(last, min(LEAST_LOG_SNR, first)) if noisiest is None else noisiest
-    first = first if cleanest is None else cleanest
+        return _strided(schedule, num_steps, log_snr_min, log_snr_max)
+    last = max(last, min(LEAST_LOG_SNR, first)) if log_snr_min is None else log_snr_min
+    first = first if log_snr_max is None else log_snr_max
     if num_steps == 1:
         first = last
     elif not last < first:
-        raise ValueError(f"noisiest must be a log-SNR below the cleanest of {first:.3f}, got {last:.3f}")
+        raise ValueError(
+            f"log_snr_min must be a log-SNR below the log_snr_max of {first:.3f}, got {last:.3f}"
+        )
     if spacing == "linear":
         return _linear_between(num_steps, first, last)
     if spacing == "log_snr":
@@ -158,17 +160,17 @@ def _gamma_of(log_snr: np.ndarray) -> np.ndarray:
 
 
 def _strided(
-    schedule: NoiseSchedule, num_steps: int, noisiest: float | None, cleanest: float | None
+    schedule: NoiseSchedule, num_steps: int, log_snr_min: float | None, log_snr_max: float | None
 ) -> NoiseSchedule:
     """Even in the training step t; between two training steps, even in log-SNR."""
     total = schedule.num_steps
     if num_steps > total:
         raise ValueError(f"uniform spacing has at most the {total} training steps, got num_steps={num_steps}")
-    if noisiest is None and cleanest is None:
+    if log_snr_min is None and log_snr_max is None:
         return from_gamma(schedule.gamma64[np.linspace(0, total, num_steps + 1).round().astype(int)])
     known, t = log_snr64(schedule.gamma64[1:]), np.arange(1, total + 1)
-    end = total if noisiest is None else np.interp(-noisiest, -known, t)
-    start = end / num_steps if cleanest is None or num_steps == 1 else np.interp(-cleanest, -known, t)
+    end = total if log_snr_min is None else np.interp(-log_snr_min, -known, t)
+    start = end / num_steps if log_snr_max is None or num_steps == 1 else np.interp(-log_snr_max, -known, t)
     log_snr = np.interp(np.linspace(start, end, num_steps), t, known)
     return from_gamma(np.concatenate([[1.0], _gamma_of(log_snr)]))
 
@@ -180,8 +182,8 @@ def _linear_between(num_steps: int, first: float, last: float) -> NoiseSchedule:
         return from_gamma(np.array([1.0, gamma_n]))
     if np.sum(np.log1p(-np.linspace(1 - gamma_1, 0.0, num_steps))) <= np.log(gamma_n):
         raise ValueError(
-            f"{num_steps} betas that are linear from {1 - gamma_1:.3g} add more noise than noisiest={last:.3f} has: "
-            "make it noisier, or the cleanest cleaner"
+            f"{num_steps} betas that are linear from {1 - gamma_1:.3g} add more noise than log_snr_min={last:.3f} has: "
+            "make it noisier, or the log_snr_max cleaner"
         )
     low, high = 0.0, 1.0
     for _ in range(60):  # to the last bit

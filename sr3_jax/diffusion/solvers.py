@@ -33,7 +33,7 @@ class Solver:
     """A sampling method.
 
     Attributes:
-        init: (schedule, y_T) -> (carry, table); the table holds [N] arrays, one row a step, noisiest first.
+        init: (schedule, y_T) -> (carry, table); the table holds [N] arrays, one row a step, log_snr_min first.
         step: (denoise, carry, z, row) -> carry; z is fresh unit noise [B,H,W,C].
         stochastic: whether `step` reads z; the sampler draws none for solvers that don't.
         spacing: the grid on which it does best at few steps.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.aliases import Conditioning, Image
+from sr3_jax.types import Conditioning, Image
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""One method at work on pictures of one size: its outputs are found or made, then measured.
+"""One method at work on images of one size: its outputs are found or made, then measured.
 
-Shape legend: B batch, H x W an original, h x w its low-res picture, s the scale, S samples. A batch is always full,
+Shape legend: B batch, H x W an original, h x w its low-res image, s the scale, S samples. A batch is always full,
 with copies if need be: another shape is another program, which may round differently.
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from sr3_jax.aliases import Key
 from sr3_jax.evaluation import scoring
 from sr3_jax.evaluation.measures import Measure, SpreadMeasure, filled
 from sr3_jax.evaluation.outputs import Kept, Outputs, Record, Scores
-from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features.cache import KeptFeatures
 from sr3_jax.features.networks import Network
-from sr3_jax.files import digest
+from sr3_jax.files import sha256_hex
+from sr3_jax.types import Key
 
 LONG = 60.0  # seconds
 _PATCHES = 8  # whose features are computed at once, at least
@@ -41,7 +41,7 @@ class Meters:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A picture to be made again: its original uint8 [H,W,3] at the method's scale, and the original's digest."""
+    """An image to be made again: its original uint8 [H,W,3] at the method's scale, and the original's digest."""
 
     name: str
     original: np.ndarray
@@ -50,11 +50,11 @@ class Subject:
 
 
 class Bench:
-    """Outputs of one method, picture by picture.
+    """Outputs of one method, image by image.
 
     Attributes:
-        scores: of each picture {name: one value a sample, or one of all samples}, in the order of work.
-        outputs, originals: of each picture the keys of the features of its first output, and of its original: one, or
+        scores: of each image {name: one value a sample, or one of all samples}, in the order of work.
+        outputs, originals: of each image the keys of the features of its first output, and of its original: one, or
             one a patch.
         reused: how many outputs were there already.
     """
@@ -85,7 +85,7 @@ class Bench:
         self._compiled: set[tuple[int, ...]] = set()
 
     def work(self, subjects: Sequence[Subject]) -> None:
-        """Find or make, and measure, all samples of up to B pictures of one size."""
+        """Find or make, and measure, all samples of up to B images of one size."""
         places = [(at, sample) for at in range(len(subjects)) for sample in range(self.samples)]
         found: dict[Place, Kept] = {}
         fresh: dict[Place, np.ndarray] = {}
@@ -97,7 +97,7 @@ class Bench:
         for chunk in self._chunks([place for place in places if place not in found]):
             images, seconds = self._make(subjects, chunk)
             fresh |= zip(chunk, images, strict=False)
-            found |= {place: Kept(digest(fresh[place]), None, seconds, {}) for place in chunk}
+            found |= {place: Kept(sha256_hex(fresh[place]), None, seconds, {}) for place in chunk}
             self._measure(subjects, chunk, images, found, new=True)
         stale = [
             (at, sample) for at, sample in places
@@ -125,7 +125,7 @@ class Bench:
             yield places[start : start + self._batch]
 
     def _wanted(self, subject: Subject) -> Iterator[tuple[str, Measure]]:
-        """The measures that fit a picture, by their keys."""
+        """The measures that fit an image, by their keys."""
         for one in self._meters.each:
             if one.fits(subject.original):
                 yield one.key_for(subject.label), one
@@ -137,7 +137,7 @@ class Bench:
         """The keys of an output's features: its digest, or one for each patch."""
         network = self._meters.network
         count = 1 if network is None else len(network.patches(subject.original))
-        return [output] if count == 1 else [digest({output: patch}) for patch in range(count)]
+        return [output] if count == 1 else [sha256_hex({output: patch}) for patch in range(count)]
 
     def _unseen(self, subject: Subject, output: str) -> bool:
         """Whether the features of an output are wanted and not known."""
@@ -239,9 +239,9 @@ class Bench:
     def _spread(
         self, subject: Subject, at: int, together: Sequence[Kept], fresh: Mapping[Place, np.ndarray]
     ) -> Scores:
-        """The scores of all samples of one picture, kept as those of sample -S."""
+        """The scores of all samples of one image, kept as those of sample -S."""
         wanted = [one for one in self._meters.spread if min(subject.original.shape[:2]) >= one.least_side]
-        joined = digest({"samples": [kept.output for kept in together]})
+        joined = sha256_hex({"samples": [kept.output for kept in together]})
         number = -len(together)
         known = self._store.find(subject.name, number, self._from(subject), output=joined)
         before = dict(known.measures) if known else {}

@@ -1,7 +1,7 @@
-"""A held-out set through bicubic interpolation and models: scores of every picture, method by method.
+"""A held-out set through bicubic interpolation and models: scores of every image, method by method.
 
-Pictures of one size are worked through in batches, each by all methods; whatever is finished is kept by `outputs`
-and not computed again. Several processes divide the pictures, and `evaluation_parts` puts together what they found.
+Images of one size are worked through in batches, each by all methods; whatever is finished is kept by `outputs`
+and not computed again. Several processes divide the images, and `evaluation_parts` puts together what they found.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sr3_jax.evaluation.bench import Bench, Meters, Subject
 from sr3_jax.evaluation.methods import Method, bicubic, by_sampling, fingerprint, labels, original, sampled
 from sr3_jax.evaluation.outputs import Outputs
 from sr3_jax.evaluation.parts import Evaluation, Item, Part, Row, SetMeter, combine
-from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.features.cache import KeptFeatures
 from sr3_jax.features.statistics import Statistics
-from sr3_jax.files import digest, file_name
-from sr3_jax.pictures.picture import PictureError
+from sr3_jax.files import sha256_hex, unique_file_name
+from sr3_jax.image_io.image_file import ImageError
 
 __all__ = ["Evaluation", "Item", "Meters", "Method", "Part", "bicubic", "by_sampling", "count_outputs"]
 __all__ += ["evaluate", "fingerprint", "labels", "measure_part", "original", "put_together", "sampled"]
@@ -41,7 +41,7 @@ def evaluate(
     reference: Statistics | None = None,
     **options: Any,
 ) -> Evaluation:
-    """All pictures of a source by every method, in this process alone: `measure_part`, whose options it takes.
+    """All images of a source by every method, in this process alone: `measure_part`, whose options it takes.
 
     Args:
         reference: what the set's features are compared with, instead of those of the originals.
@@ -68,17 +68,17 @@ def measure_part(
     process: tuple[int, int] = (0, 1),
     on_output: Callable[[int], None] = lambda count: None,
 ) -> Part:
-    """Upscale and score this process's pictures of a source by every method, outputs in the folder `outputs`.
+    """Upscale and score this process's images of a source by every method, outputs in the folder `outputs`.
 
     An output's key follows from the seed, the original's pixels and the sample's number: neither the other
-    pictures nor the other methods change it.
+    images nor the other methods change it.
 
     Args:
         environment: plain values besides the method's identity that outputs depend on, such as the hardware.
-        samples: outputs of each picture and model; bicubic has one.
-        limit: the first so many pictures alone.
+        samples: outputs of each image and model; bicubic has one.
+        limit: the first so many images alone.
         crop: the centre of each alone, that many pixels squared.
-        batch: outputs made at once, where pictures have one size.
+        batch: outputs made at once, where images have one size.
         process: the number of this one and how many there are.
         on_output: called with the number of outputs found or made since its last call.
 
@@ -111,7 +111,7 @@ def measure_part(
         for group in _groups(source, limit=limit, crop=crop, batch=batch, process=process):
             if isinstance(group, tuple):
                 failed.append(group)
-                on_output(count_outputs(methods, pictures=1, samples=samples))
+                on_output(count_outputs(methods, images=1, samples=samples))
                 continue
             items += [item for item, _ in group]
             by_scale: dict[int, list[Subject]] = {}
@@ -133,7 +133,7 @@ def put_together(
     meters: Meters = PLAIN,
     reference: Statistics | None = None,
 ) -> Evaluation:
-    """The parts of all processes, whose features lie in the folder `outputs`. UserError if there is no picture."""
+    """The parts of all processes, whose features lie in the folder `outputs`. UserError if there is no image."""
     are_originals = [method.run is None for method in methods]
     return combine(
         parts, source, originals=are_originals, set_meter=set_meter(outputs, meters, reference=reference)
@@ -148,29 +148,29 @@ def set_meter(outputs: Path, meters: Meters, *, reference: Statistics | None = N
     return SetMeter(KeptFeatures.of(outputs, protocol), protocol, meters.network.logits, reference)
 
 
-def count_outputs(methods: Sequence[Method], *, pictures: int, samples: int) -> int:
-    """How many outputs there are of so many pictures."""
-    return pictures * sum(method.samples(samples) for method in methods)
+def count_outputs(methods: Sequence[Method], *, images: int, samples: int) -> int:
+    """How many outputs there are of so many images."""
+    return images * sum(method.samples(samples) for method in methods)
 
 
 def _subject(item: Item, loaded: Mapping[str, Any], scale: int, crop: int | None) -> Subject:
     image = scoring.original_at(loaded["image"], scale, crop)
-    return Subject(item.name, image, digest(image), loaded.get("label", 0))
+    return Subject(item.name, image, sha256_hex(image), loaded.get("label", 0))
 
 
 def _groups(
     source: Source, *, limit: int | None, crop: int | None, batch: int, process: tuple[int, int]
 ) -> Iterator[list[Loaded] | tuple[int, str]]:
-    """Up to `batch` pictures of one size each, or the number of one that cannot be read, and why."""
+    """Up to `batch` images of one size each, or the number of one that cannot be read, and why."""
     waiting: dict[tuple[int, int], list[Loaded]] = {}
     taken: set[str] = set()
     for index in range(min(len(source), limit or len(source))):
-        name = file_name(Path(source.file_name(index)).stem, taken)  # the same ones in all processes
+        name = unique_file_name(Path(source.file_name(index)).stem, taken)  # the same ones in all processes
         if index % process[1] != process[0]:
             continue
         try:
             loaded = source[index]
-        except PictureError as error:
+        except ImageError as error:
             yield index, str(error)
             continue
         height, width = loaded["image"].shape[:2]

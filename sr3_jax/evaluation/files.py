@@ -1,4 +1,4 @@
-"""The files of an evaluation: evaluation.json with everything, its tables as Markdown and CSV, picture grids."""
+"""The files of an evaluation: evaluation.json with everything, its tables as Markdown and CSV, image grids."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sr3_jax.evaluation.outputs import Outputs
 from sr3_jax.evaluation.parts import Evaluation, Item
 from sr3_jax.evaluation.scoring import low_res_of, original_at
 from sr3_jax.files import to_json, write_text
-from sr3_jax.model import Model
-from sr3_jax.pictures.picture import Picture, read_rgb, write_picture
+from sr3_jax.image_io.image_file import DecodedImage, read_rgb, write_image
+from sr3_jax.inference.model import Model
 
 FORMAT = "sr3_jax.evaluation.1"
 
@@ -38,7 +38,7 @@ def hardware() -> str:
 
 
 def describe_model(model: Model, label: str, *, labelled: bool = False) -> dict[str, Any]:
-    """A model's part of evaluation.json; `labelled`: whether the pictures' labels are given to models of classes."""
+    """A model's part of evaluation.json; `labelled`: whether the images' labels are given to models of classes."""
     return {
         "label": label,
         "name": model.name,
@@ -81,7 +81,7 @@ def assemble(
             "evaluations": method.evaluations,
             "own": method.own,
             "summary": {key: to_json(of) for key, of in {**tables.summary(scores), **sets}.items()},
-            "pictures": {
+            "images": {
                 name: {
                     key: [to_json({key: float(value)})[key] for value in of[number]]
                     for key, of in scores.items()
@@ -101,14 +101,14 @@ def assemble(
         "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
         "protocol": {
             "source": source,
-            "pictures": len(names),
+            "images": len(names),
             "samples": samples,
             "seed": seed,
             "crop": crop,
             **more,
         },
         "models": list(models),
-        "pictures": [
+        "images": [
             {"name": item.name, "height": item.height, "width": item.width} for item in evaluation.items
         ],
         "failed": list(evaluation.failed),
@@ -146,7 +146,7 @@ def representative(methods: Sequence[Method], numbers: Sequence[int]) -> int:
 def write_grids(
     folder: Path, evaluation: Evaluation, methods: Sequence[Method], source: Source, *, crop: int | None
 ) -> list[Path]:
-    """grid.png: the worst, median and best picture by PSNR of the first model, by every model.
+    """grid.png: the worst, median and best image by PSNR of the first model, by every model.
 
     Each model is shown, and the first one judged, by its `representative`. A model of several solvers or
     numbers of steps has a grid of its own, grid_LABEL.png, with all of them.
@@ -166,8 +166,8 @@ def write_grids(
             item = evaluation.items[place]
             title = f"{case}:\n{item.name}\n{tables.figure(float(psnr[place]), 2)} dB"
             rows[title] = _cells(folder, item, group, scales, source, crop)
-        picture = showcase.grid(rows, scales=scales, output_titles=[method.title for method in group])
-        write_picture(folder / file, Picture(picture))
+        image = showcase.grid(rows, scales=scales, output_titles=[method.title for method in group])
+        write_image(folder / file, DecodedImage(image))
         written.append(folder / file)
     return written
 

@@ -1,6 +1,6 @@
 """What is measured of each output: scores by their names in a table, each with the key of the network behind it.
 
-Shape legend: B batch, H x W an original, h x w its low-res picture, S samples of one input. Pictures are uint8
+Shape legend: B batch, H x W an original, h x w its low-res image, S samples of one input. Images are uint8
 NumPy arrays.
 """
 
@@ -25,7 +25,7 @@ class Measure:
     Attributes:
         key: says what computes them; scores of another key are other scores.
         run: (outputs [B,H,W,3], originals [B,H,W,3], low_res [B,h,w,3], labels int [B]) -> {name: float [B]}.
-        least_side: pixels; a smaller picture is not measured.
+        least_side: pixels; a smaller image is not measured.
         labelled: `run` uses the labels, which are zeros otherwise.
         of_originals: an original may stand for an output, and says how good one can get.
     """
@@ -37,11 +37,11 @@ class Measure:
     of_originals: bool = False
 
     def key_for(self, label: int) -> str:
-        """The key of its scores of a picture with that label."""
+        """The key of its scores of an image with that label."""
         return f"{self.key} label {label}" if self.labelled else self.key
 
     def fits(self, image: np.ndarray) -> bool:
-        """Whether it can be measured of a picture [H,W,3]."""
+        """Whether it can be measured of an image [H,W,3]."""
         return min(image.shape[:2]) >= self.least_side
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import measures
 from sr3_jax.evaluation.bench import Meters
 from sr3_jax.evaluation.measures import Columns, Measure
 from sr3_jax.evaluation.parts import Evaluation
-from sr3_jax.features import figures
+from sr3_jax.features import set_metrics
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.recognition import Classifier, correct, load_classifier
@@ -65,8 +65,8 @@ def open_setup(
     Args:
         features: the network of the set's figures, as `open_network` takes it.
         classifier: as `load_classifier` takes it.
-        labelled: whether the pictures have labels.
-        patch: side in pixels of the squares in which larger pictures are compared; 0: as a whole.
+        labelled: whether the images have labels.
+        patch: side in pixels of the squares in which larger images are compared; 0: as a whole.
         reference: statistics to compare with, instead of those of the originals.
 
     Raises:
@@ -83,7 +83,7 @@ def open_setup(
     if patch and network is not None:
         network = network.in_patches(patch)
     if recogniser is not None and not labelled:
-        absent.append(f"Recognition accuracy is left out: the pictures have no labels for {recogniser.name}.")
+        absent.append(f"Recognition accuracy is left out: the images have no labels for {recogniser.name}.")
     each = [measures.plain()]
     each += [measures.perceptual(lpips)] if lpips else []
     each += [recognition(recogniser)] if recogniser is not None and labelled else []
@@ -101,7 +101,7 @@ def open_setup(
 
 
 def recognition(classifier: Classifier) -> Measure:
-    """100 where the classifier's best guess, or one of its five best, is the picture's label, else 0."""
+    """100 where the classifier's best guess, or one of its five best, is the image's label, else 0."""
 
     def run(outputs: np.ndarray, originals: np.ndarray, low_res: np.ndarray, labels: np.ndarray) -> Columns:
         logits = classifier.logits(outputs)
@@ -126,7 +126,7 @@ def describe(setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
         lacking.setdefault("lpips", count)  # not one of them is large enough
     for name, number in lacking.items():
         absent.append(
-            f"{_NAMES.get(name, name)} is left out: {number} of {count} pictures have a side under "
+            f"{_NAMES.get(name, name)} is left out: {number} of {count} images have a side under "
             f"{LEAST_SIDE} pixels."
         )
     about: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def _of_network(setup: Setup, evaluation: Evaluation) -> Mapping[str, Any]:
     own = "their own originals"
     other = ""
     if setup.reference is not None:
-        own = f"{setup.reference_name} ({setup.reference.count} pictures)"
+        own = f"{setup.reference_name} ({setup.reference.count} images)"
         other = f"the originals beside {own}"
     return {
         "network": protocol.network,
@@ -167,13 +167,13 @@ def _of_network(setup: Setup, evaluation: Evaluation) -> Mapping[str, Any]:
         "preprocessing": protocol.preprocessing,
         "distance": protocol.distance,
         "count": evaluation.count,
-        "pictures": len(evaluation.items),
+        "images": len(evaluation.items),
         "patch": setup.meters.network.patch,
         "reference": own,
         "original": other,
-        "subset": figures.SUBSET,
-        "splits": figures.SPLITS,
-        "resamples": figures.RESAMPLES,
+        "subset": set_metrics.SUBSET,
+        "splits": set_metrics.SPLITS,
+        "resamples": set_metrics.RESAMPLES,
     }
 
 

@@ -1,6 +1,6 @@
 """Ways to upscale, side by side: each is a row of an evaluation's table.
 
-Shape legend: B batch, h x w a low-res picture, s the scale. Pictures are uint8 NumPy arrays.
+Shape legend: B batch, h x w a low-res image, s the scale. Images are uint8 NumPy arrays.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from sr3_jax import sampling as samplings
-from sr3_jax.aliases import Key, UserError
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import scoring
 from sr3_jax.evaluation.bench import Run
-from sr3_jax.files import digest, file_name
-from sr3_jax.model import Model
+from sr3_jax.files import sha256_hex, unique_file_name
+from sr3_jax.inference.model import Model
 from sr3_jax.sampling import Sampling
+from sr3_jax.types import Key
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,9 @@ class Method:
         identity: plain values that say what `run` is: an output of another identity is another output.
         solver, steps: None where there is no sampler.
         detail: what else the sampler has that is not its solver's usual, in words.
-        evaluations: how often the network sees the whole picture.
+        evaluations: how often the network sees the whole image.
         own: whether the model itself would choose this sampler.
-        labelled: whether `run` is told the pictures' labels.
+        labelled: whether `run` is told the images' labels.
     """
 
     name: str
@@ -54,16 +55,16 @@ class Method:
         """Where its outputs are, below the outputs of all."""
         if not self.solver:
             return f"{self.name}/{self.scale}x"
-        suffix = f"-{digest(self.identity['sampling'])[:8]}" if self.detail else ""
+        suffix = f"-{sha256_hex(self.identity['sampling'])[:8]}" if self.detail else ""
         return f"{self.name}/{self.solver}-{self.steps}{suffix}"
 
     @property
     def title(self) -> str:
-        """Its name in a picture grid."""
+        """Its name in an image grid."""
         return f"{self.name} {self.solver} {self.steps} steps" if self.solver else self.name
 
     def samples(self, asked: int) -> int:
-        """How many outputs of a picture it makes: one where nothing is drawn."""
+        """How many outputs of an image it makes: one where nothing is drawn."""
         return asked if self.solver else 1
 
 
@@ -94,7 +95,7 @@ def sampled(
 
     Args:
         unsearched: where the model's own sampler comes of a search, the same solver and steps without it as well.
-        labelled: the pictures have labels, which are given to a model that was trained with classes.
+        labelled: the images have labels, which are given to a model that was trained with classes.
 
     Raises:
         UserError: there is no such solver or number of steps.
@@ -149,13 +150,13 @@ def by_sampling(
         run,
         {
             "weights": weights or fingerprint(model),
-            "setup": samplings.setup_of(model.config),
+            "setup": samplings.config_fingerprint(model.config),
             "sampling": values,
         },
         solver=sampling.solver,
         steps=sampling.steps,
         detail=", ".join(_words(name, value) for name, value in values.items() if value != usual[name]),
-        evaluations=sampling.evaluations,
+        evaluations=sampling.nfe,
         own=sampling == model.sampling,
         labelled=conditional,
     )
@@ -173,4 +174,4 @@ def fingerprint(model: Model) -> str:
 def labels(names: Sequence[str | Path]) -> list[str]:
     """A short name for each model path or name, for tables and folders: the last part, made unique."""
     taken = {"bicubic", "original"}
-    return [file_name(Path(name).resolve().name.removesuffix(".safetensors"), taken) for name in names]
+    return [unique_file_name(Path(name).resolve().name.removesuffix(".safetensors"), taken) for name in names]

@@ -1,8 +1,8 @@
-"""What an evaluation has finished: output pictures and their scores in a folder, found again by the next run.
+"""What an evaluation has finished: output images and their scores in a folder, found again by the next run.
 
-A method's folder holds NAME.png for each picture (NAME.2.png for its second sample) and scores.jsonl, with lines
+A method's folder holds NAME.png for each image (NAME.2.png for its second sample) and scores.jsonl, with lines
 that say what was measured of an output; of several processes each has a file of lines of its own, so that they never
-interleave, and all are read. A line is believed only if it is of the same method, original and seed, and its picture
+interleave, and all are read. A line is believed only if it is of the same method, original and seed, and its image
 is still there, byte by byte.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
-from sr3_jax.files import digest, from_json, sentence, to_json
-from sr3_jax.pictures.errors import printable
-from sr3_jax.pictures.picture import Picture, PictureError, read_rgb, write_picture
+from sr3_jax.errors import UserError
+from sr3_jax.files import from_json, sentence, sha256_hex, to_json
+from sr3_jax.image_io.errors import printable
+from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 
 SCORES = "scores"
 Scores = dict[str, float]
@@ -29,11 +29,11 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Kept:
-    """What is known of a finished output without opening its picture.
+    """What is known of a finished output without opening its image.
 
     Attributes:
         output: digest of its pixels.
-        file: SHA-256 of its picture file; None where the output is kept without one.
+        file: SHA-256 of its image file; None where the output is kept without one.
         seconds: what it took to make; None if nothing was timed.
         measures: {key of a measure: its scores}.
     """
@@ -46,7 +46,7 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """An output to keep; `image` uint8 [H,W,3] is None where its picture is there already, or none is wanted."""
+    """An output to keep; `image` uint8 [H,W,3] is None where its image is there already, or none is wanted."""
 
     name: str
     sample: int
@@ -56,25 +56,25 @@ class Record:
 
 
 class Outputs:
-    """The outputs of one method in `folder`; `identity` is all that they depend on but picture and sample.
+    """The outputs of one method in `folder`; `identity` is all that they depend on but image and sample.
 
-    Several processes may work in one folder, each on pictures of its own: `process` is the number of this one.
+    Several processes may work in one folder, each on images of its own: `process` is the number of this one.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, process: int = 0) -> None:
         self.folder = folder
         self._lines = folder / (f"{SCORES}.jsonl" if process == 0 else f"{SCORES}.{process}.jsonl")
-        self._identity = digest(identity)
+        self._identity = sha256_hex(identity)
         self._known: dict[tuple[str, str, int, str], dict[str, Kept]] = {}
         for path in sorted(folder.glob(f"{SCORES}*.jsonl")):
             self._learn(path)
 
     def path(self, name: str, sample: int) -> Path:
-        """Where the picture of a sample (0 the first) is or will be."""
+        """Where the image of a sample (0 the first) is or will be."""
         return self.folder / (f"{name}.png" if sample == 0 else f"{name}.{sample + 1}.png")
 
     def read(self, name: str, sample: int) -> np.ndarray:
-        """The picture of a sample that `find` has found, uint8 [H,W,3]."""
+        """The image of a sample that `find` has found, uint8 [H,W,3]."""
         return read_rgb(self.path(name, sample))
 
     def find(self, name: str, sample: int, original: str, *, output: str | None = None) -> Kept | None:
@@ -107,7 +107,7 @@ class Outputs:
             for record, file in zip(records, map(self._write, records), strict=True):
                 kept = record.kept if record.image is None else replace(record.kept, file=file)
                 self._add((self._identity, record.name, record.sample, record.original), kept)
-                line = {"identity": self._identity, "picture": record.name, "sample": record.sample}
+                line = {"identity": self._identity, "image": record.name, "sample": record.sample}
                 line |= {"original": record.original, "output": kept.output, "file": kept.file}
                 line |= {"seconds": kept.seconds}
                 line |= {"measures": {key: to_json(scores) for key, scores in kept.measures.items()}}
@@ -125,8 +125,8 @@ class Outputs:
             return None
         path = self.path(record.name, record.sample)
         try:
-            write_picture(path, Picture(record.image), durable=False)  # `find` checks it
-        except PictureError as error:
+            write_image(path, DecodedImage(record.image), durable=False)  # `find` checks it
+        except ImageError as error:
             raise UserError(f"{printable(path)} {error}") from error
         return _file_digest(path)
 
@@ -148,7 +148,7 @@ class Outputs:
                 entry = json.loads(line)
                 measures = {key: from_json(scores) for key, scores in entry["measures"].items()}
                 kept = Kept(entry["output"], entry["file"], entry["seconds"], measures)
-                self._add((entry["identity"], entry["picture"], entry["sample"], entry["original"]), kept)
+                self._add((entry["identity"], entry["image"], entry["sample"], entry["original"]), kept)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
 

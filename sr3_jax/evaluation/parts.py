@@ -1,6 +1,6 @@
-"""What each process of an evaluation found, and all of it put together: scores of every picture, figures of the set.
+"""What each process of an evaluation found, and all of it put together: scores of every image, figures of the set.
 
-Shape legend: P pictures, S samples. A part is plain values, so that it goes from process to process in a file.
+Shape legend: P images, S samples. A part is plain values, so that it goes from process to process in a file.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
-from sr3_jax.features.figures import figures, figures_of_originals
-from sr3_jax.features.kept import KeptFeatures
+from sr3_jax.errors import UserError
+from sr3_jax.features.cache import KeptFeatures
+from sr3_jax.features.set_metrics import figures, figures_of_originals
 from sr3_jax.features.statistics import FeatureProtocol, Statistics, statistics_of
 from sr3_jax.files import write_text
 
 
 @dataclass(frozen=True)
 class Item:
-    """An evaluated picture: its place in the source, its name in files, and its size in the source."""
+    """An evaluated image: its place in the source, its name in files, and its size in the source."""
 
     index: int
     name: str
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's part: of each picture its scores [S] (or [1]) by name, and keys of the features of its first output
+    """One method's part: of each image its scores [S] (or [1]) by name, and keys of the features of its first output
     and of its original."""
 
     scores: Sequence[Mapping[str, Sequence[float]]]
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process found: its pictures, a row a method, and (index, 'NAME: reason') of what cannot be read."""
+    """What one process found: its images, a row a method, and (index, 'NAME: reason') of what cannot be read."""
 
     items: Sequence[Item]
     rows: Sequence[Row]
@@ -66,13 +66,13 @@ class SetMeter:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All pictures together.
+    """All images together.
 
     Attributes:
-        scores: of each method {name: float64 [P,S] or [P,1]}; only what was measured of every picture.
-        sets: of each method {name: {'mean', 'low', 'high'}}, figures of all pictures together.
-        count: N of these figures: pictures, or their patches.
-        left_out: {name: of how many pictures it could not be measured}.
+        scores: of each method {name: float64 [P,S] or [P,1]}; only what was measured of every image.
+        sets: of each method {name: {'mean', 'low', 'high'}}, figures of all images together.
+        count: N of these figures: images, or their patches.
+        left_out: {name: of how many images it could not be measured}.
         failed: 'NAME: reason' sentences.
         reused: outputs that were there already.
     """
@@ -101,18 +101,18 @@ def read_part(folder: Path, *, process: int) -> Part:
 def combine(
     parts: Sequence[Part], source: str, *, originals: Sequence[bool], set_meter: SetMeter | None = None
 ) -> Evaluation:
-    """The parts of all processes as one evaluation, pictures in the order of the source.
+    """The parts of all processes as one evaluation, images in the order of the source.
 
     Args:
         originals: for each row, whether its outputs are the originals themselves.
 
     Raises:
-        UserError: no picture of the source could be used.
+        UserError: no image of the source could be used.
     """
     failed = [reason for _, reason in sorted(pair for part in parts for pair in part.failed)]
     items = [item for part in parts for item in part.items]
     if not items:
-        raise UserError(f"none of the pictures of {source} can be used; the first: {failed[0]}")
+        raise UserError(f"none of the images of {source} can be used; the first: {failed[0]}")
     order = sorted(range(len(items)), key=lambda at: items[at].index)
 
     def joined(field: str, row: int) -> list[Any]:
@@ -151,12 +151,12 @@ def _figures(
     are_originals: bool,
 ) -> dict[str, Mapping[str, float]]:
     made, real = ([key for of in keys for key in of] for keys in (outputs, originals))
-    if meter.features.missing([*made, *real]):  # some pictures are too small for the network
+    if meter.features.missing([*made, *real]):  # some images are too small for the network
         return {}
     reals = meter.features.find(real)
     how: dict[str, Any] = {"logits": meter.logits, "reference": meter.reference}
     if len(real) > len(originals):
-        how["pictures"] = np.repeat(np.arange(len(originals)), [len(of) for of in originals])
+        how["images"] = np.repeat(np.arange(len(originals)), [len(of) for of in originals])
     if are_originals:
         return figures_of_originals(reals, meter.protocol, **how)
     return figures(meter.features.find(made), reals, meter.protocol, **how)

@@ -1,6 +1,6 @@
-"""The pictures of an evaluation: what of them is upscaled, and how near outputs come. Pure, host side in and out.
+"""The images of an evaluation: what of them is upscaled, and how near outputs come. Pure, host side in and out.
 
-Shape legend: B batch, H x W an original, h x w its low-res picture, s the scale. Pictures are uint8.
+Shape legend: B batch, H x W an original, h x w its low-res image, s the scale. Images are uint8.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from sr3_jax import metrics
-from sr3_jax.images import degrade, to_uint8, to_unit, upsample
+from sr3_jax.image_ops import degrade, to_uint8, to_unit, upsample
 
-REVISION = 1  # of the metrics below: another one, and kept scores are computed anew from the kept pictures
+REVISION = 1  # of the metrics below: another one, and kept scores are computed anew from the kept images
 
 
 def least_side(scales: Sequence[int]) -> int:
@@ -25,7 +25,7 @@ def least_side(scales: Sequence[int]) -> int:
 
 
 def original_at(image: np.ndarray, scale: int, crop: int | None) -> np.ndarray:
-    """A picture's part that is upscaled to: the centre of `crop` squared, cut to a multiple of the scale."""
+    """An image's part that is upscaled to: the centre of `crop` squared, cut to a multiple of the scale."""
     height, width = image.shape[:2]
     if crop is not None:
         top, left = (height - crop) // 2, (width - crop) // 2
@@ -35,7 +35,7 @@ def original_at(image: np.ndarray, scale: int, crop: int | None) -> np.ndarray:
 
 
 def low_res_of(originals: np.ndarray, scale: int) -> np.ndarray:
-    """The low-res pictures uint8 [B,h,w,3] of originals uint8 [B,H,W,3]."""
+    """The low-res images uint8 [B,h,w,3] of originals uint8 [B,H,W,3]."""
     return np.asarray(_low_res(originals, scale=scale))
 
 

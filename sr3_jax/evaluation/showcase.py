@@ -1,6 +1,6 @@
-"""Which pictures of an evaluation to look at, and which part of them: pure, host side.
+"""Which images of an evaluation to look at, and which part of them: pure, host side.
 
-Shape legend: P pictures, H height, W width.
+Shape legend: P images, H height, W width.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sr3_jax.images import picture_grid
+from sr3_jax.image_ops import image_grid
 
-WHOLE = 256  # pixels; a larger picture is shown in part, at its own size
+WHOLE = 256  # pixels; a larger image is shown in part, at its own size
 PART = 192
 
 
@@ -26,10 +26,10 @@ def chosen(psnr: np.ndarray) -> dict[str, int]:
 
 
 def detail_window(original: np.ndarray, bicubic: np.ndarray, *, multiple: int) -> tuple[slice, slice]:
-    """The rows and columns to show of a picture uint8 [H,W,3]: all of a small one, else PART x PART.
+    """The rows and columns to show of an image uint8 [H,W,3]: all of a small one, else PART x PART.
 
     Of a large one the window where bicubic interpolation lost most (squared error), which is where methods
-    can differ: the picture's finest structure rather than its strongest edge. It starts and ends at multiples
+    can differ: the image's finest structure rather than its strongest edge. It starts and ends at multiples
     of `multiple`, so that it has an exact low-res window.
     """
     height, width = original.shape[:2]
@@ -59,13 +59,13 @@ def grid_row(
     bicubic: Mapping[int, np.ndarray],
     outputs: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    """The cells of one picture: low-res and bicubic of each scale, the outputs, the original: one window of all.
+    """The cells of one image: low-res and bicubic of each scale, the outputs, the original: one window of all.
 
     All are uint8 [H,W,3] of their own sizes, which share the top left corner; `low_res` and `bicubic` by scale.
     """
     multiple = math.lcm(*low_res)
-    pictures = [original, *bicubic.values(), *outputs]
-    height, width = (min(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    images = [original, *bicubic.values(), *outputs]
+    height, width = (min(image.shape[axis] for image in images) for axis in (0, 1))
     height, width = height // multiple * multiple, width // multiple * multiple
     first = next(iter(bicubic.values()))
     rows, columns = detail_window(original[:height, :width], first[:height, :width], multiple=multiple)
@@ -79,8 +79,8 @@ def grid_row(
 def grid(
     rows: Mapping[str, Sequence[np.ndarray]], *, scales: Sequence[int], output_titles: Sequence[str]
 ) -> np.ndarray:
-    """The titled picture uint8 [H,W,3] of `grid_row`s by their title."""
+    """The titled image uint8 [H,W,3] of `grid_row`s by their title."""
     suffixes = {scale: f" {scale}x" if len(scales) > 1 else "" for scale in scales}
     inputs = [f"{name}{suffix}" for suffix in suffixes.values() for name in ("low-res", "bicubic")]
     columns = [*inputs, *output_titles, "original"]
-    return picture_grid(list(rows.values()), column_titles=columns, row_titles=list(rows))
+    return image_grid(list(rows.values()), column_titles=columns, row_titles=list(rows))

@@ -47,7 +47,7 @@ COLUMNS = (
     Column("inception_score_inception_unknown", "IS (unknown Inception)", 2),
     Column("diversity", "diversity", 2),
     Column("diversity_lpips", "LPIPS of pairs", 4),
-    Column("seconds", "s/picture", None),
+    Column("seconds", "s/image", None),
 )  # in the order of a table; a column that no row has is left out
 ROW = ("method", "scale", "solver", "steps", "evaluations")  # what tells one row of a table from another
 ROW_HEADINGS = ("method", "scale", "solver", "steps", "evals")
@@ -58,7 +58,7 @@ _LEFT = {"method", "solver"}  # columns of words; the others are set to the righ
 def bootstrap(values: np.ndarray) -> dict[str, float]:
     """{'mean', 'low', 'high'} of values [n]: the mean and the percentile interval of means of resamples.
 
-    The resamples depend on n alone, so that rows over the same pictures see the same ones. An infinite value
+    The resamples depend on n alone, so that rows over the same images see the same ones. An infinite value
     (the PSNR of an exact output) makes the mean infinite, and never a NaN.
     """
     values = np.asarray(values, np.float64)
@@ -70,28 +70,28 @@ def bootstrap(values: np.ndarray) -> dict[str, float]:
 
 
 def summary(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """From {column key: [pictures, samples]} the mean over both, with an interval over the pictures."""
+    """From {column key: [images, samples]} the mean over both, with an interval over the images."""
     return {key: bootstrap(np.asarray(of).mean(axis=1)) for key, of in values.items()}
 
 
 def protocol(evaluation: Mapping[str, Any], *, source: str | None = None) -> list[str]:
-    """One sentence a line. `source` is another name for the pictures."""
+    """One sentence a line. `source` is another name for the images."""
     how = evaluation["protocol"]
     columns = {column.key for column in measured(evaluation["rows"])}
-    count, samples = how["pictures"], how["samples"]
+    count, samples = how["images"], how["samples"]
     crop = f", the centre {how['crop']}x{how['crop']} of each" if how["crop"] else ""
     draws = f"{samples} outputs each" if samples > 1 else "one output each"
     lines = [
-        f"{count} picture{'s' * (count != 1)} of {source or how['source']}{crop}, {draws}, seed {how['seed']}.",
+        f"{count} image{'s' * (count != 1)} of {source or how['source']}{crop}, {draws}, seed {how['seed']}.",
         "low-res: cut at the bottom and right to a multiple of the scale, anti-aliased bicubic, rounded to 8 bits.",
         "PSNR (dB), SSIM: RGB, 0-255, no border crop, 11x11 Gaussian window of sigma 1.5.",
         "PSNR-Y (dB), SSIM-Y: luma of BT.601 (16-235), a border as wide as the scale cropped.",
         "consist.: squared error of the output, shrunk by the same bicubic, to the low-res; 1e-5, range 0-1.",
-        "colour: largest difference between a channel's mean and the low-res picture's, of 255 levels.",
+        "colour: largest difference between a channel's mean and the low-res image's, of 255 levels.",
     ]
     if "lpips" in columns and "lpips" in how:
         lines.append(
-            f"LPIPS to the original: {_network(how['lpips'])}, RGB, uncropped, at the picture's own size."
+            f"LPIPS to the original: {_network(how['lpips'])}, RGB, uncropped, at the image's own size."
         )
     if "top1" in columns and "classifier" in how:
         known, five = how["classifier"], "top5" in columns
@@ -109,14 +109,14 @@ def protocol(evaluation: Mapping[str, Any], *, source: str | None = None) -> lis
     lines += how.get("absent", [])
     batch = how.get("batch", 1)
     at_once = (
-        "one picture at a time" if batch == 1 else f"{batch} at a time, the batch's time divided by {batch}"
+        "one image at a time" if batch == 1 else f"{batch} at a time, the batch's time divided by {batch}"
     )
     processes = f", {how['processes']} processes" if how.get("processes", 1) > 1 else ""
     seconds = f"wall time on {evaluation['hardware']}{processes}, {at_once}, without compilation"
     return [
         *lines,
-        f"evals, s/picture: network evaluations and seconds a picture; {seconds}.",
-        f"Means over pictures; {LEVEL:.0%} intervals from {RESAMPLES} bootstrap resamples of the pictures.",
+        f"evals, s/image: network evaluations and seconds an image; {seconds}.",
+        f"Means over images; {LEVEL:.0%} intervals from {RESAMPLES} bootstrap resamples of the images.",
     ]
 
 
@@ -124,7 +124,7 @@ def models(evaluation: Mapping[str, Any]) -> list[str]:
     """One line a model: what it is and the digest that proves it."""
     return [
         f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters']:,} weights, "
-        f"sha256 {model['sha256'][:16]}{', told the label of each picture' * model.get('labelled', False)}."
+        f"sha256 {model['sha256'][:16]}{', told the label of each image' * model.get('labelled', False)}."
         for model in evaluation["models"]
     ]
 
@@ -210,7 +210,7 @@ def _of_sets(evaluation: Mapping[str, Any], columns: set[str]) -> list[str]:
     against = features["reference"]
     patches = f" in patches of {features['patch']}x{features['patch']}" if features.get("patch") else ""
     lines = [
-        f"{name}: Frechet distance of the first output of each picture{patches}, N = {features['count']} in every row, "
+        f"{name}: Frechet distance of the first output of each image{patches}, N = {features['count']} in every row, "
         f"to {against}; {_network(features)}, {features['preprocessing']}. It depends on N: compare rows of one table."
     ]
     if f"kid{features['distance'].removeprefix('frechet').removeprefix('fid')}" in columns:
@@ -221,13 +221,13 @@ def _of_sets(evaluation: Mapping[str, Any], columns: set[str]) -> list[str]:
     if any(key.startswith("inception_score") for key in columns):
         lines.append(f"IS: Inception score of the same network, {features['splits']} splits in random order.")
     lines.append(
-        f"Intervals of these: 1.96 standard deviations of {features['resamples']} resamples of the pictures"
+        f"Intervals of these: 1.96 standard deviations of {features['resamples']} resamples of the images"
         ", of KID's subsets and of IS's splits; none where there are too many features to resample."
     )
     if any(row["method"] == "original" for row in evaluation["rows"]):
         halves = (
-            "one random half of the original pictures beside the other: how far apart half as many real "
-            "pictures are; a perfect method, beside its own originals, would have 0"
+            "one random half of the original images beside the other: how far apart half as many real "
+            "images are; a perfect method, beside its own originals, would have 0"
         )
         lines.append(f"Row 'original' of these: {features['original'] or halves}.")
     return lines

@@ -21,14 +21,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sr3_jax.aliases import Key, Params, UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_file
-from sr3_jax.files import replacing
-from sr3_jax.images import resize_bicubic, to_unit
+from sr3_jax.files import atomic_write
+from sr3_jax.image_ops import resize_bicubic, to_unit
 from sr3_jax.nn.classifier import ClassifierNetwork
+from sr3_jax.types import Key, Params
 
 FORMAT = "sr3_jax.classifier.1"
-AT_ONCE = 256  # pictures in one call of the network
+AT_ONCE = 256  # images in one call of the network
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class TrainedClassifier:
     Attributes:
         name: of its file.
         sha256: of its file.
-        height, width: of the pictures it was trained on; others are resized to that, by anti-aliased bicubic.
+        height, width: of the images it was trained on; others are resized to that, by anti-aliased bicubic.
         about: how it was trained, and its accuracy: plain values, as in its file.
     """
 
@@ -83,7 +84,7 @@ def in_parts(
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"a classifier takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}")
+        raise ValueError(f"a classifier takes uint8 images [B,H,W,3], got {images.dtype} {images.shape}")
     parts: list[list[np.ndarray]] = [[np.zeros((0, width), np.float32) for width in widths]]
     for first in range(0, len(images), most):
         part = images[first : first + most]
@@ -114,7 +115,7 @@ def save_classifier(
     """Write the file, whole or not at all, and return what `load` makes of it.
 
     Args:
-        size: (height, width) of the pictures of the training.
+        size: (height, width) of the images of the training.
         about: plain values that JSON takes.
     """
     flat = {
@@ -154,7 +155,7 @@ def write(
     metadata = {"format": file_format, "classifier": json.dumps(facts, sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(save(flat, metadata))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from error
@@ -163,10 +164,10 @@ def write(
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
     """UserError unless labels int [N] are there and all in [0, num_classes)."""
     if not len(labels):
-        raise UserError("there are no pictures to learn from: name others")
+        raise UserError("there are no images to learn from: name others")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(
-            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}: name other pictures"
+            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}: name other images"
         )
 
 
@@ -202,5 +203,5 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def init_params(network: ClassifierNetwork, size: tuple[int, int], key: Key) -> Params:
-    """Fresh weights for pictures of that (height, width)."""
+    """Fresh weights for images of that (height, width)."""
     return network.init(key, jnp.zeros((1, *size, 3)))["params"]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features.inception_layers import CLASSES, SIDE, WIDTH, convolve, kernel_shapes, layers
 from sr3_jax.features.statistics import FeatureProtocol
 from sr3_jax.features.weights import read_arrays, read_file
@@ -45,7 +45,7 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Inception:
-    """The network with its weights and the way pictures come in.
+    """The network with its weights and the way images come in.
 
     `verified`: the weights are the published file, so that a Frechet distance of its features is FID.
     """
@@ -71,7 +71,7 @@ class Inception:
     def outputs(self, images: jax.Array | np.ndarray) -> Outputs:
         """uint8 [B,H,W,3] of any size -> features and logits. The network is compiled once for each B."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"Inception takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}")
+            raise ValueError(f"Inception takes uint8 images [B,H,W,3], got {images.dtype} {images.shape}")
         return _outputs(self.weights, resized(jnp.asarray(images), preprocessing=self.preprocessing))
 
     def features(self, images: jax.Array | np.ndarray) -> np.ndarray:

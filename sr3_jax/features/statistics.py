@@ -1,6 +1,6 @@
-"""What is computed of many pictures' features: mean and covariance, Frechet distance, KID, Inception score.
+"""What is computed of many images' features: mean and covariance, Frechet distance, KID, Inception score.
 
-Shape legend: N pictures, D features, K classes. All of it is NumPy in float64, on the host. Every figure depends on
+Shape legend: N images, D features, K classes. All of it is NumPy in float64, on the host. Every figure depends on
 N (the Frechet distance is biased upwards where N is not far above D), so report N beside it.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
-from sr3_jax.files import replacing
+from sr3_jax.errors import UserError
+from sr3_jax.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Statistics:
     protocol: FeatureProtocol
     count: int
     mean: np.ndarray  # [D] float64
-    scatter: np.ndarray  # [D,D] float64: the sum over pictures of the outer product of their deviations
+    scatter: np.ndarray  # [D,D] float64: the sum over images of the outer product of their deviations
 
     @property
     def covariance(self) -> np.ndarray:
-        """[D,D], unbiased. UserError for fewer than 2 pictures."""
+        """[D,D], unbiased. UserError for fewer than 2 images."""
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 pictures, got {self.count}: take more")
+            raise UserError(f"a covariance needs at least 2 images, got {self.count}: take more")
         return self.scatter / (self.count - 1)
 
 
@@ -55,14 +55,14 @@ def statistics_of(features: np.ndarray, protocol: FeatureProtocol) -> Statistics
 
 
 def merged(parts: Iterable[Statistics]) -> Statistics:
-    """Of all the pictures of the parts together, in any order (Chan, Golub and LeVeque 1979).
+    """Of all the images of the parts together, in any order (Chan, Golub and LeVeque 1979).
 
     For a stream: merged([so_far, statistics_of(batch, protocol)]); for processes: one part from each. Nothing is
     lost to cancellation, however large the mean. UserError if there is no part, or if protocols differ.
     """
     parts = list(parts)
     if not parts:
-        raise UserError("there are no pictures to take statistics of: name at least two")
+        raise UserError("there are no images to take statistics of: name at least two")
     return functools.reduce(_merge, parts)
 
 
@@ -80,7 +80,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     arrays: dict[str, Any] = {**asdict(statistics.protocol), "count": statistics.count}
     arrays |= {"mean": statistics.mean, "scatter": statistics.scatter}
     try:
-        with replacing(path) as partial, partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name a place that can") from error
@@ -106,7 +106,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0: FID if the features are FID's.
 
     tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2), which are real and of full precision even
-    where N < D makes A and B singular. UserError for fewer than 2 pictures and for unequal protocols.
+    where N < D makes A and B singular. UserError for fewer than 2 images and for unequal protocols.
     """
     _same_protocol(a, b)
     roots = _root(a.covariance), _root(b.covariance)
@@ -128,7 +128,7 @@ class Spread:
     mean: float
     deviation: float | None
     parts: int
-    size: int  # pictures in a part
+    size: int  # images in a part
 
 
 def kernel_distance(
@@ -136,14 +136,14 @@ def kernel_distance(
 ) -> Spread:
     """KID (Binkowski et al. 2018): squared MMD of features [N,D] and [M,D], unbiased, may be below 0.
 
-    Kernel (x.y / D + 1)^3. The mean over `subsets` random subsets of each set without replacement; of all pictures,
-    once, where both sets have no more than subset_size. UserError for fewer than 2 pictures.
+    Kernel (x.y / D + 1)^3. The mean over `subsets` random subsets of each set without replacement; of all images,
+    once, where both sets have no more than subset_size. UserError for fewer than 2 images.
     """
     a, b = _finite(a), _finite(b)
     _same_width(a.shape[1], b.shape[1])
     least = min(len(a), len(b), subset_size)
     if least < 2:
-        raise UserError(f"KID needs at least 2 pictures of each kind, got {len(a)} and {len(b)}: take more")
+        raise UserError(f"KID needs at least 2 images of each kind, got {len(a)} and {len(b)}: take more")
     if max(len(a), len(b)) <= subset_size:
         return Spread(_discrepancy(a, b), None, 1, least)
     random = np.random.default_rng(seed)
@@ -155,23 +155,23 @@ def kernel_distance(
 
 
 def _discrepancy(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared MMD: a picture's kernel with itself is left out."""
+    """Unbiased squared MMD: an image's kernel with itself is left out."""
     aa, bb, ab = ((x @ y.T / a.shape[1] + 1.0) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     within = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb))
     return float(within - 2.0 * ab.mean())
 
 
 def inception_score(logits: np.ndarray, *, splits: int = 10) -> Spread:
-    """IS (Salimans et al. 2016) of logits [N,K], from 1 to K: exp E KL(p(class|picture) || p(class)) in each split.
+    """IS (Salimans et al. 2016) of logits [N,K], from 1 to K: exp E KL(p(class|image) || p(class)) in each split.
 
-    Splits are runs of neighbours, as in the paper's code, so shuffle pictures that are sorted by class. UserError
-    for fewer than 2 pictures a split.
+    Splits are runs of neighbours, as in the paper's code, so shuffle images that are sorted by class. UserError
+    for fewer than 2 images a split.
     """
     logits = _finite(logits)
     if splits < 1 or len(logits) < 2 * splits:
         raise UserError(
-            f"an Inception score in {splits} splits needs at least {2 * max(splits, 1)} pictures, got "
-            f"{len(logits)}: take more pictures or fewer splits"
+            f"an Inception score in {splits} splits needs at least {2 * max(splits, 1)} images, got "
+            f"{len(logits)}: take more images or fewer splits"
         )
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

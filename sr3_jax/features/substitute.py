@@ -14,16 +14,16 @@ import numpy as np
 
 from sr3_jax.features.lpips import Lpips, Weights, alexnet
 from sr3_jax.features.statistics import FeatureProtocol
-from sr3_jax.images import resize_bicubic
+from sr3_jax.image_ops import resize_bicubic
 
 SIDE = 224  # pixels: the size of AlexNet's own training
 
 
 @dataclass(frozen=True)
 class AlexNetFeatures:
-    """The last convolution of LPIPS's AlexNet, averaged over the places: 256 numbers a picture.
+    """The last convolution of LPIPS's AlexNet, averaged over the places: 256 numbers an image.
 
-    So few that some hundred pictures give a covariance of full rank, where Inception's 2048 need thousands.
+    So few that some hundred images give a covariance of full rank, where Inception's 2048 need thousands.
     """
 
     lpips: Lpips
@@ -40,7 +40,7 @@ class AlexNetFeatures:
     def features(self, images: jax.Array | np.ndarray) -> np.ndarray:
         """uint8 [B,H,W,3] of any size -> float32 [B,256]. ValueError on other types."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"AlexNet takes uint8 pictures [B,H,W,3], got {images.dtype} {images.shape}")
+            raise ValueError(f"AlexNet takes uint8 images [B,H,W,3], got {images.dtype} {images.shape}")
         return np.asarray(_features(self.lpips.weights, _resized(jnp.asarray(images))))
 
 

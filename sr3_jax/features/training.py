@@ -1,6 +1,6 @@
-"""Training the project's classifier: cross-entropy, AdamW in one cycle, pictures turned and moved a little.
+"""Training the project's classifier: cross-entropy, AdamW in one cycle, images turned and moved a little.
 
-Shape legend: N pictures, B batch, H height, W width, K classes.
+Shape legend: N images, B batch, H height, W width, K classes.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sr3_jax.aliases import Key, Params, UserError
 from sr3_jax.data.sources import Source
+from sr3_jax.errors import UserError
 from sr3_jax.features.classifier import check_labels, init_params
-from sr3_jax.images import to_unit
+from sr3_jax.image_ops import to_unit
 from sr3_jax.nn.classifier import ClassifierNetwork
+from sr3_jax.types import Key, Params
 
-MOST_BYTES = 4 * 2**30  # of pictures in memory
+MOST_BYTES = 4 * 2**30  # of images in memory
 SMOOTHING = 0.1  # of the labels
 WARM_UP = 0.1  # of the training, in which the learning rate rises; then it falls to 0
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """By how much a picture of the training is changed at most, each by its own uniform draw.
+    """By how much an image of the training is changed at most, each by its own uniform draw.
 
-    Half of the pictures stay as they are but for the mirror: a picture in a new place is a little blurred, and those
+    Half of the images stay as they are but for the mirror: an image in a new place is a little blurred, and those
     that the classifier is asked about are not.
 
     Attributes:
         mirror: left and right are exchanged half of the time.
-        shift, zoom: shares of the picture's side; turn: degrees; contrast: share of the levels' spread.
+        shift, zoom: shares of the image's side; turn: degrees; contrast: share of the levels' spread.
     """
 
     mirror: bool = True
@@ -58,7 +59,7 @@ class Progress:
 def labelled(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """All of a data set in memory: uint8 [N,H,W,3] and labels int32 [N].
 
-    Open it with cache_mb=0. UserError if it has no labels, pictures of several sizes, or more than 4 GiB of them.
+    Open it with cache_mb=0. UserError if it has no labels, images of several sizes, or more than 4 GiB of them.
     """
     images, labels = np.zeros((0, 0, 0, 3), np.uint8), np.zeros(len(source), np.int32)
     for index in range(len(source)):
@@ -76,19 +77,19 @@ def labelled(source: Source) -> tuple[np.ndarray, np.ndarray]:
             images = np.zeros((len(source), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
             sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
-            raise UserError(f"{source.name} has pictures of {sizes}: bring them to one size first")
+            raise UserError(f"{source.name} has images of {sizes}: bring them to one size first")
         images[index], labels[index] = image, item["label"]
     return images, labels
 
 
 def patch_for(height: int, width: int) -> int:
-    """The network's `patch` for pictures of that size: about 14 to 32 places a side at its first resolution."""
+    """The network's `patch` for images of that size: about 14 to 32 places a side at its first resolution."""
     side = max(height, width)
     return next((patch for most, patch in ((24, 1), (48, 2), (128, 4)) if side <= most), 8)
 
 
 def augment(key: Key, images: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """[B,H,W,3] in [-1,1] -> the same, each picture changed by itself: bilinear, edges drawn out."""
+    """[B,H,W,3] in [-1,1] -> the same, each image changed by itself: bilinear, edges drawn out."""
     b, h, w, _ = images.shape
     draws = jax.random.uniform(key, (7, b, 1, 1), minval=-1.0, maxval=1.0)
     draws = jnp.where(draws[6:] < 0, draws.at[1:].set(0.0), draws)

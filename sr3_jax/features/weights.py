@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 
 LARGEST_FILE = 2 * 1024**3  # bytes; read into memory whole
 STORAGES = {

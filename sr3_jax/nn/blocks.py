@@ -70,9 +70,9 @@ class Norm(nn.Module):
     """Normalises in float32, with a learned scale (and, for groups, offset); the dtype of x stays.
 
     Attributes:
-        kind: 'group', the paper's GroupNorm: statistics over the whole picture, so a picture's size and content
+        kind: 'group', the paper's GroupNorm: statistics over the whole image, so an image's size and content
             far away change a pixel's value. 'pixel': the root mean square over the channels of each pixel; what
-            the network does to a pixel then depends on its receptive field alone, at any picture size.
+            the network does to a pixel then depends on its receptive field alone, at any image size.
     """
 
     kind: str

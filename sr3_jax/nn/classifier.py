@@ -1,7 +1,7 @@
-"""A small residual network that names what a picture shows.
+"""A small residual network that names what an image shows.
 
-Shape legend: B batch, H height, W width, C channels, D features, K classes. Group norms, so that a picture's logits
-depend on no other picture; all of it is float32.
+Shape legend: B batch, H height, W width, C channels, D features, K classes. Group norms, so that an image's logits
+depend on no other image; all of it is float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Residual(nn.Module):
 
 
 class ClassifierNetwork(nn.Module):
-    """Pictures [B,H,W,3] in [-1,1], of one size for all time -> (features [B,D], logits [B,K]), D = 4 * width.
+    """Images [B,H,W,3] in [-1,1], of one size for all time -> (features [B,D], logits [B,K]), D = 4 * width.
 
     Attributes:
         num_classes: K.

@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.aliases import Conditioning, Image, NoiseLevel
 from sr3_jax.nn.blocks import (
     Attention,
     Norm,
@@ -23,6 +22,7 @@ from sr3_jax.nn.blocks import (
     space_to_depth,
     zeros,
 )
+from sr3_jax.types import Conditioning, Image, NoiseLevel
 
 
 def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -32,7 +32,7 @@ BESIDE = (
     "data/",
     "models/",
     "report.py",
-    "picture",
+    "image",
     "planning/text.py",
     "planning/topologies.py",
     "processes.py",

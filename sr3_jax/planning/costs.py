@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from sr3_jax.parallel import fsdp_spec
+from sr3_jax.distributed.sharding import fsdp_spec
 from sr3_jax.planning import counting, hlo
 
 # libtpu schedules the instructions inside each operation last, when memory is laid out: that takes most of an hour for

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from sr3_jax.aliases import UserError
-from sr3_jax.experiment import Experiment, check_batch
-from sr3_jax.parallel import AXES, batch_sharding, make_mesh, replicated
+from sr3_jax.config.experiment import Experiment, check_batch
+from sr3_jax.distributed.sharding import AXES, batch_sharding, make_mesh, replicated
+from sr3_jax.errors import UserError
 from sr3_jax.planning import cache as results
 from sr3_jax.planning import costs, verdict
 from sr3_jax.planning.costs import Watch
 from sr3_jax.planning.topologies import Topology, compiler
-from sr3_jax.train.heldout import jit_held_out
+from sr3_jax.train.held_out import held_out_jit
 from sr3_jax.train.state import TrainState, abstract_state
 from sr3_jax.train.step import jit_train_step, make_train_step
 
@@ -136,11 +136,11 @@ def _train_step(experiment: Experiment, optimizer: Any) -> Callable:
 
 def _sample_program(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
     section = experiment.section("eval")
-    jitted = jit_held_out(
+    jitted = held_out_jit(
         experiment.objective, mesh, rows=rows, steps=section["steps"], solver=section["solver"]
     )
     params = abstract_state(experiment.init_params, experiment.optimizer(), mesh).ema_params
-    batch = _batch(experiment, rows + -rows % mesh.size, mesh)  # filled up, as HeldOut does
+    batch = _batch(experiment, rows + -rows % mesh.size, mesh)  # filled up, as HeldOutEvaluation does
     return jitted, (params, batch, _key(mesh))
 
 
@@ -203,7 +203,7 @@ def _estimate(
         _shapes(state.params),
         data=sizes[0],
         fsdp=sizes[1],
-        rounds=config["train"]["accumulation"] if training else config["eval"]["steps"] + 1,
+        rounds=config["train"]["accumulation"] if training else config["sampling"]["steps"] + 1,
         itemsize=2 if config["model"]["dtype"] == "bfloat16" else 4,
         gradients=training,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import jax
 
-from sr3_jax.aliases import UserError
+from sr3_jax.errors import UserError
 
 GIB = 2**30
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sr3_jax.parallel import fsdp_spec
+from sr3_jax.distributed.sharding import fsdp_spec
 from sr3_jax.planning.topologies import Chip, Topology
 
 # How much of a data sheet's figure a program is assumed to reach. Assumed, not measured.

@@ -1,4 +1,4 @@
-"""What a schedule search looks at: crops of two sets of pictures, and what is measured of them."""
+"""What a schedule search looks at: crops of two sets of images, and what is measured of them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from sr3_jax.aliases import UserError
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source, open_source, squares
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import measures
 from sr3_jax.evaluation.measures import Measure
 from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
 from sr3_jax.features.substitute import AlexNetFeatures
-from sr3_jax.images import degrade, to_uint8, to_unit
+from sr3_jax.image_ops import degrade, to_uint8, to_unit
+from sr3_jax.inference.model import Model
 from sr3_jax.metrics import WINDOW
-from sr3_jax.model import Model
 from sr3_jax.search.scores import LEAST_FRECHET
 
 BATCH = 8
@@ -36,9 +36,9 @@ def open_crops(
     """The crops to search on and those to see on what it is worth, and the batch that divides both.
 
     Args:
-        data, eval_data: names of sources; without the second the pictures of the first are shared, by turns.
+        data, eval_data: names of sources; without the second the images of the first are shared, by turns.
         count: crops of each; None for as many as the metric needs.
-        limit: only the first so many pictures of `data`.
+        limit: only the first so many images of `data`.
 
     Raises:
         UserError: there are too few, or the crop does not fit.
@@ -54,15 +54,15 @@ def open_crops(
         return squares(open_source(name, cache_mb=0), side) if square else open_source(name, min_side=side)
 
     first = opened(data)
-    pictures = range(min(len(first), limit or len(first)))
+    images = range(min(len(first), limit or len(first)))
     if eval_data:
         second = opened(eval_data)
-        numbers = list(pictures), list(range(len(second)))
+        numbers = list(images), list(range(len(second)))
     else:
-        second, numbers = first, halves(len(pictures))
+        second, numbers = first, halves(len(images))
         if not numbers[1]:
             raise UserError(
-                f"{data} has one picture to use, and none to see on what the search is worth: give --eval-data"
+                f"{data} has one image to use, and none to see on what the search is worth: give --eval-data"
             )
     count = count or CROPS.get(metric, 32)
     found = [
@@ -73,7 +73,7 @@ def open_crops(
     if metric == "frechet" and fewest < LEAST_FRECHET:
         raise UserError(
             f"--metric=frechet needs {LEAST_FRECHET} crops to search on and as many to see on, got {fewest}: give a "
-            "smaller --crop, more --crops or more pictures"
+            "smaller --crop, more --crops or more images"
         )
     batch = min(BATCH, fewest)
     return (found[0].whole_batches(batch), found[1].whole_batches(batch)), batch

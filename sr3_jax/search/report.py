@@ -31,12 +31,12 @@ _DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4, FRECHET: 3, "consistency": 2}
 
 @dataclass(frozen=True)
 class Outcome:
-    """A race that is over: the sampling it found, judged on `pictures` crops; the model's default has found itself."""
+    """A race that is over: the sampling it found, judged on `images` crops; the model's default has found itself."""
 
     evaluations: int
     default: Sampling
     found: Sampling
-    pictures: int
+    images: int
 
 
 def rows_of(
@@ -67,9 +67,9 @@ def rows_of(
                     "which": which,
                     "evaluations": outcome.evaluations,
                     "sampling": dataclasses.asdict(sampling),
-                    "pictures": outcome.pictures,
-                    "search": _figures(search, sampling, outcome.pictures),
-                    "own": _figures(search, own[outcome.evaluations], outcome.pictures),
+                    "images": outcome.images,
+                    "search": _figures(search, sampling, outcome.images),
+                    "own": _figures(search, own[outcome.evaluations], outcome.images),
                     "check": to_json(check.figures(sampling, count)),
                     "gain": _gain(check, sampling, outcome.default, count, metric),
                     "over_own": _gain(check, sampling, own[outcome.evaluations], count, metric),
@@ -182,7 +182,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     headings = ["solver", "evals", "steps", "which", "spacing", "log-SNR", "noise", "other"]
     headings += [f"{_HEADINGS.get(metric, metric)}, searched", *(_HEADINGS[name] for name in shown), "gain"]
     body = [_cells(row, metric, shown) for row in report["rows"]]
-    where = report["eval_data"] or "the other pictures of the same data"
+    where = report["eval_data"] or "the other images of the same data"
     lines = [
         f"# Schedule search: {report['model']}",
         "",
@@ -201,7 +201,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any], metric: str, shown: Sequence[str]) -> list[str]:
     chosen = Sampling(**row["sampling"])
-    ends = ["-" if end is None else f"{end:.1f}" for end in (chosen.noisiest, chosen.cleanest)]
+    ends = ["-" if end is None else f"{end:.1f}" for end in (chosen.log_snr_min, chosen.log_snr_max)]
     noise = {"ancestral": f"v={chosen.variance:g}", "ddim": f"eta={chosen.eta:g}"}.get(chosen.solver, "-")
     other = [f"{name}={getattr(chosen, name):g}" for name in ("guidance", "augment")]
     usual = [f"{name}={getattr(Sampling(), name):g}" for name in ("guidance", "augment")]

@@ -1,6 +1,6 @@
 """What samplings score in a search: crops through a model in batches, every score kept in a file and found again.
 
-Shape legend: N crops of C x C pixels, B of them in a batch. Pictures are uint8.
+Shape legend: N crops of C x C pixels, B of them in a batch. Images are uint8.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import jax
 import numpy as np
 
 from sr3_jax import __version__
-from sr3_jax.aliases import UserError
 from sr3_jax.data.crops import Crops
+from sr3_jax.errors import UserError
 from sr3_jax.evaluation import scoring
 from sr3_jax.evaluation.measures import Measure
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.features.substitute import AlexNetFeatures
-from sr3_jax.files import digest
-from sr3_jax.model import Model
-from sr3_jax.pictures.errors import printable, reason
-from sr3_jax.sampling import Sampling, fingerprint, setup_of
-from sr3_jax.search.races import Score, TimeUp
+from sr3_jax.files import sha256_hex
+from sr3_jax.image_io.errors import printable, reason
+from sr3_jax.inference.model import Model
+from sr3_jax.sampling import Sampling, config_fingerprint, fingerprint
+from sr3_jax.search.successive_halving import Score, TimeUp
 
 HIGHER = ("psnr", "ssim", "psnr_luma", "ssim_luma")  # is better
 LOWER = ("lpips", "frechet", "consistency", "mean_colour_error")
 METRICS = (*HIGHER, *LOWER)
 FRECHET = "frechet_alexnet"
-LEAST_FRECHET = 100  # crops; of fewer, rank and bias of the covariance say more than the pictures
+LEAST_FRECHET = 100  # crops; of fewer, rank and bias of the covariance say more than the images
 GUARD, SLACK = (
     1.5,
     0.5,
@@ -109,8 +109,8 @@ class Judge:
         self.tried: set[Sampling] = set()
         about = {
             "weights": fingerprint(model.params),
-            "setup": setup_of(model.config),
-            "crops": digest(crops.images),
+            "setup": config_fingerprint(model.config),
+            "crops": sha256_hex(crops.images),
             "seed": seed,
             "batch": batch,
             "measures": [measure.key for measure in measures],
@@ -118,7 +118,7 @@ class Judge:
             "version": __version__,
             "hardware": jax.devices()[0].device_kind,
         }
-        self._identity = digest(about)
+        self._identity = sha256_hex(about)
 
     def columns(self, sampling: Sampling, count: int) -> dict[str, np.ndarray]:
         """{measure: [count]}, and 'features' [count, D] where there are any; empty if an output is not finite.
@@ -147,7 +147,7 @@ class Judge:
         self.tried.add(sampling)
         if (sampling, first) not in self._columns:
             settings = dataclasses.asdict(sampling)
-            key = digest({"of": self._identity, "sampling": settings, "first": first})
+            key = sha256_hex({"of": self._identity, "sampling": settings, "first": first})
             kept = self._ledger.find(key)
             if kept is None:
                 if time.monotonic() > self.deadline:
@@ -191,7 +191,7 @@ class Judge:
 def score_by(judge: Judge, metric: str, *, default: Sampling, guarded: bool) -> Score:
     """The score of a search, lower is better, by one of METRICS.
 
-    LPIPS and Frechet distances forgive an output that no longer agrees with its low-res picture. A candidate that
+    LPIPS and Frechet distances forgive an output that no longer agrees with its low-res image. A candidate that
     is less consistent than GUARD times the default (plus SLACK, about what rounding costs) is out, if `guarded`.
     """
 

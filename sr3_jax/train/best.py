@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sr3_jax.aliases import Params
-from sr3_jax.checkpoint import export
-from sr3_jax.parallel import to_host
-from sr3_jax.report import read_metrics
+from sr3_jax.distributed.sharding import to_host
+from sr3_jax.train.checkpoints import export
+from sr3_jax.train.metric_writer import read_metrics
+from sr3_jax.types import Params
 
 BEST_FILE = "best.safetensors"
 

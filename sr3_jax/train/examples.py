@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.aliases import Conditioning, Image, Key
-from sr3_jax.augment import Augmentation
-from sr3_jax.images import degrade, to_unit, upsample
+from sr3_jax.degradations import ConditioningAugmentation
+from sr3_jax.image_ops import degrade, to_unit, upsample
+from sr3_jax.types import Conditioning, Image, Key
 
 Batch = dict[str, jax.Array]
 
@@ -31,7 +31,7 @@ class Task:
 
     scale: int | None
     shrink: int = 1
-    augmentation: Augmentation | None = None
+    augmentation: ConditioningAugmentation | None = None
     num_classes: int = 0
     label_dropout: float = 0.0
 
@@ -79,7 +79,7 @@ def make_pair(batch: Batch, task: Task, key: Key | None = None) -> tuple[Image, 
     if key is not None:
         augment_key, label_key = jax.random.split(key)
         if task.augmentation is not None and low_res is not None:
-            low_res, strength = task.augmentation.draw(augment_key, low_res)
+            low_res, strength = task.augmentation.sample(augment_key, low_res)
         if task.label_dropout > 0 and label is not None:
             dropped = jax.random.bernoulli(label_key, task.label_dropout, label.shape)
             label = jnp.where(dropped, task.num_classes, label)

@@ -13,24 +13,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sr3_jax import checkpoint, parallel
-from sr3_jax.aliases import UserError
+from sr3_jax.config.experiment import Experiment, check_batch
+from sr3_jax.config.schema import DEFAULTS
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import Source, open_source, squares
-from sr3_jax.experiment import Experiment, check_batch
-from sr3_jax.fields import DEFAULTS
-from sr3_jax.model import load
-from sr3_jax.report import Report, read_metrics
-from sr3_jax.signals import polled_signals
+from sr3_jax.distributed import sharding
+from sr3_jax.distributed.signals import stop_signals
+from sr3_jax.errors import UserError
+from sr3_jax.inference.model import load
+from sr3_jax.train import checkpoints
 from sr3_jax.train.best import Best
-from sr3_jax.train.heldout import HeldOut
+from sr3_jax.train.held_out import HeldOutEvaluation
+from sr3_jax.train.metric_writer import MetricWriter, read_metrics
 from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
 from sr3_jax.train.step import jit_train_step, make_train_step
-from sr3_jax.train.window import Window
+from sr3_jax.train.window import MetricWindow
 
 _log = logging.getLogger("sr3_jax")
 _TIME_IS_OVER = 1  # below the exit codes of signals
-SAME_ON_RESUME = {  # (): all fields
+FIXED_ON_RESUME = {  # (): all fields
     "model": (),
     "diffusion": (),
     "optim": (),
@@ -50,24 +51,24 @@ def train(experiment: Experiment, workdir: Path) -> int:
     """
     config = experiment.config
     run, data = config["train"], config["data"]
-    mesh = parallel.make_mesh(**config["mesh"])
+    mesh = sharding.make_mesh(**config["mesh"])
     check_batch(config, devices=mesh.size, processes=jax.process_count())
     source, held_out = _open(data, data["source"]), _open(data, data["eval_source"])
     held_out_crops = center_crops(held_out, crop=data["crop"], count=config["eval"]["num_images"])
     _check_labels(held_out_crops, config, held_out.name)
 
     with (
-        checkpoint.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as checkpoints,
-        polled_signals() as stopped,
+        checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as store,
+        stop_signals() as stopped,
     ):
         # ---- Restore: the newest checkpoint, else given weights, else fresh ones. Never fresh over a failed restore.
-        if checkpoints.latest_step is not None:
-            _check_same_run(checkpoint.read_config(workdir), config, workdir)
+        if store.latest_step is not None:
+            _check_same_run(checkpoints.read_config(workdir), config, workdir)
         optimizer = experiment.optimizer()
-        state = _initial_state(experiment, optimizer, mesh, checkpoints)
+        state = _initial_state(experiment, optimizer, mesh, store)
         first_step = int(state.step)
         if jax.process_index() == 0:
-            checkpoint.write_config(workdir, config)
+            checkpoints.write_config(workdir, config)
 
         # ---- Compile once, for every step.
         step_fn = jit_train_step(
@@ -80,17 +81,17 @@ def train(experiment: Experiment, workdir: Path) -> int:
             state,
             mesh,
         )
-        evaluate = HeldOut(
+        evaluate = HeldOutEvaluation(
             experiment.objective,
             held_out_crops,
             mesh,
-            steps=config["eval"]["steps"],
-            solver=config["eval"]["solver"],
+            steps=config["sampling"]["steps"],
+            solver=config["sampling"]["solver"],
             seed=run["seed"],
         )
         best = Best(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
         key = jax.random.key(run["seed"])
-        rows = parallel.local_rows(mesh, run["batch_size"])
+        rows = sharding.local_rows(mesh, run["batch_size"])
         crops = batches(
             source,
             seed=run["seed"],
@@ -105,21 +106,21 @@ def train(experiment: Experiment, workdir: Path) -> int:
         def next_batch() -> dict[str, jax.Array]:
             crops_here = next(crops)
             _check_labels(crops_here, config, source.name)
-            return parallel.to_global(crops_here, mesh, rows=rows, batch_size=run["batch_size"])
+            return sharding.to_global(crops_here, mesh, rows=rows, batch_size=run["batch_size"])
 
         lr_schedule = experiment.lr_schedule()
         minutes = run["minutes"] or None
-        report = Report(
+        writer = MetricWriter(
             workdir,
             total_steps=run["num_steps"],
             first_step=first_step,
             enabled=jax.process_index() == 0,
             minutes=minutes,
         )
-        with report:
-            report.message(_greeting(experiment, state, mesh, source, first_step))
+        with writer:
+            writer.message(_greeting(experiment, state, mesh, source, first_step))
             deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-            window = Window(run["batch_size"])
+            window = MetricWindow(run["batch_size"])
             pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
             def book() -> None:
@@ -130,29 +131,31 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 step, loss, grad_norm = _finite(pending, workdir)
                 pending = None
                 window.add(loss, grad_norm)
-                report.progress(step, loss=window.loss, images_per_second=window.rate)
+                writer.progress(step, loss=window.loss, images_per_second=window.rate)
                 if step % run["log_every"] == 0 or step == run["num_steps"]:
-                    report.scalars(step, window.summary() | {"learning_rate": float(lr_schedule(step - 1))})
+                    writer.write_scalars(
+                        step, window.summary() | {"learning_rate": float(lr_schedule(step - 1))}
+                    )
 
             def ending() -> Any:
                 """0 to go on, else why any of the processes wants to stop; asked by all at the same step."""
-                return parallel.highest(
+                return sharding.process_max(
                     stopped() or (_TIME_IS_OVER if time.monotonic() > deadline else 0), mesh
                 )
 
             def evaluate_now() -> None:
                 values, grid = evaluate(state.ema_params)
-                report.scalars(step, values)
-                report.images(step, "samples", grid)
+                writer.write_scalars(step, values)
+                writer.write_image(step, "samples", grid)
                 numbers = (f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
-                report.message(f"step {step}: held out: {', '.join(numbers)}")
+                writer.message(f"step {step}: held out: {', '.join(numbers)}")
                 if best is not None:
                     best(values["eval_psnr"], state.ema_params)
 
             batch = next_batch()
             step = evaluated = first_step
             reason = int(ending())
-            if int(parallel.highest(int(_evaluation_is_missing(workdir, first_step, config)), mesh)):
+            if int(sharding.process_max(int(_evaluation_is_missing(workdir, first_step, config)), mesh)):
                 evaluate_now()  # the run was killed between the checkpoint of this step and its evaluation
             while step < run["num_steps"] and not reason:
                 # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1.
@@ -177,7 +180,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     book()
                     before = time.monotonic()
                     if to_save:
-                        checkpoints.save(state)
+                        store.save(state)
                     # Told to stop it only saves, and the next start evaluates.
                     if to_evaluate and reason <= _TIME_IS_OVER:
                         evaluate_now()
@@ -185,18 +188,18 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     window.skip(time.monotonic() - before)
             # ---- Stop
             book()
-            checkpoints.save(state, wait=True)
+            store.save(state, wait=True)
             if reason > _TIME_IS_OVER:
-                report.message(
+                writer.message(
                     f"Stopped at step {step} and saved. Run the same command again to go on from there."
                 )
                 return reason
             if step < run["num_steps"]:
                 if step > evaluated:
                     evaluate_now()
-                report.message(f"The {minutes:g} minutes are over at step {step}; saved.")
+                writer.message(f"The {minutes:g} minutes are over at step {step}; saved.")
             else:
-                report.message(f"Done: {step} steps, saved in {workdir}.")
+                writer.message(f"Done: {step} steps, saved in {workdir}.")
     return 0
 
 
@@ -208,10 +211,10 @@ def _open(data: Mapping[str, Any], name: str) -> Source:
 
 
 def _initial_state(
-    experiment: Experiment, optimizer: Any, mesh: Mesh, checkpoints: checkpoint.Checkpoints
+    experiment: Experiment, optimizer: Any, mesh: Mesh, store: checkpoints.Checkpoints
 ) -> TrainState:
-    if checkpoints.latest_step is not None:
-        return checkpoints.restore(
+    if store.latest_step is not None:
+        return store.restore(
             abstract_state(experiment.init_params, optimizer, mesh),
             allow_older=experiment.section("checkpoint")["allow_older"],
         )
@@ -230,7 +233,7 @@ def _initial_state(
 
 
 def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
-    for section, fields in SAME_ON_RESUME.items():
+    for section, fields in FIXED_ON_RESUME.items():
         for field in fields or new[section]:
             # A field that is newer than the run had its default in it.
             value, before = new[section][field], old.get(section, {}).get(field, DEFAULTS[section][field])
@@ -276,6 +279,6 @@ def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Sou
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     start = f"going on from step {first_step}" if first_step else "from step 0"
     return (
-        f"{count / 1e6:.2f}M parameters, {len(source)} pictures in {source.name}, "
+        f"{count / 1e6:.2f}M parameters, {len(source)} images in {source.name}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {start}"
     )

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sr3_jax.aliases import Key, Params
-from sr3_jax.parallel import state_shardings
+from sr3_jax.distributed.sharding import state_shardings
+from sr3_jax.types import Key, Params
 
 
 @jax.tree_util.register_dataclass

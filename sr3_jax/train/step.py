@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sr3_jax.aliases import Conditioning, Key, Params
-from sr3_jax.diffusion.loss import Norm, Weighting, denoising_loss
-from sr3_jax.diffusion.process import Kind
+from sr3_jax.diffusion.loss import LossNorm, Weighting, denoising_loss
+from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
+from sr3_jax.distributed.sharding import replicated
 from sr3_jax.nn.unet import UNet
-from sr3_jax.parallel import replicated
 from sr3_jax.train.examples import Batch, Task, make_pair
 from sr3_jax.train.state import TrainState, update_ema
+from sr3_jax.types import Conditioning, Key, Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class Objective:
     network: UNet
     schedule: NoiseSchedule
     space: Space
-    kind: Kind
-    norm: Norm
+    prediction: Prediction
+    norm: LossNorm
     weighting: Weighting | None
     task: Task
 
@@ -61,7 +61,7 @@ def batch_losses(params: Params, batch: Batch, key: Key, *, objective: Objective
         image,
         cond,
         schedule=objective.schedule,
-        kind=objective.kind,
+        prediction=objective.prediction,
         norm=objective.norm,
         weighting=objective.weighting,
         space=objective.space,

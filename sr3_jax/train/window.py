@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class Window:
+class MetricWindow:
     """Means over the steps since the last log line, and the time they took."""
 
     def __init__(self, batch_size: int) -> None:

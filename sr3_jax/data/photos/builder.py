@@ -17,7 +17,7 @@ _HERE = Path(__file__).parent
 class Sr3Photos(tfds.core.GeneratorBasedBuilder):
     """{'image': JPEG, 352 pixels on the short side, 'file_name': text}."""
 
-    # A prepared copy of an older version is not read: raise this when a picture changes.
+    # A prepared copy of an older version is not read: raise this when an image changes.
     VERSION = tfds.core.Version("1.0.0")
     # TFDS 4.9.10 finds this by importlib_resources, which it does not depend on from Python 3.9.
     code_path = tfds.core.Path(__file__)

@@ -1,0 +1,8 @@
+"""The one exception that is the user's to fix."""
+
+
+class UserError(ValueError):
+    """Invalid input: one sentence that names the field or file, its value and the fix.
+
+    The command line prints the sentence without a traceback and exits with code 2.
+    """

@@ -1,0 +1,136 @@
+"""The pixels of a Pillow image of any mode as 8-bit arrays. Pillow and numpy alone; no files.
+
+Shape legend: H height, W width. Pillow's own conversions clip deep pixels (65535 and 256 both become 255) and
+forget which grey level stands for transparent, so grey, deep and float modes are converted here.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageCms
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+_DEEP_NOTE = "16 bits a channel reduced to 8"
+
+
+class UnsupportedPixels(ValueError):
+    """Pixels that have no meaning as an 8-bit image; the message is the whole reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """rgb uint8 [H,W,3] (equal channels when grey), alpha uint8 [H,W] or None, and what was changed."""
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None
+    grey: bool
+    notes: tuple[str, ...]
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How the file packs its pixels, as Pillow calls it ('RGB;16B', 'LA;16B', 'L;2', ...).
+
+    To be asked before `load`, which forgets it; '' where the decoder does not say.
+    """
+    for tile in getattr(image, "tile", ()):
+        args = tile[3]
+        name = args[0] if isinstance(args, tuple) and args else args
+        if isinstance(name, str):
+            return name
+    return ""
+
+
+def to_pixels(image: Image.Image, raw: str) -> Pixels:
+    """The loaded `image` as 8-bit arrays; `raw` is its `raw_mode` from before loading.
+
+    Raises UnsupportedPixels where the values cannot be shown, and whatever Pillow raises.
+    """
+    mode = image.mode
+    if mode == "I" or mode == "F" or mode.startswith("I;16"):
+        return _deep_grey(image)
+    deep = image.format in ("PNG", "TIFF") and ";16" in raw  # Pillow has already taken the high bytes
+    notes = (_DEEP_NOTE,) if deep else ()
+    if mode in ("1", "L"):
+        level = np.asarray(image.convert("L"))
+        return Pixels(_three(level), _keyed_grey(level, image, raw), True, notes)
+    if mode in ("LA", "La") or raw.split(";")[0] == "LA":  # Pillow opens 16-bit LA as RGBA
+        both = np.asarray(image.convert("LA" if mode != "La" else "RGBA"))
+        return Pixels(_three(both[..., 0]), both[..., -1].copy(), True, notes)
+    if mode in ("CMYK", "LAB"):
+        rgb, how = _by_profile(image)
+        return Pixels(rgb, None, False, (*notes, how))
+    if mode == "RGB" and isinstance(image.info.get("transparency"), tuple):
+        rgb = np.array(image)
+        colour = np.asarray(image.info["transparency"][:3], np.int64) >> (8 if deep else 0)
+        alpha = np.where((rgb == colour).all(axis=-1), 0, 255).astype(np.uint8)
+        return Pixels(rgb, alpha, False, notes)
+    if image.has_transparency_data:
+        both = np.asarray(image.convert("RGBA"))
+        return Pixels(np.ascontiguousarray(both[..., :3]), both[..., 3].copy(), False, notes)
+    return Pixels(np.array(image.convert("RGB")), None, False, notes)
+
+
+def _three(level: np.ndarray) -> np.ndarray:
+    return np.repeat(level[..., None], 3, axis=-1)  # [H,W,3]
+
+
+def _keyed_grey(level: np.ndarray, image: Image.Image, raw: str) -> np.ndarray | None:
+    """Alpha of a grey image in which one level means transparent (PNG's tRNS), else None."""
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return None
+    # The key counts in the file's levels (except 1 bit in a recent Pillow), the pixels in 8 bits.
+    key *= {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
+    return np.where(level == min(key, 255), 0, 255).astype(np.uint8)
+
+
+def _deep_grey(image: Image.Image) -> Pixels:
+    """Grey of more than 8 bits, scaled by the white of its kind.
+
+    Integers of known depth by 2^bits - 1; 32-bit integers by 65535 if they fit there; floats by 1 if they lie
+    in [0,1], by 255 if they lie in [0,255]. What fits none of these has no known white: least to greatest.
+    """
+    values = np.asarray(image).astype(np.float64)  # [H,W]
+    if not np.isfinite(values).all():
+        raise UnsupportedPixels("holds pixels that are not finite numbers")
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    least, greatest = float(values.min()), float(values.max())
+    black, alpha = 0.0, None
+    if image.mode.startswith("I;16"):
+        white, note = float(2 ** min(int(bits), 16) - 1), _DEEP_NOTE
+        key = image.info.get("transparency")
+        if isinstance(key, int):
+            alpha = np.where(values == key, 0, 255).astype(np.uint8)
+    elif least >= 0 and image.mode == "I" and greatest <= 65535:
+        white, note = 65535.0, _DEEP_NOTE
+    elif least >= 0 and image.mode == "F" and greatest <= 255:
+        white, note = (1.0 if greatest <= 1 else 255.0), "floating-point pixels rounded to 8 bits"
+    else:
+        black, white = least, greatest
+        note = f"values {least:g} to {greatest:g} stretched over 8 bits"
+    unit = (values - black) / ((white - black) or 1.0)
+    if tags.get(_PHOTOMETRIC) == 0:  # TIFF's white-is-zero, which Pillow inverts for 8 bits alone
+        unit = 1.0 - unit
+    level = np.rint(np.clip(unit, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return Pixels(_three(level), alpha, True, (note,))
+
+
+def _by_profile(image: Image.Image) -> tuple[np.ndarray, str]:
+    """Ink or Lab to RGB [H,W,3]: ink by the image's own colour profile where it has a usable one."""
+    try:
+        profile = image.info.get("icc_profile") or b""
+        source = ImageCms.createProfile("LAB") if image.mode == "LAB" else io.BytesIO(profile)
+        target = ImageCms.createProfile("sRGB")
+        rgb = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        return np.array(rgb), f"{image.mode} converted to RGB by its colour profile"
+    except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        pass  # no profile, a broken one, or one that is not for ink
+    try:
+        return np.array(image.convert("RGB")), f"{image.mode} converted to RGB"
+    except ValueError as error:
+        raise UnsupportedPixels(f"has {image.mode} colours, which cannot be turned into RGB here") from error

@@ -1,0 +1,400 @@
+"""Image files: what is read is what a viewer shows, in 8 bits; what is written is read again."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import hostile
+import numpy as np
+import pytest
+from hostile import chunk, encode, exif, pixels, png, tiff
+from PIL import Image, ImageOps
+
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.errors import printable
+from sr3_jax.image_io.image_file import (
+    DecodedImage,
+    ImageError,
+    read_image,
+    read_rgb,
+    read_size,
+    require_writable,
+    write_image,
+)
+
+# As the room itself asks for on import, which pytest undoes.
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> hostile.Hostile:
+    return hostile.make(tmp_path_factory.mktemp("images") / "in")
+
+
+def test_hostile_inputs_are_more_than_a_hundred(made):
+    assert len(made.good) > 100
+    assert len(made.bad) > 80
+
+
+def test_every_good_image_is_read(made):
+    for path, size in made.good.items():
+        image = read_image(path)
+        assert image.rgb.shape == (*size, 3), path
+        assert image.rgb.dtype == np.uint8
+        assert image.rgb.flags["C_CONTIGUOUS"]
+        assert image.alpha is None or (image.alpha.shape, image.alpha.dtype) == (size, np.uint8)
+        assert not image.grey or (np.ptp(image.rgb, axis=-1) == 0).all(), path
+        assert read_size(path) == size, path
+
+
+def test_every_bad_image_is_refused_with_a_reason(made):
+    for path, why in made.bad.items():
+        with pytest.raises(ImageError) as caught:
+            read_image(path)
+        assert why in str(caught.value), (path, caught.value)
+        assert "\n" not in str(caught.value)
+        assert str(path) not in str(caught.value)
+
+
+def test_a_image_error_is_the_users():
+    assert issubclass(ImageError, UserError)
+
+
+def test_no_cut_is_read_as_something_else():
+    """Cut anywhere, an image is refused or whole; it is never half an image on black."""
+    smooth = pixels(20, 24)
+    kinds = {"PNG": {}, "JPEG": {}, "GIF": {}, "BMP": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+    for kind, options in kinds.items():
+        data = encode(smooth, kind, **options)
+        whole, refused = read_rgb(data), 0
+        for cut in range(0, len(data), max(1, len(data) // 60)):
+            try:
+                np.testing.assert_array_equal(read_rgb(data[:cut]), whole, err_msg=f"{kind} cut at {cut}")
+            except ImageError:
+                refused += 1
+        assert refused > 40, kind
+    with pytest.raises(ImageError) as caught:
+        read_image(encode(smooth, "JPEG")[:-40])
+    assert str(caught.value) == "is truncated"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_orientation_is_applied_and_its_tag_removed(tmp_path, kind, turn):
+    data = encode(pixels(), kind, exif=exif(turn))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    image = read_image(data)
+    np.testing.assert_array_equal(image.rgb, upright)
+    assert read_size(data) == upright.shape[:2]
+    for suffix in (".png", ".jpg", ".webp", ".tif"):
+        write_image(tmp_path / f"out{suffix}", image)
+        with Image.open(tmp_path / f"out{suffix}") as again:
+            again.load()
+            tags = again.getexif()
+            assert 274 not in tags
+            assert tags[271] == "Maker"
+            assert tags.get_ifd(34665)[36867] == "2020:01:01 00:00:00"
+        assert read_rgb(tmp_path / f"out{suffix}").shape == upright.shape
+
+
+def test_alpha_turns_with_the_colours():
+    rgba = np.concatenate([pixels(), pixels(seed=3)[..., :1]], axis=-1)
+    image = read_image(encode(rgba, "PNG", exif=exif(6)))
+    np.testing.assert_array_equal(image.rgb, np.rot90(rgba[..., :3], -1))
+    np.testing.assert_array_equal(image.alpha, np.rot90(rgba[..., 3], -1))
+
+
+DEEP = np.linspace(0, 65535, 90).astype(np.uint16).reshape(9, 10)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(DEEP, "PNG"),
+        encode(DEEP, "TIFF"),
+        encode(DEEP, "TIFF", compression="tiff_lzw"),
+        encode(DEEP.astype(np.int32), "TIFF"),
+        encode(DEEP.astype(np.float32) / 65535, "TIFF"),
+        encode(DEEP.astype(np.float32) / 257, "TIFF"),
+    ],
+)
+def test_deep_grey_is_scaled_not_clipped(data):
+    image = read_image(data)
+    assert image.grey
+    assert image.notes
+    np.testing.assert_array_equal(image.rgb[..., 0], np.rint(DEEP / 257.0).astype(np.uint8))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_deep_tiff_of_either_byte_order_and_white(order):
+    data = DEEP.astype(f"{order}u2").tobytes()
+    level = np.rint(DEEP / 257.0).astype(np.uint8)
+    np.testing.assert_array_equal(read_rgb(tiff(10, 9, data, depth=16, order=order))[..., 0], level)
+    if order == "<":  # Pillow opens the other order with black at 1 alone
+        white_is_zero = tiff(10, 9, data, depth=16, black=0)
+        np.testing.assert_array_equal(read_rgb(white_is_zero)[..., 0], 255 - level)
+
+
+def test_floats_beyond_any_white_are_stretched_with_a_note():
+    values = np.linspace(-7, 3000, 90, dtype=np.float32).reshape(9, 10)
+    image = read_image(encode(values, "TIFF"))
+    assert (image.rgb.min(), image.rgb.max()) == (0, 255)
+    assert "-7 to 3000" in image.notes[0]
+    flat = read_image(encode(np.full((2, 2), -5, np.float32), "TIFF"))
+    assert (flat.rgb == 0).all()
+
+
+def test_deep_colour_is_reduced_with_a_note():
+    wide = np.arange(2 * 3 * 3, dtype=np.uint16).reshape(2, 3, 3) * 3800
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+    image = read_image(png(3, 2, 16, 2, rows))
+    assert np.abs(image.rgb - wide / 257.0).max() <= 1
+    assert image.notes == ("16 bits a channel reduced to 8",)
+    keyed = read_image(png(3, 2, 16, 2, rows, chunk(b"tRNS", wide[1, 2].astype(">u2").tobytes())))
+    assert keyed.alpha is not None
+    np.testing.assert_array_equal(keyed.alpha, [[255, 255, 255], [255, 255, 0]])
+
+
+def test_deep_grey_with_alpha_stays_grey():
+    both = np.array([[[0, 65535], [30000, 128 * 257]]], np.uint16)
+    image = read_image(png(2, 1, 16, 4, b"\0" + both.astype(">u2").tobytes()))
+    assert image.grey
+    assert image.alpha is not None
+    np.testing.assert_array_equal(image.alpha, [[255, 128]])
+
+
+@pytest.mark.parametrize(("depth", "row"), [(1, 0b01 << 6), (2, 0b0111 << 4), (4, 0x1F)])
+def test_a_grey_level_may_mean_transparent(depth, row):
+    """PNG's tRNS names a level in the file's own depth, here the second pixel's."""
+    key = (1 << depth) - 1
+    data = png(2, 1, depth, 0, bytes([0, row]), chunk(b"tRNS", struct.pack(">H", key)))
+    image = read_image(data)
+    assert image.alpha is not None
+    np.testing.assert_array_equal(image.alpha, [[255, 0]])
+    assert image.rgb[0, 1, 0] == 255
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(0, 90, 10))])
+def test_palette_transparency_is_kept(transparency):
+    palette = Image.fromarray(pixels()).quantize(9)
+    image = read_image(encode(palette, "PNG", transparency=transparency))
+    table = np.full(256, 255, np.uint8)
+    if isinstance(transparency, int):
+        table[transparency] = 0
+    else:
+        table[: len(transparency)] = np.frombuffer(transparency, np.uint8)
+    np.testing.assert_array_equal(image.alpha, table[np.asarray(palette)])
+    np.testing.assert_array_equal(image.rgb, np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_lossless_round_trip(tmp_path, kind):
+    suffix = {"PNG": ".png", "TIFF": ".TIFF", "WEBP": ".webp"}[kind]
+    grey = np.repeat(pixels()[..., :1], 3, axis=-1)
+    for alpha in (None, pixels(seed=2)[..., 0]):
+        for rgb, is_grey in ((pixels(seed=1), False), (grey, True)):
+            before = DecodedImage(rgb, alpha, is_grey, icc_profile=None if is_grey else hostile.srgb())
+            write_image(tmp_path / f"a{suffix}", before)
+            after = read_image(tmp_path / f"a{suffix}")
+            np.testing.assert_array_equal(after.rgb, rgb)
+            np.testing.assert_array_equal(after.alpha, alpha) if alpha is not None else None
+            assert (after.alpha is None) == (alpha is None)
+            assert after.grey == (is_grey and kind != "WEBP")  # WebP knows no grey
+            assert after.icc_profile == before.icc_profile
+            assert after.format == kind
+
+
+def test_jpeg_is_written_in_full_chroma(tmp_path):
+    write_image(tmp_path / "a.jpg", DecodedImage(pixels(64, 64)))
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert all(part[1:3] == (1, 1) for part in image.layer)
+        assert max(image.quantization[0]) <= 20  # quality 95
+    assert np.abs(read_rgb(tmp_path / "a.jpg").astype(int) - pixels(64, 64)).mean() < 4
+    write_image(tmp_path / "g.jpg", DecodedImage(pixels(8, 8)[..., :1].repeat(3, -1), grey=True))
+    assert read_image(tmp_path / "g.jpg").grey
+
+
+def ink_profile() -> bytes:
+    """An ICC profile that sees black ink alone: a table of 2^4 points, Lab (100, 0, 0) or (0, 0, 0)."""
+    ramp = bytes(range(256))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0])
+    table += struct.pack(">9i", *(0x10000 * (i % 4 == 0) for i in range(9)))
+    table += ramp * 4 + bytes([255, 128, 128, 0, 128, 128]) * 8 + ramp * 3
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s", 144 + len(table), b"", 0x02400000, b"prtr", b"CMYK", b"Lab ", b"", b"acsp"
+    )
+    head += bytes(28) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    return head.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+def test_ink_is_converted_by_its_profile_or_plainly():
+    ink = Image.fromarray(pixels()).convert("CMYK")
+    plain = read_image(encode(ink, "TIFF"))
+    np.testing.assert_array_equal(plain.rgb, np.asarray(ink.convert("RGB")))
+    assert plain.notes == ("CMYK converted to RGB",)
+    profiled = read_image(encode(ink, "TIFF", icc_profile=ink_profile()))
+    assert profiled.notes == ("CMYK converted to RGB by its colour profile",)
+    assert profiled.rgb.min() > 250  # there is no black ink in it
+    assert profiled.icc_profile is None
+    broken = read_image(encode(ink, "TIFF", icc_profile=b"?" * 200))
+    np.testing.assert_array_equal(broken.rgb, plain.rgb)
+
+
+def test_profiles_that_do_not_fit_are_dropped_with_a_note():
+    assert read_image(encode(pixels(), "PNG", icc_profile=hostile.srgb())).icc_profile == hostile.srgb()
+    for data in (
+        encode(pixels(), "PNG", icc_profile=hostile.srgb()[:90]),
+        encode(pixels()[..., 0], "PNG", icc_profile=hostile.srgb()),  # RGB's profile in a grey image
+    ):
+        image = read_image(data)
+        assert image.icc_profile is None
+        assert "profile" in image.notes[0]
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.fromarray(pixels(seed=seed)) for seed in range(3)]
+    for kind, options in {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}.items():
+        image = read_image(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+        np.testing.assert_array_equal(image.rgb, np.asarray(frames[0]))
+        assert image.notes == ("only the first of several images in the file",)
+
+
+def test_the_size_limit_is_judged_before_the_pixels():
+    data = encode(pixels(30, 40), "PNG")
+    with pytest.raises(ImageError, match=r"40x30 pixels, over the limit of 0.001 megapixels"):
+        read_image(data, max_megapixels=0.001)
+    with pytest.raises(ImageError, match="over the limit"):
+        read_size(data, max_megapixels=0.0001)
+    assert read_image(data, max_megapixels=0.0012).rgb.shape == (30, 40, 3)
+    with pytest.raises(ImageError, match="has 10000 megapixels, over the limit of 200"):
+        read_image(png(100_000, 100_000, 8, 2, b""))
+
+
+def test_a_raised_limit_is_ours_alone():
+    """Threads with limits of their own do not see each other's, nor does the rest of the program."""
+    before = Image.MAX_IMAGE_PIXELS
+    data = encode(pixels(30, 40), "PNG")
+    stop = threading.Event()
+
+    def refuse() -> None:
+        while not stop.is_set():
+            with pytest.raises(ImageError):
+                read_image(data, max_megapixels=1e-6)
+
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(refuse) for _ in range(2)]
+        try:
+            for _ in range(100):
+                read_image(data, max_megapixels=400)
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (PermissionError(13, "Permission denied"), "permission denied"),
+        (OSError(5, "Input/output error"), "input/output error"),
+        (MemoryError(), "needs more memory"),
+        (ZeroDivisionError("division by zero"), "is damaged (division by zero)"),
+        (RecursionError("too deep\n  here"), "is damaged (too deep here)"),
+    ],
+)
+def test_whatever_is_raised_becomes_a_reason(tmp_path, monkeypatch, error, why):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(pixels(), "PNG"))
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    if isinstance(error, OSError):
+        monkeypatch.setattr(Path, "open", fail)
+    else:
+        monkeypatch.setattr("sr3_jax.image_io.image_file.to_pixels", fail)
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert why in str(caught.value)
+
+
+def test_a_failed_write_leaves_nothing_and_spares_the_old(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ImageError, match="could not be written: no space is left on the disk"):
+        write_image(path, DecodedImage(pixels()))
+    assert os.listdir(tmp_path) == ["a.png"]
+    assert path.read_bytes() == b"old"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_image(path, DecodedImage(pixels()))
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_name_as_long_as_names_go_is_written(tmp_path):
+    path = tmp_path / ("n" * 251 + ".png")
+    write_image(path, DecodedImage(pixels()))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_what_cannot_be_held_is_refused(tmp_path):
+    for name, sides, alpha, why in (
+        ("a.gif", (9, 9), False, "'.gif'"),
+        ("a", (9, 9), False, "cannot be written"),
+        ("a.JPG", (9, 9), True, "transparency"),
+        ("a.jpg", (65501, 9), False, "more than JPEG can"),
+        ("a.webp", (9, 16384), False, "more than WEBP can"),
+    ):
+        with pytest.raises(ImageError, match=why):
+            require_writable(tmp_path / name, height=sides[0], width=sides[1], alpha=alpha)
+    require_writable(tmp_path / "a.png", height=70000, width=70000, alpha=True)
+    with pytest.raises(ImageError, match="transparency"):
+        write_image(tmp_path / "a.jpg", DecodedImage(pixels(), alpha=pixels()[..., 0]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_exif_too_long_for_jpeg_is_left_out(tmp_path):
+    image = DecodedImage(pixels(), exif=b"Exif\0\0" + bytes(70_000))
+    write_image(tmp_path / "a.jpg", image)
+    assert read_image(tmp_path / "a.jpg").exif is None
+
+
+def test_printable_paths():
+    assert printable(Path(os.fsdecode(b"\xff/a\nb\x1b[31m 'q'.png"))) == "\\xff/a\\nb\\x1b[31m 'q'.png"
+    assert printable("かな 😀") == "かな 😀"
+
+
+def test_reading_says_nothing(made):
+    """No warning of Pillow's reaches the terminal, where a progress bar is."""
+    code = (
+        "import sys; from pathlib import Path; from sr3_jax.image_io.image_file import read_image\n"
+        "for path in map(Path, sys.argv[1:]):\n"
+        "    try: read_image(path)\n"
+        "    except ValueError: pass\n"
+    )
+    paths = [path for path in (*made.good, *made.bad) if path.parent.name == "good" or path.suffix != ".tif"]
+    run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, check=True)
+    assert (run.stdout, run.stderr) == (b"", b"")

@@ -1,0 +1,170 @@
+"""images.py against Pillow, which made the images that people compare with, and exact arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+
+from sr3_jax import image_ops
+
+
+def pillow_bicubic(x, height, width):
+    """float32 [H,W,C] -> [height,width,C] by Pillow, a channel at a time in its float mode."""
+    resized = [
+        PillowImage.fromarray(np.ascontiguousarray(x[..., c])).resize(
+            (width, height), PillowImage.Resampling.BICUBIC
+        )
+        for c in range(x.shape[-1])
+    ]
+    return np.stack([np.asarray(channel) for channel in resized], axis=-1)
+
+
+def noise(seed, *shape):
+    """The hardest image for a resampler: every level at every pixel."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_every_level_survives_the_way_to_unit_and_back():
+    levels = np.arange(256, dtype=np.uint8)
+    unit = image_ops.to_unit(levels)
+    assert unit.dtype == jnp.float32
+    assert unit[0] == -1.0 and unit[255] == 1.0
+    np.testing.assert_array_equal(image_ops.to_uint8(unit), levels)
+
+
+def test_to_uint8_clips_and_rounds_to_nearest():
+    level = 2 / 255
+    x = jnp.array([-3.0, -1 + 0.4 * level, -1 + 0.6 * level, 1 - 0.6 * level, 1 - 0.4 * level, 7.0])
+    np.testing.assert_array_equal(image_ops.to_uint8(x), [0, 0, 1, 254, 255, 255])
+
+
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        ((64, 64), (16, 16)),
+        ((16, 16), (64, 64)),
+        ((37, 91), (148, 364)),
+        ((148, 364), (37, 91)),
+        ((37, 91), (50, 13)),
+        ((5, 100), (33, 99)),
+        ((1, 9), (4, 36)),
+        ((1, 1), (4, 4)),
+        ((12, 1024), (12, 256)),
+    ],
+)
+def test_bicubic_is_pillows(size, target):
+    image = noise(0, 2, *size, 3)
+    ours = jax.jit(image_ops.resize_bicubic, static_argnums=(1, 2))(image_ops.to_unit(image), *target)
+    assert ours.shape == (2, *target, 3) and ours.dtype == jnp.float32
+    theirs = np.stack([pillow_bicubic(p.astype(np.float32), *target) for p in image])
+    np.testing.assert_allclose((np.asarray(ours) + 1) * 127.5, theirs, atol=0.01, rtol=0)
+
+
+def test_bicubic_keeps_the_overshoot_and_a_flat_image():
+    edge = jnp.concatenate([jnp.full((1, 8, 4, 1), -1.0), jnp.full((1, 8, 4, 1), 1.0)], axis=2)
+    assert float(jnp.max(image_ops.upsample(edge, 4))) > 1.05
+    flat = jnp.full((1, 9, 7, 3), 0.3)
+    np.testing.assert_allclose(image_ops.resize_bicubic(flat, 31, 5), 0.3, atol=1e-6)
+
+
+def test_bicubic_computes_in_float32_whatever_comes_in():
+    x = image_ops.to_unit(noise(1, 1, 16, 16, 3)).astype(jnp.bfloat16)
+    ours = image_ops.resize_bicubic(x, 64, 64)
+    assert ours.dtype == jnp.float32
+    theirs = pillow_bicubic(np.asarray(x[0], np.float32), 64, 64)
+    np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "size", "words"),
+    [
+        (np.zeros((1, 4, 4, 3), np.uint8), (2, 2), "to_unit"),
+        (np.zeros((4, 4, 3), np.float32), (2, 2), r"\[B,H,W,C\]"),
+        (np.zeros((1, 4, 4, 3), np.float32), (0, 2), "at least 1"),
+    ],
+)
+def test_bicubic_says_what_it_cannot_resize(x, size, words):
+    with pytest.raises(ValueError, match=words):
+        image_ops.resize_bicubic(x, *size)
+
+
+def test_low_res_is_what_pillow_would_have_saved():
+    image = noise(2, 2, 32, 48, 3)
+    low_res = jax.jit(image_ops.degrade, static_argnums=1)(image_ops.to_unit(image), 4)
+    theirs = np.stack([pillow_bicubic(p.astype(np.float32), 8, 12) for p in image])
+    np.testing.assert_array_equal(image_ops.to_uint8(low_res), np.clip(np.round(theirs), 0, 255))
+    # On the levels exactly: a network trained on it meets the same floats when an image file comes.
+    np.testing.assert_array_equal(low_res, image_ops.to_unit(image_ops.to_uint8(low_res)))
+
+
+def test_degrade_clips_its_overshoot():
+    stripes = np.tile(np.repeat([0, 255], 12).astype(np.uint8), 2)
+    x = image_ops.to_unit(np.broadcast_to(stripes[None, None, :, None], (1, 8, 48, 3)))
+    assert float(jnp.max(image_ops.resize_bicubic(x, 2, 12))) > 1.0
+    low_res = image_ops.degrade(x, 4)
+    assert float(jnp.max(low_res)) == 1.0 and float(jnp.min(low_res)) == -1.0
+
+
+def test_degrade_refuses_a_remainder():
+    with pytest.raises(ValueError, match="30x32 is not divisible by scale 4"):
+        image_ops.degrade(jnp.zeros((1, 30, 32, 3)), 4)
+
+
+def test_upsample_gives_back_the_size():
+    assert image_ops.upsample(jnp.zeros((2, 5, 7, 3)), 4).shape == (2, 20, 28, 3)
+
+
+def test_padding_repeats_the_bottom_and_right_edge():
+    x = jnp.asarray(noise(3, 2, 5, 8, 3))
+    padded = jax.jit(image_ops.pad_to_multiple, static_argnums=1)(x, 4)
+    assert padded.shape == (2, 8, 8, 3) and padded.dtype == jnp.uint8
+    np.testing.assert_array_equal(padded[:, :5], x)
+    np.testing.assert_array_equal(padded[:, 5:], np.broadcast_to(x[:, 4:5], (2, 3, 8, 3)))
+    assert image_ops.pad_to_multiple(x, 1).shape == x.shape
+
+
+def test_grid_holds_every_cell_enlarged_by_nearest():
+    small, large = noise(4, 16, 16, 3), noise(5, 64, 64, 3)
+    grid = image_ops.image_grid([[small, large]], column_titles=[])
+    assert grid.dtype == np.uint8 and grid.shape == (68, 134, 3)
+    np.testing.assert_array_equal(grid[2:66, 2:66], small.repeat(4, axis=0).repeat(4, axis=1))
+    np.testing.assert_array_equal(grid[2:66, 68:132], large)
+    assert (grid[:2] == 255).all() and (grid[:, 66:68] == 255).all()
+
+
+def test_grid_titles_have_room_and_ink():
+    cell = np.zeros((24, 120, 3), np.uint8) + np.array([10, 200, 30], np.uint8)
+    bare = image_ops.image_grid([[cell, cell]], column_titles=["", ""])
+    titled = image_ops.image_grid(
+        [[cell, cell]], column_titles=["low-res", "shipped model"], row_titles=["coffee"]
+    )
+    assert titled.shape[0] > bare.shape[0] and titled.shape[1] > bare.shape[1]
+    green = (titled == cell[0, 0]).all(axis=2)
+    rows, columns = np.nonzero(green)
+    assert green.sum() == 2 * 24 * 120  # no title or cell lies over another
+    assert (titled[: rows.min()] < 64).any()  # column titles above
+    assert (titled[:, : columns.min()] < 64).any()  # row titles at the left
+
+
+def test_grid_takes_rows_of_any_shape():
+    def images(*shapes):
+        return [noise(6, *shape) for shape in shapes]
+
+    rows = [
+        images((37, 91, 3), (148, 364, 3), (5, 5, 1)),
+        [],
+        images((1, 1, 3)),
+        images((1, 300, 3), (300, 1, 3)),
+    ]
+    grid = image_ops.image_grid(rows, column_titles=["a\nb", "", "c", "d", "e"], row_titles=["Ł", ""])
+    assert grid.ndim == 3 and grid.shape[2] == 3
+    assert image_ops.image_grid([], column_titles=[]).ndim == 3
+
+
+@pytest.mark.parametrize(
+    "cell", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)]
+)
+def test_grid_names_a_cell_that_is_no_image(cell):
+    with pytest.raises(ValueError, match=f"{cell.dtype} .*{cell.shape[-1]}"):
+        image_ops.image_grid([[cell]], column_titles=["a"])

@@ -1,0 +1,209 @@
+"""report.py: what a killed, resumed, silent or interactive run leaves in its workdir and on stderr."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+
+from sr3_jax.errors import UserError
+from sr3_jax.train import metric_writer
+from sr3_jax.train.metric_writer import MetricWriter
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(workdir):
+    """The values in the TensorBoard files, (tag, step, number; None for an image), and the purges."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    values, purges = [], []
+    for path in sorted((Path(workdir) / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                purges.append(event.step)
+            for value in event.summary.value:
+                image = value.HasField("image")
+                values.append((value.tag, event.step, None if image else value.simple_value))
+    return values, purges
+
+
+def test_scalars_go_to_both_books(tmp_path):
+    with MetricWriter(tmp_path / "new" / "run", total_steps=10) as writer:
+        writer.write_scalars(1, {"loss": np.float32(0.5), "eval/psnr": 20})
+        assert lines(tmp_path / "new" / "run") == [
+            {"step": 1, "loss": 0.5, "eval/psnr": 20.0}
+        ]  # before close
+        writer.write_scalars(np.int64(2), {"loss": 0.25})
+    assert lines(tmp_path / "new" / "run")[1] == {"step": 2, "loss": 0.25}
+    values, purges = board(tmp_path / "new" / "run")
+    assert values == [("loss", 1, 0.5), ("eval/psnr", 1, 20.0), ("loss", 2, 0.25)]
+    assert purges == []
+
+
+def test_what_json_cannot_hold_is_null(tmp_path, caplog):
+    with MetricWriter(tmp_path, total_steps=10) as writer:
+        writer.write_scalars(1, {"a": math.nan, "b": -math.inf, "c": 1.0})
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert lines(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 1.0}]
+    assert math.isnan(board(tmp_path)[0][0][2])
+    assert caplog.text == ""
+
+
+def test_a_resumed_run_drops_the_steps_that_it_will_run_again(tmp_path):
+    kept = b'{"step": 10, "loss": 0.3}\n{"step":20,"loss":  1e-1}\n{"step": 20, "eval/psnr": 30.0}\n'
+    later = b'{"step": 30, "loss": 0.1}\n{"step": 40, "lo'
+    (tmp_path / "metrics.jsonl").write_bytes(kept + later)
+    with MetricWriter(tmp_path, total_steps=50, first_step=20) as writer:
+        assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+        writer.write_scalars(30, {"loss": 0.2})
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20, 20, 30]
+    assert board(tmp_path)[1] == [21]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3', b'{"step": 3}', b"\x00\x00\n", b'{"step": null}\n', b"[]\n"])
+def test_a_broken_last_line_does_not_spoil_the_next(tmp_path, tail):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n' + tail)
+    with MetricWriter(tmp_path, total_steps=9, first_step=5) as writer:
+        writer.write_scalars(6, {})
+    assert lines(tmp_path) == [{"step": 2}, {"step": 6}]
+
+
+def test_every_line_outlives_a_kill(tmp_path):
+    code = (
+        "import os, signal, sys; from sr3_jax.train.metric_writer import MetricWriter\n"
+        "writer = MetricWriter(sys.argv[1], total_steps=99)\n"
+        "for step in range(1, 51): writer.write_scalars(step, {'loss': 1 / step})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 51))
+
+
+def test_images_are_pngs_and_leave_no_partial_file(tmp_path):
+    grid = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    with MetricWriter(tmp_path, total_steps=10) as writer:
+        writer.write_image(1000, "grid", grid)
+        writer.write_image(1000, "grid", grid)  # a step that runs again
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["grid_0001000.png"]
+    np.testing.assert_array_equal(np.asarray(PillowImage.open(tmp_path / "samples/grid_0001000.png")), grid)
+    assert board(tmp_path)[0][0] == ("grid", 1000, None)
+
+
+def test_other_processes_leave_no_trace(tmp_path, capfd):
+    with MetricWriter(tmp_path / "run", total_steps=10, enabled=False) as writer:
+        writer.write_scalars(1, {"loss": 1.0})
+        writer.write_image(1, "grid", np.zeros((4, 4, 3), np.uint8))
+        writer.progress(10, loss=1.0)
+        writer.message("hello")
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_terminal_one_line_in_thirty_seconds(tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(metric_writer.time, "monotonic", lambda: clock[0])
+    with MetricWriter(tmp_path, total_steps=60) as writer:
+        for step in range(1, 61):
+            clock[0] += 2.0
+            writer.progress(step, loss=1 / step, images_per_second=64.0)
+            if step == 20:
+                writer.message("saved step 20")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "step 1/60, loss 1.0000, 64.0 images/s",
+        "step 16/60, loss 0.0625, 64.0 images/s, 01:28 left",
+        "saved step 20",
+        "step 31/60, loss 0.0323, 64.0 images/s, 00:58 left",
+        "step 46/60, loss 0.0217, 64.0 images/s, 00:28 left",
+        "step 60/60, loss 0.0167, 64.0 images/s, 00:00 left",
+    ]
+
+
+def test_time_left_is_the_lesser_of_steps_and_clock(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(metric_writer.time, "monotonic", lambda: clock[0])
+    with MetricWriter(tmp_path, total_steps=1000, first_step=100, minutes=4) as writer:
+        for now, step in [(60, 101), (120, 131), (180, 971)]:
+            clock[0] = now
+            writer.progress(step)
+    # The clock says 180 s, then 120 s (869 steps at 2 s each are longer), then 60 s (29 steps take 4 s).
+    assert [line.split(", ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "03:00 left",
+        "02:00 left",
+        "00:04 left",
+    ]
+
+
+@pytest.mark.parametrize("columns", [100, 0])
+def test_in_a_terminal_a_bar(tmp_path, columns):
+    """A process on a pseudo-terminal of 100 columns, and on one that does not tell its width."""
+    import fcntl
+    import pty
+    import termios
+
+    code = (
+        "import sys; from sr3_jax.train.metric_writer import MetricWriter\n"
+        "with MetricWriter(sys.argv[1], total_steps=8) as writer:\n"
+        "    writer.progress(2, loss=0.5, images_per_second=10)\n"
+        "    writer.message('a message')\n"
+        "    writer.progress(4, loss=0.25, images_per_second=20)\n"
+    )
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stderr=terminal,
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=True,
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(controller, 65536):
+            shown += chunk
+    except OSError:  # the other side is closed
+        pass
+    os.close(controller)
+    drawn = [line.strip() for line in shown.decode().replace("\r", "\n").splitlines()]
+    assert done.stdout == b""
+    assert "a message" in drawn
+    last = [line for line in drawn if line][-1]
+    assert last.startswith("step 4/8") and " 50% " in last and "█" in last
+    assert last.endswith("loss 0.2500, 20.0 images/s, 00:00 left")
+
+
+def test_a_workdir_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run cannot be written"):
+        MetricWriter(tmp_path / "file" / "run", total_steps=1)
+
+
+def test_it_needs_no_torch_and_closes_twice(tmp_path):
+    writer = MetricWriter(tmp_path, total_steps=1)
+    writer.close()
+    writer.close()
+    code = (
+        "import sys, sr3_jax.train.metric_writer; writer = sr3_jax.train.metric_writer.MetricWriter(sys.argv[1], total_steps=1)\n"
+        "writer.write_scalars(1, {'a': 1}); writer.close()\n"
+        "print([m for m in ('torch', 'tensorflow', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n" and done.stderr == ""
