@@ -33,7 +33,7 @@ from sr3_jax.features.recognition import correct, load_classifier
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
 from sr3_jax.inference.model import Model, load
-from sr3_jax.sampling import fingerprint
+from sr3_jax.inference.sampling_file import params_fingerprint
 from sr3_jax.train.checkpoints import read_config
 from sr3_jax.train.metric_writer import read_metrics
 
@@ -172,8 +172,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "strength": strength,
         "classifier": {"file": Path(args.classifier).name, "sha256": classifier.sha256},
         "stages": {
-            **{name: fingerprint(model.params) for name, model in stages.items()},
-            **{f"plain {name}": fingerprint(model.params) for name, model in plain.items()},
+            **{name: params_fingerprint(model.params) for name, model in stages.items()},
+            **{f"plain {name}": params_fingerprint(model.params) for name, model in plain.items()},
         },
         "samplers": {name: f"{model.solver} {model.steps}" for name, model in stages.items()},
         "hardware": hardware(),

@@ -21,7 +21,7 @@ import numpy as np
 from sr3_jax.config.experiment import Experiment, load_config, read
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.distributed import sharding
-from sr3_jax.sampling import inference_grid, solver_named
+from sr3_jax.sampling import Sampling
 from sr3_jax.train.state import create_state
 from sr3_jax.train.step import make_train_step
 
@@ -75,7 +75,8 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
     params = state.params
     del state
     gc.collect()
-    schedule = inference_grid(objective.schedule, SAMPLER_STEPS, "dpmpp_2m")
+    sampling = Sampling("dpmpp_2m", SAMPLER_STEPS)
+    schedule = sampling.grid(objective.schedule)
 
     @jax.jit
     def draw(params, key):
@@ -85,7 +86,7 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
             {"upsampled": images},
             shape=images.shape,
             schedule=schedule,
-            solver=solver_named("dpmpp_2m"),
+            solver=sampling.make_solver(),
             prediction=objective.prediction,
             space=objective.space,
         ).image

@@ -24,7 +24,14 @@ from sr3_jax.evaluation.files import hardware
 from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
 from sr3_jax.files import unique_file_name
 from sr3_jax.inference.model import load
-from sr3_jax.sampling import Sampling, Stored, config_fingerprint, fingerprint, sampling_path, store
+from sr3_jax.inference.sampling_file import (
+    StoredSampling,
+    config_fingerprint,
+    params_fingerprint,
+    sampling_path,
+    write_sampling,
+)
+from sr3_jax.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "sr3_jax.results.1"
@@ -178,11 +185,11 @@ def store_found(search: Path, model: Path) -> None:
         return  # it found what was there
     loaded = load(model)
     source = {"search": str(search)}
-    store(
+    write_sampling(
         sampling_path(model),
-        Stored(
+        StoredSampling(
             Sampling(**row["sampling"]),
-            fingerprint(loaded.params),
+            params_fingerprint(loaded.params),
             config_fingerprint(loaded.config),
             loaded.name,
             source,

@@ -17,7 +17,8 @@ from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import read_rgb
 from sr3_jax.inference import cascade, stages
 from sr3_jax.inference.model import Model
-from sr3_jax.train.checkpoints import CONFIG_FILE, export
+from sr3_jax.train.checkpoints import CONFIG_FILE
+from sr3_jax.train.weights import export
 from tests import tiny
 
 BASE = {

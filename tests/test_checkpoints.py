@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
-from sr3_jax.train import checkpoints
+from sr3_jax.train import checkpoints, weights
 from sr3_jax.train.optim import adam, lr_schedule
 from sr3_jax.train.state import TrainState, abstract_state, create_state
 from tests import tiny
@@ -266,8 +266,8 @@ WEIGHTS = {
 
 def test_a_float32_export_is_exact(tmp_path):
     path = tmp_path / "new" / "model.safetensors"
-    checkpoints.export(path, jax.tree.map(jnp.asarray, WEIGHTS), {"model": {"multipliers": (1, 2)}})
-    params, config = checkpoints.read_export(path)
+    weights.export(path, jax.tree.map(jnp.asarray, WEIGHTS), {"model": {"multipliers": (1, 2)}})
+    params, config = weights.read_export(path)
     assert same_bits(params, WEIGHTS)
     assert config == {"model": {"multipliers": [1, 2]}}
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
@@ -275,10 +275,10 @@ def test_a_float32_export_is_exact(tmp_path):
 
 def test_a_bfloat16_export_is_rounded_to_nearest_half_the_size_and_read_as_float32(tmp_path):
     path = tmp_path / "model.safetensors"
-    checkpoints.export(path, WEIGHTS, {}, dtype="bfloat16")
+    weights.export(path, WEIGHTS, {}, dtype="bfloat16")
     with safe_open(path, framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
-    params, _ = checkpoints.read_export(path)
+    params, _ = weights.read_export(path)
     assert params["scale"].dtype == np.float32
     for ours, given in zip(jax.tree.leaves(params), jax.tree.leaves(WEIGHTS), strict=True):
         np.testing.assert_array_equal(ours, given.astype(ml_dtypes.bfloat16).astype(np.float32))
@@ -288,13 +288,13 @@ def test_a_bfloat16_export_is_rounded_to_nearest_half_the_size_and_read_as_float
 
 def test_another_precision_is_refused(tmp_path):
     with pytest.raises(UserError, match="dtype must be float32 or bfloat16, got 'float16'"):
-        checkpoints.export(tmp_path / "model.safetensors", WEIGHTS, {}, dtype="float16")
+        weights.export(tmp_path / "model.safetensors", WEIGHTS, {}, dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    checkpoints.export(path, WEIGHTS, {"old": 1})
+    weights.export(path, WEIGHTS, {"old": 1})
 
     def half(file, data):
         with open(file, "wb") as opened:
@@ -303,15 +303,15 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(UserError, match=r"model\.safetensors cannot be written .*No space left"):
-        checkpoints.export(path, WEIGHTS, {"new": 1})
+        weights.export(path, WEIGHTS, {"new": 1})
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    assert checkpoints.read_export(path)[1] == {"old": 1}
+    assert weights.read_export(path)[1] == {"old": 1}
 
 
 def test_an_export_can_be_read_by_others(tmp_path):
     before = os.umask(0o022)
     try:
-        checkpoints.export(tmp_path / "model.safetensors", WEIGHTS, {})
+        weights.export(tmp_path / "model.safetensors", WEIGHTS, {})
     finally:
         os.umask(before)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
@@ -320,12 +320,12 @@ def test_an_export_can_be_read_by_others(tmp_path):
 def test_an_export_to_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        checkpoints.export(tmp_path / "file" / "model.safetensors", WEIGHTS, {})
+        weights.export(tmp_path / "file" / "model.safetensors", WEIGHTS, {})
 
 
 def hostile(path: Path, kind: str) -> None:
     whole = path.with_name("whole.safetensors")
-    checkpoints.export(whole, WEIGHTS, {})
+    weights.export(whole, WEIGHTS, {})
     content = whole.read_bytes()
     good = {"format": checkpoints.FORMAT, "config": "{}"}
     if kind == "foreign":
@@ -361,7 +361,7 @@ def test_a_file_that_is_no_model_is_named_in_one_sentence(tmp_path, kind):
     path = tmp_path / "model.safetensors"
     hostile(path, kind)
     with pytest.raises(UserError) as error:
-        checkpoints.read_export(path)
+        weights.read_export(path)
     text = str(error.value)
     assert text.startswith(str(path)) and "\n" not in text
     known = {

@@ -24,7 +24,7 @@ from sr3_jax.config import build
 from sr3_jax.config.experiment import complete
 from sr3_jax.image_io.image_file import read_rgb
 from sr3_jax.inference import model
-from sr3_jax.train.checkpoints import export
+from sr3_jax.train.weights import export
 
 # As sr3_jax.images itself asks for on import, which pytest undoes.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")

@@ -23,7 +23,7 @@ from sr3_jax.evaluation import files as evaluation_files
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import from_config, load
 from sr3_jax.sampling import SOLVERS, Sampling, inference_grid, nfe, solver_named
-from sr3_jax.train.checkpoints import export
+from sr3_jax.train.weights import export
 
 # Two sizes, which the model pads to one: compiling takes most of the time here.
 SIZES = {"b-wide": (41, 52), "a-tall": (54, 39), "c-wide": (40, 55)}

@@ -199,7 +199,8 @@ def test_it_needs_no_torch_and_closes_twice(tmp_path):
     writer.close()
     writer.close()
     code = (
-        "import sys, sr3_jax.train.metric_writer; writer = sr3_jax.train.metric_writer.MetricWriter(sys.argv[1], total_steps=1)\n"
+        "import sys; from sr3_jax.train.metric_writer import MetricWriter\n"
+        "writer = MetricWriter(sys.argv[1], total_steps=1)\n"
         "writer.write_scalars(1, {'a': 1}); writer.close()\n"
         "print([m for m in ('torch', 'tensorflow', 'matplotlib') if m in sys.modules])"
     )

@@ -20,7 +20,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.inference import model as models
 from sr3_jax.inference import program
 from sr3_jax.sampling import Sampling
-from sr3_jax.train import checkpoints
+from sr3_jax.train import checkpoints, weights
 from sr3_jax.train.state import start_from
 from tests import tiny
 
@@ -151,7 +151,7 @@ def test_steps_and_solver_are_the_models_own_unless_given(model):
         return model.upscale(images, jax.random.key(3), **options)
 
     own = run()
-    assert (model.steps, model.solver) == (2, "ddim")
+    assert (model.sampling.steps, model.sampling.solver) == (2, "ddim")
     np.testing.assert_array_equal(own, run(steps=2, solver="ddim"))
     assert np.any(own != run(steps=3))
     assert np.any(own != run(solver="ancestral"))
@@ -161,23 +161,19 @@ def test_steps_and_solver_are_the_models_own_unless_given(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"steps": -3}, "steps must be at least 1, got -3"),
-        ({"solver": "euler"}, "solver must be one of ancestral, ddim, dpmpp_2m, heun, got 'euler'"),
-    ],
+    ("options", "named"),
+    [({"steps": 0}, "steps.*0"), ({"steps": -3}, "steps.*-3"), ({"solver": "euler"}, "solver.*euler")],
 )
-def test_steps_and_solvers_that_cannot_work_are_refused(model, options, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_invalid_steps_and_solvers_fail(model, options, named):
+    with pytest.raises(UserError, match=named):
         model.upscale(random_images(1, 8, 8), jax.random.key(0), **options)
 
 
 @pytest.mark.parametrize(
-    "images", [random_images(8, 8), random_images(1, 8, 8)[..., :1], random_images(1, 8, 8) / 255.0]
+    "images", [np.zeros((8, 8), np.uint8), random_images(1, 8, 8)[..., :1], random_images(1, 8, 8) / 255.0]
 )
-def test_images_that_are_not_uint8_rgb_batches_are_refused(model, images):
-    with pytest.raises(ValueError, match=r"images must be uint8 \[B,h,w,3\], got"):
+def test_arrays_that_are_not_uint8_rgb_fail(model, images):
+    with pytest.raises(ValueError, match="uint8"):
         model.upscale(images, jax.random.key(0))
 
 
@@ -219,13 +215,13 @@ def test_a_image_of_the_training_s_size_is_not_padded(model, monkeypatch):
 def test_labels_are_asked_for_checked_and_used():
     labelled = make(model={"num_classes": 10}, data={"label_dropout": 0.0})
     images = np.concatenate([random_images(1, 8, 8)] * 2)
-    with pytest.raises(UserError, match="model tiny needs the class of each image, 0 to 9: give labels"):
+    with pytest.raises(UserError, match=r"tiny.*label.*0 to 9"):
         labelled.upscale(images, keys(3, 3))
-    with pytest.raises(UserError, match="label 10 is none of model tiny: its classes are 0 to 9"):
+    with pytest.raises(UserError, match=r"tiny.*0 to 9, got 10"):
         labelled.upscale(images, keys(3, 3), labels=np.array([0, 10]))
-    with pytest.raises(ValueError, match=r"labels must be 2 whole numbers, got int64 \(3,\)"):
+    with pytest.raises(ValueError, match=r"labels must be 2 .* \(3,\)"):
         labelled.upscale(images, keys(3, 3), labels=np.array([0, 1, 2]))
-    with pytest.raises(UserError, match="model tiny was trained without labels: give none"):
+    with pytest.raises(UserError, match=r"tiny.*without labels"):
         make().upscale(images, keys(3, 3), labels=np.array([0, 1]))
     first, other = labelled.upscale(images, keys(3, 3), labels=np.array([2, 5]))
     assert (first != other).any()
@@ -252,9 +248,9 @@ def test_a_base_stage_draws_images_of_noise_each_by_its_key_and_label():
     assert base.generate(2, jax.random.key(0), size=12).shape == (2, 12, 12, 3)
     with pytest.raises(UserError, match=r"size must be a multiple of 2 for model tiny, got 9"):
         base.generate(1, keys(0), size=9)
-    with pytest.raises(UserError, match=r"model tiny takes no image .* use sr3 generate"):
+    with pytest.raises(UserError, match=r"tiny.*sr3 generate"):
         base.upscale(random_images(1, 8, 8), keys(0))
-    with pytest.raises(UserError, match=r"model tiny makes large images of small ones: use sr3 upscale"):
+    with pytest.raises(UserError, match=r"tiny.*sr3 upscale"):
         make().generate(1, keys(0))
     assert base.stage == build.Stage("base", 8, None) and make().stage == build.Stage("", 0, 4)
 
@@ -274,9 +270,7 @@ def test_guidance_goes_on_from_no_label_through_the_label():
     before = program.generate_jit._cache_size()
     generate_jit(2.0)
     assert program.generate_jit._cache_size() == before
-    with pytest.raises(
-        UserError, match=r"guidance=2 needs config\.data\.label_dropout in training, which tiny lacked"
-    ):
+    with pytest.raises(UserError, match=r"guidance=2 .*label_dropout"):
         make().upscale(random_images(1, 8, 8), keys(0), sampling=Sampling("ddim", 2, guidance=2.0))
 
 
@@ -291,9 +285,7 @@ def test_augmentation_when_sampling_is_of_the_asked_strength_and_told():
 
     np.testing.assert_array_equal(at(0.0), plain)
     assert np.abs(at(1.0).astype(int) - plain).mean() > np.abs(at(0.2).astype(int) - plain).mean() > 0
-    with pytest.raises(
-        UserError, match=r"augment=0\.5 needs config\.model\.augment in training, which tiny lacked"
-    ):
+    with pytest.raises(UserError, match=r"augment=0\.5 .*config\.model\.augment"):
         make().upscale(images, keys(0, 1), sampling=Sampling("ddim", 2, augment=0.5))
 
 
@@ -302,7 +294,7 @@ def test_a_model_whose_numbers_are_not_finite_says_so():
     params = params_of(values)
     params["output"]["bias"][0] = np.nan
     ill = models.from_config(values, params, name="ill")
-    with pytest.raises(FloatingPointError, match="model ill gave values that are not finite"):
+    with pytest.raises(FloatingPointError, match=r"model ill .*not finite"):
         ill.upscale(random_images(1, 8, 8), jax.random.key(0))
 
 
@@ -375,7 +367,7 @@ def test_a_workdir_and_its_export_give_the_same_bytes(workdir, model, tmp_path, 
     images, outputs = random_images(1, 8, 8), []
     for path in (workdir, exported):
         loaded = models.load(path)
-        assert (loaded.scale, loaded.steps, loaded.solver) == (4, 2, "ddim")
+        assert (loaded.scale, loaded.sampling) == (4, Sampling("ddim", 2))
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.params))
         outputs.append(loaded.upscale(images, jax.random.key(9)))
     np.testing.assert_array_equal(outputs[0], outputs[1])
@@ -404,8 +396,8 @@ def test_an_export_is_a_safetensors_file_by_name(workdir, tmp_path, capsys):
 
 
 def test_a_shipped_model_is_loaded_by_its_name(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "SHIPPED", tmp_path)
-    checkpoints.export(tmp_path / "tiny_4x.safetensors", model.params, config())
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    weights.export(tmp_path / "tiny_4x.safetensors", model.params, config())
     assert models.load("tiny_4x").name == "tiny_4x"
     with pytest.raises(UserError) as error:
         models.load("tiny_8x")
@@ -427,7 +419,7 @@ def refusal(path) -> str:
 
 
 def test_folders_that_are_no_workdir_are_refused(tmp_path):
-    assert refusal(tmp_path) == f"model folder {tmp_path} has no config.json; give a workdir of sr3 train"
+    assert f"{tmp_path} has no config.json" in refusal(tmp_path)
     checkpoints.write_config(tmp_path, config())
     assert f"{tmp_path} has no checkpoint yet" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -456,7 +448,7 @@ def broken(change) -> dict:
     ids=str,
 )
 def test_a_config_of_another_version_is_named(values, tmp_path):
-    checkpoints.export(tmp_path / "model.safetensors", params_of(config()), values)
+    weights.export(tmp_path / "model.safetensors", params_of(config()), values)
     text = refusal(tmp_path / "model.safetensors")
     assert text.startswith("the config of model model.safetensors does not fit this version of sr3_jax (")
     assert text.endswith("; use the version that wrote it")
@@ -473,7 +465,7 @@ def test_a_config_of_another_version_is_named(values, tmp_path):
 def test_weights_of_another_network_are_named(change, where, tmp_path):
     params = params_of(config())
     change(params)
-    checkpoints.export(tmp_path / "model.safetensors", params, config())
+    weights.export(tmp_path / "model.safetensors", params, config())
     text = refusal(tmp_path / "model.safetensors")
     assert text.startswith(
         "the weights of model model.safetensors are not those of the network in its config"

@@ -17,7 +17,7 @@ from sr3_jax.data.sources import open_source
 from sr3_jax.evaluation import evaluate
 from sr3_jax.evaluation import files as evaluation_files
 from sr3_jax.inference.model import load
-from sr3_jax.train.checkpoints import export
+from sr3_jax.train.weights import export
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {

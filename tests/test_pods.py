@@ -21,7 +21,7 @@ from PIL import Image as PillowImage
 from sr3_jax.cli import main as cli
 from sr3_jax.config import experiment
 from sr3_jax.distributed import sharding
-from sr3_jax.train import loop
+from sr3_jax.train import loop, weights
 from tests import soak_resume, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,9 +135,8 @@ def test_a_folder_is_divided_by_process_and_written_once(tmp_path, capsys):
     (folder / "broken.png").write_bytes(b"no image")
     model = tmp_path / "model.safetensors"
     plain = experiment.read(tiny.config(folder))
-    from sr3_jax.train import checkpoints
 
-    checkpoints.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
+    weights.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
     options = [f"--model={model}", "--steps=2", "--batch-size=1"]
     out, alone = tmp_path / "out", tmp_path / "alone"
     command = ["-m", "sr3_jax", "upscale", str(folder), f"-o{out}", *options]
@@ -161,9 +160,8 @@ def test_an_evaluation_is_divided_by_process_and_one_process_takes_it_over(tmp_p
     folder = tiny.images(tmp_path / "in", count=5, side=24)
     model = tmp_path / "model.safetensors"
     plain = experiment.read(tiny.config(folder))
-    from sr3_jax.train import checkpoints
 
-    checkpoints.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
+    weights.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
     out, alone = tmp_path / "out", tmp_path / "alone"
     options = [f"--model={model}", f"--data=folder:{folder}", "--steps=2", "--samples=2", "--features=none"]
     with pod(2, 1, "-m", "sr3_jax", "evaluate", *options, f"-o{out}") as process:

@@ -83,8 +83,13 @@ def test_it_upscales_in_one_pass_whatever_the_key(regression, params):
 
 @pytest.mark.parametrize(
     ("section", "field", "value"),
-    [("diffusion", "prediction", "eps"), ("diffusion", "norm", "l1"), ("sampling", "steps", 5), ("sampling", "solver", "heun")],
-)  # fmt: skip
+    [
+        ("diffusion", "prediction", "eps"),
+        ("diffusion", "norm", "l1"),
+        ("sampling", "steps", 5),
+        ("sampling", "solver", "heun"),
+    ],
+)
 def test_what_is_no_regression_is_refused(section, field, value):
     config = tiny.config(**SWITCH)
     config[section][field] = value

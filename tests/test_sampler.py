@@ -11,6 +11,7 @@ from sr3_jax.diffusion import solvers
 from sr3_jax.diffusion.process import PREDICTIONS, target, to_eps
 from sr3_jax.diffusion.sampler import Samples, sample
 from sr3_jax.diffusion.schedule import linear, respace
+from sr3_jax.diffusion.solvers import Carry
 from sr3_jax.diffusion.space import Space, image, residual
 
 TRAINING = linear()
@@ -56,10 +57,13 @@ def test_snapshots_are_those_of_a_loop_by_hand(name):
     def denoise(y, gamma):
         return jnp.clip(network(y, jnp.full((3,), gamma), {}), -1, 1)
 
-    carry, table = solver.init(schedule, start)
+    table = solver.coefficients(schedule)
+    carry = Carry(start, solver.compiled.init(start))
     by_hand = []
     for step in range(8):
-        carry = solver.step(denoise, carry, None, jax.tree.map(lambda column, step=step: column[step], table))
+        carry = solver.compiled.step(
+            denoise, carry, None, jax.tree.map(lambda column, step=step: column[step], table)
+        )
         by_hand.append(carry.y)
     got = draw(8, solver=solver, snapshots=3)
     assert got.snapshots.shape == (2, *SHAPE)

@@ -9,17 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax import sampling
 from sr3_jax.cli import main as cli
 from sr3_jax.config import build, experiment
 from sr3_jax.diffusion import solvers
-from sr3_jax.diffusion.sampler import sample
+from sr3_jax.diffusion.sampler import sample, sample_with_coefficients
 from sr3_jax.diffusion.schedule import linear, respace
 from sr3_jax.errors import UserError
 from sr3_jax.inference import model as models
-from sr3_jax.inference import program
-from sr3_jax.sampling import SOLVERS, Sampling, Stored, inference_grid, solver_named
-from sr3_jax.train import checkpoints
+from sr3_jax.inference import program, sampling_file
+from sr3_jax.inference.sampling_file import StoredSampling
+from sr3_jax.sampling import SOLVERS, Sampling
+from sr3_jax.train import weights
 from tests import tiny
 
 TRAINING = linear()
@@ -46,15 +46,15 @@ def params_of(values: dict, *, seed: int = 0):
 
 def exported(path, *, seed: int = 0, **sections) -> models.Model:
     values = config(**sections)
-    checkpoints.export(path, params_of(values, seed=seed), values)
+    weights.export(path, params_of(values, seed=seed), values)
     return models.load(path)
 
 
-def stored_for(model: models.Model, chosen: Sampling = SEARCHED) -> Stored:
-    return Stored(
+def stored_for(model: models.Model, chosen: Sampling = SEARCHED) -> StoredSampling:
+    return StoredSampling(
         chosen,
-        sampling.fingerprint(model.params),
-        sampling.config_fingerprint(model.config),
+        sampling_file.params_fingerprint(model.params),
+        sampling_file.config_fingerprint(model.config),
         model.name,
         {"metric": "lpips"},
     )
@@ -69,9 +69,9 @@ def images(count: int = 1) -> np.ndarray:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_without_end_points_it_is_the_solvers_own_grid(solver):
-    grid, _ = Sampling(solver, 7).build(TRAINING)
-    np.testing.assert_array_equal(grid.gamma64, inference_grid(TRAINING, 7, solver).gamma64)
-    np.testing.assert_array_equal(grid.gamma64, respace(TRAINING, 7, solver_named(solver).spacing).gamma64)
+    grid = Sampling(solver, 7).grid(TRAINING)
+    spacing = Sampling(solver).make_solver().spacing
+    np.testing.assert_array_equal(grid.gamma64, respace(TRAINING, 7, spacing).gamma64)
 
 
 def test_end_points_and_spacing_are_those_of_the_grid():
@@ -89,7 +89,7 @@ def test_the_variances_are_the_solvers():
         (Sampling("ddim", 4, eta=0.3), solvers.ddim(0.3)),
         (Sampling("ancestral", 4), solvers.ancestral()),
     ]:
-        wanted = solvers.coefficients(solver, respace(TRAINING, 4)).noise
+        wanted = solver.coefficients(respace(TRAINING, 4)).noise
         np.testing.assert_array_equal(noise_of(chosen), wanted)
         assert wanted[0] > 0
     assert not noise_of(Sampling("ddim", 4)).any()
@@ -110,16 +110,18 @@ def test_coefficients_as_an_argument_give_what_the_schedule_gives(chosen):
     def network(y, gamma, cond):
         return 0.5 * y * gamma.reshape(-1, 1, 1, 1) ** 0.1
 
-    def draw(schedule, solver):
-        return sample(
-            network, jax.random.key(0), {}, shape=(2, 3, 3, 1), schedule=schedule, solver=solver
+    arguments = {"denoiser": network, "cond": {}, "shape": (2, 3, 3, 1)}
+    solver = chosen.make_solver()
+    direct = sample(key=jax.random.key(0), **arguments, schedule=chosen.grid(TRAINING), solver=solver).image
+
+    @jax.jit
+    def traced(coefficients):
+        key = jax.random.key(0)
+        return sample_with_coefficients(
+            key=key, **arguments, coefficients=coefficients, step=solver.compiled
         ).image
 
-    schedule, solver = chosen.build(TRAINING)
-    traced = jax.jit(
-        lambda table: draw(linear(chosen.steps), solvers.with_coefficients(chosen.program, table))
-    )
-    np.testing.assert_allclose(traced(chosen.coefficients(TRAINING)), draw(schedule, solver), atol=1e-6)
+    np.testing.assert_allclose(traced(chosen.coefficients(TRAINING)), direct, atol=1e-6)
 
 
 def test_samplings_of_one_solver_and_length_share_a_program(tmp_path):
@@ -135,76 +137,83 @@ def test_samplings_of_one_solver_and_length_share_a_program(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "field", "value"),
     [
-        ({"solver": "euler"}, "solver must be one of ancestral, ddim, dpmpp_2m, heun, got 'euler'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"steps": 2.0}, "steps must be at least 1, got 2.0"),
-        ({"spacing": "even"}, "spacing must be one of log_snr, uniform, karras, linear, got 'even'"),
-        ({"solver": "ancestral", "variance": 1.5}, "variance must be from 0 to 1, got 1.5"),
-        ({"solver": "ddim", "eta": -0.1}, "eta must be from 0 to 1, got -0.1"),
-        ({"eta": 0.5}, "eta is of solver ddim alone, got solver 'dpmpp_2m': leave it out"),
-        ({"solver": "ddim", "variance": 0.5}, "variance is of solver ancestral alone, got solver 'ddim'"),
-        ({"guidance": -1}, "guidance must be at least 0, got -1"),
-        ({"guidance": float("nan")}, "guidance must be at least 0, got nan"),
-        ({"augment": True}, "augment must be from 0 to 1, got True"),
-        (
-            {"log_snr_min": float("inf")},
-            "log_snr_min must be a log-SNR, or null for the training schedule's, got inf",
-        ),
+        ({"solver": "euler"}, "solver", "euler"),
+        ({"solver": "no_such_module:solver"}, "solver", "no_such_module"),
+        ({"solver": "math:no_such_function"}, "solver", "no_such_function"),
+        ({"steps": 0}, "steps", "0"),
+        ({"steps": 2.0}, "steps", "2.0"),
+        ({"spacing": "even"}, "spacing", "even"),
+        ({"solver": "ancestral", "variance": 1.5}, "variance", "1.5"),
+        ({"solver": "ddim", "eta": -0.1}, "eta", "-0.1"),
+        ({"eta": 0.5}, "eta", "dpmpp_2m"),
+        ({"solver": "ddim", "variance": 0.5}, "variance", "ddim"),
+        ({"guidance": -1}, "guidance", "-1"),
+        ({"guidance": float("nan")}, "guidance", "nan"),
+        ({"augment": True}, "augment", "True"),
+        ({"log_snr_min": float("inf")}, "log_snr_min", "inf"),
     ],
 )
-def test_settings_that_cannot_work_are_one_sentence(settings, sentence):
+def test_invalid_settings_name_the_field_and_the_value(settings, field, value):
     with pytest.raises(UserError) as error:
         Sampling(**settings)
-    assert str(error.value).startswith(sentence)
+    assert field in str(error.value) and value in str(error.value)
+
+
+def euler() -> solvers.Solver:
+    """A user's own solver: deterministic, first order."""
+    return solvers.ddim()
+
+
+def test_a_users_own_solver_samples_by_its_import_path(tmp_path):
+    model = exported(tmp_path / "m.safetensors")
+    output = model.upscale(images(), 0, solver=f"{__name__}:euler", steps=3)
+    np.testing.assert_array_equal(output, model.upscale(images(), 0, solver="ddim", steps=3))
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "values"),
     [
-        (
-            {"log_snr_min": -12.0},
-            "log_snr_min must be a log-SNR that the training schedule has, -10.034 to 13.816, got -12",
-        ),
-        ({"log_snr_max": 14.0}, "log_snr_max must be a log-SNR that the training schedule has"),
-        (
-            {"log_snr_min": 3.0, "log_snr_max": 2.0},
-            "log_snr_min must be a log-SNR below the log_snr_max of 2.000, got 3.000",
-        ),
-        ({"steps": 2001, "spacing": "uniform"}, "uniform spacing has at most the 2000 training steps"),
+        ({"log_snr_min": -12.0}, ["log_snr_min", "-10.034", "13.816", "-12"]),
+        ({"log_snr_max": 14.0}, ["log_snr_max", "14"]),
+        ({"log_snr_min": 3.0, "log_snr_max": 2.0}, ["log_snr_min", "2.000", "3.000"]),
+        ({"steps": 2001, "spacing": "uniform"}, ["uniform", "2000", "2001"]),
     ],
 )
-def test_grids_that_the_training_schedule_does_not_have_are_refused(settings, sentence):
+def test_a_grid_outside_the_training_schedule_fails(settings, values):
     with pytest.raises(UserError) as error:
         Sampling(**settings).grid(TRAINING)
-    assert sentence in str(error.value) and "do not fit the noise schedule" in str(error.value)
+    assert all(value in str(error.value) for value in values)
 
 
-def test_evaluations_are_the_networks_calls():
+def test_nfe_of_each_solver():
     assert [Sampling(solver, 5).nfe for solver in SOLVERS] == [5, 5, 5, 9]
 
 
 def test_what_is_asked_by_name_does_not_inherit_a_grid_found_for_another():
     base = dataclasses.replace(SEARCHED, guidance=2.0, augment=0.5)
-    assert base.asked() is base and base.asked(steps=3) is base and base.asked(solver="ancestral") is base
-    assert base.asked(steps=4) == Sampling("ancestral", 4, guidance=2.0, augment=0.5)
-    assert base.asked(solver="ddim") == Sampling("ddim", 3, guidance=2.0, augment=0.5)
+    assert (
+        base.override() is base
+        and base.override(steps=3) is base
+        and base.override(solver="ancestral") is base
+    )
+    assert base.override(steps=4) == Sampling("ancestral", 4, guidance=2.0, augment=0.5)
+    assert base.override(solver="ddim") == Sampling("ddim", 3, guidance=2.0, augment=0.5)
     with pytest.raises(UserError, match="solver must be one of"):
-        base.asked(solver="euler")
+        base.override(solver="euler")
 
 
-# ---- The file beside a model
+# ---- The sampling file of a model
 
 
 def test_a_stored_sampling_is_the_models_own(tmp_path):
     path = tmp_path / "m.safetensors"
     model = exported(path)
     plain = model.upscale(images(), jax.random.key(0))
-    sampling.store(tmp_path / "m.sampling.json", stored_for(model))
+    sampling_file.write_sampling(tmp_path / "m.sampling.json", stored_for(model))
     tuned = models.load(path)
     assert (model.sampling, tuned.sampling) == (Sampling("ddim", 2), SEARCHED)
-    assert (tuned.steps, tuned.solver) == (3, "ancestral")
     own = tuned.upscale(images(), jax.random.key(0))
     np.testing.assert_array_equal(own, model.upscale(images(), jax.random.key(0), sampling=SEARCHED))
     assert np.any(own != plain)
@@ -217,51 +226,50 @@ def test_a_stored_sampling_is_the_models_own(tmp_path):
 
 
 def test_what_is_stored_reads_back(tmp_path):
-    stored = Stored(SEARCHED, "a", "b", "c", {"metric": "lpips", "score": 0.25})
-    sampling.store(tmp_path / "x.json", stored)
-    assert sampling.read_stored(tmp_path / "x.json") == stored
+    stored = StoredSampling(SEARCHED, "a", "b", "c", {"metric": "lpips", "score": 0.25})
+    sampling_file.write_sampling(tmp_path / "x.json", stored)
+    assert sampling_file.read_sampling(tmp_path / "x.json") == stored
 
 
 def test_a_file_for_other_weights_is_not_used_and_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(sampling._log, "propagate", True)
+    monkeypatch.setattr(sampling_file._log, "propagate", True)
     other = exported(tmp_path / "other.safetensors", seed=1)
     exported(tmp_path / "m.safetensors")
-    sampling.store(tmp_path / "m.sampling.json", stored_for(other))
+    sampling_file.write_sampling(tmp_path / "m.sampling.json", stored_for(other))
     assert models.load(tmp_path / "m.safetensors").sampling == Sampling("ddim", 2)
     (message,) = {record.getMessage() for record in caplog.records}
-    assert "m.sampling.json was searched with other weights (other.safetensors)" in message
-    assert message.endswith("not used: run sr3 search-schedule again")
+    assert "m.sampling.json" in message and "other.safetensors" in message and "ignored" in message
 
 
 @pytest.mark.parametrize("noise", [100, 90], ids=["same_schedule", "other_schedule"])
 def test_in_a_workdir_later_steps_of_the_same_run_use_it_with_a_word(noise, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(sampling._log, "propagate", True)
+    monkeypatch.setattr(sampling_file._log, "propagate", True)
     model = exported(tmp_path / "m.safetensors")
     later = dataclasses.replace(
         model, config=config(diffusion={"num_steps": noise}), params=params_of(config(), seed=2)
     )
-    sampling.store(tmp_path / sampling.FILE, stored_for(model))
-    used = sampling.find_stored(
+    sampling_file.write_sampling(tmp_path / sampling_file.FILE, stored_for(model))
+    used = sampling_file.find_sampling(
         tmp_path, own=model.sampling, params=later.params, config=later.config, name="run at step 9"
     )
     (message,) = {record.getMessage() for record in caplog.records}
     if noise == 100:
-        assert used == SEARCHED and "it is used for run at step 9 too" in message
+        assert used == SEARCHED and "run at step 9" in message
     else:
-        assert used == model.sampling and "not used" in message
+        assert used == model.sampling and "ignored" in message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_carries_it_along(dtype, tmp_path, capsys):
     model = exported(tmp_path / "m.safetensors")
-    sampling.store(tmp_path / "m.sampling.json", stored_for(model))
+    sampling_file.write_sampling(tmp_path / "m.sampling.json", stored_for(model))
     target = tmp_path / "out" / "new.safetensors"
     arguments = ["export", str(tmp_path / "m.safetensors"), "-o", str(target), "--dtype", dtype]
     assert cli.main(arguments) == 0
-    assert f"its sampling written to {tmp_path / 'out' / 'new.sampling.json'}" in capsys.readouterr().out
+    assert str(tmp_path / "out" / "new.sampling.json") in capsys.readouterr().out
     assert models.load(target).sampling == SEARCHED
     assert capsys.readouterr().err == ""
-    carried = sampling.read_stored(tmp_path / "out" / "new.sampling.json")
+    carried = sampling_file.read_sampling(tmp_path / "out" / "new.sampling.json")
     assert carried.found == {"metric": "lpips", "searched_with": "m.safetensors"}
     (tmp_path / "m.sampling.json").unlink()
     again = ["export", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "plain.safetensors")]
@@ -272,25 +280,25 @@ def test_an_export_carries_it_along(dtype, tmp_path, capsys):
     ("text", "reason"),
     [
         ("{", "Expecting property name"),
-        ("[]", "holds no sampling of ours"),
-        ('{"sampling": {}}', "it has no 'format'"),
-        ('{"format": "sr3_jax.sampling.9"}', "it is of another version"),
-        ('{"format": "sr3_jax.sampling.1", "sampling": {"steps": 0}}', "steps must be at least 1, got 0"),
-        ('{"format": "sr3_jax.sampling.1", "sampling": {"order": 3}}', "order"),
-        ('{"format": "sr3_jax.sampling.1", "sampling": {}, "weights": "x"}', "setup"),
+        ("[]", "not a valid sampling file"),
+        ('{"sampling": {}}', "format"),
+        ('{"format": "sr3_jax.sampling.9"}', "format version"),
+        ('{"format": "sr3_jax.sampling.2", "sampling": {"steps": 0}}', "steps must be at least 1, got 0"),
+        ('{"format": "sr3_jax.sampling.2", "sampling": {"order": 3}}', "order"),
+        ('{"format": "sr3_jax.sampling.2", "sampling": {}, "weights": "x"}', "config"),
     ],
 )
-def test_a_damaged_file_is_one_sentence_with_the_way_out(text, reason, tmp_path):
+def test_a_damaged_file_fails_with_the_fix(text, reason, tmp_path):
     exported(tmp_path / "m.safetensors")
     (tmp_path / "m.sampling.json").write_text(text)
     with pytest.raises(UserError, match=reason) as error:
         models.load(tmp_path / "m.safetensors")
-    assert "delete it, or make it anew with sr3 search-schedule" in str(error.value)
+    assert "sr3 search-schedule" in str(error.value)
 
 
 def test_the_fingerprint_is_of_every_weight():
     params = params_of(config())
-    before = sampling.fingerprint(params)
-    assert before == sampling.fingerprint(jax.tree.map(jax.numpy.asarray, params))
+    before = sampling_file.params_fingerprint(params)
+    assert before == sampling_file.params_fingerprint(jax.tree.map(jax.numpy.asarray, params))
     params["output"]["bias"][2] += 1e-6
-    assert sampling.fingerprint(params) != before
+    assert sampling_file.params_fingerprint(params) != before

@@ -203,17 +203,11 @@ def test_uniform_spacing_between_end_points_is_even_in_the_training_step():
 @pytest.mark.parametrize(
     ("ends", "message"),
     [
-        (
-            {"log_snr_min": -10.1},
-            "log_snr_min must be a log-SNR that the training schedule has, -10.034 to 13.816, got -10",
-        ),
+        ({"log_snr_min": -10.1}, "log_snr_min .*-10.034 to 13.816, got -10.1"),
         ({"log_snr_max": 13.9}, "log_snr_max must be .*, got 13.9"),
         ({"log_snr_min": float("nan")}, "log_snr_min must be .*, got nan"),
-        (
-            {"log_snr_min": 2.0, "log_snr_max": 1.0},
-            "log_snr_min must be a log-SNR below the log_snr_max of 1.000, got 2.000",
-        ),
-        ({"log_snr_min": -1.0, "log_snr_max": -0.9}, "5 betas that are linear from 0.711 .* noisier"),
+        ({"log_snr_min": 2.0, "log_snr_max": 1.0}, "log_snr_min .*1.000, got 2.000"),
+        ({"log_snr_min": -1.0, "log_snr_max": -0.9}, "0.711 .*log_snr_min"),
     ],
 )
 def test_end_points_that_make_no_grid_are_refused(ends, message):

@@ -19,12 +19,13 @@ from sr3_jax.evaluation import measures, scoring
 from sr3_jax.image_io.image_file import ImageError, read_rgb
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
 from sr3_jax.inference import model as models
+from sr3_jax.inference import sampling_file
 from sr3_jax.sampling import Sampling
 from sr3_jax.search import inputs as search_inputs
 from sr3_jax.search import report as search_report
 from sr3_jax.search import scores
 from sr3_jax.search.successive_halving import TimeUp
-from sr3_jax.train import checkpoints
+from sr3_jax.train import weights
 from tests import tiny
 
 CROP = 32
@@ -43,7 +44,7 @@ def exported(path: Path, **sections) -> models.Model:
     network = experiment.build_network(values["model"])
     shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    checkpoints.export(path, tiny.perturbed(zeros), values)
+    weights.export(path, tiny.perturbed(zeros), values)
     return models.load(path)
 
 
@@ -80,10 +81,12 @@ def report(folder: Path) -> dict:
 
 
 def test_what_it_found_is_the_models_default_from_then_on(house, finished):
-    found, stored = report(finished), sampling.read_stored(house / "m.sampling.json")
+    found, stored = report(finished), sampling_file.read_sampling(house / "m.sampling.json")
     model = models.load(house / "m.safetensors")
     assert model.sampling == stored.sampling == Sampling(**found["chosen"]) != Sampling("ddim", 2)
-    assert stored.weights == sampling.fingerprint(model.params) and stored.model == "m.safetensors"
+    assert (
+        stored.weights == sampling_file.params_fingerprint(model.params) and stored.model == "m.safetensors"
+    )
     about = stored.found
     assert (about["metric"], about["crop"], about["seed"], about["guarded"]) == ("psnr", CROP, 0, True)
     assert about["score"] > about["default"]["score"] and about["figures"]["psnr"] == about["score"]

@@ -27,7 +27,7 @@ from sr3_jax.data.sources import Source
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.inference.model import load
-from sr3_jax.train import checkpoints, held_out, loop
+from sr3_jax.train import checkpoints, held_out, loop, weights
 from sr3_jax.train.state import abstract_state
 from tests import tiny
 
@@ -532,7 +532,7 @@ def test_a_run_starts_from_given_weights(whole, folder, tmp_path, monkeypatch, k
     model, start, init_params = load(whole), whole, experiment.Experiment.init_params
     if kind == "export":
         start = tmp_path / "model.safetensors"
-        checkpoints.export(start, model.params, model.config)
+        weights.export(start, model.params, model.config)
     StandIn(monkeypatch)
     monkeypatch.setattr(experiment.Experiment, "init_params", init_params)
     assert run(folder, tmp_path / "new", plain(num_steps=1, init_from=str(start))) == 0

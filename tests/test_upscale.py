@@ -248,10 +248,10 @@ def test_finished_images_are_skipped_unless_told(tmp_path):
 def test_what_the_model_cannot_do_is_named_and_the_others_go_on(tmp_path):
     images = {f"{i}.png": pixels(8, 9, seed=i) for i in range(6)}
 
-    def before(images: np.ndarray) -> None:
-        if (images == images["2.png"]).all(axis=(1, 2, 3)).any():
+    def before(batch: np.ndarray) -> None:
+        if (batch == images["2.png"]).all(axis=(1, 2, 3)).any():
             raise FloatingPointError("gave values that are\nnot finite")
-        if (images == images["4.png"]).all(axis=(1, 2, 3)).any():
+        if (batch == images["4.png"]).all(axis=(1, 2, 3)).any():
             raise RuntimeError("INTERNAL: dice")
 
     jobs, told, model = jobs_of(tmp_path, images), [], StandIn(before=before)
@@ -270,8 +270,8 @@ def test_what_the_model_cannot_do_is_named_and_the_others_go_on(tmp_path):
 def test_a_batch_too_large_for_the_device_is_done_one_by_one(tmp_path):
     images = {f"{i}.png": pixels(8, 9, seed=i) for i in range(4)}
 
-    def before(images: np.ndarray) -> None:
-        if len(images) > 1 or (images == images["2.png"]).all():
+    def before(batch: np.ndarray) -> None:
+        if len(batch) > 1 or (batch == images["2.png"]).all():
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes")
 
     jobs = jobs_of(tmp_path, images)
@@ -310,7 +310,7 @@ def test_unreadable_and_unwritable_images_are_named(tmp_path):
 
 
 def test_a_mistake_that_concerns_all_stops_at_once(tmp_path):
-    def before(images: np.ndarray) -> None:
+    def before(batch: np.ndarray) -> None:
         raise UserError("solver must be one of ddim, got 'x'")
 
     model = StandIn(before=before)
@@ -335,9 +335,9 @@ def test_reading_goes_ahead_within_a_window(tmp_path, monkeypatch):
 
     worked, ahead = [], []
 
-    def before(images: np.ndarray) -> None:
+    def before(batch: np.ndarray) -> None:
         assert many.wait(20), "nothing is read while the device works"
-        worked.append(len(images))
+        worked.append(len(batch))
         ahead.append(len(read) - sum(worked))
 
     monkeypatch.setattr("sr3_jax.inference.upscale_files.read_image", counting)
@@ -379,7 +379,7 @@ def test_writing_does_not_hold_up_the_device(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_leaves_whole_files_alone(tmp_path):
-    def before(images: np.ndarray) -> None:
+    def before(batch: np.ndarray) -> None:
         if len(model.calls) == 3:
             raise KeyboardInterrupt
 

@@ -137,7 +137,7 @@ def _settings(args: argparse.Namespace, links: list[Any]) -> list[Any]:
         rest = {
             name: columns[name][index] for name in ("guidance", "augment") if columns[name][index] is not None
         }
-        return lambda own: dataclasses.replace(own.asked(steps=steps, solver=solver), **rest)
+        return lambda own: dataclasses.replace(own.override(steps=steps, solver=solver), **rest)
 
     return [setting(index) for index in range(len(links))]
 

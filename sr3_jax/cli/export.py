@@ -16,16 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, write, say what was written."""
     from sr3_jax.errors import UserError
-    from sr3_jax.inference.model import load, locate
-    from sr3_jax.sampling import carry_over, sampling_path
-    from sr3_jax.train.checkpoints import export, read_export
+    from sr3_jax.inference.model import load
+    from sr3_jax.inference.sampling_file import copy_sampling, sampling_path
+    from sr3_jax.train.weights import export, locate_model, read_export
 
     if args.output.suffix != ".safetensors":
         raise UserError(f"-o {args.output} must end in .safetensors")
     model = load(args.model)
     export(args.output, model.params, model.config, dtype=args.dtype)
     written, _ = read_export(args.output)
-    if carry_over(locate(args.model), args.output, model.sampling, params=written, name=args.output.name):
+    if copy_sampling(
+        locate_model(args.model), args.output, model.sampling, params=written, name=args.output.name
+    ):
         print(f"its sampling written to {sampling_path(args.output)}")
     print(f"{model.name} written to {args.output}, {args.output.stat().st_size / 1e6:.2f} MB")
     return 0

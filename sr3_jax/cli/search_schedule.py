@@ -87,19 +87,19 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.errors import UserError
     from sr3_jax.inference import model
-    from sr3_jax.sampling import (
-        SOLVERS,
-        Sampling,
-        Stored,
+    from sr3_jax.inference.sampling_file import (
+        StoredSampling,
         config_fingerprint,
-        fingerprint,
+        params_fingerprint,
         sampling_path,
-        store,
+        write_sampling,
     )
+    from sr3_jax.sampling import SOLVERS, Sampling
     from sr3_jax.search import inputs as search_inputs
     from sr3_jax.search import report as search_report
     from sr3_jax.search import scores as search_scores
     from sr3_jax.search import successive_halving
+    from sr3_jax.train.weights import locate_model
 
     started = time.perf_counter()
     if args.metric not in search_scores.METRICS:
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     usual = {budget: plain[own.solver, budget] for budget in budgets}
     for sampling in plain.values():
         sampling.grid(loaded.schedule)  # which may say what is wrong with so many steps
-    place = sampling_path(model.locate(args.model))
+    place = sampling_path(locate_model(args.model))
     if not args.no_store:
         files.make_folder(place.parent)  # now rather than after an hour
     folder = files.make_folder(args.output)
@@ -210,11 +210,11 @@ def run(args: argparse.Namespace) -> int:
     search_report.write(folder, report)
     print(f"\n{search_report.markdown(report)}")
     if chosen is not None and not args.no_store:
-        store(
+        write_sampling(
             place,
-            Stored(
+            StoredSampling(
                 Sampling(**chosen["sampling"]),
-                fingerprint(loaded.params),
+                params_fingerprint(loaded.params),
                 config_fingerprint(loaded.config),
                 loaded.name,
                 search_report.provenance(report, chosen, default),

@@ -1,21 +1,26 @@
-"""The reverse loop: from noise to an image, one `lax.scan` for every solver (paper Algorithm 2)."""
+"""The reverse loop: from noise to an image with one `lax.scan` for every solver (paper, Algorithm 2)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sr3_jax.diffusion.process import Prediction, to_y0
 from sr3_jax.diffusion.schedule import NoiseSchedule
-from sr3_jax.diffusion.solvers import Carry, Solver, ancestral
+from sr3_jax.diffusion.solvers import Carry, Solver, SolverStep, ancestral
 from sr3_jax.diffusion.space import Space, image
 from sr3_jax.types import Conditioning, Denoiser, Image, Key
 
 
 class Samples(NamedTuple):
-    """image [B,H,W,C] in [-1,1]; snapshots [K,B,H,W,C]: y_t as an image, not clipped, or None."""
+    """Result of `sample`.
+
+    Attributes:
+        image: [B,H,W,C] float32 in [-1,1].
+        snapshots: [K,B,H,W,C], y_t as an image, not clipped; None unless requested.
+    """
 
     image: Image
     snapshots: jax.Array | None
@@ -33,22 +38,55 @@ def sample(
     space: Space = image(),
     snapshots: int = 0,
 ) -> Samples:
-    """Draw images from p(y0 | cond) by N = schedule.num_steps reverse steps.
+    """Sample images from p(y0 | cond) with N = schedule.num_steps reverse steps.
 
-    Pure and traceable; wrap it in `jit` with `out_shardings`, so that each device computes its part of the batch.
+    Pure and traceable: wrap it in `jax.jit` with `out_shardings`, so that each device computes its part of the batch.
 
     Args:
-        denoiser: the network, predicting `prediction`.
-        key: one key for the batch, or [B] keys, which make each example independent of its batch.
-        cond: passed through to the network.
+        denoiser: the network; it predicts `prediction`.
+        key: one key for the batch, or [B] keys, which make each example independent of the rest of its batch.
+        cond: conditioning, passed through to the network.
         shape: (B,H,W,C) of the images.
-        schedule: the inference grid, usually `respace(training_schedule, N)`.
-        snapshots: keep y_t after every that many steps; 0 keeps none. Only these are held in memory.
+        schedule: the inference schedule, usually `respace(training_schedule, N)`.
+        solver: one of `ancestral`, `ddim`, `dpmpp_2m`, `heun`, or your own.
+        prediction: what the network predicts: 'eps', 'v' or 'y0'.
+        space: what is diffused: the image, or its residual to the upsampled low-res image.
+        snapshots: keep y_t after every `snapshots` steps; 0 keeps none. Only these are held in memory.
 
     Raises:
-        ValueError: `key` is neither one key nor one an example; `snapshots` is negative or above N.
+        ValueError: `key` is neither one key nor one per example; `snapshots` is negative or above N.
     """
-    batch_size, num_steps = shape[0], schedule.num_steps
+    return sample_with_coefficients(
+        denoiser,
+        key,
+        cond,
+        shape=shape,
+        coefficients=solver.coefficients(schedule),
+        step=solver.compiled,
+        prediction=prediction,
+        space=space,
+        snapshots=snapshots,
+    )
+
+
+def sample_with_coefficients(
+    denoiser: Denoiser,
+    key: Key,
+    cond: Conditioning,
+    *,
+    shape: tuple[int, ...],
+    coefficients: Any,
+    step: SolverStep,
+    prediction: Prediction = "eps",
+    space: Space = image(),
+    snapshots: int = 0,
+) -> Samples:
+    """`sample`, given the rows of `Solver.coefficients` and `Solver.compiled`.
+
+    With the coefficients as an argument of a jitted function, and the step static, all grids of one length and all
+    options of a solver share one compilation.
+    """
+    batch_size, num_steps = shape[0], len(jax.tree.leaves(coefficients)[0])
     if key.shape not in ((), (batch_size,)):
         raise ValueError(f"key must be one key or {batch_size} keys, got shape {key.shape}")
     if not 0 <= snapshots <= num_steps:
@@ -57,7 +95,7 @@ def sample(
     def denoise(y: jax.Array, gamma: jax.Array) -> jax.Array:
         level = jnp.full((batch_size,), gamma)
         y0_hat = to_y0(denoiser(y, level, cond), y, level, prediction)
-        # Inside Heun gamma can be 1 only in the branch that is not taken.
+        # Inside Heun's method gamma is 1 only in the branch that is not taken.
         return space.clip(y0_hat, cond)
 
     def noise(keys: Key) -> jax.Array:
@@ -65,14 +103,14 @@ def sample(
             return jax.random.normal(keys, shape)
         return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
 
-    start, rest = split(key)  # so that y_T is the same for every solver and number of steps
-    carry, table = solver.init(schedule, noise(start))
+    first, rest = split(key)  # so that y_T is the same for every solver and number of steps
+    y_start = noise(first)
     kept = jnp.zeros((num_steps // snapshots, *shape)) if snapshots else None
 
     def body(state: tuple[Carry, jax.Array | None], row: tuple) -> tuple[tuple, None]:
-        (carry, kept), (index, coefficients) = state, row
-        z = noise(_of_step(rest, index)) if solver.stochastic else None
-        carry = solver.step(denoise, carry, z, coefficients)
+        (carry, kept), (index, coefficient) = state, row
+        z = noise(_of_step(rest, index)) if step.stochastic else None
+        carry = step.step(denoise, carry, z, coefficient)
         if kept is not None:
             done = index + 1
             # A step that is not kept writes past the end, where 'drop' ignores it.
@@ -80,7 +118,8 @@ def sample(
             kept = kept.at[slot].set(space.decode(carry.y, cond), mode="drop")
         return (carry, kept), None
 
-    rows = (jnp.arange(num_steps), table)
+    rows = (jnp.arange(num_steps), coefficients)
+    carry = Carry(y_start, step.init(y_start))
     (carry, kept), _ = jax.lax.scan(body, (carry, kept), rows)
     return Samples(jnp.clip(space.decode(carry.y, cond), -1.0, 1.0), kept)
 

@@ -1,7 +1,7 @@
-"""Noise schedules: how much signal variance gamma_t is left after t of T noising steps, and p(gamma).
+"""Noise schedules: the signal variance gamma_t left after t of T noising steps, and p(gamma).
 
-Tables are built in float64 and handed out as float32, each from the float64 values: 1 - gamma computed from a
-float32 gamma has lost its digits at the clean end. Shape legend: T training steps, N inference steps, B batch.
+Tables are built in float64 and returned as float32, each computed from the float64 values: 1 - gamma of a float32
+gamma has lost its digits at the clean end. Shape legend: T training steps, N inference steps, B batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sr3_jax.types import Key, NoiseLevel
 
 Spacing = Literal["log_snr", "uniform", "karras", "linear"]
 SPACINGS: tuple[Spacing, ...] = ("log_snr", "uniform", "karras", "linear")
-# Noisier levels than this hold no signal that a step could win: `linear` ends at -10.03, `cosine` at -21, and a few
-# steps spread evenly over its whole range would mostly be spent there.
+# Noisier levels carry no signal worth a step: `linear` ends at -10.03 but `cosine` at -21, and a few steps spread
+# evenly over its whole range would mostly be spent there.
 LEAST_LOG_SNR = -10.1
 KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: how strongly the grid leans towards low noise
 
@@ -40,9 +40,7 @@ class NoiseSchedule:
         if gamma[0] != 1.0:
             raise ValueError(f"gamma must start at 1 (no noise), got {gamma[0]}")
         if not (np.all(np.diff(gamma) < 0) and gamma[-1] > 0):
-            raise ValueError(
-                "gamma must be strictly decreasing and stay above 0; make the betas larger than 0"
-            )
+            raise ValueError("gamma must be strictly decreasing and stay above 0: use betas above 0")
         gamma.flags.writeable = False
 
     @property
@@ -107,22 +105,22 @@ def respace(
     log_snr_min: float | None = None,
     log_snr_max: float | None = None,
 ) -> NoiseSchedule:
-    """An inference schedule of N steps from the training schedule's log_snr_min level to clean.
+    """An inference schedule of N steps, from the noisiest level of the training schedule to clean.
 
-    y_T stays as noisy as the network knows it; keeping betas instead would leave signal in it. Except for 'uniform',
-    the log_snr_max noisy level is the training schedule's gamma_1 and the log_snr_min has a log-SNR of at least -10.1.
+    y_T is as noisy as in training; with fewer steps of the same betas, signal would be left in it. Except for
+    'uniform', gamma_1 is the training schedule's and the log-SNR of gamma_N is at least -10.1.
 
     Args:
         schedule: the training schedule.
         num_steps: N >= 1; for 'uniform' at most T.
         spacing: 'log_snr' even in log-SNR; 'uniform' every (T/N)-th training step; 'karras' even in
             sigma^(1/7), sigma = sqrt((1-gamma)/gamma) (Karras et al. 2022, Eq. 5); 'linear' betas linear in the step,
-            as the paper's, the last one such that gamma_N is the log_snr_min level.
-        log_snr_min, log_snr_max: other end points, gamma_N and gamma_1 of the N steps as log-SNR, within the training
-            schedule's range; the paper searched for them. One step has the log_snr_min alone.
+            as in the paper, the last one chosen to reach gamma_N.
+        log_snr_min, log_snr_max: end points of the grid, the log-SNR of gamma_N and of gamma_1, within the range of the
+            training schedule; the paper searched for its end points. With one step only log_snr_min is used.
 
     Raises:
-        ValueError: no such spacing, or no such grid in the training schedule.
+        ValueError: unknown spacing, or the training schedule has no such grid.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -133,7 +131,7 @@ def respace(
     for name, level in (("log_snr_min", log_snr_min), ("log_snr_max", log_snr_max)):
         if level is not None and not last - 1e-6 <= level <= first + 1e-6:
             raise ValueError(
-                f"{name} must be a log-SNR that the training schedule has, {last:.3f} to {first:.3f}, got {level}"
+                f"{name} must be within the training schedule's log-SNR, {last:.3f} to {first:.3f}, got {level}"
             )
     if spacing == "uniform":
         return _strided(schedule, num_steps, log_snr_min, log_snr_max)
@@ -142,9 +140,7 @@ def respace(
     if num_steps == 1:
         first = last
     elif not last < first:
-        raise ValueError(
-            f"log_snr_min must be a log-SNR below the log_snr_max of {first:.3f}, got {last:.3f}"
-        )
+        raise ValueError(f"log_snr_min must be below log_snr_max={first:.3f}, got {last:.3f}")
     if spacing == "linear":
         return _linear_between(num_steps, first, last)
     if spacing == "log_snr":
@@ -165,7 +161,9 @@ def _strided(
     """Even in the training step t; between two training steps, even in log-SNR."""
     total = schedule.num_steps
     if num_steps > total:
-        raise ValueError(f"uniform spacing has at most the {total} training steps, got num_steps={num_steps}")
+        raise ValueError(
+            f"uniform spacing allows at most the {total} training steps, got num_steps={num_steps}"
+        )
     if log_snr_min is None and log_snr_max is None:
         return from_gamma(schedule.gamma64[np.linspace(0, total, num_steps + 1).round().astype(int)])
     known, t = log_snr64(schedule.gamma64[1:]), np.arange(1, total + 1)
@@ -182,8 +180,8 @@ def _linear_between(num_steps: int, first: float, last: float) -> NoiseSchedule:
         return from_gamma(np.array([1.0, gamma_n]))
     if np.sum(np.log1p(-np.linspace(1 - gamma_1, 0.0, num_steps))) <= np.log(gamma_n):
         raise ValueError(
-            f"{num_steps} betas that are linear from {1 - gamma_1:.3g} add more noise than log_snr_min={last:.3f} has: "
-            "make it noisier, or the log_snr_max cleaner"
+            f"{num_steps} linear betas from {1 - gamma_1:.3g} end noisier than log_snr_min={last:.3f}: "
+            "lower log_snr_min or raise log_snr_max"
         )
     low, high = 0.0, 1.0
     for _ in range(60):  # to the last bit
@@ -197,10 +195,10 @@ def _linear_between(num_steps: int, first: float, last: float) -> NoiseSchedule:
 
 
 def sample_gamma(key: Key, schedule: NoiseSchedule, batch_size: int) -> NoiseLevel:
-    """Draw one gamma an example from the paper's p(gamma) (section 2.4): t ~ U{1..T}, gamma ~ U(gamma_t, gamma_{t-1}).
+    """Sample one gamma per example from p(gamma) (paper, section 2.4): t ~ U{1..T}, gamma ~ U(gamma_t, gamma_{t-1}).
 
-    Stratified: example i draws from the i-th of B equal slices of t, so that a batch covers all noise levels and
-    the loss of a small batch is less noisy; each example's position in the batch has nothing to do with its data.
+    Stratified: example i samples from the i-th of B equal slices of t, so that a batch covers all noise levels and the
+    loss of a small batch is less noisy. An example's position in the batch is independent of its data.
 
     Returns:
         [B] float32.

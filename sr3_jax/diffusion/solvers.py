@@ -1,14 +1,17 @@
-"""Reverse-time solvers, each a pair (init, step) that one `lax.scan` drives.
+"""Reverse-time solvers: how to go from one noise level to the next cleaner one.
 
-A step goes from level t to the cleaner level s. All coefficients depend on the grid alone, so `init` computes them
-in float64 for the whole grid before the scan. In the notation of the grid: a = sqrt(gamma), s = sqrt(1 - gamma),
-l = ln(a / s), half the log-SNR. Shape legend: N inference steps, y and y0 [B,H,W,C].
+A solver is a handful of pure functions that one `lax.scan` drives (`sampler.sample`). Everything that depends on the
+grid of noise levels only is computed in float64 before the scan (`Solver.coefficients`), so the compiled loop reads
+its coefficients from a table. In the notation of the grid: a = sqrt(gamma), s = sqrt(1 - gamma), l = ln(a / s), half
+the log-SNR. Shape legend: N inference steps; y and y0 are [B,H,W,C].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +25,25 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Carry(NamedTuple):
-    """What goes from step to step: the current y, and what the solver remembers of the steps before."""
+    """State of the reverse loop: the current y, and what the solver remembers of earlier steps."""
 
     y: jax.Array
     memory: Any
+
+
+class SolverStep(NamedTuple):
+    """The part of a solver that is compiled. Module-level functions, so that equal steps share one compilation.
+
+    Attributes:
+        init: y_T -> memory.
+        step: (denoise, carry, z, row) -> carry; z is fresh unit noise [B,H,W,C], None for a deterministic solver; row
+            is one row of the coefficients.
+        stochastic: whether `step` reads z.
+    """
+
+    init: Callable[[jax.Array], Any]
+    step: Callable[[Denoise, Carry, jax.Array | None, Any], Carry]
+    stochastic: bool
 
 
 @dataclass(frozen=True)
@@ -33,34 +51,21 @@ class Solver:
     """A sampling method.
 
     Attributes:
-        init: (schedule, y_T) -> (carry, table); the table holds [N] arrays, one row a step, log_snr_min first.
-        step: (denoise, carry, z, row) -> carry; z is fresh unit noise [B,H,W,C].
-        stochastic: whether `step` reads z; the sampler draws none for solvers that don't.
-        spacing: the grid on which it does best at few steps.
+        coefficients: inference schedule -> a pytree of [N] arrays, one row per step, noisiest level first. Options
+            such as eta belong here and nowhere else: the compiled step must depend on them through its row only.
+        compiled: the step that reads these rows.
+        spacing: the spacing of the grid on which it does best at few steps.
+        nfe: N -> network function evaluations.
     """
 
-    init: Callable[[NoiseSchedule, jax.Array], tuple[Carry, Any]]
-    step: Callable[[Denoise, Carry, jax.Array | None, Any], Carry]
-    stochastic: bool
+    coefficients: Callable[[NoiseSchedule], Any]
+    compiled: SolverStep
     spacing: Spacing = "log_snr"
+    nfe: Callable[[int], int] = lambda num_steps: num_steps
 
 
-def coefficients(solver: Solver, schedule: NoiseSchedule) -> Any:
-    """The table of a solver on a grid, as arrays of the host: what a program may take as an argument."""
-    return jax.tree.map(np.asarray, solver.init(schedule, jnp.zeros(()))[1])
-
-
-def with_coefficients(solver: Solver, table: Any) -> Solver:
-    """The solver's steps with the coefficients of `table`, whatever the schedule: arguments of a jitted program.
-
-    Grids and variances then share one program for each solver and number of steps; with a schedule that is
-    static each of them would compile its own.
-    """
-
-    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, Any]:
-        return solver.init(schedule, y)[0], table
-
-    return replace(solver, init=init)
+def _no_memory(y: jax.Array) -> tuple[()]:
+    return ()
 
 
 class LinearRow(NamedTuple):
@@ -98,7 +103,7 @@ def ancestral(variance: float = 1.0) -> Solver:
     if not 0.0 <= variance <= 1.0:
         raise ValueError(f"variance must be in [0, 1], got {variance}")
 
-    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, LinearRow]:
+    def coefficients(schedule: NoiseSchedule) -> LinearRow:
         gamma_t, gamma_s = _levels(schedule)
         alpha = gamma_t / gamma_s
         from_y0 = np.sqrt(gamma_s) * (1 - alpha) / (1 - gamma_t)
@@ -106,9 +111,9 @@ def ancestral(variance: float = 1.0) -> Solver:
         beta = 1 - alpha
         ratio = (1 - gamma_s) / (1 - gamma_t)  # posterior variance / beta; 0 at the last step
         noise = np.where(gamma_s == 1.0, 0.0, np.sqrt(beta) * ratio ** ((1 - variance) / 2))
-        return Carry(y, ()), _rows(LinearRow, gamma_t, from_y0, from_y, noise)
+        return _rows(LinearRow, gamma_t, from_y0, from_y, noise)
 
-    return Solver(init, _linear_step, stochastic=True)
+    return Solver(coefficients, SolverStep(_no_memory, _linear_step, stochastic=True))
 
 
 def ddim(eta: float = 0.0) -> Solver:
@@ -116,15 +121,15 @@ def ddim(eta: float = 0.0) -> Solver:
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
 
-    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, LinearRow]:
+    def coefficients(schedule: NoiseSchedule) -> LinearRow:
         gamma_t, gamma_s = _levels(schedule)
         noise = eta * np.sqrt((1 - gamma_t / gamma_s) * (1 - gamma_s) / (1 - gamma_t))
         # y_s = a_s y0 + sqrt(1 - gamma_s - noise^2) eps, with eps derived from y_t and the clipped y0.
         from_y = np.sqrt(np.maximum(1 - gamma_s - noise**2, 0.0) / (1 - gamma_t))
         from_y0 = np.sqrt(gamma_s) - from_y * np.sqrt(gamma_t)
-        return Carry(y, ()), _rows(LinearRow, gamma_t, from_y0, from_y, noise)
+        return _rows(LinearRow, gamma_t, from_y0, from_y, noise)
 
-    return Solver(init, _linear_step, stochastic=eta > 0)
+    return Solver(coefficients, SolverStep(_no_memory, _linear_step, stochastic=eta > 0))
 
 
 class MultistepRow(NamedTuple):
@@ -136,10 +141,17 @@ class MultistepRow(NamedTuple):
     extrapolate: jax.Array
 
 
-def dpmpp_2m() -> Solver:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, one evaluation a step, deterministic."""
+def _multistep_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: MultistepRow) -> Carry:
+    y0_hat = denoise(carry.y, row.gamma)
+    slope = y0_hat - carry.memory
+    y = row.from_y0 * (y0_hat + row.extrapolate * slope) + row.from_y * carry.y
+    return Carry(y, y0_hat)
 
-    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, MultistepRow]:
+
+def dpmpp_2m() -> Solver:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, one network evaluation a step, deterministic."""
+
+    def coefficients(schedule: NoiseSchedule) -> MultistepRow:
         gamma_t, gamma_s = _levels(schedule)
         half_t, half_s = log_snr64(gamma_t) / 2, log_snr64(gamma_s) / 2  # the last half_s is +inf
         width = half_s - half_t
@@ -148,15 +160,9 @@ def dpmpp_2m() -> Solver:
         # The first step has no history, and the last one is infinitely wide: both are first order.
         extrapolate = np.zeros_like(width)
         extrapolate[1:-1] = width[1:-1] / (2 * width[:-2])
-        return Carry(y, jnp.zeros_like(y)), _rows(MultistepRow, gamma_t, from_y0, from_y, extrapolate)
+        return _rows(MultistepRow, gamma_t, from_y0, from_y, extrapolate)
 
-    def step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: MultistepRow) -> Carry:
-        y0_hat = denoise(carry.y, row.gamma)
-        slope = y0_hat - carry.memory
-        y = row.from_y0 * (y0_hat + row.extrapolate * slope) + row.from_y * carry.y
-        return Carry(y, y0_hat)
-
-    return Solver(init, step, stochastic=False)
+    return Solver(coefficients, SolverStep(jnp.zeros_like, _multistep_step, stochastic=False))
 
 
 class HeunRow(NamedTuple):
@@ -171,29 +177,79 @@ class HeunRow(NamedTuple):
     half: jax.Array
 
 
+def _heun_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: HeunRow) -> Carry:
+    y0_hat = denoise(carry.y, row.gamma_t)
+    eps = (carry.y - row.a_t * y0_hat) / row.s_t
+    euler = row.a_s * y0_hat + row.s_s * eps
+
+    def correct(euler: jax.Array) -> jax.Array:
+        eps_s = (euler - row.a_s * denoise(euler, row.gamma_s)) / row.s_s
+        return euler + row.half * (eps_s - eps)
+
+    # At s_s = 0 the new eps is 0/0, and the Euler step already lands on y0_hat.
+    return Carry(jax.lax.cond(row.s_s > 0, correct, lambda y: y, euler), carry.memory)
+
+
 def heun() -> Solver:
     """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1 without churn): 2N - 1 evaluations.
 
-    The best grid for it is `respace(..., 'karras')`. Written as an Euler (DDIM) step and the correction for how
-    eps changes over it: at sigma = s / a of 150, where sampling starts, x itself would lose float32's digits.
+    The best grid for it is `respace(..., 'karras')`. Written as an Euler (DDIM) step plus a correction for the change
+    of eps over it: at sigma = s / a of 150, where sampling starts, x itself would lose float32's digits.
     """
 
-    def init(schedule: NoiseSchedule, y: jax.Array) -> tuple[Carry, HeunRow]:
+    def coefficients(schedule: NoiseSchedule) -> HeunRow:
         gamma_t, gamma_s = _levels(schedule)
         a_t, s_t, a_s, s_s = (np.sqrt(x) for x in (gamma_t, 1 - gamma_t, gamma_s, 1 - gamma_s))
         half = a_s * (s_s / a_s - s_t / a_t) / 2
-        return Carry(y, ()), _rows(HeunRow, gamma_t, gamma_s, a_t, s_t, a_s, s_s, half)
+        return _rows(HeunRow, gamma_t, gamma_s, a_t, s_t, a_s, s_s, half)
 
-    def step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: HeunRow) -> Carry:
-        y0_hat = denoise(carry.y, row.gamma_t)
-        eps = (carry.y - row.a_t * y0_hat) / row.s_t
-        euler = row.a_s * y0_hat + row.s_s * eps
+    return Solver(
+        coefficients,
+        SolverStep(_no_memory, _heun_step, stochastic=False),
+        spacing="karras",
+        nfe=lambda num_steps: 2 * num_steps - 1,
+    )
 
-        def correct(euler: jax.Array) -> jax.Array:
-            eps_s = (euler - row.a_s * denoise(euler, row.gamma_s)) / row.s_s
-            return euler + row.half * (eps_s - eps)
 
-        # At s_s = 0 the new eps is 0/0, and the Euler step already lands on y0_hat.
-        return Carry(jax.lax.cond(row.s_s > 0, correct, lambda y: y, euler), carry.memory)
+SOLVERS: Mapping[str, Callable[..., Solver]] = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "heun": heun,
+}
+"""Solvers by name: the one registry that the command line, configs and the schedule search read."""
 
-    return Solver(init, step, stochastic=False, spacing="karras")
+
+def make_solver(name: str, **options: float) -> Solver:
+    """The solver of a name, or of a user's own function given as 'MODULE:FUNCTION', with its options.
+
+    Raises:
+        ValueError: no such solver, an option that it does not have or a value out of its range; a user's function
+            that does not return a `Solver`.
+    """
+    factory = _factory(name)
+    known = inspect.signature(factory).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"solver {name} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    solver = factory(**options)
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver {name} must return a sr3_jax.diffusion.Solver, got {type(solver).__name__}")
+    return solver
+
+
+def solver_options(name: str) -> dict[str, float]:
+    """The options of a solver with their defaults. ValueError if there is no such solver."""
+    return {option: one.default for option, one in inspect.signature(_factory(name)).parameters.items()}
+
+
+def _factory(name: str) -> Callable[..., Solver]:
+    if name in SOLVERS:
+        return SOLVERS[name]
+    module, colon, function = name.partition(":")
+    if not (colon and module and function):
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)} or MODULE:FUNCTION, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"solver {name!r} cannot be imported ({error}); check the module path") from error

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax import sampling as samplings
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import scoring
 from sr3_jax.evaluation.bench import Run
 from sr3_jax.files import sha256_hex, unique_file_name
+from sr3_jax.inference import sampling_file
 from sr3_jax.inference.model import Model
 from sr3_jax.sampling import Sampling
 from sr3_jax.types import Key
@@ -101,13 +101,13 @@ def sampled(
         UserError: there is no such solver or number of steps.
     """
     if model.network.regression:  # one pass, whatever is asked of the others
-        one = by_sampling(model, label, Sampling(model.solver, 1), labelled=labelled)
+        one = by_sampling(model, label, Sampling(model.sampling.solver, 1), labelled=labelled)
         return [dataclasses.replace(one, solver=None, steps=None, evaluations=1, own=True)]
     weights = fingerprint(model)
     found = []
-    for solver in solvers or [model.solver]:
-        for count in steps or [model.steps]:
-            asked = model.sampling.asked(solver=solver, steps=count)
+    for solver in solvers or [model.sampling.solver]:
+        for count in steps or [model.sampling.steps]:
+            asked = model.sampling.override(solver=solver, steps=count)
             usual = Sampling(solver, count, guidance=asked.guidance, augment=asked.augment)
             choices = [usual, asked] if unsearched and usual != asked else [asked]
             found += [
@@ -150,7 +150,7 @@ def by_sampling(
         run,
         {
             "weights": weights or fingerprint(model),
-            "setup": samplings.config_fingerprint(model.config),
+            "setup": sampling_file.config_fingerprint(model.config),
             "sampling": values,
         },
         solver=sampling.solver,
@@ -168,7 +168,7 @@ def _words(name: str, value: Any) -> str:
 
 def fingerprint(model: Model) -> str:
     """SHA-256 of a model's weights."""
-    return samplings.fingerprint(model.params)
+    return sampling_file.params_fingerprint(model.params)
 
 
 def labels(names: Sequence[str | Path]) -> list[str]:

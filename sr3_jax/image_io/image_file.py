@@ -13,7 +13,7 @@ import threading
 import uuid
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -96,23 +96,65 @@ def read_image(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGA
     which is judged from the header, before memory is taken.
     """
     with _opened(source, max_megapixels) as image:
-        raw = raw_mode(image)
-        image.load()
-        pixels = to_pixels(image, raw)
-        # After loading: Pillow itself turns TIFFs then, and some PNGs keep their EXIF behind the pixels.
-        turn = metadata.orientation(image)
-        exif, exif_notes = metadata.exif(image)
-        profile, profile_notes = metadata.profile(image, pixels.grey)
-        file_format = image.format or ""
-        return DecodedImage(
-            rgb=_upright(pixels.rgb, turn),
-            alpha=None if pixels.alpha is None else _upright(pixels.alpha, turn),
-            grey=pixels.grey,
-            icc_profile=profile,
-            exif=exif,
-            format="JPEG" if file_format == "MPO" else file_format,
-            notes=(*pixels.notes, *exif_notes, *profile_notes, *metadata.frames(image)),
-        )
+        return _decode(image)
+
+
+def from_pillow(image: Image.Image) -> DecodedImage:
+    """A Pillow image of any mode as 8-bit arrays with its metadata. ImageError if its pixels cannot be shown."""
+    try:
+        return _decode(image)
+    except UnsupportedPixels as error:
+        raise ImageError(f"image {error}") from error
+
+
+def to_pillow(image: DecodedImage) -> Image.Image:
+    """A Pillow image in mode L, LA, RGB or RGBA, with the ICC profile and EXIF in its `info`."""
+    result = Image.fromarray(_channels(image))
+    result.info |= {
+        name: value for name, value in (("icc_profile", image.icc_profile), ("exif", image.exif)) if value
+    }
+    return result
+
+
+def with_pixels(image: DecodedImage, rgb: np.ndarray) -> DecodedImage:
+    """`image` at another size: its metadata with the pixels `rgb` uint8 [H',W',3], its alpha resized to these."""
+    height, width, _ = rgb.shape
+    if image.grey:
+        luma = np.asarray(Image.fromarray(rgb).convert("L"))  # BT.601
+        rgb = np.broadcast_to(luma[..., None], rgb.shape)
+    alpha = image.alpha
+    if alpha is not None:
+        alpha = np.asarray(Image.fromarray(alpha).resize((width, height), Image.Resampling.BICUBIC))
+    return replace(image, rgb=rgb, alpha=alpha)
+
+
+def _decode(image: Image.Image) -> DecodedImage:
+    raw = raw_mode(image)
+    image.load()
+    pixels = to_pixels(image, raw)
+    # After loading: Pillow itself rotates TIFFs then, and some PNGs keep their EXIF after the pixels.
+    turn = metadata.orientation(image)
+    exif, exif_notes = metadata.exif(image)
+    profile, profile_notes = metadata.profile(image, pixels.grey)
+    file_format = image.format or ""
+    return DecodedImage(
+        rgb=_upright(pixels.rgb, turn),
+        alpha=None if pixels.alpha is None else _upright(pixels.alpha, turn),
+        grey=pixels.grey,
+        icc_profile=profile,
+        exif=exif,
+        format="JPEG" if file_format == "MPO" else file_format,
+        notes=(*pixels.notes, *exif_notes, *profile_notes, *metadata.frames(image)),
+    )
+
+
+def _channels(image: DecodedImage) -> np.ndarray:
+    """uint8 [H,W] for a gray image without alpha, else [H,W,2..4]."""
+    channels = [image.rgb[..., :1] if image.grey else image.rgb]
+    if image.alpha is not None:
+        channels.append(image.alpha[..., None])
+    pixels = np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
 def read_rgb(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> np.ndarray:
@@ -210,10 +252,6 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> Non
     height, width = image.rgb.shape[:2]
     require_writable(path, height=height, width=width, alpha=image.alpha is not None)
     kind = _WRITERS[path.suffix.lower()]
-    channels = [image.rgb[..., :1] if image.grey else image.rgb]
-    if image.alpha is not None:
-        channels.append(image.alpha[..., None])
-    pixels = np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]  # [H,W,1..4]
     options = dict(_SAVE_OPTIONS[kind])
     if image.icc_profile:
         options["icc_profile"] = image.icc_profile
@@ -225,8 +263,7 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> Non
     scratch = path.parent / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp"
     try:
         with scratch.open("xb") as file:
-            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-            image.save(file, format=kind, **options)
+            Image.fromarray(_channels(image)).save(file, format=kind, **options)
             file.flush()
             if durable:
                 os.fsync(file.fileno())  # else a power cut could leave the name without the bytes

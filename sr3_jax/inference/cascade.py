@@ -23,8 +23,9 @@ from sr3_jax.errors import UserError
 from sr3_jax.files import sha256_hex, write_text
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import Model, load
+from sr3_jax.inference.sampling_file import params_fingerprint
 from sr3_jax.inference.stages import StageInfo
-from sr3_jax.sampling import Sampling, fingerprint
+from sr3_jax.sampling import Sampling
 from sr3_jax.types import Key
 
 BATCH, PIXELS = 64, 64 * 256**2  # the most images of a batch, and the most pixels
@@ -90,7 +91,7 @@ def prepare(run: CascadeJob, *, processes: int = 1) -> list[PreparedStage]:
         model = load(link.path)
         sampling = choose(model.sampling)
         model.check(sampling, labels=_labels(run, model, range(run.count)), count=run.count)
-        weights = fingerprint(model.params)
+        weights = params_fingerprint(model.params)
         identity = sha256_hex(
             {"before": identity, "weights": weights, "sampling": dataclasses.asdict(sampling)}
         )

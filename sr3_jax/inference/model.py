@@ -1,4 +1,4 @@
-"""A trained model as one value: network, weights, schedule and space, ready to upscale.
+"""A trained model: network, weights, noise schedule and sampling settings as one value, ready to upscale.
 
 Shape legend: B batch, h x w the low-res image, s the scale, C = 3 channels.
 """
@@ -11,12 +11,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image as PillowImage
 
 from sr3_jax.config.build import (
     Stage,
@@ -26,29 +27,34 @@ from sr3_jax.config.build import (
     build_space,
     check_params,
 )
+from sr3_jax.config.experiment import complete
 from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import DecodedImage, from_pillow, read_image, to_pillow, with_pixels
 from sr3_jax.inference.program import apply, bucket, generate_jit
+from sr3_jax.inference.sampling_file import find_sampling
 from sr3_jax.nn.unet import UNet
-from sr3_jax.sampling import Sampling, find_stored
-from sr3_jax.train.checkpoints import CONFIG_FILE, load_ema, read_config, read_export
+from sr3_jax.sampling import Sampling
+from sr3_jax.train.weights import load_weights, locate_model
 from sr3_jax.types import Denoiser, Key, Params
 
-SHIPPED = Path(__file__).parent / "models"
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A network with weights and all that its use needs.
+    """A network with its weights and everything that sampling needs. Make one with `load`.
 
     Attributes:
-        name: where it came from.
-        params: float32 weights (the moving average of training).
-        scale: s, the super-resolution factor; 1 where there is no low-res image.
-        sampling: the sampler used when none is asked for: what was stored beside the model, else its config's.
+        name: where it was loaded from.
+        network: the U-Net.
+        params: float32 weights (the exponential moving average of training).
+        schedule: the training noise schedule.
+        space: what is diffused.
+        prediction: what the network predicts: 'eps', 'v' or 'y0'.
+        scale: s, the super-resolution factor; 1 for an unconditional model.
+        sampling: the settings used where none are given: those stored next to the model, else its config's.
         config: the config it was trained with, as plain values.
     """
 
@@ -61,78 +67,108 @@ class Model:
     scale: int
     sampling: Sampling
     config: Mapping[str, Any]
-    _copies: dict[Mesh, Params] = field(default_factory=dict, init=False, repr=False)
+    _copies: dict[Mesh, Params] = field(default_factory=dict, init=False)
+
+    def __repr__(self) -> str:
+        task = f"{self.scale}x" if self.network.low_res else "unconditional"
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params)) / 1e6
+        how = f"{self.sampling.solver}, {self.sampling.steps} steps"
+        return f"Model({self.name!r}, {task}, {count:.1f} M parameters, {how})"
 
     @property
     def stage(self) -> Stage:
-        """What it makes, and of what."""
-        section = self.config.get("stage", {"name": "", "size": 0})
+        """Its place in a cascade: name, image size and scale."""
+        section = self.config["stage"]
         return Stage(section["name"], section["size"], self.scale if self.network.low_res else None)
 
-    @property
-    def steps(self) -> int:
-        """N of the sampler used when none is asked for."""
-        return self.sampling.steps
-
-    @property
-    def solver(self) -> str:
-        """The solver used when none is asked for."""
-        return self.sampling.solver
-
-    def _on(self, mesh: Mesh) -> Params:
-        """The weights on every device of a mesh, copied there once."""
-        if mesh.size == 1:
-            return self.params
-        if mesh not in self._copies:
-            self._copies[mesh] = jax.device_put(self.params, sharding.replicated(mesh))
-        return self._copies[mesh]
-
     def denoiser(self) -> Denoiser:
-        """The network with its weights, as the diffusion core takes it."""
+        """The network with its weights bound, as `sr3_jax.diffusion.sample` takes it."""
         return functools.partial(apply, self.network, self.params)
+
+    @overload
+    def upscale(self, image: np.ndarray | jax.Array, seed: int | Key = 0, **options: Any) -> np.ndarray: ...
+
+    @overload
+    def upscale(
+        self, image: PillowImage.Image | str | os.PathLike[str], seed: int | Key = 0, **options: Any
+    ) -> PillowImage.Image: ...
 
     def upscale(
         self,
-        images: np.ndarray | jax.Array,
-        key: Key,
+        image: PillowImage.Image | str | os.PathLike[str] | np.ndarray | jax.Array,
+        seed: int | Key = 0,
         *,
-        labels: np.ndarray | None = None,
         steps: int | None = None,
         solver: str | None = None,
         sampling: Sampling | None = None,
-    ) -> np.ndarray:
-        """uint8 [B,h,w,3] -> uint8 [B,s*h,s*w,3], one draw from p(y0 | x) each.
+        labels: np.ndarray | None = None,
+    ) -> np.ndarray | PillowImage.Image:
+        """Upscale an image or a batch of images by the model's scale.
 
-        A batch is shared by the devices of this process. Any size: one above the training's is padded by edge
-        pixels to one of a few, so that a folder of many sizes compiles a few times, and tiled where it is large.
+        Any size works: an image above the training size is padded by its edge pixels to one of a few sizes, so that
+        images of many sizes compile a few times only, and is processed in overlapping tiles where it is large. A batch
+        is divided among the devices of this process.
 
         Args:
-            key: one key, or [B] keys, which make each output independent of its batch.
-            labels: [B] of images that have a class; None: they have none.
-            steps: N of the sampler; None for that of `sampling`.
-            solver: 'ancestral', 'ddim', 'dpmpp_2m' or 'heun'; None for that of `sampling`. Steps or a solver other
-                than those of `sampling` are sampled on the solver's own grid (see `Sampling.asked`).
-            sampling: the whole sampler; None for the model's own.
+            image: a PIL image or the path of an image file (alpha, grayscale, EXIF and ICC profile are kept), or
+                uint8 RGB [h,w,3] or [B,h,w,3].
+            seed: the same seed gives the same output. An int, and then each image of a batch gets the noise that it
+                would get if upscaled by itself; or a `jax.random` key for the batch, or [B] keys.
+            steps: number of sampling steps; None for the model's own.
+            solver: 'ancestral', 'ddim', 'dpmpp_2m', 'heun' or 'MODULE:FUNCTION'; None for the model's own. With other
+                steps or another solver than the model's own, the solver's default grid is used
+                (`Sampling.override`).
+            sampling: all settings of the sampler; None for the model's own.
+            labels: [B] class labels, for a class-conditional model.
+
+        Returns:
+            A PIL image for a PIL image or a path; else uint8 [s*h,s*w,3] or [B,s*h,s*w,3].
 
         Raises:
-            UserError: `steps`, `solver`, `labels` or `sampling` is not for this model.
-            ValueError: the images are not uint8 [B,h,w,3].
-            FloatingPointError: the network's output is not finite: a black image is never returned for one.
+            UserError: the image cannot be read; `steps`, `solver`, `labels` or `sampling` do not fit this model.
+            ValueError: an array that is not uint8 RGB.
+            FloatingPointError: the network's output is not finite.
         """
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 [B,h,w,3], got {images.dtype} {images.shape}")
+        options: dict[str, Any] = {"steps": steps, "solver": solver, "sampling": sampling, "labels": labels}
+        if isinstance(image, PillowImage.Image):
+            return to_pillow(self._upscale_decoded(from_pillow(image), seed, options))
+        if isinstance(image, str | os.PathLike):
+            return to_pillow(self._upscale_decoded(read_image(Path(image)), seed, options))
+        images = np.asarray(image)
+        batched = images.ndim == 4
+        if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"image must be uint8 [h,w,3] or [B,h,w,3], got {images.dtype} {images.shape}")
+        if not batched:
+            images = images[None]
+        output = self._upscale_batch(images, _keys(seed, len(images)), **options)
+        return output if batched else output[0]
+
+    def _upscale_decoded(
+        self, image: DecodedImage, seed: int | Key, options: Mapping[str, Any]
+    ) -> DecodedImage:
+        return with_pixels(image, self._upscale_batch(image.rgb[None], _keys(seed, 1), **options)[0])
+
+    def _upscale_batch(
+        self,
+        images: np.ndarray,
+        key: Key,
+        *,
+        steps: int | None,
+        solver: str | None,
+        sampling: Sampling | None,
+        labels: np.ndarray | None,
+    ) -> np.ndarray:
         if not self.network.low_res:
             raise UserError(
-                f"model {self.name} takes no image (config.model.low_res is false): use sr3 generate"
+                f"model {self.name} is unconditional (config.model.low_res is false): use sr3 generate"
             )
         height, width = images.shape[1:3]
         unit = self.network.stride // math.gcd(self.network.stride, self.scale)
         data = self.config["data"]
-        exact = int(1.5 * data["crop"] / data.get("shrink", 1) / self.scale)  # as large as in training
+        exact = int(1.5 * data["crop"] / data["shrink"] / self.scale)  # as large as in training
         padding = [(0, bucket(side, unit, exact=exact) - side) for side in (height, width)]
         padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
-        chosen = (self.sampling if sampling is None else sampling).asked(steps=steps, solver=solver)
+        chosen = (self.sampling if sampling is None else sampling).override(steps=steps, solver=solver)
         shape = (len(images), *(side * self.scale for side in padded.shape[1:3]), self.network.out_channels)
         self.check(chosen, labels=labels, count=len(images))
         output = self._generate(shape, padded, self._labels(labels, len(images)), key, chosen)
@@ -141,28 +177,33 @@ class Model:
     def generate(
         self,
         count: int,
-        key: Key,
+        seed: int | Key = 0,
         *,
         labels: np.ndarray | None = None,
         size: int | None = None,
         sampling: Sampling | None = None,
     ) -> np.ndarray:
-        """uint8 [count,size,size,3] generate_jit from noise alone, by a base stage of a cascade.
+        """Generate images from noise with an unconditional or class-conditional base model.
 
         Args:
-            key: one key, or [count] keys, which make each image independent of its batch.
-            labels: [count], the class of each; None: of any.
-            size: side in pixels; None for that of its training.
-            sampling: the sampler; None for the model's own.
+            count: number of images.
+            seed: an int or a `jax.random` key, for the batch; or [count] keys, which make each image independent of
+                its batch.
+            labels: [count] class labels; None for none.
+            size: height and width in pixels; None for the training size.
+            sampling: settings of the sampler; None for the model's own.
+
+        Returns:
+            uint8 [count,size,size,3].
 
         Raises:
-            UserError: the model needs a low-res image; `labels`, `size` or `sampling` is not for it.
+            UserError: the model needs a low-res image; `labels`, `size` or `sampling` do not fit it.
             FloatingPointError: the network's output is not finite.
         """
         if self.network.low_res:
-            raise UserError(f"model {self.name} makes large images of small ones: use sr3 upscale")
+            raise UserError(f"model {self.name} upscales low-res images: use sr3 upscale")
         data = self.config["data"]
-        side = (self.stage.size or data["crop"] // data.get("shrink", 1)) if size is None else size
+        side = (self.stage.size or data["crop"] // data["shrink"]) if size is None else size
         if side < 1 or side % self.network.stride:
             raise UserError(
                 f"size must be a multiple of {self.network.stride} for model {self.name}, got {side}"
@@ -170,42 +211,58 @@ class Model:
         shape = (count, side, side, self.network.out_channels)
         chosen = self.sampling if sampling is None else sampling
         self.check(chosen, labels=labels, count=count)
+        key = jax.random.key(seed) if isinstance(seed, int) else seed
         return self._generate(shape, None, self._labels(labels, count), key, chosen)
 
     def check(self, sampling: Sampling, *, labels: np.ndarray | None, count: int) -> None:
-        """That the model can be sampled so, with these labels of `count` images; UserError if not."""
+        """Check that the model can be sampled with these settings and labels of `count` images.
+
+        Raises:
+            UserError: it cannot.
+        """
         self._labels(labels, count)
         sampling.grid(self.schedule)
         guidance, strength = sampling.guidance, sampling.augment
-        if guidance != 1 and not (self.network.num_classes and self.config["data"].get("label_dropout")):
-            what = "config.data.label_dropout in training"
-            raise UserError(f"guidance={guidance:g} needs {what}, which {self.name} lacked")
+        if guidance != 1 and not (self.network.num_classes and self.config["data"]["label_dropout"]):
+            raise UserError(
+                f"guidance={guidance:g} needs a model trained with config.data.label_dropout above 0, which "
+                f"{self.name} was not: use guidance=1"
+            )
         if strength and not self.network.augment:
             raise UserError(
-                f"augment={strength:g} needs config.model.augment in training, which {self.name} lacked"
+                f"augment={strength:g} needs a model trained with config.model.augment, which {self.name} was not: "
+                "use augment=0"
             )
 
     def _labels(self, labels: np.ndarray | None, count: int) -> np.ndarray | None:
-        """[count] int32 for the network, 'no label' where none are given; UserError if it cannot do without."""
+        """[count] int32 for the network, the label 'none' where no labels are given. UserError if it needs them."""
         classes = self.network.num_classes
         if not classes:
             if labels is not None:
-                raise UserError(f"model {self.name} was trained without labels: give none")
+                raise UserError(f"model {self.name} was trained without labels: omit labels")
             return None
         if labels is None:
-            if not self.config["data"].get("label_dropout"):
+            if not self.config["data"]["label_dropout"]:
                 raise UserError(
-                    f"model {self.name} needs the class of each image, 0 to {classes - 1}: give labels, or use a "
-                    "model trained with config.data.label_dropout above 0 or config.model.num_classes=0"
+                    f"model {self.name} is class-conditional and was trained without label dropout: give the label of "
+                    f"each image, 0 to {classes - 1}"
                 )
             return np.full(count, classes, np.int32)
         labels = np.asarray(labels)
         if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels must be {count} whole numbers, got {labels.dtype} {labels.shape}")
+            raise ValueError(f"labels must be {count} integers, got {labels.dtype} {labels.shape}")
         if count and (labels.min() < 0 or labels.max() >= classes):
             wrong = int(labels[(labels < 0) | (labels >= classes)][0])
-            raise UserError(f"label {wrong} is none of model {self.name}: its classes are 0 to {classes - 1}")
+            raise UserError(f"labels of model {self.name} must be from 0 to {classes - 1}, got {wrong}")
         return labels.astype(np.int32)
+
+    def _params_on(self, mesh: Mesh) -> Params:
+        """The weights on every device of a mesh, copied there once."""
+        if mesh.size == 1:
+            return self.params
+        if mesh not in self._copies:
+            self._copies[mesh] = jax.device_put(self.params, sharding.replicated(mesh))
+        return self._copies[mesh]
 
     def _generate(
         self,
@@ -219,7 +276,7 @@ class Model:
         mesh = sharding.mesh_for_batch(shape[0])
         rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         output, finite = generate_jit(
-            self._on(mesh),
+            self._params_on(mesh),
             {
                 name: jax.device_put(value, rows)
                 for name, value in (("image", images), ("label", labels))
@@ -232,7 +289,7 @@ class Model:
             shape=shape,
             mesh=mesh,
             network=self.network,
-            solver=sampling.program,
+            step=sampling.make_solver().compiled,
             prediction=self.prediction,
             space=self.space,
             scale=self.scale,
@@ -240,14 +297,24 @@ class Model:
         )
         if not finite:
             raise FloatingPointError(
-                f"model {self.name} gave values that are not finite; try other steps or another solver, and float32"
+                f"model {self.name} produced values that are not finite: try another solver, other steps, or float32"
             )
         return np.asarray(output)
+
+
+def _keys(seed: int | Key, count: int) -> Key:
+    """[count] equal keys from an int, so that an image's output does not depend on its batch; a key as it is."""
+    if not isinstance(seed, int | np.integer):
+        return seed
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
+    return jax.vmap(jax.random.key)(jnp.full([count], int(seed), jnp.uint32))
 
 
 def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:
     """A model from weights and the config that a run or an export carries."""
     try:
+        config = complete(config)
         diffusion = config["diffusion"]
         network = build_network(config["model"])
         check_params(network, params, name)
@@ -270,39 +337,24 @@ def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Mode
         ) from None
 
 
-def locate(path_or_name: str | Path) -> Path:
-    """The workdir or .safetensors file of a model that is given so or by its shipped name.
+def load(path_or_name: str | os.PathLike[str]) -> Model:
+    """Load a model from a workdir, an exported .safetensors file, or by the name of a shipped model.
+
+    Its sampling settings are those that `sr3 search-schedule` stored next to it, if they are for these weights.
+
+    Args:
+        path_or_name: for example 'photo_4x', 'runs/mine' or 'mine.safetensors'.
 
     Raises:
-        UserError: there is no such model; the sentence says what was looked for.
+        UserError: there is no such model, or it cannot be read.
     """
-    for path in (Path(path_or_name), SHIPPED / f"{path_or_name}.safetensors"):
-        if os.path.isdir(path) or os.path.isfile(path):  # path.is_dir() raises for a name that is too long
-            return path
-    names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors"))) or "none"
-    raise UserError(
-        f"no model {str(path_or_name)!r}: give a workdir, a .safetensors file, or a shipped name ({names})"
+    weights = load_weights(Path(path_or_name))
+    model = from_config(weights.config, weights.params, name=weights.name)
+    settings = find_sampling(
+        locate_model(Path(path_or_name)),
+        own=model.sampling,
+        params=model.params,
+        config=weights.config,
+        name=weights.name,
     )
-
-
-def load(path_or_name: str | Path) -> Model:
-    """A model from a workdir, an exported .safetensors file, or the name of a shipped one.
-
-    Its sampling is what `sr3 search-schedule` stored beside it, if that is for these weights.
-
-    Raises:
-        UserError: there is no such model, or it can't be read; the sentence says what was looked for.
-    """
-    path = locate(path_or_name)
-    if path.is_dir():
-        if not (path / CONFIG_FILE).is_file():
-            raise UserError(f"model folder {path} has no {CONFIG_FILE}; give a workdir of sr3 train")
-        config = read_config(path)
-        params, step = load_ema(path)
-        name = f"{path} at step {step}"
-    else:
-        params, config = read_export(path)
-        name = path.name if os.path.isfile(path_or_name) else str(path_or_name)
-    model = from_config(config, params, name=name)
-    found = find_stored(path, own=model.sampling, params=model.params, config=config, name=name)
-    return replace(model, sampling=found)
+    return replace(model, sampling=settings)

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sr3_jax.degradations import ConditioningAugmentation
-from sr3_jax.diffusion import schedule as schedules
 from sr3_jax.diffusion.guidance import guided
 from sr3_jax.diffusion.process import Prediction
-from sr3_jax.diffusion.sampler import sample, split
-from sr3_jax.diffusion.solvers import Solver, with_coefficients
+from sr3_jax.diffusion.sampler import sample_with_coefficients, split
+from sr3_jax.diffusion.solvers import SolverStep
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.image_ops import to_uint8, to_unit
@@ -34,7 +33,7 @@ def apply(network: UNet, params: Params, y_t: jax.Array, gamma: jax.Array, cond:
     return network.apply({"params": params}, y_t, gamma, cond)
 
 
-_STATIC = ("shape", "mesh", "network", "solver", "prediction", "space", "scale", "augmentation")
+_STATIC = ("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -42,14 +41,14 @@ def generate_jit(
     params: Params,
     batch: Batch,
     key: Key,
-    table: Any,
+    coefficients: Any,
     guidance: jax.Array | None,
     strength: jax.Array | None,
     *,
     shape: tuple[int, int, int, int],
     mesh: Mesh,
     network: UNet,
-    solver: Solver,
+    step: SolverStep,
     prediction: Prediction,
     space: Space,
     scale: int,
@@ -77,12 +76,15 @@ def generate_jit(
     if guidance is not None:
         denoiser = guided(denoiser, guidance=guidance, no_label=network.num_classes)
     denoiser = tiled(denoiser, tile=TILE, overlap=OVERLAP, stride=network.stride)
-    # All grids of one length share this program: the solver has its coefficients from the table, and of the
-    # schedule only the length counts.
-    any_grid = schedules.linear(len(jax.tree.leaves(table)[0]))
-    solver = with_coefficients(solver, table)
-    samples = sample(
-        denoiser, key, cond, shape=shape, schedule=any_grid, solver=solver, prediction=prediction, space=space
+    samples = sample_with_coefficients(
+        denoiser,
+        key,
+        cond,
+        shape=shape,
+        coefficients=coefficients,
+        step=step,
+        prediction=prediction,
+        space=space,
     )
     # Each device works on its own rows: said of what comes out too, so that XLA cannot choose otherwise.
     output = jax.lax.with_sharding_constraint(to_uint8(samples.image), sharding.batch_sharding(mesh))

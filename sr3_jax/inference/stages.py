@@ -14,8 +14,8 @@ from typing import Any
 from sr3_jax.config.build import Stage
 from sr3_jax.errors import UserError
 from sr3_jax.files import unique_file_name
-from sr3_jax.inference.model import locate
-from sr3_jax.train.checkpoints import CONFIG_FILE, newest_step, read_config, read_export_config
+from sr3_jax.train.checkpoints import CONFIG_FILE, newest_step, read_config
+from sr3_jax.train.weights import locate_model, read_export_config
 
 PLAN_FILE = "cascade.json"  # in the folder of all stages, which `sr3 train` writes: their names in order
 
@@ -70,7 +70,7 @@ def find_stages(paths: Sequence[str]) -> list[StageInfo]:
 
 
 def _found(path: str, taken: set[str]) -> StageInfo:
-    found = locate(path)
+    found = locate_model(path)
     if not found.is_dir():
         return stage_from_config(read_export_config(found), path, name=found.stem, taken=taken)
     if not (found / CONFIG_FILE).is_file():

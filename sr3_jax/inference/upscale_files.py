@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import reason
-from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_image, require_writable, write_image
+from sr3_jax.image_io.image_file import (
+    DecodedImage,
+    ImageError,
+    read_image,
+    require_writable,
+    with_pixels,
+    write_image,
+)
 from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
 from sr3_jax.types import Key
 
@@ -195,19 +201,12 @@ def _outputs(
 
 
 def _write(target: Path, image: DecodedImage, rgb: np.ndarray) -> None:
-    """Write the upscaled `rgb` [sH,sW,3] uint8 with what else `image` holds."""
-    height, width, _ = rgb.shape
-    if image.grey:
-        luma = np.asarray(Image.fromarray(rgb).convert("L"))  # BT.601
-        rgb = np.broadcast_to(luma[..., None], rgb.shape)
-    alpha = image.alpha
-    if alpha is not None:
-        alpha = np.asarray(Image.fromarray(alpha).resize((width, height), Image.Resampling.BICUBIC))
+    """Write the upscaled `rgb` uint8 [sH,sW,3] with the alpha and metadata of `image`."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ImageError(f"could not be written: {reason(error)}") from error
-    write_image(target, replace(image, rgb=rgb, alpha=alpha))
+    write_image(target, with_pixels(image, rgb))
 
 
 def _failure(future: Future) -> str | None:

@@ -27,7 +27,8 @@ from sr3_jax.features.substitute import AlexNetFeatures
 from sr3_jax.files import sha256_hex
 from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.inference.model import Model
-from sr3_jax.sampling import Sampling, config_fingerprint, fingerprint
+from sr3_jax.inference.sampling_file import config_fingerprint, params_fingerprint
+from sr3_jax.sampling import Sampling
 from sr3_jax.search.successive_halving import Score, TimeUp
 
 HIGHER = ("psnr", "ssim", "psnr_luma", "ssim_luma")  # is better
@@ -108,7 +109,7 @@ class Judge:
         self.deadline = math.inf  # of time.monotonic()
         self.tried: set[Sampling] = set()
         about = {
-            "weights": fingerprint(model.params),
+            "weights": params_fingerprint(model.params),
             "setup": config_fingerprint(model.config),
             "crops": sha256_hex(crops.images),
             "seed": seed,

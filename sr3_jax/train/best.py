@@ -10,8 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from sr3_jax.distributed.sharding import to_host
-from sr3_jax.train.checkpoints import export
 from sr3_jax.train.metric_writer import read_metrics
+from sr3_jax.train.weights import export
 from sr3_jax.types import Params
 
 BEST_FILE = "best.safetensors"

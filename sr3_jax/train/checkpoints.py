@@ -1,4 +1,4 @@
-"""Checkpoints of a training run through Orbax, and one-file exports through safetensors.
+"""Checkpoints of a training run: the only module that uses Orbax.
 
 A workdir holds `config.json` and `checkpoints/STEP/`. A step directory holds two items: 'ema', the weights that
 sampling uses, and 'train', the rest of the state; a model is used without reading the second.
@@ -6,19 +6,15 @@ sampling uses, and 'train', the rest of the state; a model is used without readi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from sr3_jax.distributed.sharding import process_max
 from sr3_jax.errors import UserError
@@ -29,7 +25,6 @@ from sr3_jax.types import Params
 _log = logging.getLogger("sr3_jax")
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-FORMAT = "sr3_jax.1"
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -123,7 +118,7 @@ class Checkpoints:
             if not int(process_max(int(error is not None), mesh)):
                 return state
             folder = self._checkpointer.directory / str(step)
-            reason = "another process failed" if error is None else _first_line(error)
+            reason = "another process failed" if error is None else first_line(error)
             what = f"checkpoint {folder} cannot be restored ({reason})"
             older = [other.step for other in self._checkpointer.checkpoints if other.step != step]
             if not (allow_older and older):
@@ -181,74 +176,10 @@ def load_ema(workdir: Path) -> tuple[Params, int]:
         )
         return _read(folder / str(step), {"ema": abstract})["ema"], step
     except Exception as error:  # as in `restore`
-        raise UserError(f"checkpoint {folder / str(step)} cannot be read ({_first_line(error)})") from error
+        raise UserError(f"checkpoint {folder / str(step)} cannot be read ({first_line(error)})") from error
 
 
-def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str = "float32") -> None:
-    """Write weights and config as one safetensors file, atomically.
-
-    Args:
-        dtype: 'float32', or 'bfloat16' for half the size and about three significant digits.
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-    flat = {
-        ".".join(key.key for key in keys): np.ascontiguousarray(
-            np.asarray(leaf).astype(jax.numpy.dtype(dtype))
-        )
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(flat, metadata))  # save_file would leave it unreadable to others
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be written ({_first_line(error)}); choose another place") from error
-
-
-def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
-    """The float32 weights and the config of an exported file.
-
-    Raises:
-        UserError: it is not a safetensors file, or not one of ours.
-    """
-    params: dict[str, Any] = {}
-    with _opened(path) as (file, config):
-        for name in file.keys():  # noqa: SIM118, it is no dict
-            *parents, leaf = name.split(".")
-            branch = params
-            for parent in parents:
-                branch = branch.setdefault(parent, {})
-            branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
-    return params, config
-
-
-def read_export_config(path: Path) -> dict[str, Any]:
-    """The config of an exported file, without its weights. UserError as `read_export`."""
-    with _opened(path) as (_, config):
-        return config
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(
-                    f"{path} is a safetensors file but not an sr3_jax model; make one with sr3 export"
-                )
-            if "config" not in metadata:
-                raise UserError(f"{path} carries no config; make it again with sr3 export")
-            yield file, json.loads(metadata["config"])
-    except UserError:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"{path} cannot be read as a model ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What is wrong, in one line; Orbax puts its reason last, after 'Error details:'."""
     text = str(error).rpartition("Error details:")[2].strip() or type(error).__name__
     return text.splitlines()[0][:200]

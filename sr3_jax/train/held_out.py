@@ -13,7 +13,7 @@ from sr3_jax.diffusion.sampler import sample
 from sr3_jax.distributed import sharding
 from sr3_jax.image_ops import image_grid, to_uint8, upsample
 from sr3_jax.metrics import consistency, psnr
-from sr3_jax.sampling import inference_grid, solver_named
+from sr3_jax.sampling import Sampling
 from sr3_jax.train.examples import Batch, condition
 from sr3_jax.train.step import Objective, batch_losses
 from sr3_jax.types import Conditioning, Key, Params
@@ -24,7 +24,7 @@ COLUMNS = ("low_res", "bicubic", "output", "original")
 
 def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, solver: str) -> Any:
     """(weights, batch of uint8 crops, key) -> (means over the first `rows` crops, uint8 images of the whole batch)."""
-    schedule = inference_grid(objective.schedule, steps, solver)
+    sampling = Sampling(solver, steps)
     network, task = objective.network, objective.task
 
     def metrics(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Batch]:
@@ -42,8 +42,8 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
                 sample_key,
                 cond,
                 shape=image.shape,
-                schedule=schedule,
-                solver=solver_named(solver),
+                schedule=sampling.grid(objective.schedule),
+                solver=sampling.make_solver(),
                 prediction=objective.prediction,
                 space=objective.space,
             ).image

@@ -1,0 +1,143 @@
+"""The file that keeps the sampling settings found for a model: `sampling.json`.
+
+`sr3 search-schedule` writes it into a workdir, or as NAME.sampling.json next to NAME.safetensors; `load` uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr3_jax.errors import UserError
+from sr3_jax.files import sha256_hex, write_text
+from sr3_jax.sampling import Sampling
+from sr3_jax.types import Params
+
+_log = logging.getLogger("sr3_jax")
+FORMAT = "sr3_jax.sampling.2"
+FILE = "sampling.json"
+
+
+@dataclass(frozen=True)
+class StoredSampling:
+    """Sampling settings and what they were found for.
+
+    Attributes:
+        weights: `params_fingerprint` of the weights that they were searched with.
+        config: `config_fingerprint` of the model's config.
+        model: the model's name.
+        found: how they were found: metric, data, scores; plain values.
+    """
+
+    sampling: Sampling
+    weights: str
+    config: str
+    model: str
+    found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def params_fingerprint(params: Params) -> str:
+    """SHA-256 of weights: names, shapes, dtypes and bytes, whatever file they came from."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sha256_hex({jax.tree_util.keystr(path): sha256_hex(np.asarray(leaf)) for path, leaf in leaves})
+
+
+def config_fingerprint(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the parts of a config that fix the network and its noise: the same for all steps of a run."""
+    return sha256_hex(
+        {name: config[name] for name in ("model", "diffusion")} | {"scale": config["data"]["scale"]}
+    )
+
+
+def sampling_path(model: Path) -> Path:
+    """The sampling file of a workdir or of a .safetensors file."""
+    if os.path.isdir(model):
+        return model / FILE
+    return model.with_name(f"{model.name.removesuffix('.safetensors')}.{FILE}")
+
+
+def write_sampling(path: Path, stored: StoredSampling) -> None:
+    """Write a sampling file. UserError if it cannot be written."""
+    values = {"format": FORMAT, **dataclasses.asdict(stored)}
+    try:
+        write_text(path, json.dumps(values, indent=2) + "\n")
+    except UserError as error:
+        raise UserError(
+            f"{path} cannot be written: export the model to your own folder with sr3 export"
+        ) from error
+
+
+def read_sampling(path: Path) -> StoredSampling:
+    """Read what `write_sampling` wrote. UserError for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise UserError("unknown format version")
+        return StoredSampling(sampling=Sampling(**values.pop("sampling")), **values)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    except KeyError as error:
+        reason = f"it lacks {error}"
+    except (UserError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise UserError(
+        f"{path} is not a valid sampling file ({reason}): delete it, or run sr3 search-schedule again"
+    )
+
+
+def copy_sampling(source: Path, target: Path, sampling: Sampling, *, params: Params, name: str) -> bool:
+    """Write the settings that model `source` uses for its export `target` with weights `params`.
+
+    The export samples as its source does, although the precision of its weights may differ.
+
+    Returns:
+        Whether the source has a sampling file that it uses (one whose settings are `sampling`).
+    """
+    file = sampling_path(source)
+    stored = read_sampling(file) if os.path.isfile(file) else None
+    if stored is None or stored.sampling != sampling:
+        return False
+    found = {**stored.found, "searched_with": stored.model}
+    copy = dataclasses.replace(stored, weights=params_fingerprint(params), model=name, found=found)
+    write_sampling(sampling_path(target), copy)
+    return True
+
+
+def find_sampling(
+    path: Path, *, own: Sampling, params: Params, config: Mapping[str, Any], name: str
+) -> Sampling:
+    """The settings stored for the model at `path`, or its `own` if there are none for it.
+
+    Settings found for other weights are ignored with a warning. A workdir's weights change as training goes on while
+    its file stays: there the file is used for later steps of the same run too, with a warning, since the best noise
+    levels change little. Settings for another network or noise schedule are never used.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = sampling_path(path)
+    if not os.path.isfile(file):
+        return own
+    stored = read_sampling(file)
+    if stored.weights == params_fingerprint(params):
+        return stored.sampling
+    if os.path.isdir(path) and stored.config == config_fingerprint(config):
+        _log.warning(
+            "%s was found with %s and is used for %s too; run sr3 search-schedule again after training",
+            file, stored.model, name,
+        )  # fmt: skip
+        return stored.sampling
+    _log.warning(
+        "%s was found for other weights (%s) than those of %s and is ignored; run sr3 search-schedule again",
+        file, stored.model, name,
+    )  # fmt: skip
+    return own

@@ -1,0 +1,132 @@
+"""Weights of a trained model, wherever they are: a workdir, an exported .safetensors file, a shipped model's name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from sr3_jax.errors import UserError
+from sr3_jax.files import atomic_write
+from sr3_jax.train.checkpoints import CONFIG_FILE, first_line, load_ema, read_config
+from sr3_jax.types import Params
+
+FORMAT = "sr3_jax.1"
+SHIPPED = Path(__file__).parent.parent / "models"
+
+
+class Weights(NamedTuple):
+    """float32 weights (the EMA of training), the config that they were trained with, and a name for messages."""
+
+    params: Params
+    config: dict[str, Any]
+    name: str
+
+
+def locate_model(path_or_name: str | Path) -> Path:
+    """The workdir or .safetensors file of a model given by its path or its shipped name.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    for path in (Path(path_or_name), SHIPPED / f"{path_or_name}.safetensors"):
+        if os.path.isdir(path) or os.path.isfile(path):  # Path.is_dir() raises for a name that is too long
+            return path
+    names = ", ".join(shipped_models()) or "none"
+    raise UserError(
+        f"no model {str(path_or_name)!r}: give a workdir, a .safetensors file, or a shipped name ({names})"
+    )
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(file.stem for file in SHIPPED.glob("*.safetensors"))
+
+
+def load_weights(path_or_name: str | Path) -> Weights:
+    """Load the weights of a workdir's newest checkpoint, of an exported file or of a shipped model.
+
+    Raises:
+        UserError: there is no such model, or it cannot be read.
+    """
+    path = locate_model(path_or_name)
+    if not path.is_dir():
+        params, config = read_export(path)
+        return Weights(params, config, path.name if os.path.isfile(path_or_name) else str(path_or_name))
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"model folder {path} has no {CONFIG_FILE}: give a workdir of sr3 train")
+    config = read_config(path)
+    params, step = load_ema(path)
+    return Weights(params, config, f"{path} at step {step}")
+
+
+def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str = "float32") -> None:
+    """Write weights and config as one safetensors file, atomically.
+
+    Args:
+        dtype: 'float32', or 'bfloat16' for half the size and about three significant digits.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    flat = {
+        ".".join(key.key for key in keys): np.ascontiguousarray(
+            np.asarray(leaf).astype(jax.numpy.dtype(dtype))
+        )
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}
+        with atomic_write(path) as partial:
+            partial.write_bytes(save(flat, metadata))  # save_file would leave it unreadable to others
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be written ({first_line(error)}); choose another place") from error
+
+
+def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
+    """The float32 weights and the config of an exported file.
+
+    Raises:
+        UserError: it is not a safetensors file, or not one of ours.
+    """
+    params: dict[str, Any] = {}
+    with _opened(path) as (file, config):
+        for name in file.keys():  # noqa: SIM118, it is no dict
+            *parents, leaf = name.split(".")
+            branch = params
+            for parent in parents:
+                branch = branch.setdefault(parent, {})
+            branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
+    return params, config
+
+
+def read_export_config(path: Path) -> dict[str, Any]:
+    """The config of an exported file, without its weights. UserError as `read_export`."""
+    with _opened(path) as (_, config):
+        return config
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"{path} is a safetensors file but not an sr3_jax model; make one with sr3 export"
+                )
+            if "config" not in metadata:
+                raise UserError(f"{path} carries no config; make it again with sr3 export")
+            yield file, json.loads(metadata["config"])
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(f"{path} cannot be read as a model ({first_line(error)})") from None
