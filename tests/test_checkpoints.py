@@ -327,13 +327,13 @@ def hostile(path: Path, kind: str) -> None:
     whole = path.with_name("whole.safetensors")
     weights.export(whole, WEIGHTS, {})
     content = whole.read_bytes()
-    good = {"format": checkpoints.FORMAT, "config": "{}"}
+    good = {"format": weights.FORMAT, "config": "{}"}
     if kind == "foreign":
         return save_file({"w": np.ones(3, np.float32)}, path, metadata={"format": "pt"})
     if kind == "bare":
         return save_file({"w": np.ones(3, np.float32)}, path)
     if kind == "no config":
-        return save_file({"w": np.ones(3, np.float32)}, path, metadata={"format": checkpoints.FORMAT})
+        return save_file({"w": np.ones(3, np.float32)}, path, metadata={"format": weights.FORMAT})
     if kind == "config cut":
         return save_file({"w": np.ones(3, np.float32)}, path, metadata=good | {"config": '{"model"'})
     if kind == "clash":  # 'a' is a weight and a branch

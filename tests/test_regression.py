@@ -15,7 +15,7 @@ from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import evaluate
 from sr3_jax.inference import model as models
-from sr3_jax.train import best, loop
+from sr3_jax.train import held_out, loop
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.step import batch_losses
 from tests import tiny
@@ -123,8 +123,8 @@ def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 5, "eval_psnr": 20.0}\n{"step": 9, "eval_psnr": 30.0}\nhalf'
     )
-    keep = best.Best(tmp_path, regression.config, mesh, 5)
-    file = tmp_path / best.BEST_FILE
+    keep = held_out.BestCheckpoint(tmp_path, regression.config, mesh, 5)
+    file = tmp_path / held_out.BEST_FILE
     keep(19.0, params)
     assert not file.exists()  # an earlier evaluation of this run was better
     for psnr, scale in ((21.0, 1.0), (23.0, 2.0), (22.0, 3.0)):
@@ -136,9 +136,9 @@ def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):
 
 def test_a_run_keeps_its_best(tmp_path):
     folder = tiny.images(tmp_path / "images")
-    sections = SWITCH | {"checkpoint": {"best": True, "every": 4}, "eval": SWITCH["eval"] | {"every": 2}}
+    sections = SWITCH | {"checkpoint": {"best": True, "every": 4}, "eval": {"every": 2}}
     config = tiny.config(folder, **sections)
     assert loop.train(experiment.read(config), tmp_path / "run") == 0
-    assert models.load(tmp_path / "run" / best.BEST_FILE).network.regression
+    assert models.load(tmp_path / "run" / held_out.BEST_FILE).network.regression
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("eval_psnr" in line for line in lines) == 2

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sr3_jax.image_ops import image_grid
+from sr3_jax.image_io.grid import image_grid
 
 WHOLE = 256  # pixels; a larger image is shown in part, at its own size
 PART = 192

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from sr3_jax.errors import UserError
+from sr3_jax.image_io.grid import image_grid
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
-from sr3_jax.image_ops import image_grid
 from sr3_jax.inference.cascade import CascadeJob, image_path
 
 LEAST, MOST = 64, 256  # pixels of an image that is shown

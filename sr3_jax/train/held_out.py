@@ -1,7 +1,12 @@
-"""What a run says of its progress: loss, PSNR and consistency on held-out crops, and a grid of samples to look at."""
+"""Held-out evaluation during training: loss, PSNR and consistency on fixed crops, and a grid of samples.
+
+Shape legend: B batch, H height, W width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,19 +16,31 @@ from jax.sharding import Mesh
 
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.distributed import sharding
-from sr3_jax.image_ops import image_grid, to_uint8, upsample
+from sr3_jax.image_io.grid import image_grid
+from sr3_jax.image_ops import to_uint8, upsample
 from sr3_jax.metrics import consistency, psnr
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.examples import Batch, condition
+from sr3_jax.train.metric_writer import MetricWriter, read_metrics
 from sr3_jax.train.step import Objective, batch_losses
+from sr3_jax.train.weights import export
 from sr3_jax.types import Conditioning, Key, Params
 
 GRID_ROWS = 6
-COLUMNS = ("low_res", "bicubic", "output", "original")
+GRID_COLUMNS = {
+    "low_res": "low-res",
+    "bicubic": "bicubic",
+    "output": "output",
+    "ground_truth": "ground truth",
+}
+BEST_FILE = "best.safetensors"
 
 
 def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, solver: str) -> Any:
-    """(weights, batch of uint8 crops, key) -> (means over the first `rows` crops, uint8 images of the whole batch)."""
+    """The jitted evaluation: (params, batch of uint8 crops, key) -> (metrics, images).
+
+    Metrics are means over the first `rows` crops; images are uint8 [B,H,W,3], of the whole batch, by name.
+    """
     sampling = Sampling(solver, steps)
     network, task = objective.network, objective.task
 
@@ -48,14 +65,14 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
                 space=objective.space,
             ).image
         )
-        original = to_uint8(image)
+        truth = to_uint8(image)
         values = {"eval_loss": batch_losses(params, batch, loss_key, objective=objective, train=False)}
-        images = {"output": output, "original": original}
+        images = {"output": output, "ground_truth": truth}
         if low_res is not None and task.scale is not None:
             bicubic, small = to_uint8(upsample(low_res, task.scale)), to_uint8(low_res)
             values |= {
-                "eval_psnr": psnr(output, original),
-                "eval_psnr_bicubic": psnr(bicubic, original),
+                "eval_psnr": psnr(output, truth),
+                "eval_psnr_bicubic": psnr(bicubic, truth),
                 "eval_consistency": consistency(output, small),
                 "eval_consistency_bicubic": consistency(bicubic, small),
             }
@@ -66,10 +83,10 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
 
 
 class HeldOutEvaluation:
-    """A fixed set of crops and fixed keys, so that its numbers compare across steps and runs.
+    """Evaluates weights on a fixed set of crops with fixed keys, so that metrics compare across steps and runs.
 
     Args:
-        batch: host crops, uint8 'image' [B,crop,crop,3] and perhaps 'label'; any B.
+        batch: host crops, uint8 'image' [B,H,W,3] and perhaps 'label' [B]; any B.
         steps, solver: of the sampler.
     """
 
@@ -84,22 +101,68 @@ class HeldOutEvaluation:
         seed: int,
     ) -> None:
         self._rows = rows = len(batch["image"])
-        # The devices take equal shares: rows come again to fill them, and are left out of the means.
+        # Devices take equal shares: the batch is filled up with repeated rows, which the means leave out.
         filled = np.arange(rows + -rows % mesh.size) % rows
         self._batch = {name: column[filled] for name, column in batch.items()}
-        self._seed = seed
-        self._mesh = mesh
+        self._seed, self._mesh = seed, mesh
         self._metrics = held_out_jit(objective, mesh, rows=rows, steps=steps, solver=solver)
 
     def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """Metrics of these weights, and a grid: low-res and bicubic unless it is a base stage, output, original."""
+        """Metrics of these weights, and a grid of samples next to their ground truth, uint8 [H,W,3]."""
         key = jax.random.fold_in(jax.random.key(self._seed), 2**31 + 1)  # the same each time
         values, images = self._metrics(params, sharding.to_global(self._batch, self._mesh), key)
         images = sharding.to_host(images, self._mesh)
-        names = [name for name in COLUMNS if name in images]
-        count = min(GRID_ROWS, self._rows)
+        names = [name for name in GRID_COLUMNS if name in images]
         grid = image_grid(
-            [[images[name][row] for name in names] for row in range(count)],
-            column_titles=[name.replace("_", "-") for name in names],
+            [[images[name][row] for name in names] for row in range(min(GRID_ROWS, self._rows))],
+            column_titles=[GRID_COLUMNS[name] for name in names],
         )
         return {name: float(value) for name, value in values.items()}, grid
+
+
+class BestCheckpoint:
+    """Exports the weights with the highest held-out PSNR as WORKDIR/best.safetensors.
+
+    This is how the paper selects its regression baseline (section 3).
+
+    Args:
+        config: stored in the file next to the weights.
+        first_step: of a resumed run; evaluations logged up to it count, later ones will be run again.
+    """
+
+    def __init__(self, workdir: Path, config: Mapping[str, Any], mesh: Mesh, first_step: int) -> None:
+        self._path, self._config, self._mesh = workdir / BEST_FILE, config, mesh
+        rows = (row for row in read_metrics(workdir) if row["step"] <= first_step)
+        self._psnr = max((row["eval_psnr"] for row in rows if "eval_psnr" in row), default=float("-inf"))
+
+    def __call__(self, psnr: float, ema_params: Params) -> None:
+        """Export these weights if their PSNR is the highest so far. All processes must call it."""
+        if psnr <= self._psnr:
+            return
+        self._psnr = psnr
+        params = sharding.to_host(ema_params, self._mesh)
+        if jax.process_index() == 0:
+            export(self._path, params, self._config)
+
+
+def evaluate_and_log(
+    evaluation: HeldOutEvaluation,
+    best: BestCheckpoint | None,
+    writer: MetricWriter,
+    step: int,
+    ema_params: Params,
+) -> None:
+    """Evaluate the weights of a step; write metrics, samples and, if they are the best so far, the weights."""
+    values, grid = evaluation(ema_params)
+    writer.write_scalars(step, values)
+    writer.write_image(step, "samples", grid)
+    numbers = (f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
+    writer.message(f"step {step}: held out: {', '.join(numbers)}")
+    if best is not None:
+        best(values["eval_psnr"], ema_params)
+
+
+def evaluation_is_missing(workdir: Path, step: int, config: Mapping[str, Any]) -> bool:
+    """Whether an evaluation was due at `step` but is not in the log: the run was killed before it."""
+    due = step > 0 and (step == config["train"]["num_steps"] or step % config["eval"]["every"] == 0)
+    return due and not any(row["step"] == step and "eval_loss" in row for row in read_metrics(workdir))

@@ -1,11 +1,11 @@
-"""The training run: restore, then for each step: train, log, evaluate, save, stop."""
+"""The training run: restore, then for each step train, log, evaluate, save, stop."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,22 @@ from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.distributed import sharding
 from sr3_jax.distributed.signals import stop_signals
 from sr3_jax.errors import UserError
-from sr3_jax.inference.model import load
 from sr3_jax.train import checkpoints
-from sr3_jax.train.best import Best
-from sr3_jax.train.held_out import HeldOutEvaluation
-from sr3_jax.train.metric_writer import MetricWriter, read_metrics
+from sr3_jax.train.held_out import (
+    BestCheckpoint,
+    HeldOutEvaluation,
+    evaluate_and_log,
+    evaluation_is_missing,
+)
+from sr3_jax.train.metric_writer import MetricWriter
 from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
 from sr3_jax.train.step import jit_train_step, make_train_step
-from sr3_jax.train.window import MetricWindow
+from sr3_jax.train.step_metrics import StepMetrics
+from sr3_jax.train.weights import load_weights
 
 _log = logging.getLogger("sr3_jax")
-_TIME_IS_OVER = 1  # below the exit codes of signals
-FIXED_ON_RESUME = {  # (): all fields
+_OUT_OF_TIME = 1  # below the exit codes of signals
+FIXED_ON_RESUME = {  # sections and their fields that a resumed run cannot change; (): all fields
     "model": (),
     "diffusion": (),
     "optim": (),
@@ -41,173 +45,170 @@ FIXED_ON_RESUME = {  # (): all fields
 
 
 def train(experiment: Experiment, workdir: Path) -> int:
-    """Run an experiment in a workdir, from its newest checkpoint if it has one.
+    """Train in a workdir, from its newest checkpoint if it has one.
 
     Returns:
-        0 when the run is complete, 143 or 130 when SIGTERM or Ctrl-C stopped it after a save.
+        0 when the run is complete; 143 or 130 when SIGTERM or Ctrl-C stopped it after a save.
 
     Raises:
         UserError: the config does not fit the machine, the data or the workdir; the loss is not finite.
     """
     config = experiment.config
-    run, data = config["train"], config["data"]
+    num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
     mesh = sharding.make_mesh(**config["mesh"])
     check_batch(config, devices=mesh.size, processes=jax.process_count())
-    source, held_out = _open(data, data["source"]), _open(data, data["eval_source"])
-    held_out_crops = center_crops(held_out, crop=data["crop"], count=config["eval"]["num_images"])
-    _check_labels(held_out_crops, config, held_out.name)
+    source, held_out_crops = _open_data(config)
 
     with (
         checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as store,
-        stop_signals() as stopped,
+        stop_signals() as signal_code,
     ):
-        # ---- Restore: the newest checkpoint, else given weights, else fresh ones. Never fresh over a failed restore.
+        # ---- Restore
         if store.latest_step is not None:
             _check_same_run(checkpoints.read_config(workdir), config, workdir)
         optimizer = experiment.optimizer()
         state = _initial_state(experiment, optimizer, mesh, store)
-        first_step = int(state.step)
+        step = first_step = evaluated = int(state.step)
         if jax.process_index() == 0:
             checkpoints.write_config(workdir, config)
 
-        # ---- Compile once, for every step.
-        step_fn = jit_train_step(
+        # ---- Set up: one compilation for all steps
+        train_step = jit_train_step(
             make_train_step(
                 experiment.objective,
                 optimizer,
                 ema_decay=config["optim"]["ema_decay"],
-                accumulation=run["accumulation"],
+                accumulation=config["train"]["accumulation"],
             ),
             state,
             mesh,
         )
-        evaluate = HeldOutEvaluation(
+        evaluation = HeldOutEvaluation(
             experiment.objective,
             held_out_crops,
             mesh,
             steps=config["sampling"]["steps"],
             solver=config["sampling"]["solver"],
-            seed=run["seed"],
+            seed=seed,
         )
-        best = Best(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
-        key = jax.random.key(run["seed"])
-        rows = sharding.local_rows(mesh, run["batch_size"])
-        crops = batches(
-            source,
-            seed=run["seed"],
-            batch_size=run["batch_size"],
-            crop=data["crop"],
-            first_step=first_step,
-            rows=rows,
-            mirror=data["mirror"],
-            threads=data["threads"],
-        )
-
-        def next_batch() -> dict[str, jax.Array]:
-            crops_here = next(crops)
-            _check_labels(crops_here, config, source.name)
-            return sharding.to_global(crops_here, mesh, rows=rows, batch_size=run["batch_size"])
-
-        lr_schedule = experiment.lr_schedule()
-        minutes = run["minutes"] or None
-        writer = MetricWriter(
+        best = BestCheckpoint(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
+        next_batch = _device_batches(source, config, mesh, first_step=first_step).__next__
+        minutes = config["train"]["minutes"] or None
+        stop_reason = _stop_vote(mesh, signal_code, minutes)
+        key = jax.random.key(seed)
+        with MetricWriter(
             workdir,
-            total_steps=run["num_steps"],
+            total_steps=num_steps,
             first_step=first_step,
             enabled=jax.process_index() == 0,
             minutes=minutes,
-        )
-        with writer:
-            writer.message(_greeting(experiment, state, mesh, source, first_step))
-            deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-            window = MetricWindow(run["batch_size"])
-            pending: tuple[int, Mapping[str, jax.Array]] | None = None
-
-            def book() -> None:
-                """Read, check and log the metrics of the step that is dispatched but not read, if any."""
-                nonlocal pending
-                if pending is None:
-                    return
-                step, loss, grad_norm = _finite(pending, workdir)
-                pending = None
-                window.add(loss, grad_norm)
-                writer.progress(step, loss=window.loss, images_per_second=window.rate)
-                if step % run["log_every"] == 0 or step == run["num_steps"]:
-                    writer.write_scalars(
-                        step, window.summary() | {"learning_rate": float(lr_schedule(step - 1))}
-                    )
-
-            def ending() -> Any:
-                """0 to go on, else why any of the processes wants to stop; asked by all at the same step."""
-                return sharding.process_max(
-                    stopped() or (_TIME_IS_OVER if time.monotonic() > deadline else 0), mesh
-                )
-
-            def evaluate_now() -> None:
-                values, grid = evaluate(state.ema_params)
-                writer.write_scalars(step, values)
-                writer.write_image(step, "samples", grid)
-                numbers = (f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
-                writer.message(f"step {step}: held out: {', '.join(numbers)}")
-                if best is not None:
-                    best(values["eval_psnr"], state.ema_params)
-
+        ) as writer:
+            writer.message(_describe(experiment, state, mesh, source, first_step))
+            metrics = StepMetrics(
+                writer,
+                batch_size=config["train"]["batch_size"],
+                log_every=config["train"]["log_every"],
+                num_steps=num_steps,
+                lr_schedule=experiment.lr_schedule(),
+                workdir=workdir,
+            )
             batch = next_batch()
-            step = evaluated = first_step
-            reason = int(ending())
-            if int(sharding.process_max(int(_evaluation_is_missing(workdir, first_step, config)), mesh)):
-                evaluate_now()  # the run was killed between the checkpoint of this step and its evaluation
-            while step < run["num_steps"] and not reason:
-                # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1.
-                asked = ending()  # before the step, so that reading the answer does not wait for it
-                before = time.monotonic()
-                state, metrics = step_fn(state, batch, key)
+            reason = int(stop_reason())
+            if int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh)):
+                evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+
+            # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1
+            while step < num_steps and not reason:
+                vote = stop_reason()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
-                    window.skip(time.monotonic() - before)  # compilation
+                    with metrics.untimed():  # it compiles
+                        state, step_metrics = train_step(state, batch, key)
+                else:
+                    state, step_metrics = train_step(state, batch, key)
                 step += 1
-                before = time.monotonic()
-                batch = next_batch()
-                window.waited += time.monotonic() - before
-                book()
-                pending = (step, metrics)
-                reason = int(asked)
-                # ---- Evaluate and save, on state whose loss is known to be finite
-                ends = step == run["num_steps"]
-                to_save, to_evaluate = (
-                    ends or step % config[section]["every"] == 0 for section in ("checkpoint", "eval")
+                with metrics.waiting_for_data():
+                    batch = next_batch()
+                metrics.push(step, step_metrics)
+                reason = int(vote)
+
+                # ---- Save and evaluate, only a state whose loss is known to be finite
+                save, evaluate = (
+                    step == num_steps or step % config[section]["every"] == 0
+                    for section in ("checkpoint", "eval")
                 )
-                if to_save or to_evaluate:
-                    book()
-                    before = time.monotonic()
-                    if to_save:
-                        store.save(state)
-                    # Told to stop it only saves, and the next start evaluates.
-                    if to_evaluate and reason <= _TIME_IS_OVER:
-                        evaluate_now()
-                        evaluated = step
-                    window.skip(time.monotonic() - before)
+                if save or evaluate:
+                    metrics.flush()
+                    with metrics.untimed():
+                        if save:
+                            store.save(state)
+                        if evaluate and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
+                            evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+                            evaluated = step
+
             # ---- Stop
-            book()
+            metrics.flush()
             store.save(state, wait=True)
-            if reason > _TIME_IS_OVER:
-                writer.message(
-                    f"Stopped at step {step} and saved. Run the same command again to go on from there."
-                )
+            if reason > _OUT_OF_TIME:
+                writer.message(f"Stopped and saved at step {step}. Run the same command again to resume.")
                 return reason
-            if step < run["num_steps"]:
-                if step > evaluated:
-                    evaluate_now()
-                writer.message(f"The {minutes:g} minutes are over at step {step}; saved.")
+            if step == num_steps:
+                writer.message(f"Finished {step} steps; saved in {workdir}.")
             else:
-                writer.message(f"Done: {step} steps, saved in {workdir}.")
+                if step > evaluated:
+                    evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+                writer.message(f"Stopped after {minutes:g} minutes and saved at step {step}.")
     return 0
 
 
-def _open(data: Mapping[str, Any], name: str) -> Source:
-    if data["framing"] == "crop":
-        return open_source(name, min_side=data["crop"], cache_mb=data["cache_mb"])
-    whole = open_source(name, min_side=data["crop"], cache_mb=0)
-    return squares(whole, data["crop"], cache_mb=data["cache_mb"])
+def _open_data(config: Mapping[str, Any]) -> tuple[Source, dict[str, np.ndarray]]:
+    """The training source, and the crops of held-out evaluation with their labels checked."""
+    data = config["data"]
+
+    def source(name: str) -> Source:
+        if data["framing"] == "crop":
+            return open_source(name, min_side=data["crop"], cache_mb=data["cache_mb"])
+        whole = open_source(name, min_side=data["crop"], cache_mb=0)
+        return squares(whole, data["crop"], cache_mb=data["cache_mb"])
+
+    training, held_out = source(data["source"]), source(data["eval_source"])
+    crops = center_crops(held_out, crop=data["crop"], count=config["eval"]["num_images"])
+    _check_labels(crops, config, held_out.name)
+    return training, crops
+
+
+def _device_batches(
+    source: Source, config: Mapping[str, Any], mesh: Mesh, *, first_step: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches from `first_step` on, as global arrays over the mesh; each process decodes only its own rows."""
+    train, data = config["train"], config["data"]
+    rows = sharding.local_rows(mesh, train["batch_size"])
+    for crops in batches(
+        source,
+        seed=train["seed"],
+        batch_size=train["batch_size"],
+        crop=data["crop"],
+        first_step=first_step,
+        rows=rows,
+        mirror=data["mirror"],
+        threads=data["threads"],
+    ):
+        _check_labels(crops, config, source.name)
+        yield sharding.to_global(crops, mesh, rows=rows, batch_size=train["batch_size"])
+
+
+def _stop_vote(mesh: Mesh, signal_code: Callable[[], int], minutes: float | None) -> Callable[[], Any]:
+    """A function that asks all processes at the same step whether one wants to stop.
+
+    It returns 0 to go on, the exit code of a signal, or _OUT_OF_TIME; int() of the result waits for the answer.
+    """
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+
+    def vote() -> Any:
+        return sharding.process_max(
+            signal_code() or (_OUT_OF_TIME if time.monotonic() > deadline else 0), mesh
+        )
+
+    return vote
 
 
 def _initial_state(
@@ -222,26 +223,24 @@ def _initial_state(
     key = jax.random.fold_in(jax.random.key(experiment.section("train")["seed"]), 2**31)
     if not start:
         return create_state(experiment.init_params, optimizer, key, mesh)
-    given = load(start).params
+    given = load_weights(start).params
     abstract = abstract_state(experiment.init_params, optimizer, mesh)
     shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (given, abstract.params)]
     if shapes[0] != shapes[1]:
-        raise UserError(
-            f"config.train.init_from={start!r} is a model of another network; use its config.model fields"
-        )
+        raise UserError(f"config.train.init_from={start!r} has another network: use its config.model fields")
     return start_from(given, optimizer, mesh)
 
 
 def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
     for section, fields in FIXED_ON_RESUME.items():
         for field in fields or new[section]:
-            # A field that is newer than the run had its default in it.
+            # A field that is newer than the run had its default value.
             value, before = new[section][field], old.get(section, {}).get(field, DEFAULTS[section][field])
             before = tuple(before) if isinstance(before, list) else before
             if before != value:
                 raise UserError(
                     f"config.{section}.{field} is {value!r} but {workdir} was trained with {before!r}: "
-                    "give that value to go on, or another workdir to start anew"
+                    "use that value to resume, or another workdir to start again"
                 )
 
 
@@ -252,33 +251,15 @@ def _check_labels(rows: Mapping[str, np.ndarray], config: Mapping[str, Any], nam
     wrong = [label for label in rows["label"].tolist() if not 0 <= label < classes] if classes else []
     if wrong:
         raise UserError(
-            f"config.model.num_classes={classes} but {name} has a label {wrong[0]}: labels go from 0 to "
+            f"config.model.num_classes={classes} but {name} has label {wrong[0]}: labels must be from 0 to "
             "num_classes - 1"
         )
 
 
-def _finite(pending: tuple[int, Mapping[str, jax.Array]], workdir: Path) -> tuple[int, float, float]:
-    """The fetched metrics of a step, or the end of the run: a state with NaN in it is never saved."""
-    step, metrics = pending
-    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"the loss of step {step} is {loss} and its gradient's norm {grad_norm}: stopped without saving it; "
-            f"the last good checkpoint is in {workdir}. Lower config.optim.learning_rate, raise "
-            "config.optim.warmup_steps or set config.optim.clip_norm, in a new workdir"
-        )
-    return step, loss, grad_norm
-
-
-def _evaluation_is_missing(workdir: Path, step: int, config: Mapping[str, Any]) -> bool:
-    due = step > 0 and (step == config["train"]["num_steps"] or step % config["eval"]["every"] == 0)
-    return due and not any(row["step"] == step and "eval_loss" in row for row in read_metrics(workdir))
-
-
-def _greeting(experiment: Experiment, state: TrainState, mesh: Mesh, source: Source, first_step: int) -> str:
+def _describe(experiment: Experiment, state: TrainState, mesh: Mesh, source: Source, first_step: int) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    start = f"going on from step {first_step}" if first_step else "from step 0"
+    start = f"resuming at step {first_step}" if first_step else "starting at step 0"
     return (
-        f"{count / 1e6:.2f}M parameters, {len(source)} images in {source.name}, "
+        f"{count / 1e6:.2f} M parameters, {len(source)} images in {source.name}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {start}"
     )
