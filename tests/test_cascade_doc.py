@@ -68,7 +68,7 @@ def test_the_stages_come_with_the_package_and_chain():
     from sr3_jax.inference.model import load
 
     names = ["fashion_base_8", "fashion_8_16", "fashion_16_32"]
-    links = stages.find_stages(names)
-    stages.check_chain(links)
-    assert [link.stage.size for link in links] == [8, 16, 32]
+    stages = stages.find_stages(names)
+    stages.check_chain(stages)
+    assert [stage.spec.size for stage in stages] == [8, 16, 32]
     assert [load(name).network.augment for name in names] == [False, True, True]

@@ -1,4 +1,4 @@
-"""What `sr3 cascade` and `sr3 generate` share: their options, and from these to images and a page of them."""
+"""Shared by `sr3 cascade` and `sr3 generate`: their options, and the run itself."""
 
 from __future__ import annotations
 
@@ -15,34 +15,46 @@ MANIFEST = "images.json"
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
-    """The options of both."""
-    parser.add_argument("-n", "--count", metavar="N", help="images to draw (default: 16)")
+    """Add the options of both commands."""
+    parser.add_argument("-n", "--count", metavar="N", help="number of images (default: 16)")
     parser.add_argument(
         "--labels", metavar="L,L",
-        help="classes, in turn, or 'none' (default: all of the model's in turn, if it has labels)",
+        help="class labels, repeated in order, or 'none' (default: all classes of the model, if it has any)",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="a folder")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="output folder")
     parser.add_argument(
-        "--steps", metavar="N,N", help="sampling steps, for all stages or each (default: its own)"
+        "--steps",
+        metavar="N,N",
+        help="sampling steps, for all stages or one number per stage (default: each model's own)",
     )
-    parser.add_argument("--solver", metavar="NAME,NAME", help="sampling methods (default: each model's own)")
     parser.add_argument(
-        "--guidance", metavar="G,G", help="strength of the label; 1: no guidance (default: its own)"
+        "--solver",
+        metavar="NAME,NAME",
+        help="solvers: ancestral, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: each model's own)",
+    )
+    parser.add_argument(
+        "--guidance",
+        metavar="G,G",
+        help="weight of classifier-free guidance; 1 for none (default: each model's own)",
     )
     parser.add_argument(
         "--augment",
         metavar="A,A",
-        help="strength of the condition's augmentation, 0 to 1 (default: each model's own)",
+        help="strength of the conditioning augmentation, 0 to 1 (default: each model's own)",
     )
-    parser.add_argument("--seed", default="0", metavar="S", help="same seed, same images (default: 0)")
     parser.add_argument(
-        "--batch-size", metavar="B", help="images at a time (default: 64, fewer of large ones)"
+        "--seed", default="0", metavar="S", help="the same seed gives the same images (default: 0)"
+    )
+    parser.add_argument(
+        "--batch-size", metavar="B", help="images per batch (default: 64, fewer if they are large)"
     )
     parser.add_argument("--unfinished", action="store_true", help="allow stages that are still in training")
 
 
-def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None, *, keep: bool) -> int:
-    """Draw by the stages at these paths and write the page; exit code 0."""
+def generate_images(
+    args: argparse.Namespace, paths: list[str], low_res: list[Path] | None, *, keep: bool
+) -> int:
+    """Generate images with the stages at these paths and write the contact sheets; exit code 0."""
     from tqdm import tqdm
 
     from sr3_jax import files
@@ -51,18 +63,18 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
     from sr3_jax.errors import UserError
     from sr3_jax.inference import cascade, contact_sheet, stages
 
-    links = stages.find_stages(paths)
+    stage_list = stages.find_stages(paths)
     starts = _read(low_res, args.output) if low_res else None
     sizes = [image.shape[:2] for image in starts or ()]
-    stages.check_chain(links, low_res=sizes, unfinished=args.unfinished)
+    stages.check_chain(stage_list, low_res=sizes, unfinished=args.unfinished)
     count = (16 if starts is None else len(starts)) if args.count is None else whole("--count", args.count)
     if starts is not None and count > len(starts):
-        raise UserError(f"--count={count} is more than the {len(starts)} images of --low-res: leave it out")
+        raise UserError(f"--count={count} is more than the {len(starts)} images of --low-res: omit it")
     job = cascade.CascadeJob(
-        links=tuple(links),
-        samplings=tuple(_settings(args, links)),
+        stages=tuple(stage_list),
+        samplings=tuple(_settings(args, stage_list)),
         count=count,
-        labels=_labels(args.labels, links, count),
+        labels=_labels(args.labels, stage_list, count),
         low_res=None if starts is None else tuple(starts[:count]),
         seed=whole("--seed", args.seed, least=0, most=2**32 - 1),
         batch_size=None if args.batch_size is None else whole("--batch-size", args.batch_size),
@@ -70,14 +82,14 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
     folder = files.make_folder(args.output)
     process = start_processes()
     steps = cascade.prepare(job, processes=process[1])
-    total = len(range(process[0], count, process[1])) * len(links)
+    total = len(range(process[0], count, process[1])) * len(stage_list)
     with tqdm(total=total, unit="image", disable=None, file=sys.stderr) as bar, stop_signals() as stopped:
 
-        def tell(done: int) -> None:
+        def advance(done: int) -> None:
             bar.update(done)
             exit_if_stopped(stopped())
 
-        cascade.generate(job, steps, folder, process=process, on_stage=bar.set_description, on_images=tell)
+        cascade.generate(job, steps, folder, process=process, on_stage=bar.set_description, on_images=advance)
     wait_for_all()
     if process[0] == 0:
         names = contact_sheet.write(job, folder)
@@ -87,8 +99,8 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
             "seed": job.seed,
             "stages": [
                 {
-                    "name": step.link.name,
-                    "path": step.link.path,
+                    "name": step.stage.name,
+                    "path": step.stage.path,
                     "weights": step.weights,
                     "sampling": dataclasses.asdict(step.sampling),
                 }
@@ -100,35 +112,35 @@ def draw(args: argparse.Namespace, paths: list[str], low_res: list[Path] | None,
         files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         if not keep:
             cascade.remove_intermediate(job, folder)
-        print(f"{count} images, {', '.join(names)} and {MANIFEST} in {folder}")
+        print(f"wrote {count} images, {', '.join(names)} and {MANIFEST} to {folder}")
     return 0
 
 
-def _settings(args: argparse.Namespace, links: list[Any]) -> list[Any]:
-    """For each stage a function from its own sampling to the one that is asked for."""
-    every = [True] * len(links)
+def _settings(args: argparse.Namespace, stage_list: list[Any]) -> list[Any]:
+    """For each stage a function from its own sampling settings to the requested ones."""
+    every = [True] * len(stage_list)
 
     def steps_of(option: str, text: str) -> int:
         return whole(option, text)
 
     columns = {
-        "steps": by_stage("--steps", args.steps, stages=len(links), read=steps_of, takes=every),
+        "steps": by_stage("--steps", args.steps, stages=len(stage_list), read=steps_of, takes=every),
         "solver": by_stage(
-            "--solver", args.solver, stages=len(links), read=lambda _, text: text, takes=every
+            "--solver", args.solver, stages=len(stage_list), read=lambda _, text: text, takes=every
         ),
         "guidance": by_stage(
             "--guidance",
             args.guidance,
-            stages=len(links),
+            stages=len(stage_list),
             read=number,
-            takes=[link.guided for link in links],
+            takes=[stage.guided for stage in stage_list],
         ),
         "augment": by_stage(
             "--augment",
             args.augment,
-            stages=len(links),
+            stages=len(stage_list),
             read=number,
-            takes=[link.augmented for link in links],
+            takes=[stage.augmented for stage in stage_list],
         ),
     }
 
@@ -139,26 +151,26 @@ def _settings(args: argparse.Namespace, links: list[Any]) -> list[Any]:
         }
         return lambda own: dataclasses.replace(own.override(steps=steps, solver=solver), **rest)
 
-    return [setting(index) for index in range(len(links))]
+    return [setting(index) for index in range(len(stage_list))]
 
 
-def _labels(text: str | None, links: list[Any], count: int) -> Any:
+def _labels(text: str | None, stage_list: list[Any], count: int) -> Any:
     import numpy as np
 
     from sr3_jax.errors import UserError
 
-    classes = max(link.classes for link in links)
+    classes = max(stage.classes for stage in stage_list)
     if text == "none" or (text is None and not classes):
         return None
     if not classes:
-        raise UserError(f"--labels={text}: none of the stages was trained with labels; leave it out")
+        raise UserError(f"--labels={text}: no stage was trained with labels: omit it")
     given = listed("--labels", text) if text is not None else [str(label) for label in range(classes)]
     labels = [whole("--labels", label, least=0, most=classes - 1) for label in given]
     return np.resize(np.array(labels, np.int32), count)
 
 
 def _remove_older(folder: Path, files: set[str]) -> None:
-    """Remove images of an earlier run with more of them, as its manifest names them: they are none of this run."""
+    """Remove the images that the manifest of an earlier run names and this run does not have."""
     try:
         before = [
             entry["file"] for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["images"]
@@ -171,7 +183,7 @@ def _remove_older(folder: Path, files: set[str]) -> None:
 
 
 def _read(paths: list[Path], output: Path) -> list[Any]:
-    """The images of files and folders, those in the output's folder left out."""
+    """The images of files and folders, except those in the output folder."""
     from sr3_jax.data.folders import walk
     from sr3_jax.errors import UserError
     from sr3_jax.image_io.errors import printable
@@ -184,7 +196,7 @@ def _read(paths: list[Path], output: Path) -> list[Any]:
             continue
         found, refused = walk(path)
         if refused:
-            raise UserError(f"{printable(refused[0][0])}: {refused[0][1]}: mend its permissions")
+            raise UserError(f"{printable(refused[0][0])}: {refused[0][1]}: fix its permissions")
         inside = output.resolve()
         files += [
             file
@@ -198,5 +210,5 @@ def _read(paths: list[Path], output: Path) -> list[Any]:
         except ImageError as error:
             raise UserError(f"{printable(file)} {error}") from error
     if not images:
-        raise UserError(f"no images in {', '.join(printable(path) for path in paths)}: name others")
+        raise UserError(f"no images in {', '.join(printable(path) for path in paths)}: name other files")
     return images

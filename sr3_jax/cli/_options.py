@@ -1,6 +1,6 @@
-"""What the commands' options have in common: numbers and their ranges, lists with commas, one value for each stage.
+"""Option values of the commands: numbers with ranges, comma-separated lists, one value per stage.
 
-`count`, `seed` and `positive` are types for argparse; the others raise our own sentences.
+`count`, `seed` and `positive` are argparse types; the others raise `UserError`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def count(text: str) -> int:
-    """A whole number from 1."""
+    """An integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is too small: it must be at least 1")
@@ -21,10 +21,10 @@ def count(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """What `jax.random.key` takes."""
+    """An integer that `jax.random.key` accepts."""
     value = int(text)
     if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is not a seed: choose one of 0 to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"{value} is out of range: a seed is from 0 to {2**32 - 1}")
     return value
 
 
@@ -36,11 +36,11 @@ def positive(text: str) -> float:
     return value
 
 
-count.__name__, seed.__name__, positive.__name__ = "whole number", "whole number", "number"  # in errors
+count.__name__, seed.__name__, positive.__name__ = "integer", "integer", "number"  # in errors
 
 
 def listed(option: str, text: str | None) -> list[str]:
-    """The parts of a list with commas; none if the option was not given."""
+    """The parts of a comma-separated list; [] if the option was not given."""
     from sr3_jax.errors import UserError
 
     if text is None:
@@ -52,12 +52,12 @@ def listed(option: str, text: str | None) -> list[str]:
 
 
 def whole(option: str, text: str, *, least: int = 1, most: int = 10**9) -> int:
-    """A whole number in a range."""
+    """An integer in a range."""
     from sr3_jax.errors import UserError
 
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         above = f"{least} or more" if most == 10**9 else f"{least} to {most}"
-        raise UserError(f"{option} must be a whole number, {above}, got {text!r}")
+        raise UserError(f"{option} must be an integer, {above}, got {text!r}")
     return int(text)
 
 
@@ -74,7 +74,7 @@ def number(option: str, text: str) -> float:
 def by_stage(
     option: str, text: str | None, *, stages: int, read: Callable[[str, str], T], takes: Sequence[bool]
 ) -> list[T | None]:
-    """One value for each stage: A,B,C as given ('-' for the stage's own), or one for all stages that take it."""
+    """One value per stage: A,B,C as given ('-' for the stage's own), or one value for all stages that take it."""
     from sr3_jax.errors import UserError
 
     parts = listed(option, text)
@@ -83,10 +83,10 @@ def by_stage(
     if len(parts) == 1:
         value = read(option, parts[0])
         if not any(takes):
-            raise UserError(f"{option}={text} is of use to none of the stages: leave it out")
+            raise UserError(f"{option}={text} applies to no stage: omit it")
         return [value if taken else None for taken in takes]
     if len(parts) != stages:
         raise UserError(
-            f"{option}={text} has {len(parts)} values for {stages} stages: give one, or one for each"
+            f"{option}={text} has {len(parts)} values for {stages} stages: give one value, or one per stage"
         )
     return [None if part == "-" else read(option, part) for part in parts]

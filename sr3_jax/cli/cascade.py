@@ -1,7 +1,7 @@
-"""Draw images by a cascade of stages: a base stage, then super-resolution stages, each trained on its own.
+"""Generate images with a cascade: a base model, then super-resolution stages.
 
-OUT gets 00000.png and on, a page of them (grid.png, stages.png) and images.json. The same command again goes on
-after the last finished stage. `--stages DIR` names all stages of a cascade that was trained in one folder.
+Writes OUT/00000.png and so on, contact sheets (grid.png, stages.png) and images.json. Run the same command again to
+resume after the last finished stage. `--stages DIR` uses all stages of a cascade that was trained in one folder.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sr3_jax.cli._generation import add_shared, draw
+from sr3_jax.cli._generation import add_shared, generate_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stages", nargs="+", required=True, metavar="STAGE",
-        help="workdirs, exported .safetensors files or shipped names, the base first; or the one folder of all",
+        help="workdirs, .safetensors files or shipped names, the base model first; or the folder of a whole cascade",
     )  # fmt: skip
     parser.add_argument(
         "--low-res", nargs="+", type=Path, metavar="IMAGE",
-        help="start from these images (or folders of them) in place of a base stage",
+        help="start from these images (or folders of images) instead of a base model",
     )  # fmt: skip
-    parser.add_argument("--keep", action="store_true", help="keep the images of all stages, in OUT/stages")
+    parser.add_argument("--keep", action="store_true", help="keep the images of all stages in OUT/stages")
     add_shared(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0."""
-    return draw(args, args.stages, args.low_res, keep=args.keep)
+    return generate_images(args, args.stages, args.low_res, keep=args.keep)

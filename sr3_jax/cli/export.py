@@ -1,4 +1,4 @@
-"""Write a run's averaged weights and config as one file: sr3 export WORKDIR -o MODEL.safetensors."""
+"""Export the EMA weights of a run and its config as one .safetensors file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A workdir (or another export, to change its precision) and the file to write."""
-    parser.add_argument("model", help="a workdir of sr3 train, or another exported file")
+    """The model to export and the file to write."""
+    parser.add_argument("model", help="a workdir of sr3 train, an exported file or a shipped name")
     parser.add_argument("-o", "--output", required=True, type=Path, help="the .safetensors file to write")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, write, say what was written."""
+    """Export; exit code 0."""
     from sr3_jax.errors import UserError
     from sr3_jax.inference.model import load
     from sr3_jax.inference.sampling_file import copy_sampling, sampling_path
@@ -28,6 +28,6 @@ def run(args: argparse.Namespace) -> int:
     if copy_sampling(
         locate_model(args.model), args.output, model.sampling, params=written, name=args.output.name
     ):
-        print(f"its sampling written to {sampling_path(args.output)}")
-    print(f"{model.name} written to {args.output}, {args.output.stat().st_size / 1e6:.2f} MB")
+        print(f"wrote its sampling settings to {sampling_path(args.output)}")
+    print(f"wrote {model.name} to {args.output}, {args.output.stat().st_size / 1e6:.2f} MB")
     return 0

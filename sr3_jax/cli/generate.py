@@ -1,22 +1,25 @@
-"""Draw images of noise by a base stage: a model that was trained without low-res images.
+"""Generate images from noise with an unconditional or class-conditional base model.
 
-OUT gets 00000.png and on, a page of them (grid.png) and images.json.
+Writes OUT/00000.png and so on, a contact sheet (grid.png) and images.json.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from sr3_jax.cli._generation import add_shared, draw
+from sr3_jax.cli._generation import add_shared, generate_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="PATH_OR_NAME", help="a workdir, an exported file or a shipped name"
+        "--model",
+        required=True,
+        metavar="PATH_OR_NAME",
+        help="a workdir, a .safetensors file or a shipped name",
     )
     add_shared(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0. A cascade of one stage."""
-    return draw(args, [args.model], None, keep=False)
+    return generate_images(args, [args.model], None, keep=False)

@@ -1,4 +1,4 @@
-"""The door: `sr3 COMMAND ...` to the module of that name in this folder."""
+"""Entry point of the command line: runs `sr3 COMMAND` with the module of that name in this folder."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells ha
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one sentence."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)} (see `{self.prog} --help`)\n")
 
 
 class _Plain(logging.Handler):
-    """Log lines as plain sentences on stderr, above a progress bar if there is one."""
+    """Prints log messages on stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -40,7 +40,7 @@ class _Plain(logging.Handler):
 
 
 def commands() -> dict[str, str]:
-    """Every command's name and one-line help, read from the files of this folder without running them."""
+    """Name and one-line help of every command, read from the source files without importing them."""
     found = {}
     for module in pkgutil.iter_modules(sr3_jax.cli.__path__):
         if module.name != "main" and not module.name.startswith("_"):
@@ -54,24 +54,24 @@ def commands() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code.
 
-    0 done, 1 done in part (3 of several processes, whose launchers try 1 again), 2 a mistake of the user (one
-    sentence on stderr), 130 interrupted, 143 told to stop: the same command goes on from there.
+    0: done. 1: done in part (3 with several processes, since launchers restart on 1). 2: invalid input, with one line
+    on stderr. 130, 143: stopped by SIGINT or SIGTERM; the same command resumes.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a file's name need not be text
+        if hasattr(stream, "reconfigure"):  # file names need not be valid text
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # argparse: --help, and mistakes, which it has printed
+    except SystemExit as stop:  # argparse: --help, and errors, which it has printed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # `sr3 ... | head`: nobody reads on, and the flush at exit must not say so again
-        with contextlib.suppress(OSError, ValueError):  # stdout may be no real file
+    except BrokenPipeError:  # `sr3 ... | head`: the flush at exit must not fail again
+        with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
 
@@ -92,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"sr3: unknown {kind} '{printable(name)}': {hint}", file=sys.stderr)
         return 2
     _prepare()
-    import jax  # which --help need not wait for
+    import jax  # not needed for --help
 
     from sr3_jax.distributed.processes import MissingProcesses, abandon
     from sr3_jax.errors import UserError
@@ -104,7 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
     if getattr(module, "PASS_UNKNOWN", False):
         parsed, unknown = parser.parse_known_args(rest)
         parsed.rest = unknown
-    elif "--" in rest:  # which argparse, when intermixed, drops and forgets
+    elif "--" in rest:  # parse_intermixed_args drops it
         parsed = parser.parse_args(rest)
     else:
         parsed = parser.parse_intermixed_args(rest)  # `sr3 upscale a.png -o out b.png`
@@ -112,13 +112,13 @@ def _dispatch(arguments: list[str]) -> int:
         return module.run(parsed)
     except UserError as error:
         print(f"sr3 {name}: {error}", file=sys.stderr)
-        code = 1 if isinstance(error, MissingProcesses) else 2  # launchers try 1 again
+        code = 1 if isinstance(error, MissingProcesses) else 2  # launchers restart on 1
         abandon(code)
         return code
     except KeyboardInterrupt:
         abandon(_INTERRUPTED)
         raise
-    except SystemExit as stop:  # told to stop in the middle of its own part of the work
+    except SystemExit as stop:  # stopped by a signal while others go on
         abandon(stop.code if isinstance(stop.code, int) else 1)
         raise
     except Exception:
@@ -133,12 +133,12 @@ def _help(known: dict[str, str]) -> str:
     lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in sorted(known.items()))
     return (
         "SR3 in JAX: image super-resolution by iterative refinement.\n\nusage: sr3 COMMAND ...\n\n"
-        f"commands:\n{lines}\n\n`sr3 COMMAND --help` says more. `sr3 --version` tells the version."
+        f"commands:\n{lines}\n\nRun `sr3 COMMAND --help` for the options of a command, `sr3 --version` for the version."
     )
 
 
 def _prepare() -> None:
-    """Our own sentences on stderr, and of other libraries only what matters; compiled programs kept for next time."""
+    """Set up logging (ours on stderr, other libraries only from errors on) and the persistent compilation cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     for variable, value in {
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "sr3_jax", "compiled"),

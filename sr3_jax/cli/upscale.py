@@ -1,7 +1,7 @@
-"""Upscale images and folders of images with a model.
+"""Upscale image files and folders of images.
 
-Folders are mirrored under OUT; results that are there already are skipped, so an interrupted run goes on
-where it stopped. Exit code 1 (3 of several processes) if an image could not be done; each is named with the reason.
+The structure of a folder is kept under OUT. Existing outputs are skipped, so the same command resumes an interrupted
+run. Exit code 1 (3 with several processes) if an image failed; each failure is listed with its reason.
 """
 
 from __future__ import annotations
@@ -15,29 +15,33 @@ from sr3_jax.cli._options import count, positive, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image or a folder")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file or a folder")
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT",
-        help="the folder for the results; for a single image also the result's name",
+        help="output folder; for a single image also the output file",
     )  # fmt: skip
     parser.add_argument(
         "--model", default="photo_4x", metavar="PATH_OR_NAME",
-        help="a shipped model's name, an exported .safetensors file or a workdir (default: %(default)s)",
+        help="a shipped model's name, a .safetensors file or a workdir (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=count, metavar="N", help="sampling steps (default: the model's)")
-    parser.add_argument("--solver", metavar="NAME", help="sampling method (default: the model's)")
+    parser.add_argument("--steps", type=count, metavar="N", help="sampling steps (default: the model's own)")
     parser.add_argument(
-        "--seed", type=seed, default=0, metavar="S", help="same seed, same bytes (default: 0)"
+        "--solver",
+        metavar="NAME",
+        help="ancestral, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: the model's own)",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, metavar="S", help="the same seed gives the same output (default: 0)"
     )
     parser.add_argument(
         "--batch-size", type=count, default=None, metavar="B",
-        help="images done at once, shared by the devices; more than one each pays for many images of one size "
+        help="images per batch, divided among the devices; larger batches pay off for many images of one size "
         "(default: the number of devices)",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="do finished images again")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument(
         "--max-megapixels", type=positive, default=64.0, metavar="N",
-        help="refuse larger images, before memory is taken (default: 64)",
+        help="skip images above N megapixels (default: 64)",
     )  # fmt: skip
 
 
@@ -56,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
             f"no images in {', '.join(printable(path) for path in args.inputs)}: name other inputs"
         )
     mine, of = start_processes()
-    jobs, unusable = found.jobs[mine::of], found.failed[mine::of]  # the same list on all, so each job on one
+    jobs, unusable = found.jobs[mine::of], found.failed[mine::of]  # all processes see the same list
     for path, failure in unusable:
         print(f"{printable(path)}: {failure}", file=sys.stderr)
     to_do, finished = split_finished(jobs, overwrite=args.overwrite)
-    outcome = UpscaleResult((), tuple(job.target for job in finished), (), ())
-    if to_do:  # else the model need not be loaded
+    result = UpscaleResult((), tuple(job.target for job in finished), (), ())
+    if to_do:  # otherwise there is no need to load the model
         import jax
 
         from sr3_jax.inference import model as models
@@ -73,13 +77,13 @@ def run(args: argparse.Namespace) -> int:
             stop_signals() as stopped,
         ):
 
-            def tell(job: Job, failure: str | None) -> None:
+            def report(job: Job, failure: str | None) -> None:
                 if failure is not None:
                     tqdm.write(f"{printable(job.source)}: {failure}", file=sys.stderr)
                 bar.update()
                 exit_if_stopped(stopped())
 
-            outcome = upscale_files(
+            result = upscale_files(
                 model,
                 jobs,
                 steps=args.steps,
@@ -88,18 +92,18 @@ def run(args: argparse.Namespace) -> int:
                 batch_size=batch_size,
                 overwrite=args.overwrite,
                 max_megapixels=args.max_megapixels,
-                on_result=tell,
+                on_result=report,
             )
     by_note: dict[str, list[Path]] = defaultdict(list)
-    for path, notes in outcome.notes:
+    for path, notes in result.notes:
         for note in notes:
             by_note[note].append(path)
     for note, paths in by_note.items():
         others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         print(f"note: {printable(paths[0])}{others}: {note}")
     if found.ignored and mine == 0:
-        print(f"{found.ignored} files that are no images were left alone")
-    failed = len(outcome.failed) + len(unusable)
+        print(f"skipped {found.ignored} non-image files")
+    failed = len(result.failed) + len(unusable)
     who = f"process {mine} of {of}: " if of > 1 else ""
-    print(f"{who}{len(outcome.done)} done, {len(outcome.skipped)} skipped (already there), {failed} failed")
+    print(f"{who}{len(result.done)} done, {len(result.skipped)} skipped (output exists), {failed} failed")
     return (3 if of > 1 else 1) if failed else 0

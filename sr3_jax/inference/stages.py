@@ -1,6 +1,6 @@
-"""The stages of a cascade as they lie on disk, and whether they chain: told before any weights are read.
+"""Stages of a cascade on disk, and whether they fit together: checked before any weights are read.
 
-A stage is a model that knows its name, size and scale (`config.stage`, `config.data.scale`).
+A stage is a model whose config says its name, image size and scale (`config.stage`, `config.data.scale`).
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from sr3_jax.files import unique_file_name
 from sr3_jax.train.checkpoints import CONFIG_FILE, newest_step, read_config
 from sr3_jax.train.weights import locate_model, read_export_config
 
-PLAN_FILE = "cascade.json"  # in the folder of all stages, which `sr3 train` writes: their names in order
+PLAN_FILE = "cascade.json"  # written by `sr3 train` into the folder of all stages: their names in order
 
 
 @dataclass(frozen=True)
 class StageInfo:
-    """A stage as it lies on disk, its weights unread.
+    """A stage on disk, described by its config.
 
     Attributes:
-        name: of the stage, unique in the cascade and fit for a folder.
-        classes: of the labels it is told; 0 for none.
-        guided: whether it was trained with labels dropped, which guidance needs.
-        augmented: whether it is told the strength of its condition's augmentation.
-        progress: (newest step, steps of its training); None of an exported file, or before training.
+        path: workdir, exported file or shipped name.
+        name: unique in the cascade and usable as a folder name.
+        classes: number of class labels; 0 for none.
+        guided: whether it was trained with label dropout, which guidance needs.
+        augmented: whether it takes the strength of the conditioning augmentation.
+        progress: (newest step, training steps); None for an exported file, or before training.
     """
 
     path: str
     name: str
-    stage: Stage
+    spec: Stage
     classes: int
     guided: bool
     augmented: bool
@@ -42,18 +43,18 @@ class StageInfo:
 
     @property
     def title(self) -> str:
-        """The stage in an error."""
-        size, scale = self.stage.size, self.stage.scale
+        """Name and sizes for messages, such as "sr (16x16 to 32x32)"."""
+        size, scale = self.spec.size, self.spec.scale
         if scale is None:
             return f"{self.name} (base, {size}x{size})"
         return f"{self.name} ({f'{size // scale}x{size // scale} to {size}x{size}' if size else f'{scale}x'})"
 
 
 def find_stages(paths: Sequence[str]) -> list[StageInfo]:
-    """The stages named by workdirs, exported files or shipped names, or those of the one folder of a whole cascade.
+    """The stages at these workdirs, exported files or shipped names, or in the one folder of a whole cascade.
 
     Raises:
-        UserError: one is missing or is no model of ours.
+        UserError: one is missing or is not an sr3_jax model.
     """
     plan = Path(paths[0]) / PLAN_FILE
     if len(paths) == 1 and plan.is_file():
@@ -63,13 +64,13 @@ def find_stages(paths: Sequence[str]) -> list[StageInfo]:
             ]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{plan} does not name the stages of a cascade: name their folders one by one after --stages"
+                f"{plan} is not a valid cascade file: name the folders of the stages one by one after --stages"
             ) from None
     taken: set[str] = set()
-    return [_found(path, taken) for path in paths]
+    return [_open_stage(path, taken) for path in paths]
 
 
-def _found(path: str, taken: set[str]) -> StageInfo:
+def _open_stage(path: str, taken: set[str]) -> StageInfo:
     found = locate_model(path)
     if not found.is_dir():
         return stage_from_config(read_export_config(found), path, name=found.stem, taken=taken)
@@ -84,7 +85,7 @@ def _found(path: str, taken: set[str]) -> StageInfo:
 def stage_from_config(
     config: Mapping[str, Any], path: str, *, name: str, taken: set[str], step: int | None = None
 ) -> StageInfo:
-    """The stage of a config. `name` is for one without; UserError if the config is not of this package."""
+    """The stage that a config describes, called `name` if it has none. UserError if it is not a model config."""
     try:
         network, data, section = config["model"], config["data"], config.get("stage", {})
         low_res = network.get("low_res", True)
@@ -92,7 +93,7 @@ def stage_from_config(
         return StageInfo(
             path=path,
             name=unique_file_name(section.get("name") or name, taken),
-            stage=Stage(section.get("name", ""), size, data["scale"] if low_res else None),
+            spec=Stage(section.get("name", ""), size, data["scale"] if low_res else None),
             classes=network["num_classes"],
             guided=bool(network["num_classes"] and data.get("label_dropout")),
             augmented=network["augment"],
@@ -100,56 +101,58 @@ def stage_from_config(
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the config of stage {path} does not fit this version ({error}): train it again"
+            f"the config of stage {path} is not one of this version ({error}): train it again"
         ) from None
 
 
 def check_chain(
-    links: Sequence[StageInfo], *, low_res: Sequence[tuple[int, int]] = (), unfinished: bool = False
+    stages: Sequence[StageInfo], *, low_res: Sequence[tuple[int, int]] = (), unfinished: bool = False
 ) -> None:
-    """That each stage takes what the one before it makes.
+    """Check that each stage takes what the stage before it generates.
 
     Args:
-        low_res: (height, width) of the images to start from instead of a base stage.
-        unfinished: allow stages whose training has not come to its end.
+        low_res: (height, width) of the images to start from instead of a base model.
+        unfinished: allow stages that are still in training.
 
     Raises:
-        UserError: the first thing that does not fit, and the way out.
+        UserError: the first mismatch, with the fix.
     """
-    if not links:
+    if not stages:
         raise UserError("a cascade needs at least one stage: name them in order after --stages")
-    first = links[0]
-    if low_res and first.stage.scale is None:
-        raise UserError(f"stage {first.title} makes images of noise: leave it out with --low-res")
-    if not low_res and first.stage.scale is not None:
+    first = stages[0]
+    if low_res and first.spec.scale is None:
         raise UserError(
-            f"stage {first.title} needs low-res images: begin with a base stage, or give --low-res"
+            f"stage {first.title} is unconditional and takes no --low-res images: omit one of the two"
         )
-    for link in links[1:]:
-        if link.stage.scale is None:
-            raise UserError(f"stage {link.title} makes images of noise: it must come first")
-    made = set(low_res) if low_res else {(first.stage.size, first.stage.size)}
+    if not low_res and first.spec.scale is not None:
+        raise UserError(
+            f"stage {first.title} needs low-res images: start with an unconditional base model, or give --low-res"
+        )
+    for stage in stages[1:]:
+        if stage.spec.scale is None:
+            raise UserError(f"stage {stage.title} is unconditional: it must come first")
+    made = set(low_res) if low_res else {(first.spec.size, first.spec.size)}
     before = "--low-res" if low_res else first.title
-    for link in links if low_res else links[1:]:
-        size, scale = link.stage.size, link.stage.scale or 1
+    for stage in stages if low_res else stages[1:]:
+        size, scale = stage.spec.size, stage.spec.scale or 1
         wrong = [each for each in sorted(made) if size and each != (size // scale, size // scale)]
         if wrong:
             raise UserError(
-                f"stage {link.title} takes images of {size // scale}x{size // scale}, but {before} gives "
-                f"{wrong[0][1]}x{wrong[0][0]}: put another stage between them, or give the stages in order"
+                f"stage {stage.title} takes {size // scale}x{size // scale} images, but {before} gives "
+                f"{wrong[0][1]}x{wrong[0][0]}: reorder the stages, or add one in between"
             )
         made = {(high * scale, wide * scale) for high, wide in made}
-        before = link.title
-    labelled = [link for link in links if link.classes]
-    for link in labelled[1:]:
-        if link.classes != labelled[0].classes:
+        before = stage.title
+    labelled = [stage for stage in stages if stage.classes]
+    for stage in labelled[1:]:
+        if stage.classes != labelled[0].classes:
             raise UserError(
-                f"stage {link.title} has {link.classes} classes, but {labelled[0].title} {labelled[0].classes}"
+                f"stage {stage.title} has {stage.classes} classes, but {labelled[0].title} has {labelled[0].classes}"
             )
-    for link in links:
-        if link.progress is not None and link.progress[0] < link.progress[1] and not unfinished:
-            step, of = link.progress
+    for stage in stages:
+        if stage.progress is not None and stage.progress[0] < stage.progress[1] and not unfinished:
+            step, of = stage.progress
             raise UserError(
-                f"stage {link.title} in {link.path} is at step {step} of {of}: finish its training, or allow it with "
+                f"stage {stage.title} in {stage.path} is at step {step} of {of}: finish its training, or add "
                 "--unfinished"
             )
