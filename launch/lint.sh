@@ -19,5 +19,5 @@ step() { # step NAME COMMAND...
 
 step "format" "$bin/python" -m ruff format --check .
 step "lint" "$bin/python" -m ruff check .
-step "types" "$bin/python" -m mypy sr3_jax/diffusion
+step "types" "$bin/python" -m mypy sr3_jax
 step "shell" "$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run

@@ -6,10 +6,15 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sr3_jax.cli._options import by_stage, listed, number, whole
+
+if TYPE_CHECKING:
+    from sr3_jax.inference.stages import StageInfo
+    from sr3_jax.sampling import Sampling
 
 MANIFEST = "images.json"
 
@@ -116,42 +121,29 @@ def generate_images(
     return 0
 
 
-def _settings(args: argparse.Namespace, stage_list: list[Any]) -> list[Any]:
+def _settings(
+    args: argparse.Namespace, stage_list: Sequence[StageInfo]
+) -> list[Callable[[Sampling], Sampling]]:
     """For each stage a function from its own sampling settings to the requested ones."""
-    every = [True] * len(stage_list)
+    count, every = len(stage_list), [True] * len(stage_list)
+    guided, augmented = [one.guided for one in stage_list], [one.augmented for one in stage_list]
+    steps = by_stage("--steps", args.steps, stages=count, read=whole, takes=every)
+    solvers = by_stage("--solver", args.solver, stages=count, read=lambda _, text: text, takes=every)
+    guidance = by_stage("--guidance", args.guidance, stages=count, read=number, takes=guided)
+    augment = by_stage("--augment", args.augment, stages=count, read=number, takes=augmented)
 
-    def steps_of(option: str, text: str) -> int:
-        return whole(option, text)
+    def setting(index: int) -> Callable[[Sampling], Sampling]:
+        def settings(own: Sampling) -> Sampling:
+            weight, strength = guidance[index], augment[index]
+            return dataclasses.replace(
+                own.override(steps=steps[index], solver=solvers[index]),
+                guidance=own.guidance if weight is None else weight,
+                augment=own.augment if strength is None else strength,
+            )
 
-    columns = {
-        "steps": by_stage("--steps", args.steps, stages=len(stage_list), read=steps_of, takes=every),
-        "solver": by_stage(
-            "--solver", args.solver, stages=len(stage_list), read=lambda _, text: text, takes=every
-        ),
-        "guidance": by_stage(
-            "--guidance",
-            args.guidance,
-            stages=len(stage_list),
-            read=number,
-            takes=[stage.guided for stage in stage_list],
-        ),
-        "augment": by_stage(
-            "--augment",
-            args.augment,
-            stages=len(stage_list),
-            read=number,
-            takes=[stage.augmented for stage in stage_list],
-        ),
-    }
+        return settings
 
-    def setting(index: int) -> Any:
-        steps, solver = columns["steps"][index], columns["solver"][index]
-        rest = {
-            name: columns[name][index] for name in ("guidance", "augment") if columns[name][index] is not None
-        }
-        return lambda own: dataclasses.replace(own.override(steps=steps, solver=solver), **rest)
-
-    return [setting(index) for index in range(len(stage_list))]
+    return [setting(index) for index in range(count)]
 
 
 def _labels(text: str | None, stage_list: list[Any], count: int) -> Any:

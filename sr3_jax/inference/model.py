@@ -86,11 +86,27 @@ class Model:
         return functools.partial(apply, self.network, self.params)
 
     @overload
-    def upscale(self, image: np.ndarray | jax.Array, seed: int | Key = 0, **options: Any) -> np.ndarray: ...
+    def upscale(
+        self,
+        image: np.ndarray | jax.Array,
+        seed: int | Key = 0,
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+        sampling: Sampling | None = None,
+        labels: np.ndarray | None = None,
+    ) -> np.ndarray: ...
 
     @overload
     def upscale(
-        self, image: PillowImage.Image | str | os.PathLike[str], seed: int | Key = 0, **options: Any
+        self,
+        image: PillowImage.Image | str | os.PathLike[str],
+        seed: int | Key = 0,
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+        sampling: Sampling | None = None,
+        labels: np.ndarray | None = None,
     ) -> PillowImage.Image: ...
 
     def upscale(

@@ -37,14 +37,14 @@ _WINDOW_BYTES = 512 * 2**20
 
 
 class Upscaler(Protocol):
-    """What is needed of a model: `sr3_jax.inference.model.Model` is one."""
+    """What `upscale_files` needs of a model: `sr3_jax.Model` is one."""
 
     @property
     def scale(self) -> int: ...
 
     def upscale(
-        self, images: np.ndarray, key: Key, *, steps: int | None = None, solver: str | None = None
-    ) -> jax.Array | np.ndarray:
+        self, image: np.ndarray, seed: Key, *, steps: int | None = None, solver: str | None = None
+    ) -> np.ndarray:
         """uint8 [B,H,W,3] and keys [B] to uint8 [B,sH,sW,3]."""
         ...
 

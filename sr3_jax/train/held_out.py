@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
         cond = condition(low_res, task.scale, batch.get("label"))
 
         def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
-            return network.apply({"params": params}, y_t, gamma, cond)
+            return cast(jax.Array, network.apply({"params": params}, y_t, gamma, cond))
 
         output = to_uint8(
             sample(
