@@ -91,7 +91,7 @@ def _dispatch(arguments: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         print(f"sr3: unknown {kind} '{printable(name)}': {hint}", file=sys.stderr)
         return 2
-    _prepare()
+    _set_up()
     import jax  # not needed for --help
 
     from sr3_jax.distributed.processes import MissingProcesses, abandon
@@ -137,7 +137,7 @@ def _help(known: dict[str, str]) -> str:
     )
 
 
-def _prepare() -> None:
+def _set_up() -> None:
     """Set up logging (ours on stderr, other libraries only from errors on) and the persistent compilation cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     for variable, value in {
@@ -153,6 +153,8 @@ def _prepare() -> None:
         absl_logging.set_verbosity(absl_logging.ERROR)
     except ImportError:
         pass
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where MODULE:FUNCTION is looked for too, as with `python -m sr3_jax`
     logger = logging.getLogger("sr3_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False
