@@ -103,7 +103,8 @@ def plan_here(arguments: list[str]) -> dict[str, Any]:
 def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, str]]) -> str:
     """The text between the two markers of the page."""
     lines = [
-        "Written by `launch/plan_doc.py` from `docs/pods/*.json`, the output of `sr3 plan`; edit the script, not this table.",
+        "Written by `launch/plan_doc.py` from `docs/pods/*.json`, the output of `sr3 plan`; edit the script, not this "
+        "table.",
         "",
     ]
     if rows:
@@ -124,9 +125,9 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
             *dict.fromkeys(row["command"] for row in rows),
             "```",
             "",
-            "With `--quick` the compiler makes less effort and overestimates memory: on a small network its temporaries "
-            "were 1.5 times as large. libtpu's ordering of instructions within an operation is always disabled: it runs "
-            "after memory is laid out, and on two cores it did not finish within 30 minutes of CPU time.",
+            "With `--quick` the compiler makes less effort and overestimates memory: on a small network its "
+            "temporaries were 1.5 times as large. libtpu's ordering of instructions within an operation is always disabled: it "
+            "runs after memory is laid out, and on two cores it did not finish within 30 minutes of CPU time.",
             "",
             f"Compiled on {'; '.join(machines)}, with {'; '.join(versions)}.",
         ]
@@ -134,7 +135,8 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
         names = ", ".join(f"{preset} on {topology} ({program})" for preset, topology, program in missing)
         lines += [
             "",
-            f"Not computed yet: {names}. `bash launch/plan_rows.sh` computes them and can be interrupted and restarted.",
+            f"Not computed yet: {names}. `bash launch/plan_rows.sh` computes them and can be interrupted and "
+            "restarted.",
         ]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
 

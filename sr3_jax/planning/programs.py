@@ -143,7 +143,7 @@ def _memory(stats: Any) -> dict[str, int]:
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
     """JAX's cache cannot load a program for devices that this machine lacks, so do not store one there."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.read("jax_enable_compilation_cache")
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # the setting is read only when the cache is initialised
@@ -162,8 +162,9 @@ def estimate_program(
     """Estimate the cost of a program in seconds, from one trace of the network's forward pass.
 
     Arguments are exact. FLOPs are exact for sampling; a training step counts as 3 forward passes, or 3.5 where
-    activations are recomputed (`model.remat` recomputes all but the last product of a block). The rule for temporaries, per example on a chip, with P the bytes of the
-    outputs of all convolutions and matrix products, p those of the largest block, and S those of the blocks' outputs:
+    activations are recomputed (`model.remat` recomputes all but the last product of a block). The rule for temporaries,
+    per example on a chip, with P the bytes of the outputs of all convolutions and matrix products, p those of the
+    largest block, and S those of the blocks' outputs:
 
         training         2 P + 8 p: the outputs, the activations made from them, and one block with its gradients
         with model.remat 2 S + 8 p: only the blocks' inputs are stored
@@ -178,6 +179,7 @@ def estimate_program(
     with watch(f"tracing the {PROGRAMS[program]}"):
         cost = _forward_cost(experiment)
     model = config["model"]
+    arguments: tuple[Any, ...]
     if program == "train":
         images, accumulation = config["train"]["batch_size"], config["train"]["accumulation"]
         rows, arguments = images // chips, (state, _batch(experiment, images // chips), _key())

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -103,8 +104,8 @@ def parse(text: str) -> Topology:
     size = "x".join(map(str, shape))
     if kind in LARGEST and not (size in SMALL or _cubes(shape, LARGEST[kind])):
         raise UserError(
-            f"--topology={text}: the shape for {kind} must be one of {', '.join(SMALL)}, or three multiples of 4 in ascending order up to "
-            f"{LARGEST[kind]} chips, such as {kind}:4x4x8"
+            f"--topology={text}: the shape for {kind} must be one of {', '.join(SMALL)}, or three "
+            f"multiples of 4 in ascending order up to {LARGEST[kind]} chips, such as {kind}:4x4x8"
         )
     if kind not in LARGEST and size not in FLAT:
         raise UserError(f"--topology={text}: the shape for {kind} must be one of {', '.join(FLAT)}")
@@ -146,7 +147,7 @@ def compiler(topology: Topology) -> Iterator[list[jax.Device]]:
     from jax.experimental import topologies
 
     # A v4 chip has two cores; JAX runs them as one device, which libtpu calls a megacore.
-    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     if topology.count == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     with _environment(_quiet(topology)):
@@ -157,8 +158,8 @@ def compiler(topology: Topology) -> Iterator[list[jax.Device]]:
             raise UserError(f"libtpu does not support --topology={topology.name}: {reason}") from error
         if len(found.devices) != topology.count:
             raise UserError(
-                f"--topology={topology.name} has {topology.count} chips, but libtpu reports {len(found.devices)} devices: "
-                "install the libtpu version that jax requires with pip install 'jax[tpu]'"
+                f"--topology={topology.name} has {topology.count} chips, but libtpu reports {len(found.devices)} "
+                "devices: install the libtpu version that jax requires with pip install 'jax[tpu]'"
             )
         yield list(found.devices)
 
