@@ -261,7 +261,7 @@ def test_crops_do_not_overlap_and_come_from_every_image():
     images = [generator.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
     source = Source("some", lambda index: {"image": images[index].copy(), "label": index}, 4)
     crops = crops_of(source, range(4), crop=32, count=100, seed=0)
-    assert np.bincount(crops.labels).tolist() == [2, 1, 6] and crops.images == 3
+    assert np.bincount(crops.labels).tolist() == [2, 1, 6] and crops.source_images == 3
     assert len({crop.tobytes() for crop in crops.images}) == 9
     few = crops_of(source, range(4), crop=32, count=4, seed=0)
     assert sorted(few.labels.tolist()) == [0, 0, 1, 2]
@@ -281,7 +281,7 @@ def test_many_images_give_a_crop_each_spread_evenly():
         return {"image": np.full((32, 32, 3), index, np.uint8)}
 
     crops = crops_of(Source("many", load, 100), range(100), crop=32, count=10, seed=0)
-    assert seen == list(range(0, 100, 10)) and crops.images == 9
+    assert seen == list(range(0, 100, 10)) and crops.source_images == 9
     assert crops.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 60, 70, 80, 90]
 
 

@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
         "crop": crop,
         "search_crops": counts[0],
         "check_crops": counts[1],
-        "images": [one.images for one in crops],
+        "images": [one.source_images for one in crops],
         "seed": args.seed,
         "guarded": not args.no_guard,
         "tried": tried,

@@ -34,6 +34,7 @@ from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import DecodedImage, from_pillow, read_image, to_pillow, with_pixels
+from sr3_jax.image_ops import pad_image
 from sr3_jax.inference.program import apply, bucket, generate_jit
 from sr3_jax.inference.sampling_file import find_sampling
 from sr3_jax.nn.unet import UNet
@@ -182,8 +183,7 @@ class Model:
         unit = self.network.stride // math.gcd(self.network.stride, self.scale)
         data = self.config["data"]
         exact = int(1.5 * data["crop"] / data["shrink"] / self.scale)  # as large as in training
-        padding = [(0, bucket(side, unit, exact=exact) - side) for side in (height, width)]
-        padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
+        padded = pad_image(images, *(bucket(side, unit, exact=exact) for side in (height, width)))
         chosen = (self.sampling if sampling is None else sampling).override(steps=steps, solver=solver)
         shape = (len(images), *(side * self.scale for side in padded.shape[1:3]), self.network.out_channels)
         self.check(chosen, labels=labels, count=len(images))

@@ -143,7 +143,7 @@ def _memory(stats: Any) -> dict[str, int]:
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
     """JAX's cache cannot load a program for devices that this machine lacks, so do not store one there."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # the setting is read only when the cache is initialised

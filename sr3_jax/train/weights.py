@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -77,10 +78,8 @@ def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     flat = {
-        ".".join(key.key for key in keys): np.ascontiguousarray(
-            np.asarray(leaf).astype(jax.numpy.dtype(dtype))
-        )
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+        name: np.ascontiguousarray(np.asarray(leaf).astype(jax.numpy.dtype(dtype)))
+        for name, leaf in flatten_dict(params, sep=".").items()
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +96,10 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
     Raises:
         UserError: it is not a safetensors file, or not one of ours.
     """
-    params: dict[str, Any] = {}
     with _opened(path) as (file, config):
-        for name in file.keys():  # noqa: SIM118, it is no dict
-            *parents, leaf = name.split(".")
-            branch = params
-            for parent in parents:
-                branch = branch.setdefault(parent, {})
-            branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
-    return params, config
+        names = file.keys()  # a list: the file itself is not iterable
+        flat = {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name in names}
+    return unflatten_dict(flat, sep="."), config
 
 
 def read_export_config(path: Path) -> dict[str, Any]:
