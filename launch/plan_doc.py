@@ -126,8 +126,9 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
             "```",
             "",
             "With `--quick` the compiler makes less effort and overestimates memory: on a small network its "
-            "temporaries were 1.5 times as large. libtpu's ordering of instructions within an operation is always disabled: it "
-            "runs after memory is laid out, and on two cores it did not finish within 30 minutes of CPU time.",
+            "temporaries were 1.5 times as large. libtpu's ordering of instructions within an operation is always "
+            "disabled: it runs after memory is laid out, and on two cores it did not finish within 30 minutes "
+            "of CPU time.",
             "",
             f"Compiled on {'; '.join(machines)}, with {'; '.join(versions)}.",
         ]

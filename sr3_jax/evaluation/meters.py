@@ -18,9 +18,9 @@ from sr3_jax.evaluation.bench import Meters
 from sr3_jax.evaluation.measures import Columns, Measure
 from sr3_jax.evaluation.parts import Evaluation
 from sr3_jax.features import set_metrics
+from sr3_jax.features.classifiers import Classifier, correct, load_classifier
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
-from sr3_jax.features.recognition import Classifier, correct, load_classifier
 from sr3_jax.features.statistics import Statistics, load_statistics
 
 TOP_FIVE = 10  # classes from which on the five best guesses count too: of fewer, five are no feat

@@ -11,8 +11,8 @@ from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import measures
 from sr3_jax.evaluation.measures import Measure
+from sr3_jax.features.alexnet_features import AlexNetFeatures
 from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
-from sr3_jax.features.substitute import AlexNetFeatures
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
 from sr3_jax.inference.model import Model
 from sr3_jax.metrics import WINDOW

@@ -22,8 +22,8 @@ from sr3_jax.data.crops import Crops
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import scoring
 from sr3_jax.evaluation.measures import Measure
+from sr3_jax.features.alexnet_features import AlexNetFeatures
 from sr3_jax.features.statistics import frechet_distance, statistics_of
-from sr3_jax.features.substitute import AlexNetFeatures
 from sr3_jax.files import sha256_hex
 from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.inference.model import Model

