@@ -194,7 +194,8 @@ def _step(
     targets = optax.smooth_labels(jax.nn.one_hot(labels, network.num_classes), LABEL_SMOOTHING)
 
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
-        _, logits = network.apply({"params": params}, x, True, rngs={"dropout": dropout_key})
+        outputs: Any = network.apply({"params": params}, x, True, rngs={"dropout": dropout_key})
+        logits = outputs[1]
         return optax.softmax_cross_entropy(logits, targets).mean(), logits
 
     (loss, logits), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -257,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "steps": whole("--steps", args.steps),
         "minutes": None if args.minutes is None else _at_least("--minutes", args.minutes, 0.01),
         "batch": whole("--batch", args.batch),
@@ -304,7 +305,7 @@ def _run(args: argparse.Namespace) -> None:
         "device": jax.devices()[0].device_kind,
     }
     if held_out is not None:
-        classifier = NetworkClassifier("", "", network, params, *size, {})
+        classifier = NetworkClassifier("", "", network, params, size[0], size[1], {})
         info |= accuracy(classifier.logits(held_out[0]), held_out[1])
         print(f"accuracy on {args.eval_data}: {info['accuracy']:.2%} of {info['eval_images']} images")
     seconds = time.monotonic() - started

@@ -33,7 +33,7 @@ def test_ties_count_for_one_class_only():
 
 def test_labels_or_logits_that_do_not_match_are_errors():
     logits = np.zeros((2, 3), np.float32)
-    with pytest.raises(UserError, match="0 to 3.*3 classes"):
+    with pytest.raises(UserError, match=r"0 to 3.*3 classes"):
         correct(logits, np.array([0, 3]))
     with pytest.raises(UserError, match="-1"):
         correct(logits, np.array([0, -1]))
@@ -69,7 +69,7 @@ def test_a_function_of_a_module_in_the_working_directory(working_directory):
     assert found.sha256 == hashlib.sha256(source.encode()).hexdigest()
     with pytest.raises(UserError, match=r"my_classifier:single.*\[B,K\].*uint8 \(2,\)"):
         load_classifier("my_classifier:single").logits(images)
-    with pytest.raises(UserError, match="my_classifier:NUMBER.*int"):
+    with pytest.raises(UserError, match=r"my_classifier:NUMBER.*int"):
         load_classifier("my_classifier:NUMBER")
 
 
@@ -206,12 +206,12 @@ def test_invalid_onnx_files_and_options_are_errors(tmp_path, noise, monkeypatch)
         with pytest.raises(UserError, match=words) as caught:
             load_classifier(str(spec))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="crop=10.*8x12"):
+    with pytest.raises(UserError, match=r"crop=10.*8x12"):
         load_classifier(f"{good}?crop=10").logits(noise)
     with pytest.raises(ValueError, match="uint8 images"):
         load_classifier(str(good)).logits(noise[0])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="pip install.*onnx"):
+    with pytest.raises(UserError, match=r"pip install.*onnx"):
         load_classifier(str(good))
 
 

@@ -26,7 +26,7 @@ def test_features_are_the_means_of_all_layers_for_any_batch_size(monkeypatch):
     assert plain.shape == (5, linear_probe.WIDTH)
     monkeypatch.setattr(linear_probe, "BATCH", 2)
     np.testing.assert_allclose(linear_probe.features_of(lpips, images), plain, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="31x31.*40x30"):
+    with pytest.raises(UserError, match=r"31x31.*40x30"):
         linear_probe.features_of(lpips, images[:, :30])
     with pytest.raises(ValueError, match="uint8 images"):
         linear_probe.features_of(lpips, images.astype(np.float32))

@@ -68,8 +68,8 @@ def items(*shapes):
 def test_labeled_images_in_memory(monkeypatch):
     images, labels = load_labeled(items((4, 5), (4, 5), (4, 5)))
     assert images.shape == (3, 4, 5, 3) and labels.tolist() == [0, 1, 2] == images[:, 0, 0, 0].tolist()
-    with pytest.raises(UserError, match="some.*5x4 and 4x5"):
+    with pytest.raises(UserError, match=r"some.*5x4 and 4x5"):
         load_labeled(items((4, 5), (5, 4)))
     monkeypatch.setattr(sources, "MAX_IN_MEMORY", 100)
-    with pytest.raises(UserError, match="some.*4 GiB"):
+    with pytest.raises(UserError, match=r"some.*4 GiB"):
         load_labeled(items((4, 5), (4, 5)))

@@ -50,7 +50,8 @@ def find_images(inputs: Iterable[Path], output: Path) -> Found:
         raise UserError("no input was named: give at least one image or folder")
     to_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
     _check_output(output, inputs, to_file)
-    ignored, failed = 0, []
+    ignored = 0
+    failed: list[tuple[Path, str]] = []
     jobs: dict[str, Job] = {}  # by the target's absolute path
     for path in inputs:
         sources: Iterable[tuple[Path, Path]] = [(path, output)]
