@@ -29,7 +29,7 @@ for stage in sr_16:fashion_8_16 sr_32:fashion_16_32; do
         --config.model.augment=false --config.data.augment=none
 done
 [[ -f $out/classifier.safetensors ]] ||
-    "${sr3[@]}" train-classifier --data tfds:fashion_mnist_32:train --eval-data tfds:fashion_mnist_32:test \
+    "$python" -m experiments.train_classifier --data tfds:fashion_mnist_32:train --eval-data tfds:fashion_mnist_32:test \
         -o "$out/classifier.safetensors" "${classify[@]}"
 "$python" launch/cascade_measure.py "$out" --classifier "$out/classifier.safetensors" -o "$docs/measured.json" "${measure[@]}"
 settings=$("$python" launch/cascade_doc.py --settings "$docs/measured.json")

@@ -48,7 +48,7 @@ if [[ -n ${SR3_REHEARSE:-} ]]; then
         case $1 in
             train) echo --config.train.num_steps=2 --config.train.batch_size=2 --config.eval.num_images=2 \
                 --config.train.log_every=1 ;;
-            train-classifier) [[ " $* " == *" --features "* ]] || echo --steps 2 --batch 8 ;;
+            experiments.train_classifier) echo --steps 2 --batch 8 ;;
             search-schedule) [[ " $* " == *" frechet "* ]] || echo --crops 4
                 echo --candidates 2 --minutes 0.5 ;;
             evaluate) echo --limit 6 ;;
@@ -78,6 +78,11 @@ peak() { # of a regression the weights of the highest held-out PSNR, under its o
 classifier() { # FILE OPTIONS...
     [[ -n $dry || ! -f $out/$1 ]] || return 0
     sr3 train-classifier "${@:2}" -o "$out/$1"
+}
+small_classifier() { # FILE OPTIONS...: trained from scratch
+    [[ -n $dry || ! -f $out/$1 ]] || return 0
+    # shellcheck disable=SC2046 # several options
+    run "$python" -m experiments.train_classifier "${@:2}" -o "$out/$1" $(small experiments.train_classifier)
 }
 searched() { # INTO MODEL COPY DATA OPTIONS...: a schedule for the paper's own solver, beside a copy of the model
     sr3 export "$out/$2" -o "$out/$3"
@@ -121,7 +126,7 @@ photos_4x() {
         train regression photos_4x_small_regression "${recipe[@]}"
         train sr3_l1 photos_4x_small "${recipe[@]}" --config.diffusion.norm=l1
         peak regression
-        classifier classifier.safetensors --features alexnet --data tfds:photos_gallery:train \
+        classifier classifier.safetensors --data tfds:photos_gallery:train \
             --eval-data tfds:photos_probe:train
     fi
     if stage search; then
@@ -149,7 +154,7 @@ fashion_4x() {
         train regression fashion_4x_regression
         train sr3_l1 fashion_4x --config.diffusion.norm=l1
         peak regression
-        classifier classifier.safetensors --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test \
+        small_classifier classifier.safetensors --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test \
             --steps 2000 --width 16 --augment 0.5
     fi
     if stage search; then
@@ -178,8 +183,8 @@ orl() {
             peak $scale/regression
         done
         local people=(--data tfds:orl_faces:gallery --eval-data tfds:orl_faces:probe)
-        classifier classifier.safetensors "${people[@]}" --steps 300 --batch 20 --width 16
-        classifier alexnet.safetensors --features alexnet "${people[@]}"
+        small_classifier classifier.safetensors "${people[@]}" --steps 300 --batch 20 --width 16
+        classifier alexnet.safetensors "${people[@]}"
     fi
     if stage search; then
         searched 8x/search_ancestral 8x/sr3 8x/searched.safetensors tfds:orl_faces:gallery --metric lpips --steps 10

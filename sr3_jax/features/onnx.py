@@ -123,7 +123,7 @@ class OnnxClassifier:
         if x.shape[1:3] != size:
             x = _resized(x, *size)
         if self.channels == 1:
-            x = np.matmul(x, np.array(LUMA, np.float32)[:, None])
+            x = np.einsum("bhwc,c->bhw", x, np.array(LUMA, np.float32))[..., None]
         if TYPES[self.session.get_inputs()[0].type] == np.uint8:
             x = np.rint(x)
         elif options.normalise == "signed":
