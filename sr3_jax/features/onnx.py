@@ -114,7 +114,8 @@ class OnnxClassifier:
 
     def prepared(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B,H,W,3] -> the file's input, float32."""
-        options, x = self.preprocessing, images.astype(np.float32)
+        options = self.preprocessing
+        x: np.ndarray = images.astype(np.float32)
         if options.resize:
             x = _resized(x, options.resize, options.resize)
         if options.crop:
@@ -123,7 +124,7 @@ class OnnxClassifier:
         if x.shape[1:3] != size:
             x = _resized(x, *size)
         if self.channels == 1:
-            x = np.einsum("bhwc,c->bhw", x, np.array(LUMA, np.float32))[..., None]
+            x = x @ np.array(LUMA, np.float32)[:, None]
         if TYPES[self.session.get_inputs()[0].type] == np.uint8:
             x = np.rint(x)
         elif options.normalise == "signed":

@@ -99,7 +99,7 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
     with _opened(path) as (file, config):
         names = file.keys()  # a list: the file itself is not iterable
         flat = {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name in names}
-    return unflatten_dict(flat, sep="."), config
+        return unflatten_dict(flat, sep="."), config
 
 
 def read_export_config(path: Path) -> dict[str, Any]:
