@@ -377,6 +377,14 @@ def test_a_program_that_is_out_of_memory_does_not_fit(message, peak, monkeypatch
     assert "RESOURCE_EXHAUSTED" in report(judged)
 
 
+def test_a_program_that_exhausts_another_memory_does_not_fit_either(monkeypatch):
+    found = compile_failing("RESOURCE_EXHAUSTED: Ran out. Used 20.0M of 16.0M vmem.")
+    monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
+    judged = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
+    assert not judged["fits"] and judged["programs"]["train"]["peak"] < V6E.memory
+    assert "vmem" in report(judged)
+
+
 def test_other_compiler_errors_propagate():
     with pytest.raises(jax.errors.JaxRuntimeError, match="UNIMPLEMENTED"):
         compile_failing("UNIMPLEMENTED: something")
