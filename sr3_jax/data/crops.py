@@ -22,13 +22,13 @@ class Crops:
 
     images: np.ndarray
     labels: np.ndarray | None
-    images: int
+    source_images: int
 
     def whole_batches(self, size: int) -> Crops:
         """Without the last ones, which would not fill a batch."""
         count = len(self.images) // size * size
         labels = None if self.labels is None else self.labels[:count]
-        return Crops(self.images[:count], labels, self.images)
+        return Crops(self.images[:count], labels, self.source_images)
 
 
 def halves(count: int) -> tuple[list[int], list[int]]:

@@ -195,7 +195,7 @@ def search_schedule(
         "crop": crop,
         "search_crops": counts[0],
         "check_crops": counts[1],
-        "images": [one.images for one in sets],
+        "images": [one.source_images for one in sets],
         "seed": seed,
         "guarded": guarded,
         "tried": len(search.tried),
