@@ -21,7 +21,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.evaluation import evaluate, grids, methods, metric_suite, results, runner
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import from_config, load
-from sr3_jax.sampling import SOLVERS, Sampling, inference_grid, nfe, solver_named
+from sr3_jax.sampling import SOLVERS, Sampling
 from sr3_jax.train.weights import export
 
 # The model pads these sizes to few: compilation takes most of the time here.
@@ -343,7 +343,9 @@ def test_model_has_a_method_for_each_solver_and_number_of_steps():
     ]  # fmt: skip
     assert len({json.dumps(row.settings) for row in rows}) == len({row.folder for row in rows}) == 4
     own = methods.model_methods(model, "m")
-    assert [(row.solver, row.steps, row.own) for row in own] == [(model.solver, model.steps, True)]
+    assert [(row.solver, row.steps, row.own) for row in own] == [
+        (model.sampling.solver, model.sampling.steps, True)
+    ]
     assert [row.own for row in rows] == [False, False, False, True]
 
 
@@ -453,17 +455,17 @@ def test_nfe_is_the_number_of_network_calls(solver):
         calls.append(1)
         return 0.1 * y
 
-    schedule = inference_grid(build().schedule, 3, solver)
+    sampling = Sampling(solver, 3)
     with jax.disable_jit():
         sample(
             denoiser,
             jax.random.key(0),
             {},
             shape=(1, 2, 2, 3),
-            schedule=schedule,
-            solver=solver_named(solver),
+            schedule=sampling.grid(build().schedule),
+            solver=sampling.make_solver(),
         )
-    assert len(calls) == nfe(solver, 3)
+    assert len(calls) == sampling.nfe
 
 
 def test_fingerprint_depends_on_the_weights(house):

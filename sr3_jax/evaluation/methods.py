@@ -63,7 +63,7 @@ class Method:
         if not self.solver:
             return f"{self.name.replace(' ', '_')}/{self.scale}x"
         suffix = f"-{sha256_hex(self.settings['sampling'])[:8]}" if self.detail else ""
-        return f"{self.name}/{self.solver}-{self.steps}{suffix}"
+        return f"{self.name}/{self.solver.replace(':', '_')}-{self.steps}{suffix}"
 
     @property
     def title(self) -> str:

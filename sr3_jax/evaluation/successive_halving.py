@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from sr3_jax.diffusion.schedule import LEAST_LOG_SNR, SPACINGS, NoiseSchedule
+from sr3_jax.diffusion.solvers import solver_options
 from sr3_jax.errors import UserError
 from sr3_jax.sampling import Sampling
 
@@ -60,8 +61,8 @@ class SearchSpace:
 
 
 def steps_for(solver: str, nfe: int) -> int:
-    """The most steps of a solver within a budget of NFE; Heun's method takes two per step but one in the last."""
-    return (nfe + 1) // 2 if solver == "heun" else nfe
+    """The most steps of a solver within a budget of NFE; at least 1."""
+    return max((steps for steps in range(1, nfe + 1) if Sampling(solver, steps).nfe <= nfe), default=1)
 
 
 def minimize(
@@ -133,9 +134,10 @@ def _proposals(space: SearchSpace, *, seed: int, most: int) -> Iterator[Sampling
     default = space.default
     yield default
     yield from (replace(default, spacing=spacing) for spacing in SPACINGS)
-    if default.solver == "ancestral":
+    options = solver_options(default.solver)
+    if "variance" in options:
         yield from (replace(default, variance=variance) for variance in (0.0, 0.5))
-    if default.solver == "ddim":
+    if "eta" in options:
         yield from (replace(default, eta=eta) for eta in (1.0, 0.5))
     low, high = space.log_snr_range
     for spacing, log_snr_min, log_snr_max, noise, augment, guidance in _even_points(6, most, seed=seed):
@@ -147,9 +149,9 @@ def _proposals(space: SearchSpace, *, seed: int, most: int) -> Iterator[Sampling
             log_snr_min=round(start, 3),
             log_snr_max=round(min(end, high), 3),
         )
-        if default.solver == "ancestral":
+        if "variance" in options:
             moved = replace(moved, variance=round(noise, 3))
-        if default.solver == "ddim":  # a third of them without noise
+        if "eta" in options:  # a third of them without noise
             moved = replace(moved, eta=round(max(0.0, 1.5 * noise - 0.5), 3))
         if space.augment:  # half of them without; small values are more promising
             moved = replace(moved, augment=round(max(0.0, 2 * augment - 1) ** 2, 3))
@@ -184,7 +186,8 @@ def _refine(space: SearchSpace, winner: Sampling, evaluate: Callable[[Sampling],
     }
     limits = {"log_snr_min": (low, high), "log_snr_max": (low, high), "guidance": (1.0, math.inf)}
     names = ["log_snr_min", *(["log_snr_max"] if winner.steps > 1 else [])]
-    names += {"ancestral": ["variance"], "ddim": ["eta"]}.get(winner.solver, []) if winner.steps > 1 else []
+    options = solver_options(winner.solver)
+    names += [name for name in ("variance", "eta") if name in options and winner.steps > 1]
     names += [name for name in ("augment", "guidance") if getattr(space, name)]
     for halvings in range(REFINEMENTS):
         for name in names:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sr3_jax.diffusion.solvers import solver_options
 from sr3_jax.metrics import METRICS, Metric, search_metric
 from sr3_jax.sampling import Sampling
 
@@ -209,9 +210,7 @@ def search_markdown(report: Mapping[str, Any]) -> str:
 def _search_cells(row: Mapping[str, Any], metric: Metric, shown: Sequence[Metric]) -> list[str]:
     sampling = Sampling(**row["sampling"])
     ends = ["-" if end is None else f"{end:.1f}" for end in (sampling.log_snr_min, sampling.log_snr_max)]
-    noise = {"ancestral": f"v={sampling.variance:g}", "ddim": f"eta={sampling.eta:g}"}.get(
-        sampling.solver, "-"
-    )
+    noise = [f"{name}={getattr(sampling, name):g}" for name in solver_options(sampling.solver)]
     default = Sampling()
     other = [
         f"{name}={getattr(sampling, name):g}"
@@ -226,7 +225,7 @@ def _search_cells(row: Mapping[str, Any], metric: Metric, shown: Sequence[Metric
         row["which"],
         sampling.spacing or "default",
         "-" if ends == ["-", "-"] else f"{ends[0]} to {ends[1]}",
-        noise,
+        ", ".join(noise) or "-",
         ", ".join(other) or "-",
         _value(row["search"], metric),
         *(_value(row["check"], one) for one in shown),
