@@ -58,11 +58,12 @@ class Metric:
     group: Group
     protocol: str
 
-    def format(self, value: float | None) -> str:
-        """A value as text; None stands for infinity, which JSON cannot hold."""
+    def format(self, value: float | None, *, signed: bool = False) -> str:
+        """A value as text, or a signed difference; None stands for infinity, which JSON cannot hold."""
         if value is None or math.isinf(value):
             return "inf"
-        return f"{value:.3g}" if self.digits is None else f"{value:.{self.digits}f}"
+        style = ".3g" if self.digits is None else f".{self.digits}f"
+        return f"{value:{'+' if signed else ''}{style}}"
 
 
 _FRECHET = "Frechet distance between the features of the first output of each image and the reference"

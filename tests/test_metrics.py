@@ -162,6 +162,7 @@ def test_metrics_work_inside_jit():
 def test_registry_formats_values_and_knows_directions():
     psnr, seconds = metrics.METRICS["psnr"], metrics.METRICS["seconds"]
     assert psnr.format(20.126) == "20.13" and psnr.format(None) == psnr.format(np.inf) == "inf"
+    assert psnr.format(1.5, signed=True) == "+1.50" and psnr.format(-1.5, signed=True) == "-1.50"
     assert seconds.format(0.00123) == "0.00123" and seconds.format(123.4) == "123"
     assert psnr.higher_is_better and not metrics.METRICS["lpips"].higher_is_better
     assert all(key == metric.key for key, metric in metrics.METRICS.items())
