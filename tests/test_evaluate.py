@@ -50,7 +50,7 @@ def build(scale=4, seed=0, **sections):
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder with three images of different sizes in in/, and three exported models."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "in").mkdir()
@@ -64,15 +64,17 @@ def house(tmp_path_factory):
     return folder
 
 
-def run(house, *extra, models=("one",), out):
-    named = [part for name in models for part in ("--model", str(house / f"{name}.safetensors"))]
-    return main(["evaluate", *named, "--data", f"folder:{house / 'in'}", "-o", str(out), *map(str, extra)])
+def run(workspace, *extra, models=("one",), out):
+    named = [part for name in models for part in ("--model", str(workspace / f"{name}.safetensors"))]
+    return main(
+        ["evaluate", *named, "--data", f"folder:{workspace / 'in'}", "-o", str(out), *map(str, extra)]
+    )
 
 
 @pytest.fixture(scope="module")
-def finished(house):
-    assert run(house, "--steps", "1,2", out=house / "out") == 0
-    return house / "out"
+def finished(workspace):
+    assert run(workspace, "--steps", "1,2", out=workspace / "out") == 0
+    return workspace / "out"
 
 
 def report(folder):
@@ -101,19 +103,19 @@ def test_rows_and_files(finished):
     assert (finished / "evaluation.md").read_text().count("\n| one ") == 4
 
 
-def test_metrics_are_those_of_the_written_images(house, finished):
+def test_metrics_are_those_of_the_written_images(workspace, finished):
     """Computed again from the files, with the low-res image made in another way."""
     row = report(finished)["rows"][2]
     for name, (height, width) in SIZES.items():
-        whole = read_rgb(house / "in" / f"{name}.png")
-        original = whole[None, : height // 4 * 4, : width // 4 * 4]
-        low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(original), 4))
+        whole = read_rgb(workspace / "in" / f"{name}.png")
+        truth = whole[None, : height // 4 * 4, : width // 4 * 4]
+        low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(truth), 4))
         output = read_rgb(finished / "outputs" / "one" / "ddim-2" / f"{name}.png")[None]
         expected = {
-            "psnr": metrics.psnr(output, original),
-            "ssim": metrics.ssim(output, original),
-            "psnr_luma": metrics.psnr_luma(output, original, crop=4),
-            "ssim_luma": metrics.ssim_luma(output, original, crop=4),
+            "psnr": metrics.psnr(output, truth),
+            "ssim": metrics.ssim(output, truth),
+            "psnr_luma": metrics.psnr_luma(output, truth, crop=4),
+            "ssim_luma": metrics.ssim_luma(output, truth, crop=4),
             "consistency": metrics.consistency(output, low_res),
             "mean_colour_error": metrics.mean_colour_error(output, low_res),
         }
@@ -129,39 +131,39 @@ def test_metrics_are_those_of_the_written_images(house, finished):
 
 def counted(monkeypatch):
     """The (shape, solver, steps) of every batch that a model samples."""
-    asked = []
+    calls = []
     upscale = type(build()).upscale
 
     def wrapped(self, images, key, **options):
-        asked.append((images.shape, options["sampling"].solver, options["sampling"].steps))
+        calls.append((images.shape, options["sampling"].solver, options["sampling"].steps))
         return upscale(self, images, key, **options)
 
     monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", wrapped)
-    return asked
+    return calls
 
 
-def test_second_run_samples_only_what_is_missing_or_changed(house, finished, tmp_path, monkeypatch):
+def test_second_run_samples_only_what_is_missing_or_changed(workspace, finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before = report(out)
-    asked = counted(monkeypatch)
-    assert run(house, "--steps", "1,2", out=out) == 0
-    assert asked == [] and report(out)["outputs_reused"] == 9
+    calls = counted(monkeypatch)
+    assert run(workspace, "--steps", "1,2", out=out) == 0
+    assert calls == [] and report(out)["outputs_reused"] == 9
     assert report(out)["rows"] == before["rows"]
 
     gone = out / "outputs" / "one" / "ddim-2" / "b-wide.png"
     bytes_before = gone.read_bytes()
     gone.unlink()
-    assert run(house, "--steps", "1,2", out=out) == 0
-    assert asked == [((1, 10, 13, 3), "ddim", 2)]  # no image is sampled twice
+    assert run(workspace, "--steps", "1,2", out=out) == 0
+    assert calls == [((1, 10, 13, 3), "ddim", 2)]  # no image is sampled twice
     assert gone.read_bytes() == bytes_before
 
-    asked.clear()
+    calls.clear()
     monkeypatch.setattr(methods, "fingerprint", lambda model: "other weights")
-    assert run(house, "--steps", "2", "--solver", "ddim", out=out) == 0
-    assert len(asked) == 3 and report(out)["outputs_reused"] == 3
+    assert run(workspace, "--steps", "2", "--solver", "ddim", out=out) == 0
+    assert len(calls) == 3 and report(out)["outputs_reused"] == 3
     monkeypatch.undo()
-    assert run(house, "--steps", "2", "--solver", "ddim", "--seed", "1", out=out) == 0
+    assert run(workspace, "--steps", "2", "--solver", "ddim", "--seed", "1", out=out) == 0
     assert report(out)["outputs_reused"] == 0
 
 
@@ -189,9 +191,9 @@ def test_time_of_an_output_excludes_compilation():
     assert np.array_equal(made, model.upscale(low_res, keys, solver="heun", steps=4))
 
 
-def test_output_depends_only_on_its_image_model_seed_and_sample(house, finished, tmp_path):
+def test_output_depends_only_on_its_image_model_seed_and_sample(workspace, finished, tmp_path):
     extra = ["--steps", "2", "--solver", "ddim", "--samples", "2", "--limit", "2"]
-    assert run(house, *extra, models=("two", "one"), out=tmp_path) == 0
+    assert run(workspace, *extra, models=("two", "one"), out=tmp_path) == 0
     same = tmp_path / "outputs" / "one" / "ddim-2"
     for name in ("a-tall", "b-wide"):
         first = read_rgb(same / f"{name}.png")
@@ -204,8 +206,8 @@ def test_output_depends_only_on_its_image_model_seed_and_sample(house, finished,
     assert len(found["images"]) == 2 and len({model["sha256"] for model in found["models"]}) == 2
 
 
-def test_each_scale_has_its_own_bicubic(house, tmp_path, capsys):
-    assert run(house, "--steps", "1", "--crop", "32", models=("one", "double"), out=tmp_path) == 0
+def test_each_scale_has_its_own_bicubic(workspace, tmp_path, capsys):
+    assert run(workspace, "--steps", "1", "--crop", "32", models=("one", "double"), out=tmp_path) == 0
     rows = report(tmp_path)["rows"]
     assert [(row["method"], row["scale"]) for row in rows] == [
         ("bicubic", 4), ("bicubic", 2), ("one", 4), ("double", 2)
@@ -215,17 +217,17 @@ def test_each_scale_has_its_own_bicubic(house, tmp_path, capsys):
         assert read_rgb(tmp_path / "outputs" / folder / "a-tall.png").shape == (32, 32, 3)
     out = capsys.readouterr().out
     assert "| double  |    2x |" in out and "centre 32x32" in out
-    centre = read_rgb(house / "in" / "a-tall.png")[11:43, 3:35]
+    centre = read_rgb(workspace / "in" / "a-tall.png")[11:43, 3:35]
     assert np.array_equal(
-        metric_suite.crop_ground_truth(read_rgb(house / "in" / "a-tall.png"), 4, 32), centre
+        metric_suite.crop_ground_truth(read_rgb(workspace / "in" / "a-tall.png"), 4, 32), centre
     )
 
 
 STANDARD = metric_suite.MetricSuite((metric_suite.standard_metrics(),))
 
 
-def test_unreadable_image_is_named_and_skipped(house, tmp_path):
-    good = open_source(f"folder:{house / 'in'}")
+def test_unreadable_image_is_named_and_skipped(workspace, tmp_path):
+    good = open_source(f"folder:{workspace / 'in'}")
 
     def load_some(index):
         if index == 1:
@@ -242,7 +244,7 @@ def test_unreadable_image_is_named_and_skipped(house, tmp_path):
     assert len(part.results[0]) == 2
 
 
-def test_each_image_and_sample_has_its_own_noise(house, tmp_path):
+def test_each_image_and_sample_has_its_own_noise(workspace, tmp_path):
     def keys_of(folder, count, seed=0):
         keys = {}
 
@@ -251,7 +253,7 @@ def test_each_image_and_sample_has_its_own_noise(house, tmp_path):
             return metric_suite.bicubic_of(low_res, 4)
 
         method = methods.Method("m", 4, upscale, {}, solver="ddim", steps=2)
-        source = open_source(f"folder:{house / 'in'}")
+        source = open_source(f"folder:{workspace / 'in'}")
         runner.evaluate_part([method], source, folder, suite=STANDARD, samples=2, seed=seed, limit=count)
         return {image: set(of) for image, of in keys.items()}
 
@@ -261,9 +263,9 @@ def test_each_image_and_sample_has_its_own_noise(house, tmp_path):
     assert set.union(*keys_of(tmp_path / "c", 3, seed=1).values()).isdisjoint(set.union(*three.values()))
 
 
-def test_public_function_takes_loaded_models_and_sources(house, tmp_path):
-    model = load(house / "one.safetensors")
-    source = open_source(f"folder:{house / 'in'}")
+def test_public_function_takes_loaded_models_and_sources(workspace, tmp_path):
+    model = load(workspace / "one.safetensors")
+    source = open_source(f"folder:{workspace / 'in'}")
     seen = []
     done = evaluate(
         [model],
@@ -281,9 +283,9 @@ def test_public_function_takes_loaded_models_and_sources(house, tmp_path):
     assert {field.name for field in dataclasses.fields(results.Row)} == set(done.report["rows"][0])
 
 
-def test_processes_divide_the_images_and_the_first_merges_them(house, finished, tmp_path, monkeypatch):
+def test_processes_divide_the_images_and_the_first_merges_them(workspace, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "wait_for_all", lambda: None)
-    model, data = house / "one.safetensors", f"folder:{house / 'in'}"
+    model, data = workspace / "one.safetensors", f"folder:{workspace / 'in'}"
     assert evaluate([model], data, tmp_path, steps=[1, 2], process=(1, 2)) is None
     done = evaluate([model], data, tmp_path, steps=[1, 2], process=(0, 2))
     single = report(finished)
@@ -294,16 +296,16 @@ def test_processes_divide_the_images_and_the_first_merges_them(house, finished, 
         assert one["summary"]["psnr"] == other["summary"]["psnr"]
 
 
-def test_outputs_that_are_not_finite_fail(house, tmp_path, monkeypatch, capsys):
+def test_outputs_that_are_not_finite_fail(workspace, tmp_path, monkeypatch, capsys):
     def broken(self, images, key, **options):
         raise FloatingPointError("model one gave values that are not finite")
 
     monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", broken)
-    assert run(house, "--steps", "3", out=tmp_path) == 2
+    assert run(workspace, "--steps", "3", out=tmp_path) == 2
     assert "ddim, 3 steps" in capsys.readouterr().err
 
 
-def test_stopped_run_continues_from_its_outputs(house, tmp_path, monkeypatch, capsys):
+def test_stopped_run_continues_from_its_outputs(workspace, tmp_path, monkeypatch, capsys):
     upscale, calls = type(build()).upscale, []
 
     def signalled(self, images, key, **options):
@@ -313,10 +315,10 @@ def test_stopped_run_continues_from_its_outputs(house, tmp_path, monkeypatch, ca
         return upscale(self, images, key, **options)
 
     monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", signalled)
-    assert run(house, "--steps", "2", out=tmp_path) == 143
+    assert run(workspace, "--steps", "2", out=tmp_path) == 143
     assert not (tmp_path / "evaluation.json").exists() and len(calls) == 2
     capsys.readouterr()
-    assert run(house, "--steps", "2", out=tmp_path) == 0
+    assert run(workspace, "--steps", "2", out=tmp_path) == 0
     assert len(calls) == 3 and report(tmp_path)["outputs_reused"] == 4
     assert "4 outputs were cached" in capsys.readouterr().out
 
@@ -368,11 +370,11 @@ def test_searched_sampler_is_compared_with_the_default_one():
     assert np.array_equal(made[1], wanted)
 
 
-def test_class_conditional_model_receives_the_label_of_each_image(house, tmp_path, monkeypatch, capsys):
+def test_class_conditional_model_receives_the_label_of_each_image(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
     for name, label in (("a-tall", "cat"), ("b-wide", "dog"), ("c-wide", "dog")):
         (tmp_path / "in" / label).mkdir(parents=True, exist_ok=True)
-        shutil.copy(house / "in" / f"{name}.png", tmp_path / "in" / label)
+        shutil.copy(workspace / "in" / f"{name}.png", tmp_path / "in" / label)
     assert main(["prepare", str(tmp_path / "in"), "--name=pets"]) == 0
     model = build(model={"num_classes": 2}, data={"label_dropout": 0.1})
     export(tmp_path / "pets.safetensors", model.params, model.config)
@@ -398,7 +400,7 @@ def test_class_conditional_model_receives_the_label_of_each_image(house, tmp_pat
         """{height of the ground truth: the label that the model received}"""
         given.clear()
         assert main([*command, *options]) == 0
-        source = open_source(f"folder:{house / 'in'}")
+        source = open_source(f"folder:{workspace / 'in'}")
         truths = [source[index]["image"] for index in range(3)]
         return {
             image.shape[0]: given[low_res.tobytes()]
@@ -420,12 +422,12 @@ def test_class_conditional_model_receives_the_label_of_each_image(house, tmp_pat
     assert main(["prepare", str(tmp_path / "in"), "--name=pets", "--overwrite"]) == 0
     assert labels_given("--data=tfds:pets:train") == {54: 1, 41: 0, 40: 0}
     # A model without classes receives none.
-    command[2] = str(house / "one.safetensors")
+    command[2] = str(workspace / "one.safetensors")
     assert labels_given("--data=tfds:pets:train") == dict.fromkeys(labels)
     # More classes than the model knows fail before anything is sampled.
     command[2] = str(tmp_path / "pets.safetensors")
     (tmp_path / "in" / "ape").mkdir()
-    shutil.copy(house / "in" / "a-tall.png", tmp_path / "in" / "ape")
+    shutil.copy(workspace / "in" / "a-tall.png", tmp_path / "in" / "ape")
     assert main(["prepare", str(tmp_path / "in"), "--name=pets", "--overwrite"]) == 0
     given.clear()
     capsys.readouterr()
@@ -468,8 +470,8 @@ def test_nfe_is_the_number_of_network_calls(solver):
     assert len(calls) == sampling.nfe
 
 
-def test_fingerprint_depends_on_the_weights(house):
-    model = load(house / "one.safetensors")
+def test_fingerprint_depends_on_the_weights(workspace):
+    model = load(workspace / "one.safetensors")
     assert methods.fingerprint(model) == methods.fingerprint(build())
     leaves, tree = jax.tree.flatten(model.params)
     leaves[3] = leaves[3] + np.float32(1e-6)
@@ -482,8 +484,8 @@ def test_labels_are_short_and_unique():
     assert methods.unique_labels(names) == ["run", "run_2", "photo_4x", "bicubic_2", "at_step_5"]
 
 
-def test_sources_know_the_names_of_their_files(house, tmp_path, monkeypatch):
-    source = open_source(f"folder:{house / 'in'}")
+def test_sources_know_the_names_of_their_files(workspace, tmp_path, monkeypatch):
+    source = open_source(f"folder:{workspace / 'in'}")
     assert [source.file_name(index) for index in range(3)] == [f"{name}.png" for name in sorted(SIZES)]
     assert Source("numbers", lambda index: {}, 3).file_name(2) == "00002"
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path))
@@ -513,11 +515,11 @@ def test_sources_know_the_names_of_their_files(house, tmp_path, monkeypatch):
         (["--data", "nowhere"], ["nowhere"]),
         (["--data", "folder:/nonexistent"], ["/nonexistent"]),
         (["--model", "nonesuch"], ["nonesuch"]),
-        (["-o", "{house}/one.safetensors"], ["one.safetensors", "folder"]),
-        (["-o", "{house}/one.safetensors/x"], ["one.safetensors/x", "not a directory"]),
+        (["-o", "{workspace}/one.safetensors"], ["one.safetensors", "folder"]),
+        (["-o", "{workspace}/one.safetensors/x"], ["one.safetensors/x", "not a directory"]),
     ],
 )
-def test_invalid_options_fail_with_the_value(house, tmp_path, capsys, extra, words):
-    assert run(house, *(text.format(house=house) for text in extra), out=tmp_path) == 2
+def test_invalid_options_fail_with_the_value(workspace, tmp_path, capsys, extra, words):
+    assert run(workspace, *(text.format(workspace=workspace) for text in extra), out=tmp_path) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sr3 evaluate: ")]
     assert len(lines) == 1 and [word for word in words if word not in lines[0]] == []

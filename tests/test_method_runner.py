@@ -264,9 +264,9 @@ def test_command_line_with_every_network(monkeypatch, tmp_path, capsys):
     text = capsys.readouterr().out
     for words in ("top-5 %", "lookup, weights sha256 cccccccccccccccc, 10 classes", "N = 7"):
         assert words in text
-    kept = load_statistics(statistics)
-    assert kept.count == COUNT
-    np.testing.assert_allclose(kept.mean, Corners()(IMAGES).mean(axis=0, dtype=np.float64))
+    saved = load_statistics(statistics)
+    assert saved.count == COUNT
+    np.testing.assert_allclose(saved.mean, Corners()(IMAGES).mean(axis=0, dtype=np.float64))
 
     compared = run(f"--reference={statistics}")
     assert compared["outputs_reused"] == 3 * COUNT

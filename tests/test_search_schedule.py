@@ -48,8 +48,8 @@ def exported(path: Path, **sections) -> models.Model:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("house")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
     tiny.images(folder / "in", count=4, side=70)
     exported(folder / "m.safetensors")
     exported(
@@ -61,15 +61,15 @@ def house(tmp_path_factory) -> Path:
     return folder
 
 
-def run(house: Path, out: Path, *extra: object, model: str = "m") -> int:
-    named = ["--model", str(house / f"{model}.safetensors"), "--data", f"folder:{house / 'in'}"]
+def run(workspace: Path, out: Path, *extra: object, model: str = "m") -> int:
+    named = ["--model", str(workspace / f"{model}.safetensors"), "--data", f"folder:{workspace / 'in'}"]
     return main(["search-schedule", *named, "-o", str(out), *SHORT, *map(str, extra)])
 
 
 @pytest.fixture(scope="module")
-def finished(house) -> Path:
-    assert run(house, house / "out", "--solver", "ancestral,ddim", "--steps", "2,1") == 0
-    return house / "out"
+def finished(workspace) -> Path:
+    assert run(workspace, workspace / "out", "--solver", "ancestral,ddim", "--steps", "2,1") == 0
+    return workspace / "out"
 
 
 def report(folder: Path) -> dict:
@@ -79,9 +79,9 @@ def report(folder: Path) -> dict:
 # ---- The command
 
 
-def test_result_becomes_the_models_default(house, finished):
-    found, stored = report(finished), sampling_file.read_sampling(house / "m.sampling.json")
-    model = models.load(house / "m.safetensors")
+def test_result_becomes_the_models_default(workspace, finished):
+    found, stored = report(finished), sampling_file.read_sampling(workspace / "m.sampling.json")
+    model = models.load(workspace / "m.safetensors")
     assert model.sampling == stored.sampling == Sampling(**found["chosen"]) != Sampling("ddim", 2)
     assert (
         stored.weights == sampling_file.params_fingerprint(model.params) and stored.model == "m.safetensors"
@@ -107,9 +107,9 @@ def test_table_has_each_solver_and_budget_with_its_default(finished):
     assert page.count("| ancestral") >= 3 and "Chosen: " in page
 
 
-def test_metrics_are_those_of_the_models_outputs(house, finished):
+def test_metrics_are_those_of_the_models_outputs(workspace, finished):
     """Computed in another way: the crops cut by hand, all of them in one batch."""
-    images = [read_rgb(path) for path in sorted((house / "in").iterdir())]
+    images = [read_rgb(path) for path in sorted((workspace / "in").iterdir())]
     tiles = {
         part: np.stack(
             [image[3 + row : 35 + row, 3 + column : 35 + column] for image in images[first::2]
@@ -117,10 +117,10 @@ def test_metrics_are_those_of_the_models_outputs(house, finished):
         )
         for part, first in (("search", 0), ("check", 1))
     }  # fmt: skip
-    model = models.load(house / "m.safetensors")
+    model = models.load(workspace / "m.safetensors")
     for part, truths in tiles.items():
         crops, _ = crop_evaluator.open_crops(
-            model, f"folder:{house / 'in'}", None, metric="psnr", crop=CROP, count=8
+            model, f"folder:{workspace / 'in'}", None, metric="psnr", crop=CROP, count=8
         )
         images = crops[part == "check"].images
         assert {image.tobytes() for image in images} == {image.tobytes() for image in truths}
@@ -135,61 +135,63 @@ def test_metrics_are_those_of_the_models_outputs(house, finished):
 
 
 def counted(monkeypatch, *, fail_at: int = 10**9) -> list[Sampling]:
-    asked: list[Sampling] = []
+    calls: list[Sampling] = []
     whole = models.Model.upscale
 
     def upscale(self, *arguments, **options):
-        if len(asked) == fail_at:
+        if len(calls) == fail_at:
             raise KeyboardInterrupt
-        asked.append(options["sampling"])
+        calls.append(options["sampling"])
         return whole(self, *arguments, **options)
 
     monkeypatch.setattr(models.Model, "upscale", upscale)
-    return asked
+    return calls
 
 
-def test_second_run_samples_nothing(house, finished, monkeypatch):
+def test_second_run_samples_nothing(workspace, finished, monkeypatch):
     before = report(finished)
-    asked = counted(monkeypatch)
-    assert run(house, finished, "--solver", "ancestral,ddim", "--steps", "2,1") == 0
-    assert asked == [] and report(finished)["rows"] == before["rows"]
-    assert run(house, finished, "--solver", "ddim", "--steps", "2", "--metric", "ssim", "--no-store") == 0
-    assert len(asked) < 10  # metrics of one search are cached for another
+    calls = counted(monkeypatch)
+    assert run(workspace, finished, "--solver", "ancestral,ddim", "--steps", "2,1") == 0
+    assert calls == [] and report(finished)["rows"] == before["rows"]
+    assert run(workspace, finished, "--solver", "ddim", "--steps", "2", "--metric", "ssim", "--no-store") == 0
+    assert len(calls) < 10  # metrics of one search are cached for another
 
 
-def test_stopped_search_continues_to_the_same_result(house, tmp_path, monkeypatch):
+def test_stopped_search_continues_to_the_same_result(workspace, tmp_path, monkeypatch):
     extra = ["--solver", "ddim", "--steps", "2", "--no-store"]
-    assert run(house, tmp_path / "whole", *extra) == 0
-    asked = counted(monkeypatch, fail_at=5)
-    assert run(house, tmp_path / "cut", *extra) == 130
+    assert run(workspace, tmp_path / "whole", *extra) == 0
+    calls = counted(monkeypatch, fail_at=5)
+    assert run(workspace, tmp_path / "cut", *extra) == 130
     lines = tmp_path / "cut" / "search.jsonl"
     assert (
-        len(asked) == 5 == len(lines.read_text().splitlines())
+        len(calls) == 5 == len(lines.read_text().splitlines())
         and not (tmp_path / "cut" / "search.json").exists()
     )
     lines.write_bytes(lines.read_bytes()[:-20])  # killed while it wrote
     monkeypatch.undo()
-    asked = counted(monkeypatch)
-    assert run(house, tmp_path / "cut", *extra) == 0
+    calls = counted(monkeypatch)
+    assert run(workspace, tmp_path / "cut", *extra) == 0
     assert report(tmp_path / "cut")["rows"] == report(tmp_path / "whole")["rows"]
-    assert len(asked) + 4 == len((tmp_path / "whole" / "search.jsonl").read_text().splitlines())
-    assert not (house / "regression.sampling.json").exists()
+    assert len(calls) + 4 == len((tmp_path / "whole" / "search.jsonl").read_text().splitlines())
+    assert not (workspace / "regression.sampling.json").exists()
 
 
-def test_without_a_gain_nothing_is_stored(house, tmp_path, monkeypatch, capsys):
+def test_without_a_gain_nothing_is_stored(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "sr3_jax.evaluation.successive_halving.minimize", lambda space, *rest, **options: (space.default, 8)
     )
-    before = (house / "m.sampling.json").read_bytes() if (house / "m.sampling.json").exists() else None
-    assert run(house, tmp_path, "--solver", "ddim") == 0
+    before = (
+        (workspace / "m.sampling.json").read_bytes() if (workspace / "m.sampling.json").exists() else None
+    )
+    assert run(workspace, tmp_path, "--solver", "ddim") == 0
     assert "default is kept" in capsys.readouterr().out
     assert report(tmp_path)["chosen"] is None and len(report(tmp_path)["rows"]) == 1
-    after = (house / "m.sampling.json").read_bytes() if (house / "m.sampling.json").exists() else None
+    after = (workspace / "m.sampling.json").read_bytes() if (workspace / "m.sampling.json").exists() else None
     assert before == after
 
 
-def test_search_ends_in_time_with_what_it_has(house, tmp_path):
-    assert run(house, tmp_path, "--solver", "ancestral", "--minutes", "1e-9", "--no-store") == 0
+def test_search_ends_in_time_with_what_it_has(workspace, tmp_path):
+    assert run(workspace, tmp_path, "--solver", "ancestral", "--minutes", "1e-9", "--no-store") == 0
     rows = report(tmp_path)["rows"]
     assert [(row["sampling"]["solver"], row["which"], row["search"]) for row in rows] == [
         ("ancestral", "default", {}), ("ddim", "default", {})
@@ -197,7 +199,7 @@ def test_search_ends_in_time_with_what_it_has(house, tmp_path):
     assert all("psnr" in row["check"] for row in rows)
 
 
-def test_check_can_use_other_images(house, tmp_path):
+def test_check_can_use_other_images(workspace, tmp_path):
     tiny.images(tmp_path / "other", count=2, side=70, seed=9)
     extra = [
         "--solver",
@@ -208,7 +210,7 @@ def test_check_can_use_other_images(house, tmp_path):
         "--candidates",
         1,
     ]
-    assert run(house, tmp_path / "out", *extra) == 0
+    assert run(workspace, tmp_path / "out", *extra) == 0
     found = report(tmp_path / "out")
     assert (found["search_crops"], found["check_crops"], found["images"]) == (8, 8, [4, 2])
     assert "crops of folder:" in (tmp_path / "out" / "search.md").read_text()
@@ -232,12 +234,12 @@ def test_check_can_use_other_images(house, tmp_path):
         (["--limit", "1"], ["one usable image", "eval_data"]),
         (["--data", "nowhere"], ["nowhere"]),
         (["--model", "nonesuch"], ["nonesuch"]),
-        (["--model", "{house}/regression.safetensors"], ["regression.safetensors", "regression model"]),
-        (["-o", "{house}/m.safetensors"], ["m.safetensors", "folder"]),
+        (["--model", "{workspace}/regression.safetensors"], ["regression.safetensors", "regression model"]),
+        (["-o", "{workspace}/m.safetensors"], ["m.safetensors", "folder"]),
     ],
 )
-def test_invalid_options_fail_with_the_value(house, tmp_path, capsys, extra, words):
-    assert run(house, tmp_path, *(text.format(house=house) for text in extra)) == 2
+def test_invalid_options_fail_with_the_value(workspace, tmp_path, capsys, extra, words):
+    assert run(workspace, tmp_path, *(text.format(workspace=workspace) for text in extra)) == 2
     lines = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("sr3 search-schedule: ")
     ]
@@ -286,32 +288,32 @@ def test_halves_share_no_image():
 
 
 def evaluator(
-    house, path, *, count: int = 8, batch: int = 4, features=None, labels=None, model=None, **options
+    workspace, path, *, count: int = 8, batch: int = 4, features=None, labels=None, model=None, **options
 ):
     images = np.random.default_rng(1).integers(0, 256, (count, CROP, CROP, 3), dtype=np.uint8)
     return crop_evaluator.CropEvaluator(
-        model or models.load(house / "m.safetensors"), Crops(images, labels, 1), path / "s.jsonl",
+        model or models.load(workspace / "m.safetensors"), Crops(images, labels, 1), path / "s.jsonl",
         metrics=[metric_suite.standard_metrics()], features=features, batch_size=batch, seed=0, **options,
     )  # fmt: skip
 
 
-def test_more_crops_continue_from_the_cached_ones(house, tmp_path, monkeypatch):
-    asked = counted(monkeypatch)
-    one = evaluator(house, tmp_path)
+def test_more_crops_continue_from_the_cached_ones(workspace, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
+    one = evaluator(workspace, tmp_path)
     few = one.per_crop(Sampling("ddim", 2), 4)
     many = one.per_crop(Sampling("ddim", 2), 8)
-    assert len(asked) == 2 and len(many["psnr"]) == 8
+    assert len(calls) == 2 and len(many["psnr"]) == 8
     np.testing.assert_array_equal(many["psnr"][:4], few["psnr"])
     np.testing.assert_array_equal(
-        evaluator(house, tmp_path).per_crop(Sampling("ddim", 2), 8)["ssim"], many["ssim"]
+        evaluator(workspace, tmp_path).per_crop(Sampling("ddim", 2), 8)["ssim"], many["ssim"]
     )
-    assert len(asked) == 2
+    assert len(calls) == 2
     one.per_crop(Sampling("ddim", 2, "karras"), 4)
-    assert len(asked) == 3
+    assert len(calls) == 3
 
 
-def test_past_the_deadline_only_cached_metrics_are_available(house, tmp_path):
-    one = evaluator(house, tmp_path)
+def test_past_the_deadline_only_cached_metrics_are_available(workspace, tmp_path):
+    one = evaluator(workspace, tmp_path)
     before = one.means(Sampling("ddim", 2), 4)
     one.deadline = -math.inf
     assert one.means(Sampling("ddim", 2), 4) == before
@@ -319,12 +321,12 @@ def test_past_the_deadline_only_cached_metrics_are_available(house, tmp_path):
         one.means(Sampling("ddim", 2), 8)
 
 
-def test_outputs_that_are_not_finite_have_no_metrics(house, tmp_path, monkeypatch):
+def test_outputs_that_are_not_finite_have_no_metrics(workspace, tmp_path, monkeypatch):
     def broken(self, *arguments, **options):
         raise FloatingPointError("not finite")
 
     monkeypatch.setattr(models.Model, "upscale", broken)
-    one = evaluator(house, tmp_path)
+    one = evaluator(workspace, tmp_path)
     assert one.means(Sampling("ddim", 2), 4) == {}
     objective = crop_evaluator.objective(one, "psnr", default=Sampling("heun", 2), guarded=False)
     assert objective(Sampling("ddim", 2), 4) == math.inf
@@ -370,10 +372,10 @@ class _Means:
         return np.asarray(images, np.float32).mean(axis=(1, 2))
 
 
-def test_frechet_distance_is_of_the_whole_set_and_is_cached(house, tmp_path):
-    one = evaluator(house, tmp_path, features=_Means())
+def test_frechet_distance_is_of_the_whole_set_and_is_cached(workspace, tmp_path):
+    one = evaluator(workspace, tmp_path, features=_Means())
     found = one.means(Sampling("ddim", 2), 8)["frechet_alexnet"]
-    again = evaluator(house, tmp_path, features=_Means())
+    again = evaluator(workspace, tmp_path, features=_Means())
     again.deadline = -math.inf
     assert again.means(Sampling("ddim", 2), 8)["frechet_alexnet"] == pytest.approx(found, rel=1e-6)
     features = one.per_crop(Sampling("ddim", 2), 8)["features"].astype(np.float64)
@@ -386,7 +388,7 @@ def test_frechet_distance_is_of_the_whole_set_and_is_cached(house, tmp_path):
     assert objective(Sampling("ddim", 2), 8) == found
 
 
-def test_class_conditional_network_receives_labels(house, tmp_path, monkeypatch):
+def test_class_conditional_network_receives_labels(workspace, tmp_path, monkeypatch):
     given = []
 
     def upscale(self, images, key, *, labels=None, sampling=None):
@@ -395,9 +397,9 @@ def test_class_conditional_network_receives_labels(house, tmp_path, monkeypatch)
 
     monkeypatch.setattr(models.Model, "upscale", upscale)
     labels = np.arange(8, dtype=np.int32)
-    evaluator(house, tmp_path, labels=labels).means(Sampling("ddim", 2), 8)
+    evaluator(workspace, tmp_path, labels=labels).means(Sampling("ddim", 2), 8)
     classy = exported(tmp_path / "c.safetensors", model={"num_classes": 8})
-    evaluator(house, tmp_path, labels=labels, model=classy).means(Sampling("ddim", 2), 8)
+    evaluator(workspace, tmp_path, labels=labels, model=classy).means(Sampling("ddim", 2), 8)
     assert given[:2] == [None, None]
     assert [part.tolist() for part in given[2:]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 

@@ -66,20 +66,20 @@ def test_result_beats_the_default_and_the_papers_spacing(solver, steps, seed):
 
 
 def recorded(objective=noisy):
-    asked: list[tuple[Sampling, int]] = []
+    calls: list[tuple[Sampling, int]] = []
 
     def scored(candidate: Sampling, count: int) -> float:
-        asked.append((candidate, count))
+        calls.append((candidate, count))
         return objective(candidate, count)
 
-    return scored, asked
+    return scored, calls
 
 
 def test_the_better_half_goes_on_to_the_next_round(monkeypatch):
     monkeypatch.setattr(successive_halving, "REFINEMENTS", 0)
-    scored, asked = recorded()
+    scored, calls = recorded()
     found, _ = minimize(search_space(), scored, candidates=16, rounds=ROUNDS, seed=0)
-    rounds = {count: [candidate for candidate, of in asked if of == count] for count in ROUNDS}
+    rounds = {count: [candidate for candidate, of in calls if of == count] for count in ROUNDS}
     assert [len(set(of)) == len(of) for of in rounds.values()] == [True] * 3  # nothing is evaluated twice
     default = search_space().default
     assert all(of[0] == default for of in rounds.values())
@@ -91,48 +91,48 @@ def test_the_better_half_goes_on_to_the_next_round(monkeypatch):
 
 
 def test_refinement_uses_all_images_and_helps():
-    scored, asked = recorded()
+    scored, calls = recorded()
     found, _ = minimize(search_space("ddim", 4), scored, candidates=4, rounds=(8, 16), seed=0)
     start = min(
         initial_candidates(search_space("ddim", 4), 4, seed=0), key=lambda candidate: noisy(candidate, 16)
     )
     assert noisy(found, 16) < 0.5 * noisy(start, 16)
-    assert {count for _, count in asked[7:]} == {16}
+    assert {count for _, count in calls[7:]} == {16}
 
 
 def test_the_seed_determines_the_search():
     runs = [recorded() for _ in range(3)]
     for (scored, _), seed in zip(runs, (3, 3, 4), strict=True):
         minimize(search_space(), scored, candidates=12, rounds=(8, 16), seed=seed)
-    first, again, other = (asked for _, asked in runs)
+    first, again, other = (calls for _, calls in runs)
     assert first == again != other
 
 
 def test_the_default_wins_if_nothing_is_better():
-    for score in (
+    for objective in (
         lambda candidate, count: 1.0,
         lambda candidate, count: float(candidate != search_space().default),
     ):
-        assert minimize(search_space(), score, candidates=12, rounds=ROUNDS, seed=0) == (
+        assert minimize(search_space(), objective, candidates=12, rounds=ROUNDS, seed=0) == (
             search_space().default,
             32,
         )
 
 
 def test_excluded_candidates_do_not_win():
-    def score(candidate, count):
+    def objective(candidate, count):
         return float("inf") if candidate.variance < 0.9 else exact(candidate)
 
-    found, _ = minimize(search_space(), score, candidates=24, rounds=ROUNDS, seed=0)
+    found, _ = minimize(search_space(), objective, candidates=24, rounds=ROUNDS, seed=0)
     assert found.variance >= 0.9
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 10, 14, 20])
 def test_out_of_time_the_round_with_most_images_decides(allowed):
-    scored, asked = recorded()
+    scored, calls = recorded()
 
     def limited(candidate, count):
-        if len(asked) == allowed:
+        if len(calls) == allowed:
             raise OutOfTime
         return scored(candidate, count)
 
@@ -140,9 +140,9 @@ def test_out_of_time_the_round_with_most_images_decides(allowed):
     if not allowed:
         assert (found, count) == (search_space().default, 0)
         return
-    most = max(of for _, of in asked)
+    most = max(of for _, of in calls)
     assert count == most
-    assert found == min((c for c, of in asked if of == most), key=lambda candidate: noisy(candidate, most))
+    assert found == min((c for c, of in calls if of == most), key=lambda candidate: noisy(candidate, most))
 
 
 @pytest.mark.parametrize("schedule", [cosine(1000), linear(100)], ids=["cosine", "short"])
@@ -179,22 +179,22 @@ def test_guidance_and_augment_are_searched_if_the_network_supports_them():
     assert {0.0} < {candidate.augment for candidate in candidates}
     assert all(1 <= candidate.guidance <= 4 and 0 <= candidate.augment <= 1 for candidate in candidates)
 
-    def score(candidate, count):
+    def objective(candidate, count):
         return abs(candidate.guidance - 2.5) + abs(candidate.augment - 0.2)
 
-    found, _ = minimize(space, score, candidates=24, rounds=(8,), seed=0)
-    assert score(found, 8) < 0.4
+    found, _ = minimize(space, objective, candidates=24, rounds=(8,), seed=0)
+    assert objective(found, 8) < 0.4
 
 
 def test_refinement_stays_in_the_range_of_the_training_schedule():
-    def score(candidate, count):  # decreases beyond both ends
+    def objective(candidate, count):  # decreases beyond both ends
         low, high = (
             {"log_snr_min": -10.1, "log_snr_max": 13.8}
             | successive_halving._log_snr_ends(search_space(), candidate)
         ).values()
         return low - high + 1e-3 * candidate.variance
 
-    found, _ = minimize(search_space(), score, candidates=6, rounds=(8,), seed=0)
+    found, _ = minimize(search_space(), objective, candidates=6, rounds=(8,), seed=0)
     levels = found.grid(TRAINING).log_snr
     assert levels[-1] >= TRAINING.log_snr[-1] - 1e-5 and levels[1] <= TRAINING.log_snr[1] + 1e-5
     assert found.variance < 0.3
