@@ -91,7 +91,7 @@ METRICS: Mapping[str, Metric] = {
             "mean_colour_error", "colour", 2, False, "image",
             "largest difference between a channel's mean and that of the low-res image, in levels of 255",
         ),
-        Metric("lpips", "LPIPS", 4, False, "image", "LPIPS to the ground truth, RGB, uncropped, at full size"),
+        Metric("lpips", "LPIPS", 4, False, "image", "distance to the ground truth, RGB, uncropped, at full size"),
         Metric(
             "top1", "top-1 %", 1, True, "classifier", "outputs whose label is the most likely class of the classifier"
         ),
