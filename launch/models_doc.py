@@ -74,7 +74,7 @@ def page(
             "diffused",
             f"{config['diffusion']['space']}; the network predicts {config['diffusion']['prediction']}",
         ),
-        ("default sampler", f"`{config['eval']['solver']}`, {config['eval']['steps']} steps"),
+        ("default sampler", f"`{config['sampling']['solver']}`, {config['sampling']['steps']} steps"),
         ("training", f"{facts['steps']:,} steps in {facts['hours']:g} hours on {facts['hardware']}"),
         ("licence of the weights", facts["licence"]),
     ]
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(facts_path: Path, paths: Mapping[str, Path], output: Path) -> None:
     """Write the page and, in images/ beside it, the images."""
-    from sr3_jax.evaluation.evaluate import fingerprint
+    from sr3_jax.evaluation.methods import fingerprint
     from sr3_jax.inference.model import load
 
     facts = read_json(facts_path, fields=list(FACTS))

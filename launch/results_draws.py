@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.features import set_metrics
-from sr3_jax.features.cache import KeptFeatures
+from sr3_jax.features.cache import FeatureCache
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
 from sr3_jax.files import sha256_hex
 
@@ -34,21 +34,21 @@ def set_draws(folder: Path, found: Mapping[str, Any], of: np.ndarray) -> list[di
         weights_sha256=about["sha256"],
         preprocessing=about["preprocessing"],
     )
-    kept = KeptFeatures.of(folder / "outputs", protocol)
+    kept = FeatureCache.for_protocol(folder / "outputs", protocol)
     names = [image["name"] for image in found["images"]]
     of = np.repeat(of, patches)
     members = [np.flatnonzero(of == one) for one in range(of.max() + 1)]
     draw = np.random.default_rng(0).integers(0, len(members), (SET_RESAMPLES, len(members)))
     resamples = [np.concatenate([members[one] for one in some]) for some in draw]
-    frechet, kid, _ = set_metrics.keys(protocol)
+    frechet, kid, _ = set_metrics.metric_keys(protocol)
     real: list[Any] = []
     for row, into in zip(rows, draws, strict=True):
         digests = {}
-        if row["method"] != "original":
+        if row["method"] != "ground truth":
             digests = _digests(_folder(folder / "outputs", row), names)
         try:
             features, originals = (
-                kept.find([key for name in names for key in _keys(digests[name][at], patches)])
+                kept.get([key for name in names for key in _keys(digests[name][at], patches)])
                 for at in (0, 1)
             )
         except KeyError:
@@ -88,7 +88,7 @@ def _folder(outputs: Path, row: Mapping[str, Any]) -> Path:
 
 
 def _keys(image: str, patches: int) -> list[str]:
-    """The keys of an image's features, as `bench.Bench` makes them."""
+    """The keys of an image's features, as `method_runner.feature_keys` makes them."""
     return [image] if patches == 1 else [sha256_hex({image: patch}) for patch in range(patches)]
 
 
@@ -103,5 +103,5 @@ def _digests(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
             except ValueError:
                 continue  # half a line of a killed run
             if entry["sample"] == 0 and entry["image"] in wanted:
-                known[entry["image"]] = (entry["output"], entry["original"])
+                known[entry["image"]] = (entry["output"], entry["ground_truth"])
     return known

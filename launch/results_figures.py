@@ -19,8 +19,8 @@ import numpy as np
 import results_draws
 
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import showcase
-from sr3_jax.evaluation.files import hardware
+from sr3_jax.evaluation import grids
+from sr3_jax.evaluation.results import hardware
 from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
 from sr3_jax.files import unique_file_name
 from sr3_jax.inference.model import load
@@ -123,14 +123,14 @@ def credited(folder: Path, credits: Path) -> list[str]:
     found = read(folder / "evaluation.json")
     first = found["models"][0]
     rows = [row for row in found["rows"] if row["method"] == first["label"]]
-    # As `evaluation.files.representative` has it: the model's own sampler, else the one with the most steps.
+    # As `evaluation.grids.representative` has it: the model's own sampler, else the one with the most steps.
     row = max(rows, key=lambda row: (row["own"], row["steps"] or 0))
     names = list(row["images"])
     psnr = np.array([np.mean(row["images"][name]["psnr"]) for name in names])
     with credits.open(encoding="utf-8", newline="") as file:
         known = {unique_file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
     lines = []
-    for place in showcase.chosen(psnr).values():
+    for place in grids.select_images(psnr).values():
         line = known.get(re.sub(r"-\d+$", "", names[place]))
         if line is not None:
             lines.append(f"{line['file']}: {line['author']}, {line['licence']}, from {line['package']}")
@@ -246,7 +246,7 @@ def interesting(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]
             same = all(one[key] == other[key] for key in ("solver", "steps"))
             if one["method"] == "regression" and other["solver"]:
                 pairs.append((a, b, "regression - diffusion"))
-            elif other["method"] == "bicubic" and one["evaluations"]:
+            elif other["method"] == "bicubic" and one["nfe"]:
                 pairs.append((a, b, "model - bicubic"))
             elif one["method"] == "sr3_l1" and other["method"] == "sr3" and same:
                 if one.get("detail") == other.get("detail"):

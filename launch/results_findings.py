@@ -9,33 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sr3_jax.metrics import METRICS
+
 APPEARED, PART, OPPOSITE, OPEN = "appeared", "in part", "the opposite", "not decided"
-DIGITS = {
-    "psnr": 2,
-    "ssim": 4,
-    "lpips": 4,
-    "consistency": 2,
-    "top1": 1,
-    "diversity": 2,
-    "diversity_lpips": 4,
-    "frechet_alexnet": 3,
-    "frechet_classifier": 2,
-    "kid_alexnet": 2,
-    "kid_classifier": 0,
-}
-HEADINGS = {
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "consistency": "consist.",
-    "top1": "top-1 %",
-    "diversity": "diversity",
-    "diversity_lpips": "LPIPS of pairs",
-    "frechet_alexnet": "Frechet (AlexNet)",
-    "frechet_classifier": "Frechet (classifier)",
-    "kid_alexnet": "KID (AlexNet)",
-    "kid_classifier": "KID (classifier)",
-}
+HEADINGS = {key: metric.heading for key, metric in METRICS.items()}
 
 
 DISTANCES = ("frechet_alexnet", "kid_alexnet", "frechet_classifier", "kid_classifier")
@@ -203,7 +180,7 @@ def search_finding(searches: Sequence[Mapping[str, Any]]) -> Finding | None:
     metric = searches[0]["metric"] if searches else ""
     lines = [
         Line(
-            f"{row['sampling']['solver']}, {row['evaluations']} evaluations",
+            f"{row['sampling']['solver']}, NFE {row['nfe']}",
             {metric: row["gain"]},
             row["sampling"]["solver"] == "ancestral",
         )
@@ -248,6 +225,5 @@ def cell(key: str, of: Mapping[str, float] | None) -> str:
     """A difference with its interval."""
     if of is None:
         return ""
-    digits = DIGITS.get(key, 3)
-    mean, low, high = (f"{of[end]:+.{digits}f}" for end in ("mean", "low", "high"))
+    mean, low, high = (METRICS[key].format(of[end], signed=True) for end in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"

@@ -23,7 +23,7 @@ def draw(result: Mapping[str, Any], out: Path | None, folder: Path) -> None:
     for part in parts(result):
         stem = _stem(result, part.name)
         if "sweep" in part.runs and (panels := curve(part.runs["sweep"])):
-            generate_jit = Image.fromarray(results_curve.image(panels, axis="network evaluations"))
+            generate_jit = Image.fromarray(results_curve.image(panels, axis="NFE"))
             _write(folder / f"{stem}_curve", generate_jit)
         for file, suffix in (("grid", ""), ("grid_sr3", "_samplers")):
             grid = None if out is None else out / part.name / MAIN / f"{file}.png"
@@ -56,10 +56,10 @@ def curve(run: Mapping[str, Any]) -> dict[str, Any]:
         lines = {}
         for row in run["rows"]:
             value = row["summary"].get(key, {}).get("mean")
-            if value is None or row["method"] == "original":
+            if value is None or row["method"] == "ground truth":
                 continue
             if row["solver"] and not row.get("detail"):
-                curves.setdefault(row["solver"], []).append((row["evaluations"], value))
+                curves.setdefault(row["solver"], []).append((row["nfe"], value))
             elif not row["solver"]:
                 lines[row["method"]] = value
         if curves:

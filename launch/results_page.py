@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from results_figures import TRAINED
-from results_findings import DIGITS, HEADINGS, Finding, cell, sign, title_of
+from results_findings import HEADINGS, Finding, cell, sign, title_of
 from results_parts import TITLES, Part, parts
 
 from sr3_jax.evaluation import tables
-from sr3_jax.search import report as search_report
+from sr3_jax.metrics import METRICS
 
 KEYS = {
     "distortion": "regression above SR3 in PSNR, SSIM",
@@ -109,7 +109,7 @@ def of_part(part: Part, notes: Mapping[str, str]) -> list[str]:
     if run := part.runs.get("searched"):
         lines += [f"{mark} With and without a found schedule", "", *evaluation(run)]
     for search in part.searches:
-        text = search_report.markdown(search).replace("# Schedule", f"{mark} Schedule", 1)
+        text = tables.search_markdown(search).replace("# Schedule", f"{mark} Schedule", 1)
         lines += [text.strip(), "", f"{search['seconds']:.0f} s: `{' '.join(search['command'])}`", ""]
     return lines
 
@@ -168,7 +168,7 @@ def trainings(of: Mapping[str, Mapping[str, Any]]) -> str:
 
 def protocol(found: Mapping[str, Any]) -> list[str]:
     """One sentence a line, with the models and what the differences are generate_jit from."""
-    lines = [line for line in tables.protocol(found) if not line.startswith("evals, s/image")]
+    lines = [line for line in tables.protocol(found) if not line.startswith("s/image")]
     lines += tables.models(found)
     count = found["protocol"]["images"]
     if found["groups"] < count:
@@ -217,7 +217,7 @@ def diverse(run: Mapping[str, Any]) -> list[str]:
     count, samples = run["protocol"]["images"], run["protocol"]["samples"]
     return [
         f"Of {samples} outputs of each of {count} images: their standard deviation in 255 levels"
-        f"{', the LPIPS between them, and to the original' * ('lpips' in keys)}, with 95% intervals.",
+        f"{', the LPIPS between them, and to the ground truth' * ('lpips' in keys)}, with 95% intervals.",
         "",
         tables.table(["method", *(HEADINGS[key] for key in keys)], body),
         "",
@@ -227,7 +227,7 @@ def diverse(run: Mapping[str, Any]) -> list[str]:
 def _interval(key: str, of: Mapping[str, float] | None) -> str:
     if of is None:
         return ""
-    mean, low, high = (f"{of[end]:.{DIGITS[key]}f}" for end in ("mean", "low", "high"))
+    mean, low, high = (METRICS[key].format(of[end]) for end in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
 
 

@@ -14,8 +14,7 @@ from PIL import Image
 
 from sr3_jax.config.experiment import read
 from sr3_jax.data.sources import open_source
-from sr3_jax.evaluation import evaluate
-from sr3_jax.evaluation import files as evaluation_files
+from sr3_jax.evaluation import evaluate, metric_suite
 from sr3_jax.inference.model import load
 from sr3_jax.train.weights import export
 
@@ -31,6 +30,9 @@ FACTS = {
     "licence": "Apache-2.0",
     "notes": ["It was never trained."],
 }
+
+
+SUITE = metric_suite.MetricSuite((metric_suite.standard_metrics(),))
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +53,14 @@ def weights(path, seed=0):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Facts, the model's file and a real evaluation of it."""
+    """Facts, the model's file and an evaluation of it."""
     folder = tmp_path_factory.mktemp("models_doc")
-    model = weights(folder / "tiny_4x.safetensors")
+    weights(folder / "tiny_4x.safetensors")
     (folder / "facts.json").write_text(json.dumps(FACTS | {"file": str(folder / "tiny_4x.safetensors")}))
     source = open_source(f"folder:{tiny.images(folder / 'in', count=3, side=40)}")
-    methods = [evaluate.bicubic(4), *evaluate.sampled(model, "tiny_4x", steps=[1, 2])]
-    done = evaluate.evaluate(methods, source, folder / "eval" / "outputs")
-    about = {"source": source.name, "samples": 1, "seed": 0, "crop": None, "seconds": 1.0, "command": ["sr3"]}
-    models = [evaluation_files.describe_model(model, "tiny_4x")]
-    evaluation_files.write_tables(folder / "eval", evaluation_files.assemble(done, methods, models, **about))
-    evaluation_files.write_grids(folder / "eval", done, methods, source, crop=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metric_suite, "open_suite", lambda **options: SUITE)
+        evaluate([folder / "tiny_4x.safetensors"], source, folder / "eval", steps=[1, 2], command=["sr3"])
     return folder
 
 

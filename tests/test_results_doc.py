@@ -27,7 +27,7 @@ def launch():
     sys.path.remove(str(ROOT / "launch"))
 
 
-def row(method, *, solver=None, steps=None, detail="", evaluations=0, own=True, **scores):
+def row(method, *, solver=None, steps=None, detail="", nfe=0, own=True, **scores):
     """A row of evaluation.json; scores {column: of each of the four images}."""
     return {
         "method": method,
@@ -35,7 +35,7 @@ def row(method, *, solver=None, steps=None, detail="", evaluations=0, own=True, 
         "solver": solver,
         "steps": steps,
         "detail": detail,
-        "evaluations": evaluations,
+        "nfe": nfe,
         "own": own,
         "summary": {
             key: {"mean": float(np.mean(of)), "low": min(of), "high": max(of)} for key, of in scores.items()
@@ -50,9 +50,9 @@ def evaluation(**changes):
     sr3 |= {"consistency": [1.0, 1.1, 1.2, 1.3], "top1": [100, 100, 100, 100]} | changes
     rows = [
         row("bicubic", psnr=[19, 19, 20, 20], ssim=[0.4] * 4, consistency=[20.0] * 4, top1=[0, 0, 100, 0]),
-        row("sr3", solver="ddim", steps=5, evaluations=5, **sr3),
+        row("sr3", solver="ddim", steps=5, nfe=5, **sr3),
         row(
-            "regression", evaluations=1, psnr=[22, 23, 24, 24.5], ssim=[0.6, 0.7, 0.6, 0.7],
+            "regression", nfe=1, psnr=[22, 23, 24, 24.5], ssim=[0.6, 0.7, 0.6, 0.7],
             lpips=[0.2, 0.25, 0.3, 0.35], consistency=[1.0] * 4, top1=[0, 100, 0, 0],
         ),
     ]  # fmt: skip
@@ -95,7 +95,7 @@ def training_folder(path):
 def search(low=0.1):
     gain = {"mean": 0.2, "low": low, "high": 0.3}
     figures = {"lpips": 0.2}
-    common = {"evaluations": 5, "images": 4, "search": figures, "own": figures, "check": figures}
+    common = {"nfe": 5, "images": 4, "search": figures, "own": figures, "check": figures}
     usual = dataclasses.asdict(Sampling("ancestral", 5))
     return {
         "model": "sr3", "metric": "lpips", "data": "photos:test", "eval_data": None, "crop": 64,
@@ -157,7 +157,7 @@ def test_differences_are_over_the_same_images_and_whole_groups():
 
 
 def test_l1_is_compared_with_l2_and_a_missing_column_decides_nothing():
-    rows = [row(name, solver="ddim", steps=5, evaluations=5) for name in ("sr3", "sr3_l1")]
+    rows = [row(name, solver="ddim", steps=5, nfe=5) for name in ("sr3", "sr3_l1")]
     below, across = {"mean": -1.0, "low": -2.0, "high": -0.5}, {"mean": 0.0, "low": -1.0, "high": 1.0}
     pair = {"kind": "L1 - L2", "a": 1, "b": 0, "columns": {"diversity": below, "frechet_alexnet": across}}
     assert verdicts({"rows": rows, "pairs": [pair]}) == {
@@ -170,7 +170,7 @@ def test_l1_is_compared_with_l2_and_a_missing_column_decides_nothing():
 
 def test_the_models_own_sampler_decides(tmp_path):
     found = evaluation()
-    worse = row("sr3", solver="heun", steps=2, evaluations=3, own=False, psnr=[99] * 4, ssim=[0.9] * 4, lpips=[0.9] * 4,
+    worse = row("sr3", solver="heun", steps=2, nfe=3, own=False, psnr=[99] * 4, ssim=[0.9] * 4, lpips=[0.9] * 4,
                 consistency=[99.0] * 4, top1=[0] * 4)  # fmt: skip
     found["rows"].insert(2, worse)
     run = compacted(tmp_path, found)
@@ -183,17 +183,17 @@ def test_pairs_are_of_one_sampler(tmp_path):
     import results_figures
 
     rows = [
-        row("sr3", solver="ddim", steps=5, evaluations=5),
-        row("sr3", solver="ddim", steps=5, evaluations=5, detail="eta 0.5"),
-        row("sr3", solver="ddim", steps=9, evaluations=9),
-        row("sr3_l1", solver="ddim", steps=5, evaluations=5),
+        row("sr3", solver="ddim", steps=5, nfe=5),
+        row("sr3", solver="ddim", steps=5, nfe=5, detail="eta 0.5"),
+        row("sr3", solver="ddim", steps=9, nfe=9),
+        row("sr3_l1", solver="ddim", steps=5, nfe=5),
     ]
     assert results_figures.interesting(rows) == [(1, 0, "searched - usual"), (3, 0, "L1 - L2")]
 
 
 def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
     """The regression's features lie further from the originals' than SR3's, and not by chance."""
-    from sr3_jax.features.cache import KeptFeatures
+    from sr3_jax.features.cache import FeatureCache
     from sr3_jax.features.statistics import FeatureProtocol
 
     found, count = evaluation(), 200
@@ -206,14 +206,14 @@ def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
         row_of["images"] = {image["name"]: {"psnr": [at]} for image in found["images"]}
         row_of["summary"] |= {key: {"mean": float(at)} for key in ("frechet_alexnet", "kid_alexnet")}
     protocol = FeatureProtocol("n", "frechet_alexnet", "f" * 64, "none")
-    kept = KeptFeatures.of(tmp_path / "outputs", protocol)
+    kept = FeatureCache.for_protocol(tmp_path / "outputs", protocol)
     real = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
     digests = {}
     for at, name in enumerate(("original", "bicubic/4x", "sr3/ddim-5", "regression/4x")):
         digests[name] = [f"{at:02x}{number:062x}" for number in range(count)]
         kept.add(digests[name], real + {"sr3/ddim-5": 0.3, "regression/4x": 1.0}.get(name, 0.0))
         lines = [
-            {"image": f"p{number}", "sample": 0, "output": output, "original": original}
+            {"image": f"p{number}", "sample": 0, "output": output, "ground_truth": original}
             for number, (output, original) in enumerate(zip(digests[name], digests["original"], strict=True))
         ]
         (tmp_path / "outputs" / name).mkdir(parents=True)
@@ -285,9 +285,9 @@ def test_the_page_has_figures_verdicts_notes_and_images(tmp_path):
 def searched_run():
     """A schedule that was found halves LPIPS, and the regression is worse than it."""
     rows = [
-        row("x", solver="ddim", steps=5, evaluations=5, lpips=[0.2] * 4),
-        row("x", solver="ddim", steps=5, evaluations=5, detail="eta 0.5", lpips=[0.1] * 4),
-        row("regression", evaluations=1, lpips=[0.15, 0.15, 0.16, 0.16]),
+        row("x", solver="ddim", steps=5, nfe=5, lpips=[0.2] * 4),
+        row("x", solver="ddim", steps=5, nfe=5, detail="eta 0.5", lpips=[0.1] * 4),
+        row("regression", nfe=1, lpips=[0.15, 0.15, 0.16, 0.16]),
     ]
     return {**evaluation(), "rows": rows}
 
@@ -347,7 +347,7 @@ def test_curves_are_of_what_was_measured():
     from results_images import curve
 
     run = evaluation(frechet_classifier=[3.0, 2.0, 1.0, 2.0])
-    run["rows"].append(row("original", frechet_classifier=[9.0] * 4, top1=[100] * 4))
+    run["rows"].append(row("ground truth", frechet_classifier=[9.0] * 4, top1=[100] * 4))
     panels = curve(run)
     assert list(panels) == ["LPIPS", "Frechet (classifier)", "top-1 %", "PSNR"]
     assert panels["Frechet (classifier)"] == ({"ddim": [(5, 2.0)]}, {})

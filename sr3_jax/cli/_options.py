@@ -1,6 +1,6 @@
 """Option values of the commands: numbers with ranges, comma-separated lists, one value per stage.
 
-`count`, `seed` and `positive` are argparse types; the others raise `UserError`.
+`count`, `seed`, `positive`, `counts` and `names` are argparse types; the others raise `UserError`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,19 @@ def positive(text: str) -> float:
     return value
 
 
-count.__name__, seed.__name__, positive.__name__ = "integer", "integer", "number"  # in errors
+def counts(text: str) -> list[int]:
+    """Comma-separated integers of at least 1, without repetitions."""
+    return list(dict.fromkeys(count(part) for part in text.split(",")))
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names, without repetitions."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+# The names in error messages.
+count.__name__, seed.__name__, positive.__name__ = "integer", "integer", "number"
+counts.__name__, names.__name__ = "list of integers", "list of names"
 
 
 def listed(option: str, text: str | None) -> list[str]:
