@@ -14,7 +14,6 @@ import tiny
 
 from sr3_jax import image_ops, metrics
 from sr3_jax.cli.main import main
-from sr3_jax.config.experiment import read
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.errors import UserError
@@ -23,6 +22,7 @@ from sr3_jax.evaluation import files as evaluation_files
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import from_config, load
 from sr3_jax.sampling import SOLVERS, Sampling, inference_grid, nfe, solver_named
+from sr3_jax.train.experiment import read
 from sr3_jax.train.weights import export
 
 # Two sizes, which the model pads to one: compiling takes most of the time here.

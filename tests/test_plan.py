@@ -13,13 +13,13 @@ import tiny
 
 from sr3_jax.cli import main
 from sr3_jax.cli import plan as command
-from sr3_jax.config import experiment
 from sr3_jax.distributed.sharding import batch_sharding, make_mesh
 from sr3_jax.errors import UserError
 from sr3_jax.planning import cache as plan_cache
 from sr3_jax.planning import costs, topologies, verdict
 from sr3_jax.planning import plan as planning
 from sr3_jax.planning import text as plan_text
+from sr3_jax.train import experiment
 from sr3_jax.train.state import create_state
 from sr3_jax.train.step import jit_train_step
 

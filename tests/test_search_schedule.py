@@ -12,7 +12,8 @@ import pytest
 
 from sr3_jax import metrics, sampling
 from sr3_jax.cli.main import main
-from sr3_jax.config import build, experiment
+from sr3_jax.config import build
+from sr3_jax.config.load import complete
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source
 from sr3_jax.evaluation import measures, scoring
@@ -25,7 +26,7 @@ from sr3_jax.search import inputs as search_inputs
 from sr3_jax.search import report as search_report
 from sr3_jax.search import scores
 from sr3_jax.search.successive_halving import TimeUp
-from sr3_jax.train import weights
+from sr3_jax.train import experiment, weights
 from tests import tiny
 
 CROP = 32
@@ -41,7 +42,7 @@ def _quick():
 
 def exported(path: Path, **sections) -> models.Model:
     values = json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))
-    network = experiment.build_network(values["model"])
+    network = build.build_network(complete(values)["model"])
     shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     weights.export(path, tiny.perturbed(zeros), values)

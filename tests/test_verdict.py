@@ -8,8 +8,9 @@ import itertools
 import pytest
 import tiny
 
-from sr3_jax.config import experiment
+from sr3_jax.config.load import complete
 from sr3_jax.planning import topologies, verdict
+from sr3_jax.train import experiment
 
 V6E = topologies.parse("v6e:4x4")
 GIB = 2**30
@@ -17,7 +18,7 @@ MB4 = (1024, 1024)  # float32: 4 MB, the least that is sharded
 
 
 def config(**sections):
-    return experiment.complete(tiny.config(**sections))
+    return complete(tiny.config(**sections))
 
 
 def test_seconds_are_the_longest_and_the_sum_of_three():

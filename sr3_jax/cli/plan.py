@@ -1,4 +1,4 @@
-"""What a training job needs, before paying for it: sr3 plan --config=configs/NAME.py --topology=v5e:16x16."""
+"""What a training job needs, before paying for it: sr3 plan --config=NAME_OR_FILE --topology=v5e:16x16."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to experiment.load_config
+from sr3_jax.cli._options import add_config_argument
+
+PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to config.load
 LINE_EVERY = 30.0  # seconds, where stderr is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to plan, for what, and where to write it."""
-    parser.add_argument("--config", required=True, help="a config file, such as configs/photos_4x.py")
+    add_config_argument(parser, help_of="sr3 train")
     parser.add_argument(
         "--topology",
         required=True,
@@ -48,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
 
     # Chips that are only planned for need none that are here; a plan must not take a GPU from a job.
     jax.config.update("jax_platforms", "cpu")
-    from sr3_jax.config.experiment import load_config, read
+    from sr3_jax.config import load_config
     from sr3_jax.files import write_text
     from sr3_jax.planning import cache as plan_cache
     from sr3_jax.planning import text as plan_text
     from sr3_jax.planning.plan import plan
     from sr3_jax.planning.topologies import parse
+    from sr3_jax.train.experiment import read
 
     topology = parse(args.topology)
     experiment = read(load_config(args.config, args.rest))

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_store:
         files.make_folder(place.parent)  # now rather than after an hour
     folder = files.make_folder(args.output)
-    crop = args.crop or loaded.config["data"]["crop"] // loaded.config["data"].get("shrink", 1)
+    crop = args.crop or loaded.config["data"]["crop"] // loaded.config["data"]["shrink"]
     measures, features = search_inputs.open_measures(args.metric, crop)
     crops, batch = search_inputs.open_crops(
         loaded, args.data, args.eval_data, metric=args.metric, crop=crop, count=args.crops, limit=args.limit,
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
                 loaded.schedule,
                 plain[solver, budget],
                 augment=loaded.network.augment,
-                guidance=bool(loaded.network.num_classes and loaded.config["data"].get("label_dropout")),
+                guidance=bool(loaded.network.num_classes and loaded.config["data"]["label_dropout"]),
             )
             score = search_scores.score_by(
                 judges[0], args.metric, default=usual[budget], guarded=not args.no_guard

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from sr3_jax.config.experiment import Experiment, check_batch
 from sr3_jax.distributed.sharding import AXES, batch_sharding, make_mesh, replicated
 from sr3_jax.errors import UserError
 from sr3_jax.planning import cache as results
 from sr3_jax.planning import costs, verdict
 from sr3_jax.planning.costs import Watch
 from sr3_jax.planning.topologies import Topology, compiler
+from sr3_jax.train.experiment import Experiment, check_batch
 from sr3_jax.train.held_out import held_out_jit
 from sr3_jax.train.state import TrainState, abstract_state
 from sr3_jax.train.step import jit_train_step, make_train_step
