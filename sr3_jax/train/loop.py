@@ -230,7 +230,7 @@ def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pat
         before, value = old[section][name], new[section][name]
         if field.fixed and before != value:
             raise UserError(
-                f"config.{section}.{name} is {value!r}, but {workdir} was trained with {before!r}: use that value "
+                f"config.{section}.{name} is {value!r} but {workdir} was trained with {before!r}: use that value "
                 "to resume the run, or start a new workdir"
             )
 
