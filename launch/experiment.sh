@@ -123,7 +123,7 @@ photos_4x() {
         --config.optim.ema_decay=0.999 --config.eval.every=1000 --config.checkpoint.every=1000 --config.checkpoint.keep=1)
     if stage train; then
         train sr3 photos_4x_small "${recipe[@]}"
-        train regression photos_4x_small_regression "${recipe[@]}"
+        train regression photos_4x_small "${recipe[@]}" --config.model.regression
         train sr3_l1 photos_4x_small "${recipe[@]}" --config.diffusion.norm=l1
         peak regression
         classifier classifier.safetensors --data tfds:photos_gallery:train \
@@ -151,7 +151,7 @@ fashion_4x() {
     if stage data; then run "$python" launch/make_dataset.py fashion_mnist; fi
     if stage train; then
         train sr3 fashion_4x
-        train regression fashion_4x_regression
+        train regression fashion_4x --config.model.regression
         train sr3_l1 fashion_4x --config.diffusion.norm=l1
         peak regression
         small_classifier classifier.safetensors --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test \
@@ -179,7 +179,7 @@ orl() {
     if stage train; then
         for scale in 8x 4x; do
             train $scale/sr3 orl_$scale
-            train $scale/regression orl_${scale}_regression
+            train $scale/regression orl_$scale --config.model.regression
             peak $scale/regression
         done
         local people=(--data tfds:orl_faces:gallery --eval-data tfds:orl_faces:probe)

@@ -14,7 +14,6 @@ import tiny
 
 from sr3_jax import image_ops, metrics
 from sr3_jax.cli.main import main
-from sr3_jax.config.experiment import read
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.errors import UserError
@@ -22,6 +21,7 @@ from sr3_jax.evaluation import evaluate, grids, methods, metric_suite, results, 
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import from_config, load
 from sr3_jax.sampling import SOLVERS, Sampling
+from sr3_jax.train.experiment import read
 from sr3_jax.train.weights import export
 
 # The model pads these sizes to few: compilation takes most of the time here.

@@ -12,10 +12,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from sr3_jax.config.experiment import read
 from sr3_jax.data.sources import open_source
 from sr3_jax.evaluation import evaluate, metric_suite
 from sr3_jax.inference.model import load
+from sr3_jax.train.experiment import read
 from sr3_jax.train.weights import export
 
 ROOT = Path(__file__).resolve().parent.parent

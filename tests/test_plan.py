@@ -18,12 +18,12 @@ import tiny
 
 from sr3_jax.cli import main
 from sr3_jax.cli import plan as command
-from sr3_jax.config import experiment
 from sr3_jax.distributed.sharding import make_mesh
 from sr3_jax.errors import UserError
 from sr3_jax.planning import plan as planning
 from sr3_jax.planning import programs, topologies
 from sr3_jax.planning.report import report
+from sr3_jax.train import experiment
 from sr3_jax.train.state import create_state
 
 GIB = 2**30

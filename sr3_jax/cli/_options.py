@@ -12,6 +12,30 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def add_config_argument(parser: argparse.ArgumentParser, *, help_of: str = "") -> None:
+    """`--config`; the command also takes `--config.SECTION.FIELD=VALUE`, which argparse leaves in `args.rest`.
+
+    Args:
+        help_of: the command whose --help lists the fields; '' for this one.
+    """
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME_OR_FILE",
+        help="a preset (`sr3 configs` lists them) or a Python file with get_config(), either perhaps with :ARGUMENT",
+    )
+    if help_of:
+        parser.epilog = f"Override fields with --config.SECTION.FIELD=VALUE; `{help_of} --help` lists them."
+        return
+    from sr3_jax.config import schema
+
+    parser.epilog = (
+        "Override any field of the config: --config.SECTION.FIELD=VALUE, or with a space instead of '=', or just\n"
+        "--config.SECTION.FIELD for true. The values below are the defaults; `sr3 configs NAME` prints those of a\n"
+        f"preset.\n\n{schema.render_text()}"
+    )
+
+
 def count(text: str) -> int:
     """An integer of at least 1."""
     value = int(text)

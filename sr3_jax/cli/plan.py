@@ -18,13 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sr3_jax.cli._options import add_config_argument
+
 PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
 LINE_EVERY = 30.0  # seconds between progress lines where stderr is not a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--config", required=True, help="a config file, such as configs/photos_4x.py")
+    add_config_argument(parser, help_of="sr3 train")
     parser.add_argument(
         "--topology",
         required=True,
@@ -55,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
 
     # Planning needs no device, and must not take a GPU from a running job.
     jax.config.update("jax_platforms", "cpu")
-    from sr3_jax.config.experiment import load_config, read
+    from sr3_jax.config import load_config
     from sr3_jax.files import write_text
     from sr3_jax.planning.plan import cache_folder, plan
     from sr3_jax.planning.report import report
     from sr3_jax.planning.topologies import parse
+    from sr3_jax.train.experiment import read
 
     topology = parse(args.topology)
     experiment = read(load_config(args.config, args.rest))

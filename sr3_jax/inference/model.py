@@ -27,7 +27,7 @@ from sr3_jax.config.build import (
     build_space,
     check_params,
 )
-from sr3_jax.config.experiment import complete
+from sr3_jax.config.load import complete_stored
 from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
@@ -367,29 +367,26 @@ def _keys(seed: int | Key, count: int) -> Key:
 
 
 def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:
-    """A model from weights and the config that a run or an export carries."""
-    try:
-        config = complete(config)
-        diffusion = config["diffusion"]
-        network = build_network(config["model"])
-        check_params(network, params, name)
-        return Model(
-            name=name,
-            network=network,
-            params=jax.tree.map(jnp.asarray, params),  # to the device once, not at each use
-            schedule=build_schedule(diffusion),
-            space=build_space(diffusion),
-            prediction=diffusion["prediction"],
-            scale=config["data"]["scale"],
-            sampling=Sampling(config["sampling"]["solver"], config["sampling"]["steps"]),
-            config=config,
-        )
-    except UserError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"the config of model {name} does not fit this version of sr3_jax ({error}); use the version that wrote it"
-        ) from None
+    """A model from its parameters and the config that a workdir or an export stores.
+
+    Raises:
+        UserError: the config is not of this version or an older one, or the parameters do not fit it.
+    """
+    config = complete_stored(config, f"model {name}")
+    diffusion = config["diffusion"]
+    network = build_network(config["model"])
+    check_params(network, params, name)
+    return Model(
+        name=name,
+        network=network,
+        params=jax.tree.map(jnp.asarray, params),  # to the device once, not at each use
+        schedule=build_schedule(diffusion),
+        space=build_space(diffusion),
+        prediction=diffusion["prediction"],
+        scale=config["data"]["scale"],
+        sampling=Sampling(config["sampling"]["solver"], config["sampling"]["steps"]),
+        config=config,
+    )
 
 
 def load(path_or_name: str | os.PathLike[str]) -> Model:

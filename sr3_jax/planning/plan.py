@@ -18,13 +18,13 @@ import jax
 from jax.sharding import Mesh
 
 import sr3_jax
-from sr3_jax.config.experiment import Experiment, check_batch
 from sr3_jax.distributed.sharding import AXES, make_mesh
 from sr3_jax.errors import UserError
 from sr3_jax.files import write_text
 from sr3_jax.planning import programs as costs
 from sr3_jax.planning.programs import PROGRAMS, Watch
 from sr3_jax.planning.topologies import Topology, compiler
+from sr3_jax.train.experiment import Experiment, check_batch
 from sr3_jax.train.state import TrainState
 
 MARGIN = 0.9  # share of a chip's memory that the suggested changes aim for

@@ -20,8 +20,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from sr3_jax.config.experiment import Experiment
 from sr3_jax.distributed.sharding import AXES, batch_sharding, fsdp_spec, replicated
+from sr3_jax.train.experiment import Experiment
 from sr3_jax.train.held_out import held_out_jit
 from sr3_jax.train.state import TrainState, abstract_state
 from sr3_jax.train.step import jit_train_step, make_train_step

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from sr3_jax.config.load import complete_stored
 from sr3_jax.errors import UserError
 from sr3_jax.files import atomic_write
 from sr3_jax.train.checkpoints import CONFIG_FILE, first_line, load_ema, read_config
@@ -119,7 +120,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
                 )
             if "config" not in metadata:
                 raise UserError(f"{path} carries no config; make it again with sr3 export")
-            yield file, json.loads(metadata["config"])
+            yield file, complete_stored(json.loads(metadata["config"]), f"model {path}")
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
