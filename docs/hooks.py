@@ -1,0 +1,153 @@
+"""MkDocs hooks: pages that are generated at build time, so that they cannot fall behind the code.
+
+index.md is README.md; reference/config.md comes from the config schema, reference/commands.md from `sr3 COMMAND
+--help`, reference/api/*.md from the modules of the package, and notebook.md from quickstart.ipynb. Links from a page
+to a file outside docs/ point to the repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+REPOSITORY = "https://github.com/sr3-jax/sr3_jax"
+LINK = re.compile(r"(\]\(|src=\"|href=\")([^)\s\"]+)")
+
+# Title: what the page is for, and the modules (or packages, with all their public modules) on it.
+API: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sr3_jax": ("Load a model and upscale.", ("sr3_jax", "sr3_jax.types", "sr3_jax.errors")),
+    "diffusion": ("The pure core: schedules, process, loss, solvers, sampling.", ("sr3_jax.diffusion",)),
+    "nn": ("The U-Net and its blocks.", ("sr3_jax.nn",)),
+    "images and metrics": (
+        "Pure image operations, degradations and metrics.",
+        ("sr3_jax.image_ops", "sr3_jax.degradations", "sr3_jax.metrics"),
+    ),
+    "image_io": ("Reading and writing image files.", ("sr3_jax.image_io",)),
+    "data": ("Data sources, batches and prepared data sets.", ("sr3_jax.data",)),
+    "config": ("The config schema, loading, and objects built from a config.", ("sr3_jax.config",)),
+    "train": ("Training state, step, loop, checkpoints and metrics.", ("sr3_jax.train",)),
+    "inference": (
+        "A trained model, its sampling program, large images and cascades.",
+        ("sr3_jax.inference", "sr3_jax.sampling"),
+    ),
+    "evaluation": (
+        "Metrics of a held-out set, tables, grids and schedule search.",
+        ("sr3_jax.evaluation", "sr3_jax.search"),
+    ),
+    "features": ("Networks and statistics that metrics need.", ("sr3_jax.features",)),
+    "distributed": ("Meshes, sharding, processes and signals.", ("sr3_jax.distributed",)),
+    "planning": ("Memory and FLOPs of a job before it runs.", ("sr3_jax.plan", "sr3_jax.planning")),
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {
+        "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+        "notebook.md": notebook_page(DOCS / "quickstart.ipynb"),
+        "reference/config.md": config_page(),
+        "reference/commands.md": commands_page(),
+        **api_pages(),
+    }
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links to files outside docs/ at the repository."""
+    source = "README.md" if page.file.src_uri == "index.md" else f"docs/{page.file.src_uri}"
+    return rewrite_links(markdown, source=source, page=page.file.src_uri)
+
+
+def rewrite_links(markdown: str, *, source: str, page: str) -> str:
+    """The text of `source` (a path in the repository) with its relative links made right for `page` (a path in docs/)."""
+
+    def link(match: re.Match[str]) -> str:
+        before, target = match.groups()
+        path, hash_sign, anchor = target.partition("#")
+        if not path or ":" in path or path.startswith("/"):
+            return match.group()
+        wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if wanted == "docs/quickstart.ipynb":
+            wanted = "docs/notebook.md"
+        if wanted.startswith("docs/"):
+            here = posixpath.dirname(page) or "."
+            return f"{before}{posixpath.relpath(wanted.removeprefix('docs/'), here)}{hash_sign}{anchor}"
+        return f"{before}{REPOSITORY}/blob/main/{wanted}{hash_sign}{anchor}"
+
+    fenced = re.split(r"(^```.*?^```\s*$)", markdown, flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in fenced)
+
+
+def config_page() -> str:
+    """The reference of all config fields, from the schema."""
+    from sr3_jax.config import schema
+
+    return schema.markdown()
+
+
+def commands_page() -> str:
+    """The help of every command."""
+    from sr3_jax.cli.main import commands, main
+
+    os.environ["COLUMNS"] = "100"  # the width that argparse wraps to
+    parts = ["# Commands", "", "`python -m sr3_jax COMMAND` is the same as `sr3 COMMAND`.", ""]
+    for name in sorted(commands()):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            main([name, "--help"])
+        parts += [f"## sr3 {name}", "", "```text", output.getvalue().rstrip(), "```", ""]
+    return "\n".join(parts)
+
+
+def api_pages() -> dict[str, str]:
+    """reference/api.md, which lists the pages, and one page for each entry of API."""
+    pages, rows = {}, []
+    for title, (purpose, names) in API.items():
+        modules = [module for name in names for module in public_modules(name)]
+        if not modules:
+            continue
+        path = f"reference/api/{title.replace(' ', '_')}.md"
+        pages[path] = f"# {title}\n\n{purpose}\n\n" + "\n\n".join(f"## {m}\n\n::: {m}\n" + OPTIONS for m in modules) + "\n"
+        rows.append(f"| [{title}](api/{title.replace(' ', '_')}.md) | {purpose} |")
+    head = ["# Python API", "", "| package | purpose |", "|---|---|"]
+    return {"reference/api.md": "\n".join([*head, *rows]) + "\n", **pages}
+
+
+OPTIONS = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+
+
+def public_modules(name: str) -> list[str]:
+    """A module, or a package followed by its public modules; empty if there is none of that name."""
+    path = ROOT / name.replace(".", "/")
+    if path.with_suffix(".py").is_file():
+        return [name]
+    if not (path / "__init__.py").is_file():
+        return []
+    if name == "sr3_jax":
+        return [name]
+    return [name, *(f"{name}.{file.stem}" for file in sorted(path.glob("[!_]*.py")))]
+
+
+def notebook_page(path: Path) -> str:
+    """The cells of a notebook as Markdown, without outputs."""
+    notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"]).rstrip()
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    link = f"[Download this notebook]({REPOSITORY}/blob/main/docs/{path.name}) to run it."
+    return "\n\n".join([*parts[:1], link, *parts[1:]]) + "\n"
