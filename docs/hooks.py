@@ -96,6 +96,8 @@ def config_page() -> str:
     """The reference of all config fields, from the schema."""
     from sr3_jax.config import schema
 
+    if not hasattr(schema, "markdown"):
+        return "# Config fields\n\nTODO\n"
     return schema.markdown()
 
 
@@ -121,7 +123,8 @@ def api_pages() -> dict[str, str]:
         if not modules:
             continue
         path = f"reference/api/{title.replace(' ', '_')}.md"
-        pages[path] = f"# {title}\n\n{purpose}\n\n" + "\n\n".join(f"## {m}\n\n::: {m}\n" + OPTIONS for m in modules) + "\n"
+        sections = "\n".join(f"## {module}\n\n::: {module}\n{OPTIONS}" for module in modules)
+        pages[path] = f"# {title}\n\n{purpose}\n\n{sections}"
         rows.append(f"| [{title}](api/{title.replace(' ', '_')}.md) | {purpose} |")
     head = ["# Python API", "", "| package | purpose |", "|---|---|"]
     return {"reference/api.md": "\n".join([*head, *rows]) + "\n", **pages}

@@ -21,9 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "sr3_jax" / "data" / "photos" / "test"
 OUTPUT = ROOT / "docs" / "images" / "readme.jpg"
 SIDE = 224  # pixels of each crop
-CROPS = {"kingfisher": (24, 176), "bamboo": (80, 96)}  # photograph: top and left of the crop, multiples of SCALE
+CROPS = {
+    "kingfisher": (24, 176),
+    "bamboo": (80, 96),
+}  # photograph: top and left of the crop, multiples of SCALE
 SCALE = 4
-COLUMNS = (f"low-res, {SIDE // SCALE}x{SIDE // SCALE}", "bicubic", "sr3_jax (photo_4x)", f"ground truth, {SIDE}x{SIDE}")
+COLUMNS = (
+    f"low-res, {SIDE // SCALE}x{SIDE // SCALE}",
+    "bicubic",
+    "sr3_jax (photo_4x)",
+    f"ground truth, {SIDE}x{SIDE}",
+)
 
 
 def row(model: sr3_jax.Model, photo: Path, top: int, left: int) -> list[np.ndarray]:

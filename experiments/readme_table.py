@@ -80,7 +80,11 @@ def measure() -> list[dict[str, Any]]:
                 "photo_4x": model.upscale(low_res, seed=0),
             }
             for method, output in outputs.items():
-                metrics = (psnr(output, ground_truth), ssim(output, ground_truth), lpips.distance(output, ground_truth))
+                metrics = (
+                    psnr(output, ground_truth),
+                    ssim(output, ground_truth),
+                    lpips.distance(output, ground_truth),
+                )
                 values[method].append([float(m[0]) for m in (*metrics, consistency(output, low_res))])
         for method, rows_of_method in values.items():
             means = np.mean(rows_of_method, axis=0)
@@ -97,7 +101,12 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if row["input"] == "clean":
-            cells = (f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", f"{row['lpips']:.3f}", f"{row['consistency']:.1f}")
+            cells = (
+                f"{row['psnr']:.2f}",
+                f"{row['ssim']:.3f}",
+                f"{row['lpips']:.3f}",
+                f"{row['consistency']:.1f}",
+            )
             lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -120,7 +129,10 @@ def replace(text: str, name: str, content: str) -> str:
     """`text` with `content` between the comments `<!-- name:begin -->` and `<!-- name:end -->`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     replaced, count = re.subn(
-        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL
+        f"{re.escape(begin)}.*?{re.escape(end)}",
+        lambda _: f"{begin}\n{content}\n{end}",
+        text,
+        flags=re.DOTALL,
     )
     if count != 1:
         raise SystemExit(f"{README} must have one pair of {begin} and {end}, found {count}")
@@ -128,8 +140,12 @@ def replace(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables-only", action="store_true", help="write the tables from the committed numbers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tables-only", action="store_true", help="write the tables from the committed numbers"
+    )
     if not parser.parse_args().tables_only:
         NUMBERS.write_text(json.dumps({"rows": measure()}, indent=2) + "\n", encoding="utf-8")
         print(f"Wrote {NUMBERS.relative_to(ROOT)}")
