@@ -27,7 +27,10 @@ LINK = re.compile(r"(\]\(|src=\"|href=\")([^)\s\"]+)")
 
 # Title: what the page is for, and the modules (or packages, with all their public modules) on it.
 API: dict[str, tuple[str, tuple[str, ...]]] = {
-    "sr3_jax": ("Load a model and upscale.", ("sr3_jax", "sr3_jax.types", "sr3_jax.errors")),
+    "sr3_jax": (
+        "Load a model, upscale and generate.",
+        ("sr3_jax", "sr3_jax.inference.model", "sr3_jax.sampling", "sr3_jax.types", "sr3_jax.errors"),
+    ),
     "diffusion": ("The pure core: schedules, process, loss, solvers, sampling.", ("sr3_jax.diffusion",)),
     "nn": ("The U-Net and its blocks.", ("sr3_jax.nn",)),
     "images and metrics": (
@@ -38,10 +41,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("Data sources, batches and prepared data sets.", ("sr3_jax.data",)),
     "config": ("The config schema, loading, and objects built from a config.", ("sr3_jax.config",)),
     "train": ("Training state, step, loop, checkpoints and metrics.", ("sr3_jax.train",)),
-    "inference": (
-        "A trained model, its sampling program, large images and cascades.",
-        ("sr3_jax.inference", "sr3_jax.sampling"),
-    ),
+    "inference": ("The sampling program, large images, folders and cascades.", ("sr3_jax.inference",)),
     "evaluation": (
         "Metrics of a held-out set, tables, grids and schedule search.",
         ("sr3_jax.evaluation", "sr3_jax.search"),
@@ -52,10 +52,22 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the API pages into the navigation, below their index."""
+    assert config.nav is not None
+    reference = next(item["Reference"] for item in config.nav if "Reference" in item)
+    entry = next(item for item in reference if "Python API" in item)
+    entry["Python API"] = [
+        entry["Python API"],
+        *({title: api_path(title)} for title in API if api_modules(title)),
+    ]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = {
-        "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+        "index.md": "---\nhide: [navigation]\n---\n" + (ROOT / "README.md").read_text(encoding="utf-8"),
         "notebook.md": notebook_page(DOCS / "quickstart.ipynb"),
         "reference/config.md": config_page(),
         "reference/commands.md": commands_page(),
@@ -73,7 +85,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def rewrite_links(markdown: str, *, source: str, page: str) -> str:
-    """The text of `source` (a path in the repository) with its relative links made right for `page` (a path in docs/)."""
+    """Make the relative links of a text from `source` (a path in the repository) right for `page` (a path in docs/)."""
 
     def link(match: re.Match[str]) -> str:
         before, target = match.groups()
@@ -118,19 +130,32 @@ def commands_page() -> str:
 def api_pages() -> dict[str, str]:
     """reference/api.md, which lists the pages, and one page for each entry of API."""
     pages, rows = {}, []
-    for title, (purpose, names) in API.items():
-        modules = [module for name in names for module in public_modules(name)]
-        if not modules:
-            continue
-        path = f"reference/api/{title.replace(' ', '_')}.md"
-        sections = "\n".join(f"## {module}\n\n::: {module}\n{OPTIONS}" for module in modules)
-        pages[path] = f"# {title}\n\n{purpose}\n\n{sections}"
-        rows.append(f"| [{title}](api/{title.replace(' ', '_')}.md) | {purpose} |")
+    for title, (purpose, _) in API.items():
+        if modules := api_modules(title):
+            sections = [f"## {module}\n\n::: {module}\n{options(module)}" for module in modules]
+            pages[api_path(title)] = "\n".join([f"# {title}", "", purpose, "", *sections])
+            rows.append(f"| [{title}](api/{posixpath.basename(api_path(title))}) | {purpose} |")
     head = ["# Python API", "", "| package | purpose |", "|---|---|"]
     return {"reference/api.md": "\n".join([*head, *rows]) + "\n", **pages}
 
 
-OPTIONS = "    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+def api_path(title: str) -> str:
+    """The path of an API page in docs/."""
+    return f"reference/api/{title.replace(' ', '_')}.md"
+
+
+def api_modules(title: str) -> list[str]:
+    """The modules on an API page; a module that has an entry of its own is on that page only."""
+    entries = {name for other, (_, names) in API.items() if other != title for name in names}
+    return [m for name in API[title][1] for m in public_modules(name) if m not in entries]
+
+
+def options(module: str) -> str:
+    """mkdocstrings options: of a package only its docstring, since its modules follow."""
+    lines = ["show_root_heading: false", "show_root_toc_entry: false"]
+    if (ROOT / module.replace(".", "/")).is_dir():
+        lines.append("members: false")
+    return "    options:\n" + "".join(f"      {line}\n" for line in lines)
 
 
 def public_modules(name: str) -> list[str]:
@@ -140,7 +165,7 @@ def public_modules(name: str) -> list[str]:
         return [name]
     if not (path / "__init__.py").is_file():
         return []
-    if name == "sr3_jax":
+    if name == "sr3_jax":  # its subpackages have pages of their own
         return [name]
     return [name, *(f"{name}.{file.stem}" for file in sorted(path.glob("[!_]*.py")))]
 

@@ -15,16 +15,14 @@ import numpy as np
 from PIL import Image
 
 import sr3_jax
-from sr3_jax.image_ops import degrade, image_grid, to_uint8, to_unit, upsample
+from sr3_jax.image_io.grid import image_grid
+from sr3_jax.image_ops import degrade, to_uint8, to_unit, upsample
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "sr3_jax" / "data" / "photos" / "test"
 OUTPUT = ROOT / "docs" / "images" / "readme.jpg"
 SIDE = 224  # pixels of each crop
-CROPS = {
-    "kingfisher": (24, 176),
-    "bamboo": (80, 96),
-}  # photograph: top and left of the crop, multiples of SCALE
+CROPS = {"kingfisher": (24, 176), "bamboo": (80, 96)}  # top and left of each crop, multiples of SCALE
 SCALE = 4
 COLUMNS = (
     f"low-res, {SIDE // SCALE}x{SIDE // SCALE}",

@@ -114,7 +114,7 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
 def limits_table(rows: Sequence[dict[str, Any]]) -> str:
     """PSNR and LPIPS of the two methods for each kind of input, as Markdown."""
     lines = [
-        "| low-res input | PSNR (dB) ↑: bicubic | photo_4x | LPIPS ↓: bicubic | photo_4x |",
+        "| low-res input | PSNR ↑, bicubic | PSNR ↑, photo_4x | LPIPS ↓, bicubic | LPIPS ↓, photo_4x |",
         "|---|---:|---:|---:|---:|",
     ]
     for kind in INPUTS:

@@ -20,5 +20,5 @@ export JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1
 if [[ ${1:-build} == serve ]]; then
     exec .venv/bin/mkdocs serve --livereload
 fi
-.venv/bin/mkdocs build --strict --quiet
+.venv/bin/mkdocs build --strict # which counts warnings only if it prints them: no --quiet
 echo "Built site/index.html"
