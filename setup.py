@@ -1,4 +1,4 @@
-"""The long description of the package: README.md with absolute links, because an index page has no repository around it.
+"""Sets the long description: README.md with absolute links, since the page of a package index cannot resolve others.
 
 Everything else is in setup.cfg.
 """

@@ -1,8 +1,12 @@
 """MkDocs hooks: pages that are generated at build time, so that they cannot fall behind the code.
 
-index.md is README.md; reference/config.md comes from the config schema, reference/commands.md from `sr3 COMMAND
---help`, reference/api/*.md from the modules of the package, and notebook.md from quickstart.ipynb. Links from a page
-to a file outside docs/ point to the repository.
+- index.md, contributing.md and changelog.md are the files of the repository's root (SOURCES).
+- reference/config.md comes from the config schema.
+- reference/commands.md comes from `sr3 COMMAND --help`.
+- reference/api/*.md come from the modules of the package (API).
+- notebook.md comes from quickstart.ipynb.
+
+Links to files outside docs/ point to the repository. A missing file is a warning, and so an error in a strict build.
 """
 
 from __future__ import annotations
@@ -17,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+log = get_plugin_logger("hooks")
 REPOSITORY = "https://github.com/sr3-jax/sr3_jax"
+SOURCES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LINK = re.compile(r"(\]\(|src=\"|href=\")([^)\s\"]+)")
 
 # Title: what the page is for, and the modules (or packages, with all their public modules) on it.
@@ -67,7 +74,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = {
-        "index.md": "---\nhide: [navigation]\n---\n" + (ROOT / "README.md").read_text(encoding="utf-8"),
+        **{page: (ROOT / source).read_text(encoding="utf-8") for page, source in SOURCES.items()},
         "notebook.md": notebook_page(DOCS / "quickstart.ipynb"),
         "reference/config.md": config_page(),
         "reference/commands.md": commands_page(),
@@ -80,12 +87,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links to files outside docs/ at the repository."""
-    source = "README.md" if page.file.src_uri == "index.md" else f"docs/{page.file.src_uri}"
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]
+    source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     return rewrite_links(markdown, source=source, page=page.file.src_uri)
 
 
 def rewrite_links(markdown: str, *, source: str, page: str) -> str:
     """Make the relative links of a text from `source` (a path in the repository) right for `page` (a path in docs/)."""
+
+    documents = {origin: f"docs/{path}" for path, origin in SOURCES.items()}
+    documents["docs/quickstart.ipynb"] = "docs/notebook.md"
 
     def link(match: re.Match[str]) -> str:
         before, target = match.groups()
@@ -93,11 +105,12 @@ def rewrite_links(markdown: str, *, source: str, page: str) -> str:
         if not path or ":" in path or path.startswith("/"):
             return match.group()
         wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if wanted == "docs/quickstart.ipynb":
-            wanted = "docs/notebook.md"
+        wanted = documents.get(wanted, wanted)
         if wanted.startswith("docs/"):
             here = posixpath.dirname(page) or "."
             return f"{before}{posixpath.relpath(wanted.removeprefix('docs/'), here)}{hash_sign}{anchor}"
+        if not (ROOT / wanted).exists():
+            log.warning(f"{source} links to {target}, which does not exist")
         return f"{before}{REPOSITORY}/blob/main/{wanted}{hash_sign}{anchor}"
 
     fenced = re.split(r"(^```.*?^```\s*$)", markdown, flags=re.DOTALL | re.MULTILINE)
