@@ -141,15 +141,15 @@ def commands_page() -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """reference/api.md, which lists the pages, and one page for each entry of API."""
+    """The index of the API reference, and one page for each entry of API."""
     pages, rows = {}, []
     for title, (purpose, _) in API.items():
         if modules := api_modules(title):
             sections = [f"## {module}\n\n::: {module}\n{options(module)}" for module in modules]
             pages[api_path(title)] = "\n".join([f"# {title}", "", purpose, "", *sections])
-            rows.append(f"| [{title}](api/{posixpath.basename(api_path(title))}) | {purpose} |")
+            rows.append(f"| [{title}]({posixpath.basename(api_path(title))}) | {purpose} |")
     head = ["# Python API", "", "| package | purpose |", "|---|---|"]
-    return {"reference/api.md": "\n".join([*head, *rows]) + "\n", **pages}
+    return {"reference/api/index.md": "\n".join([*head, *rows]) + "\n", **pages}
 
 
 def api_path(title: str) -> str:
@@ -184,11 +184,20 @@ def public_modules(name: str) -> list[str]:
 
 
 def notebook_page(path: Path) -> str:
-    """The cells of a notebook as Markdown, without outputs."""
+    """The cells of a notebook as Markdown, with the outputs that are stored in it."""
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     parts = []
     for cell in notebook["cells"]:
         text = "".join(cell["source"]).rstrip()
-        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        if cell["cell_type"] != "code":
+            parts.append(text)
+            continue
+        parts.append(f"```python\n{text}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/jpeg" in data:
+                parts.append(f"![](data:image/jpeg;base64,{data['image/jpeg'].strip()})")
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
     link = f"[Download this notebook]({REPOSITORY}/blob/main/docs/{path.name}) to run it."
     return "\n\n".join([*parts[:1], link, *parts[1:]]) + "\n"
