@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, types and shell scripts, in the .venv that launch/setup_venv.sh dev makes: bash launch/lint.sh
+# Format, lint, types and shell scripts, with the tools of `bash launch/setup_venv.sh dev`: bash launch/lint.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
