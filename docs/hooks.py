@@ -121,9 +121,13 @@ def config_page() -> str:
     """The reference of all config fields, from the schema."""
     from sr3_jax.config import schema
 
-    if not hasattr(schema, "markdown"):
-        return "# Config fields\n\nTODO\n"
-    return schema.markdown()
+    if hasattr(schema, "markdown"):
+        return schema.markdown()
+    lines = ["# Config reference"]  # until the schema renders itself: names and defaults
+    for section, fields in schema.DEFAULTS.items():
+        lines += ["", f"## {section}", "", "| field | default |", "|---|---|"]
+        lines += [f"| `{name}` | `{value}` |" for name, value in fields.items()]
+    return "\n".join(lines) + "\n"
 
 
 def commands_page() -> str:
