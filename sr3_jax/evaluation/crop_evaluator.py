@@ -238,7 +238,7 @@ def open_crops(
     if crop % model.scale or crop < least:
         raise UserError(f"crop={crop} must be a multiple of the scale, {model.scale}, and at least {least}")
     section = model.config["data"]
-    square, shrink = section.get("framing") == "square", section.get("shrink", 1)
+    square, shrink = section["framing"] == "square", section["shrink"]
 
     def opened(name: str) -> Source:
         side = crop * shrink

@@ -133,7 +133,7 @@ def search_schedule(
     for sampling in defaults.values():
         sampling.grid(loaded.schedule)  # raises if the schedule has no grid of so many steps
     own_defaults = {budget: defaults[own.solver, budget] for budget in budgets}
-    crop = crop or loaded.config["data"]["crop"] // loaded.config["data"].get("shrink", 1)
+    crop = crop or loaded.config["data"]["crop"] // loaded.config["data"]["shrink"]
     metrics, features = open_metrics(metric, crop)
     target = sampling_path(locate_model(model))
     if store:
@@ -168,7 +168,7 @@ def search_schedule(
             loaded.schedule,
             defaults[solver, budget],
             augment=loaded.network.augment,
-            guidance=bool(loaded.network.num_classes and loaded.config["data"].get("label_dropout")),
+            guidance=bool(loaded.network.num_classes and loaded.config["data"]["label_dropout"]),
         )
         best, images = successive_halving.minimize(
             space,

@@ -87,7 +87,8 @@ class HeldOutEvaluation:
 
     Args:
         batch: host crops, uint8 'image' [B,H,W,3] and perhaps 'label' [B]; any B.
-        steps, solver: of the sampler.
+        steps: number of sampling steps.
+        solver: name of the solver.
     """
 
     def __init__(
