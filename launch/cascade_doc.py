@@ -95,8 +95,8 @@ def page(found: Mapping[str, Any]) -> str:
             f"as many "
             f"of each class, seed 0; samplers {', '.join(f'{k} {v} steps' for k, v in found['samplers'].items())}.",
             "",
-            "- label recognised: the share of images whose label a classifier of real images "
-            "(`experiments/train_classifier.py`, "
+            "- label recognised: the share of images whose label a classifier of real images (`sr3 "
+            "train-classifier`, "
             f"SHA-256 {found['classifier']['sha256'][:16]}) gives back, with {tables.LEVEL:.0%} bootstrap "
             f"intervals. Smaller "
             "images are enlarged for it.",

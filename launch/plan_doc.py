@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sr3_jax.planning import report as plan_report
 from sr3_jax.planning.programs import PROGRAMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +39,7 @@ SETTINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ),
 }
 TRIES = 3
+GIB = 2**30
 
 
 def wanted() -> Iterator[tuple[str, str, str]]:
@@ -100,6 +100,26 @@ def plan_here(arguments: list[str]) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Plans, each with the 'name' of its preset, as a Markdown table."""
+    head = ("preset", "topology", "mesh", "program", "TFLOPs", "memory per chip", "", "compiled in")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        for name, program in row["programs"].items():
+            cells = (
+                row["name"],
+                row["topology"],
+                f"{row['mesh']['data']} x {row['mesh']['fsdp']}",
+                PROGRAMS[name],
+                f"{program['flops'] / 1e12:,.0f}",
+                f"{program['peak'] / GIB:.1f} of {row['capacity'] / GIB:.1f} GiB",
+                "FITS" if program["fits"] else "DOES NOT FIT",
+                f"{program['seconds_to_compile']:,.0f} s",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, str]]) -> str:
     """The text between the two markers of the page."""
     lines = [
@@ -117,7 +137,7 @@ def block(rows: Sequence[Mapping[str, Any]], missing: Sequence[tuple[str, str, s
             "state, which stays allocated. FLOPs are those of the whole slice, including recomputation. The mesh is "
             "data x fsdp.",
             "",
-            plan_report.table(rows),
+            table(rows),
             "",
             "The command of each row:",
             "",
