@@ -7,9 +7,9 @@ from pathlib import Path
 
 import tiny
 
-from sr3_jax.config import experiment
 from sr3_jax.planning import plan as planning
 from sr3_jax.planning import topologies
+from sr3_jax.train import experiment
 
 
 def test_the_table_in_the_docs_is_written_between_its_markers(tmp_path):
