@@ -51,7 +51,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
     "inference": ("The sampling program, large images, folders and cascades.", ("sr3_jax.inference",)),
     "evaluation": (
         "Metrics of a held-out set, tables, grids and schedule search.",
-        ("sr3_jax.evaluation", "sr3_jax.search"),
+        ("sr3_jax.evaluation",),
     ),
     "features": ("Networks and statistics that metrics need.", ("sr3_jax.features",)),
     "distributed": ("Meshes, sharding, processes and signals.", ("sr3_jax.distributed",)),

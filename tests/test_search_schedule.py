@@ -14,6 +14,7 @@ import pytest
 from sr3_jax import metrics
 from sr3_jax.cli.main import main
 from sr3_jax.config import build
+from sr3_jax.config.load import complete
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source
 from sr3_jax.evaluation import crop_evaluator, metric_suite
@@ -24,7 +25,7 @@ from sr3_jax.image_ops import degrade, to_uint8, to_unit
 from sr3_jax.inference import model as models
 from sr3_jax.inference import sampling_file
 from sr3_jax.sampling import Sampling
-from sr3_jax.train import experiment, weights
+from sr3_jax.train import weights
 from tests import tiny
 
 CROP = 32
@@ -39,7 +40,7 @@ def _quick():
 
 
 def exported(path: Path, **sections) -> models.Model:
-    values = json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))
+    values = complete(tiny.config(**sections))
     network = build.build_network(values["model"])
     shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
