@@ -1,7 +1,7 @@
 """Image operations: uint8 <-> [-1,1], the one bicubic resize of this package, padding.
 
-All are pure. Those on `jax.Array` may be called inside `jit`, with static sizes and scales. Shape legend: B batch, H height, W width,
-C channels.
+All are pure. Those that return a `jax.Array` may be called inside `jit`, with static sizes and scales. Shape legend:
+B batch, H height, W width, C channels.
 """
 
 from __future__ import annotations
