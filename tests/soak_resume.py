@@ -1,11 +1,11 @@
-"""A soak: training that is killed with `kill -9` at random moments and started again ends in the same bits.
+"""Soak test: a training run that is repeatedly killed with `kill -9` and restarted gives the same bits.
 
     python tests/soak_resume.py --kills 25 [--processes 2] [--devices 4] [--steps 300] [--seed 0] [--doc docs/pods.md]
 
-One uninterrupted run is the reference. Others are started, killed after a random time, wherever they are (imports,
-compilation, a step, half of a checkpoint), and started again by the same command, until they are complete; then all
-arrays of their last checkpoint and all losses of their log must equal the reference's to the bit. Of several
-processes (launch/local_pod.sh) one at random is killed, and the launcher ends the others.
+An uninterrupted run is the reference. Other runs are started, killed after a random time (during imports, compilation,
+a step or a save) and restarted with the same command until they are complete. All arrays of their last checkpoint and
+all losses in their log must then equal the reference bit for bit. With several processes (launch/local_pod.sh) a
+random one is killed, and the launcher ends the others.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PATIENCE = 600  # seconds that one start may take
+PATIENCE = 600  # seconds, for one start
 BEGIN, END = "<!-- soak:begin -->", "<!-- soak:end -->"
 
 
 @dataclass(frozen=True)
 class Job:
-    """How the run under test is started."""
+    """How to start the training run."""
 
     config: Path
     processes: int
@@ -67,7 +67,7 @@ class Job:
 
 
 def make_job(folder: Path, *, processes: int, devices: int, steps: int, every: int = 5) -> Job:
-    """A tiny run on images of its own, whose checkpoints come so often that many kills meet one."""
+    """A tiny run with its own images that saves so often that many kills happen during a save."""
     from tests import tiny
 
     sections = {
@@ -81,23 +81,23 @@ def make_job(folder: Path, *, processes: int, devices: int, steps: int, every: i
 
 
 def complete(job: Job, workdir: Path) -> float:
-    """Run to the end, uninterrupted from here; the seconds it took."""
+    """Run to the end without interruption; returns the duration in seconds."""
     started = time.monotonic()
     process = job.start(workdir)
     code = process.wait(PATIENCE)
     if code:
-        raise SystemExit(f"a run ended with code {code}:\n{log_of(workdir)}")
+        raise SystemExit(f"the run failed with exit code {code}:\n{log_of(workdir)}")
     return time.monotonic() - started
 
 
 def interrupt(job: Job, workdir: Path, delay: float, chance: random.Random) -> float:
-    """Start the run and kill it after `delay` seconds: 0; or the seconds that it took, if it was complete before."""
+    """Start the run and kill it after `delay` seconds; returns 0, or the duration if it finished before that."""
     started = time.monotonic()
     process = job.start(workdir)
     try:
         code = process.wait(delay)
         if code:
-            raise SystemExit(f"a run ended by itself with code {code}:\n{log_of(workdir)}")
+            raise SystemExit(f"the run failed with exit code {code} before it was killed:\n{log_of(workdir)}")
         return time.monotonic() - started
     except subprocess.TimeoutExpired:
         victims = members(process.pid, chance.randrange(job.processes)) if job.processes > 1 else []
@@ -107,7 +107,7 @@ def interrupt(job: Job, workdir: Path, delay: float, chance: random.Random) -> f
 
 
 def members(launcher: int, index: int) -> list[int]:
-    """Process `index` of those below a launcher; none if it has not started."""
+    """The PIDs of process `index` of a launcher; [] if it has not started."""
     parents = {}
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -131,7 +131,7 @@ def log_of(workdir: Path) -> str:
 
 
 def result(workdir: Path) -> tuple[dict[str, bytes], list[tuple]]:
-    """The arrays of the last checkpoint and the losses of the log, to compare."""
+    """The arrays of the last checkpoint and the rows of the log."""
     import jax
     from orbax.checkpoint import v1 as ocp
 
@@ -159,27 +159,27 @@ def half_written(workdir: Path) -> int:
 
 
 def soak(job: Job, folder: Path, *, kills: int, seed: int, say=print) -> dict:
-    """Kill and compare until `kills` are reached.
+    """Kill, restart and compare runs until the number of kills is reached.
 
     Raises:
-        SystemExit: a run failed, or its result differs from the reference's.
+        SystemExit: a run failed, or its result differs from the reference.
     """
     chance = random.Random(seed)
     complete(job, folder / "reference")  # compiles
     shutil.rmtree(folder / "reference")
     seconds = complete(job, folder / "reference")
     wanted = result(folder / "reference")
-    say(f"the uninterrupted run: {wanted[1][-1][0]} steps, {len(wanted[0])} arrays, {seconds:.1f} s")
+    say(f"uninterrupted run: {wanted[1][-1][0]} steps, {len(wanted[0])} arrays, {seconds:.1f} s")
     length = seconds
     done, rounds, halves, arrays = 0, 0, 0, len(wanted[0])
     while done < kills:
         workdir = folder / f"run{rounds}"
         here, took = 0, 0.0
-        # At most eight in a run: each start has to get a little further, or it would never end.
+        # At most eight kills per run, since each start must make progress.
         while done < kills and here < 8 and not took:
             took = interrupt(job, workdir, chance.uniform(0.1, 1.0) * length, chance)
             if took and here == 0:
-                length = took  # the machine has become faster, and the kill came too late
+                length = took  # the machine became faster, so the kill was too late
             done, here = done + (not took), here + (not took)
             halves += half_written(workdir) > 0
         if not took:
@@ -192,7 +192,7 @@ def soak(job: Job, folder: Path, *, kills: int, seed: int, say=print) -> dict:
                 f"logs {'equal' if found[1] == wanted[1] else 'differ'}; see {workdir}"
             )
         rounds += 1
-        say(f"run {rounds}: killed {here} times, equal to the bit ({done} of {kills} kills)")
+        say(f"run {rounds}: killed {here} times, bit-identical ({done} of {kills} kills)")
         shutil.rmtree(workdir)
     return {"kills": done, "runs": rounds, "half_written": halves, "arrays": arrays, "seconds": seconds}
 
@@ -203,10 +203,10 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--devices", type=int, default=4, help="simulated, of each process")
+    parser.add_argument("--devices", type=int, default=4, help="simulated devices per process")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--doc", type=Path, help="a Markdown file whose soak block gets the output")
+    parser.add_argument("--doc", type=Path, help="a Markdown file; the output is written into its soak block")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault(
@@ -224,8 +224,8 @@ def main() -> None:
         job = make_job(Path(folder), **shape)
         done = soak(job, Path(folder), kills=arguments.kills, seed=arguments.seed, say=say)
     say(
-        f"{done['kills']} kills in {done['runs']} runs, {done['half_written']} of them with a half-written checkpoint "
-        f"left behind: all {done['arrays']} arrays and every loss equal to the bit, in "
+        f"{done['kills']} kills in {done['runs']} runs, {done['half_written']} of them with an incomplete checkpoint: "
+        f"all {done['arrays']} arrays and all losses are bit-identical, in "
         f"{(time.monotonic() - started) / 60:.0f} minutes on {platform.machine()}, {os.cpu_count()} cores"
     )
     if arguments.doc:
@@ -233,7 +233,7 @@ def main() -> None:
 
 
 def write(path: Path, lines: list[str]) -> None:
-    """Put the output into the block of a Markdown file: the part of this command line, or a new one."""
+    """Write the output into the soak block of a Markdown file, in place of the output of the same command line."""
     text = path.read_text(encoding="utf-8")
     block = re.search(f"{BEGIN}(.*?){END}", text, re.DOTALL)
     if block is None:

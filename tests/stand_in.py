@@ -1,4 +1,4 @@
-"""A model without a network, for the tests of what is around a model."""
+"""A model without a network, for tests of the code around models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass
 class StandIn:
-    """Nearest upscaling plus `noise` levels drawn from each row's key; `before` sees each batch first."""
+    """Nearest-neighbor upscaling plus up to `noise` levels from each row's key; `before` is called with each batch."""
 
     scale: int = 2
     noise: int = 0
