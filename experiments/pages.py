@@ -61,7 +61,9 @@ def write_results(docs: Path) -> None:
     for name, result in results.items():
         runs = [tables.rows_frame(run["rows"]).assign(run=key) for key, run in result["runs"].items()]
         _write_csv(pd.concat(runs), docs / "results" / f"{name}.csv", first="run")
-        shown = [one["differences"].assign(experiment=one["key"]) for one in experiments if one["result"] == name]
+        shown = [
+            one["differences"].assign(experiment=one["key"]) for one in experiments if one["result"] == name
+        ]
         _write_csv(pd.concat(shown), docs / "results" / f"{name}_differences.csv", first="experiment")
     page = render("results.md", experiments=experiments, verdicts=_verdict_table(experiments))
     write_text(docs / "results.md", page)
@@ -85,7 +87,9 @@ def _experiment(
 
     runs, training = own(result["runs"]), own(result["training"])
     images = docs / "images"
-    figure = figures.curves(runs.get("sweep", runs["evaluation"])["rows"], images / f"results_{key}_curve.png")
+    figure = figures.curves(
+        runs.get("sweep", runs["evaluation"])["rows"], images / f"results_{key}_curve.png"
+    )
     grids = sorted(images.glob(f"results_{key}.*"))
     found = findings.differences(runs)
     return {
@@ -109,14 +113,18 @@ def _experiment(
 def results_table(runs: Mapping[str, Any]) -> str:
     """The main evaluation's means, with columns from the runs of `JOINED` where they have the same sampler."""
     frame = tables.rows_frame(runs["evaluation"]["rows"])
-    shown = pd.DataFrame({"method": frame["method"], "sampler": [tables.sampler(row) for _, row in frame.iterrows()]})
+    shown = pd.DataFrame(
+        {"method": frame["method"], "sampler": [tables.sampler(row) for _, row in frame.iterrows()]}
+    )
     for key in tables.present(frame, RESULT_METRICS):
         shown[METRICS[key][0]] = [tables.number(key, value) for value in frame[key]]
     for run, (metric, heading) in JOINED.items():
-        if run in runs:
-            other = tables.rows_frame(runs[run]["rows"])[[*tables.SAMPLER, metric]]
-            values = frame[tables.SAMPLER].merge(other, on=tables.SAMPLER, how="left")[metric]
-            shown[heading] = [tables.number(metric, value) for value in values]
+        other = tables.rows_frame(runs[run]["rows"]) if run in runs else pd.DataFrame()
+        if metric in other:
+            merged = frame[tables.SAMPLER].merge(
+                other[[*tables.SAMPLER, metric]], on=tables.SAMPLER, how="left"
+            )
+            shown[heading] = [tables.number(metric, value) for value in merged[metric]]
     return tables.markdown(shown)
 
 
@@ -124,7 +132,10 @@ def _verdict_table(experiments: Sequence[Mapping[str, Any]]) -> str:
     """Rows: findings; columns: experiments; cells: the verdict and the differences that decide it."""
     lines = [
         {"finding": f"{finding.claim}<br>*{finding.shown}*"}
-        | {one["title"]: _verdict_cell(one["differences"], finding.key, one["verdicts"]) for one in experiments}
+        | {
+            one["title"]: _verdict_cell(one["differences"], finding.key, one["verdicts"])
+            for one in experiments
+        }
         for finding in findings.FINDINGS
     ]
     return tables.markdown(pd.DataFrame(lines), left=len(experiments) + 1)
@@ -139,7 +150,9 @@ def _verdict_cell(frame: pd.DataFrame, key: str, verdicts: Mapping[str, str]) ->
         label = f"{method}: " if lines["method"].nunique() > 1 else ""
         for _, line in of.iterrows():
             metric = line["metric"]
-            mean, low, high = (tables.number(metric, line[end], signed=True) for end in ("mean", "low", "high"))
+            mean, low, high = (
+                tables.number(metric, line[end], signed=True) for end in ("mean", "low", "high")
+            )
             cells.append(f"{label}{METRICS[metric][0]} {mean} [{low}, {high}]")
     return "<br>".join(cells)
 
@@ -150,14 +163,16 @@ def provenance(
     """One line per training run, search and evaluation: command, time, hardware, code and outcome."""
     lines = []
     for one in training.values():
-        peak = f"best held-out PSNR {one['peak']['psnr']:.2f} dB at step {one['peak']['step']:,}"
-        lines.append(
-            {
-                "command": one["command"],
-                "facts": f"{one['steps']:,} steps, batch {one['batch']}, seed {one['seed']}, "
-                f"{one['seconds'] / 60:.0f} min on {one['hardware']}, commit {one['commit'][:10]}; {peak}",
-            }
-        )
+        facts = [
+            f"{one['steps']:,} steps",
+            f"batch {one['batch']}",
+            f"seed {one['seed']}",
+            f"{one['seconds'] / 60:.0f} min on {one.get('hardware', 'unknown hardware')}",
+            f"commit {one.get('commit', '')[:10] or 'unknown'}",
+        ]
+        if one["peak"]:
+            facts.append(f"best held-out PSNR {one['peak']['psnr']:.2f} dB at step {one['peak']['step']:,}")
+        lines.append({"command": one["command"], "facts": ", ".join(facts)})
     for one in searches.values():
         facts = f"{one['tried']} candidates in {one['seconds']:.0f} s"
         lines.append({"command": " ".join(one["command"]), "facts": facts})
@@ -259,13 +274,17 @@ def write_cascade(docs: Path) -> None:
 def _cascade_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
     """The named columns, then accuracy with its interval and the Fréchet distance."""
     texts: dict[str, Callable[[pd.Series], str]] = {
-        "images": lambda row: "real" if row["group"] == "real" else f"generated, guidance {row['guidance']:g}",
+        "images": lambda row: (
+            "real" if row["group"] == "real" else f"generated, guidance {row['guidance']:g}"
+        ),
         "size": lambda row: f"{row['size']}x{row['size']}",
         "input": lambda row: ORIGINS[row["origin"]],
         "trained with": lambda row: "noisy conditions" if row["augmented"] else "clean conditions",
         "strength": lambda row: f"{row['strength']:g}",
         "guidance": lambda row: f"{row['guidance']:g}",
-        "accuracy, %": lambda row: f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
+        "accuracy, %": lambda row: (
+            f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        ),
         "Fréchet distance": lambda row: f"{row['frechet']:.3f}",
     }
     shown = [*columns, "accuracy, %", "Fréchet distance"]
@@ -278,7 +297,10 @@ def _cascade_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
 
 def write_pods(docs: Path) -> None:
     """docs/pods/plans.md from the plans docs/pods/*.json; see experiments/plans.py."""
-    files = [plans.file_of(docs / "pods", row) for row in sorted(plans.wanted(), key=lambda row: _plan_order(*row[:2]))]
+    files = [
+        plans.file_of(docs / "pods", row)
+        for row in sorted(plans.wanted(), key=lambda row: _plan_order(*row[:2]))
+    ]
     found = [read_json(path) for path in files if path.is_file()]
     if not found:
         raise UserError(f"{docs / 'pods'} has no plans: run python -m experiments.plans")

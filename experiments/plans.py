@@ -63,7 +63,13 @@ def missing(folder: Path) -> list[str]:
 def arguments(row: Row, overrides: Sequence[str]) -> list[str]:
     """The command of a row, without `sr3`."""
     preset, topology, program = row
-    return ["plan", f"--config=configs/{preset}.py", f"--topology={topology}", f"--only={program}", *overrides]
+    return [
+        "plan",
+        f"--config=configs/{preset}.py",
+        f"--topology={topology}",
+        f"--only={program}",
+        *overrides,
+    ]
 
 
 def compute(

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# An experiment of docs/results.md by one command, from nothing to its figures:
-#   bash launch/experiment.sh photos OUT PHOTOS   # photographs at 4x; PHOTOS: a folder with a hundred of them or more
-#   bash launch/experiment.sh fashion OUT         # Fashion-MNIST at 4x, with a classifier
-#   bash launch/experiment.sh orl OUT             # the ORL faces at 4x and 8x, with a classifier
-# Data, training, schedule search, evaluation, steps against quality, then docs/results/NAME.json and docs/results.md.
-# The same command goes on where it was stopped, and what is done is not done again.
-# Folders are relative to the project's. --dry-run (before NAME) prints the commands and does nothing.
-# SR3_STAGES: only these of "data train search evaluate collect". SR3_PYTHON: the Python to use.
-# SR3_REHEARSE=1: everything as small as it gets, to see that it runs; docs/ is left alone.
+# Runs an experiment of docs/results.md from data to tables:
+#   bash experiments/run.sh photos OUT PHOTOS   # photographs at 4x; PHOTOS: a folder of at least a hundred photographs
+#   bash experiments/run.sh fashion OUT         # Fashion-MNIST at 4x
+#   bash experiments/run.sh orl OUT             # the ORL faces at 4x and 8x
+# Steps: data, training, schedule search, evaluation, then docs/results/NAME.json and docs/results.md.
+# Running the command again continues an interrupted experiment; finished steps are not repeated.
+# Paths are relative to the repository. --dry-run (before NAME) prints the commands without running them.
+# SR3_STAGES: a subset of "data train search evaluate collect". SR3_PYTHON: the Python interpreter.
+# SR3_REHEARSE=1: a smoke test, with everything as small as possible; docs/ is not changed.
 set -euo pipefail
 
 fail() {
@@ -21,26 +21,26 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 name=${1:-} out=${2:-} photos=${3:-}
-[[ $name =~ ^(photos|fashion|orl)$ ]] || fail "experiment.sh takes photos, fashion or orl, got '$name'."
-[[ -n $out ]] || fail "experiment.sh takes a folder for its results: bash launch/experiment.sh $name OUT"
+[[ $name =~ ^(photos|fashion|orl)$ ]] || fail "run.sh: NAME must be photos, fashion or orl, got '$name'."
+[[ -n $out ]] || fail "run.sh: OUT, the output folder, is missing: bash experiments/run.sh $name OUT"
 case $name in
     photos)
-        (($# == 3)) || fail "experiment.sh photos takes two folders: one for its results, one with photographs."
+        (($# == 3)) || fail "run.sh: photos needs OUT and PHOTOS: bash experiments/run.sh photos OUT PHOTOS"
         ;;
     *)
-        (($# == 2)) || fail "experiment.sh $name takes one folder, for its results, got: ${*:2}"
+        (($# == 2)) || fail "run.sh: $name takes only OUT, got: ${*:2}"
         ;;
 esac
 stages=${SR3_STAGES:-data train search evaluate collect}
 for stage in $stages; do
     [[ $stage =~ ^(data|train|search|evaluate|collect)$ ]] ||
-        fail "SR3_STAGES takes data, train, search, evaluate and collect, got '$stage'."
+        fail "run.sh: SR3_STAGES takes data, train, search, evaluate and collect, got '$stage'."
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${SR3_PYTHON:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-small() { :; } # the arguments that make a command small
+small() { :; } # options that make a command small
 docs=docs
 if [[ -n ${SR3_REHEARSE:-} ]]; then
     docs=$out/docs
@@ -56,7 +56,7 @@ if [[ -n ${SR3_REHEARSE:-} ]]; then
     }
 fi
 
-run() { # a command, printed alone in a dry run
+run() { # run a command, or only print it in a dry run
     if [[ -n $dry ]]; then
         printf '%q ' "$@" | sed 's/ $/\n/; s/\\,/,/g'
     else
@@ -64,25 +64,25 @@ run() { # a command, printed alone in a dry run
     fi
 }
 sr3() {
-    # shellcheck disable=SC2046 # several options
+    # shellcheck disable=SC2046 # small prints several options
     if [[ -n $dry ]]; then run sr3 "$@" $(small "$@"); else run "$python" -m sr3_jax "$@" $(small "$@"); fi
 }
 stage() { [[ " $stages " == *" $1 "* ]]; }
 train() { # WORKDIR CONFIG OVERRIDES...
-    [[ -n $dry ]] || "$python" launch/results_doc.py --stamp "$out/$1"
+    [[ -n $dry ]] || "$python" -m experiments.collect stamp "$out/$1"
     sr3 train --config="configs/$2.py" --workdir="$out/$1" "${@:3}"
 }
-peak() { # of a regression the weights of the highest held-out PSNR, under its own name
+best() { # the regression's weights with the highest held-out PSNR
     run cp "$out/$1/best.safetensors" "$out/$1.safetensors"
 }
 classifier() { # FILE OPTIONS...
     [[ -n $dry || ! -f $out/$1 ]] || return 0
     sr3 train-classifier "${@:2}" -o "$out/$1"
 }
-searched() { # INTO MODEL COPY DATA OPTIONS...: a schedule for the paper's own solver, beside a copy of the model
+searched() { # INTO MODEL COPY DATA OPTIONS...: search a schedule for the ancestral sampler, stored next to a copy of the model
     sr3 export "$out/$2" -o "$out/$3"
     sr3 search-schedule --model "$out/$3" --data "$4" --solver ancestral --minutes 6 --no-store "${@:5}" -o "$out/$1"
-    run "$python" launch/results_doc.py --store "$out/$1/search.json" "$out/$3"
+    run "$python" -m experiments.collect store "$out/$1/search.json" "$out/$3"
 }
 evaluate() { # FOLDER MODELS... -- OPTIONS...
     local into=$1 models=()
@@ -100,16 +100,16 @@ solvers=ancestral,ddim,dpmpp_2m,heun
 
 photos_4x() {
     if stage data && [[ -n $dry || ! -d $out/tiles ]]; then
-        run "$python" launch/split_photos.py "$photos" "$out/split"
+        run "$python" experiments/split_photos.py "$photos" "$out/split"
         run mv "$out/split/train" "$out/split/tiles" "$out"
     fi
-    # Squares of these photographs are data sets of this folder alone. The bundled photographs come to it as well.
+    # The data sets made from these photographs stay in this folder.
     [[ -z $dry ]] || echo "export SR3_DATA_DIR=$out/data"
     export SR3_DATA_DIR=$out/data
     if stage data && [[ -n $dry || ! -d $out/data/photos_probe ]]; then
         for part in gallery probe; do sr3 prepare "$out/split/$part" --name "photos_$part" --overwrite; done
     fi
-    if stage data && [[ -n $dry || ! -d $out/sweep_tiles ]]; then # one tile of each photograph
+    if stage data && [[ -n $dry || ! -d $out/sweep_tiles ]]; then # one tile per photograph
         run mkdir -p "$out/new_tiles"
         run find "$out/tiles" -name '*-3.png' -exec cp -t "$out/new_tiles" '{}' +
         run mv "$out/new_tiles" "$out/sweep_tiles"
@@ -120,7 +120,7 @@ photos_4x() {
         train sr3 photos_4x_small "${recipe[@]}"
         train regression photos_4x_small_regression "${recipe[@]}"
         train sr3_l1 photos_4x_small "${recipe[@]}" --config.diffusion.norm=l1
-        peak regression
+        best regression
         classifier classifier.safetensors --features alexnet --data tfds:photos_gallery:train \
             --eval-data tfds:photos_probe:train
     fi
@@ -143,12 +143,12 @@ photos_4x() {
 }
 
 fashion_4x() {
-    if stage data; then run "$python" launch/make_dataset.py fashion_mnist; fi
+    if stage data; then run "$python" experiments/make_dataset.py fashion_mnist; fi
     if stage train; then
         train sr3 fashion_4x
         train regression fashion_4x_regression
         train sr3_l1 fashion_4x --config.diffusion.norm=l1
-        peak regression
+        best regression
         classifier classifier.safetensors --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test \
             --steps 2000 --width 16 --augment 0.5
     fi
@@ -170,12 +170,12 @@ fashion_4x() {
 }
 
 orl() {
-    if stage data; then run "$python" launch/make_dataset.py orl_faces; fi
+    if stage data; then run "$python" experiments/make_dataset.py orl_faces; fi
     if stage train; then
         for scale in 8x 4x; do
             train $scale/sr3 orl_$scale
             train $scale/regression orl_${scale}_regression
-            peak $scale/regression
+            best $scale/regression
         done
         local people=(--data tfds:orl_faces:gallery --eval-data tfds:orl_faces:probe)
         classifier classifier.safetensors "${people[@]}" --steps 300 --batch 20 --width 16
@@ -206,6 +206,7 @@ esac
 if stage collect; then
     credits=()
     [[ -z $photos || ! -f $photos/ATTRIBUTION.csv ]] || credits=(--credits "$photos/ATTRIBUTION.csv")
-    run "$python" launch/results_doc.py --collect "$name" "$out" --docs "$docs" "${credits[@]}"
-    [[ -n $dry ]] || echo "$docs/results.md is written; this part took $((SECONDS / 60)) min $((SECONDS % 60)) s"
+    run "$python" -m experiments.collect results "$name" "$out" --docs "$docs" "${credits[@]}"
+    run "$python" -m experiments.pages results --docs "$docs"
+    [[ -n $dry ]] || echo "Wrote $docs/results.md in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 fi

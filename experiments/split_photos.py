@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""Holds out whole photographs: copies a folder into OUT/train and cuts the held-out ones into OUT/tiles.
+"""Splits a folder of photographs: training photographs to OUT/train, tiles of the held-out ones to OUT/tiles.
 
-    python launch/split_photos.py FOLDER OUT                # 30 photographs held out, 8 tiles of 128x128 of each
-    python launch/split_photos.py FOLDER OUT --hold-out 10 --tiles 4 --side 96
+    python experiments/split_photos.py FOLDER OUT                # hold out 30 photographs, 8 tiles of 128x128 each
+    python experiments/split_photos.py FOLDER OUT --hold-out 10 --tiles 4 --side 96
 
-Which are held out follows from the SHA-256 of each file's name, so it is the same everywhere. A held-out photograph is
-area-resampled to half its size, where it has room: so compression leaves no trace in what is scored.
+The SHA-256 of the file names decides which photographs are held out, so the split is the same everywhere. Held-out
+photographs are downscaled by 2 (area) where they are large enough, so that compression artefacts do not affect scores.
 
-For recognition each held-out photograph is a class: of its squares of half a tile's side those on the black fields of
-a chessboard are in OUT/gallery/NAME, to train a classifier on, those on the white fields in OUT/probe/NAME, to ask it
-about: up to 40 of each, spread evenly.
+For recognition, each held-out photograph is a class. Its squares of half a tile's side are divided like a chessboard:
+black ones go to OUT/gallery/NAME to train a classifier, white ones to OUT/probe/NAME to test it, up to 40 each.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from sr3_jax.data.sources import scan_folder
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import DecodedImage, read_rgb, write_image
 
-FIELDS = ("gallery", "probe")  # black and white
-PATCHES = 40  # of a photograph in each
-# Letters of a held-out one's name: with a dash and two digits 60, where an evaluation cuts names.
+FIELDS = ("gallery", "probe")  # black and white squares
+PATCHES = 40  # per photograph and field
+# With a dash and two digits, a tile's name has at most 60 characters; an evaluation truncates longer ones.
 LONGEST = 57
 
 
 def order(path: Path) -> str:
-    """Where a photograph stands in the queue to be held out."""
+    """The sort key of a photograph; the first ones are held out."""
     return hashlib.sha256(path.name.encode()).hexdigest()
 
 
-def shrunk(image: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [H,W,3] at half its size, by areas, where that leaves room for two tiles a side; else as it is."""
+def downscaled(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [H,W,3] at half its size (area), if that leaves two tiles per side; otherwise unchanged."""
     height, width = (extent // 2 for extent in image.shape[:2])
     if min(height, width) < 2 * side:
         return image
@@ -49,7 +48,7 @@ def shrunk(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def squares(image: np.ndarray, side: int) -> list[tuple[int, np.ndarray]]:
-    """Those that tile uint8 [H,W,3] from the top left, row by row: (colour of its field, uint8 [side,side,3])."""
+    """The squares of uint8 [H,W,3] in row order: (0 black or 1 white, uint8 [side,side,3])."""
     rows, columns = (extent // side for extent in image.shape[:2])
     return [
         ((row + column) % 2, image[row * side : (row + 1) * side, column * side : (column + 1) * side])
@@ -58,8 +57,8 @@ def squares(image: np.ndarray, side: int) -> list[tuple[int, np.ndarray]]:
     ]
 
 
-def named(paths: list[Path]) -> list[list[Path]]:
-    """For each path those that have its name, but for what file names may not have, itself first."""
+def same_name(paths: list[Path]) -> list[list[Path]]:
+    """For each path, itself and the other paths whose sanitized names are the same."""
     names = [re.sub(r"[^\w-]+", "_", path.stem).lower() for path in paths]
     of: dict[str, list[Path]] = {}
     for path, name in zip(paths, names, strict=True):
@@ -71,7 +70,7 @@ def named(paths: list[Path]) -> list[list[Path]]:
 
 
 def spread(found: list[np.ndarray], count: int) -> list[np.ndarray]:
-    """Up to `count` of them, evenly."""
+    """Up to `count` of them, evenly spaced."""
     return [found[place * len(found) // count] for place in range(count)] if len(found) > count else found
 
 
@@ -81,9 +80,15 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--hold-out", type=int, default=30, help="photographs (default: %(default)s)")
-    parser.add_argument("--tiles", type=int, default=8, help="of each, at most (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=128, help="of a tile, in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--hold-out", type=int, default=30, help="number of held-out photographs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tiles", type=int, default=8, help="tiles per photograph, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--side", type=int, default=128, help="side of a tile in pixels (default: %(default)s)"
+    )
     args = parser.parse_args()
     try:
         scan = scan_folder(args.folder)
@@ -94,16 +99,16 @@ def main() -> int:
     queue = sorted(large, key=order)
     if len(queue) <= args.hold_out:
         print(
-            f"{args.folder} has {len(queue)} photographs, too few to hold out {args.hold_out}",
+            f"--hold-out {args.hold_out}: {args.folder} has {len(queue)} photographs of at least {args.side} pixels",
             file=sys.stderr,
         )
         return 2
-    for place, (path, of) in enumerate(zip(queue, named(queue), strict=True)):
+    for place, (path, of) in enumerate(zip(queue, same_name(queue), strict=True)):
         if len(of) > 1 or (place < args.hold_out and len(path.stem) > LONGEST):
-            others = f"as {of[1]} is" if len(of) > 1 else f"with over {LONGEST} letters"
-            print(
-                f"{path} is named {others}, and its tiles could not be told apart: rename it", file=sys.stderr
+            reason = (
+                f"has the same name as {of[1]}" if len(of) > 1 else f"has a name of over {LONGEST} letters"
             )
+            print(f"{path} {reason}, so the names of its tiles would collide: rename it", file=sys.stderr)
             return 2
     for name in ("train", "tiles", *FIELDS):
         shutil.rmtree(args.out / name, ignore_errors=True)
@@ -113,7 +118,7 @@ def main() -> int:
         shutil.copy(path, args.out / "train" / path.name)
     count = 0
     for path in queue[: args.hold_out]:
-        image = shrunk(read_rgb(path), args.side)
+        image = downscaled(read_rgb(path), args.side)
         for number, tile in enumerate(spread([one for _, one in squares(image, args.side)], args.tiles)):
             write_image(args.out / "tiles" / f"{path.stem}-{number}.png", DecodedImage(tile))
             count += 1
@@ -123,7 +128,7 @@ def main() -> int:
             for number, patch in enumerate(spread([one for of, one in fields if of == colour], PATCHES)):
                 write_image(args.out / name / path.stem / f"{path.stem}-{number}.png", DecodedImage(patch))
     print(
-        f"{len(queue) - args.hold_out} photographs to train on, {count} tiles of {args.hold_out} others in {args.out}"
+        f"{args.out}: {len(queue) - args.hold_out} training photographs, {count} tiles of {args.hold_out} held-out ones"
     )
     return 0
 
