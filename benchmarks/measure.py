@@ -1,10 +1,12 @@
-"""Times training steps and sampling of configs on this machine's device, and PyTorch's beside them in the same run.
+"""Times training steps and sampling of configs on this machine's device, optionally next to PyTorch.
 
-python launch/measure.py -o figures.json configs/faces_16_128.py:16 configs/imagenet_64_256.py:8   (CONFIG:BATCH)
+    python benchmarks/measure.py -o speed.json configs/faces_16_128.py:16 configs/imagenet_64_256.py:8   # CONFIG:BATCH
 
-Each figure is the median of several timed calls after compilation. MFU counts the network's own work, three times
-the forward pass, without what remat computes again, against the device's dense bfloat16 peak.
+Each time is the median of several calls after compilation. MFU counts the network's own FLOPs, three times those of the
+forward pass without rematerialization, against the device's dense bfloat16 peak.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -12,7 +14,9 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +29,13 @@ from sr3_jax.sampling import Sampling
 from sr3_jax.train.state import create_state
 from sr3_jax.train.step import make_train_step
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by the makers' data sheets
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, from the data sheets
 SAMPLER_STEPS = 10
 CALLS = 7
 
 
-def timed(call, calls: int) -> float:
-    """The median seconds of a call that blocks until its result is there."""
+def timed(call: Callable[[], Any], calls: int) -> float:
+    """The median seconds of a call that blocks until its result is ready."""
     call()
     seconds = []
     for _ in range(calls):
@@ -42,12 +46,13 @@ def timed(call, calls: int) -> float:
 
 
 def peak_bytes() -> int:
+    """The peak memory of the first device so far, 0 if it does not report any."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", 0)
 
 
-def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
-    """Our step and sampler at one batch size."""
+def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict[str, Any]:
+    """Training step and sampler of a config at one batch size."""
     config, objective = experiment.config, experiment.objective
     network, side = objective.network, config["data"]["crop"]
     mesh = sharding.make_mesh()
@@ -60,12 +65,12 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
     images = jnp.zeros((batch_size, side, side, 3))
     level = jnp.full((batch_size,), 0.5)
 
-    def forward(params, y):
+    def forward(params: Any, y: jax.Array) -> jax.Array:
         return network.apply({"params": params}, y, level, {"upsampled": images})
 
     flops = jax.jit(forward).lower(state.params, images).cost_analysis()["flops"]
 
-    def train_once():
+    def train_once() -> None:
         nonlocal state
         state, metrics = compiled(state, batch, jax.random.key(1))
         jax.block_until_ready(metrics)
@@ -79,7 +84,7 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
     schedule = sampling.grid(objective.schedule)
 
     @jax.jit
-    def draw(params, key):
+    def generate(params: Any, key: jax.Array) -> jax.Array:
         return sample(
             lambda y, gamma, cond: network.apply({"params": params}, y, gamma, cond),
             key,
@@ -91,7 +96,7 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
             space=objective.space,
         ).image
 
-    sampling = timed(lambda: draw(params, jax.random.key(2)).block_until_ready(), calls)
+    sampling = timed(lambda: generate(params, jax.random.key(2)).block_until_ready(), calls)
     peak = next((value for name, value in PEAK.items() if name in jax.devices()[0].device_kind), None)
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -105,8 +110,8 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict:
     }
 
 
-def measure_torch(network, batch_size: int, side: int, calls: int) -> dict:
-    """The PyTorch network's step: bfloat16 autocast, channels last, fused Adam, moving average, torch.compile."""
+def measure_torch(network: Any, batch_size: int, side: int, calls: int) -> dict[str, Any]:
+    """The PyTorch network: bfloat16 autocast, channels last, fused Adam, moving average, torch.compile."""
     import torch
     from torch_unet import UNet
 
@@ -122,11 +127,11 @@ def measure_torch(network, batch_size: int, side: int, calls: int) -> dict:
     gamma = torch.full((batch_size,), 0.5, device=device)
     call = torch.compile(model) if device == "cuda" else model
 
-    def predict():
+    def predict() -> Any:
         with torch.autocast(device, dtype=torch.bfloat16):
             return call(image, image, gamma)
 
-    def train_once():
+    def train_once() -> None:
         (predict().float() - image).abs().mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -135,7 +140,7 @@ def measure_torch(network, batch_size: int, side: int, calls: int) -> dict:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def forward_once():
+    def forward_once() -> None:
         with torch.no_grad():
             predict()
         if device == "cuda":
@@ -156,13 +161,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", metavar="CONFIG:BATCH")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--calls", type=int, default=CALLS)
+    parser.add_argument("--calls", type=int, default=CALLS, help="timed calls (default: %(default)s)")
     parser.add_argument(
-        "--torch", action="store_true", help="time PyTorch's network too (the paper's layout alone)"
+        "--torch", action="store_true", help="time the PyTorch network too (layout 'biggan' only)"
     )
-    parser.add_argument(
-        "--no-remat", action="store_true", help="keep activations: faster where memory allows"
-    )
+    parser.add_argument("--no-remat", action="store_true", help="keep activations: faster, needs more memory")
     args = parser.parse_args()
     device = jax.devices()[0]
     report = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__, "rows": []}

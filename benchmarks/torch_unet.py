@@ -1,6 +1,6 @@
-"""A PyTorch U-Net of the same shape as the paper's presets, to time beside ours: not part of the package.
+"""A PyTorch U-Net with the shape of the paper's presets, as a speed baseline.
 
-Resampling residual blocks, skips from every block, one attention level: `sr3_jax/nn/unet.py` layout 'biggan'.
+Resampling residual blocks, skips from every block, one attention level: layout 'biggan' of `sr3_jax/nn/unet.py`.
 """
 
 import math

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from sr3_jax.config import experiment
 from sr3_jax.distributed.sharding import batch_sharding, make_mesh
 from sr3_jax.errors import UserError
 from sr3_jax.planning import cache as plan_cache
-from sr3_jax.planning import costs, topologies, verdict
+from sr3_jax.planning import costs, topologies
 from sr3_jax.planning import plan as planning
 from sr3_jax.planning import text as plan_text
 from sr3_jax.train.state import create_state
@@ -352,38 +351,3 @@ def test_a_tiny_network_compiles_for_a_real_slice(tmp_path):
     assert train["flops"] == pytest.approx(estimate["train"]["flops"], rel=1e-6)
     assert "libtpu" in train["versions"] and train["seconds_to_compile"] > 0
     assert planning.plan(given, topology, cache=tmp_path) == json.loads(json.dumps(found))
-
-
-def test_the_page_of_pods_is_written_between_its_markers(tmp_path, estimated):
-    import importlib.util
-
-    path = Path(__file__).resolve().parent.parent / "launch" / "plan_doc.py"
-    spec = importlib.util.spec_from_file_location("plan_doc", path)
-    doc = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(doc)
-    page = tmp_path / "pods.md"
-    page.write_text(f"Before.\n{doc.BEGIN}\nold\n{doc.END}\nAfter.\n")
-
-    calls = []
-
-    def run(arguments):
-        """Fits only with accumulation 2, which the first plan advises."""
-        calls.append(arguments)
-        fits = "--config.train.accumulation=2" in arguments
-        change = {"overrides": ["--config.train.accumulation=2"], "bytes": 1, "enough": True}
-        train = {**estimated["programs"]["train"], "fits": fits, "seconds_to_compile": 12.0}
-        train |= plan_cache.circumstances() | ({} if fits else {"change": change})
-        named = {"name": "faces_16_128", "command": "sr3 " + " ".join(arguments)}
-        return {**estimated, **named, "topology": "v5e:16x16", "fits": fits, "programs": {"train": train}}
-
-    doc.compute("faces_16_128", "v5e:16x16", "train", run=run, folder=tmp_path)
-    assert len(calls) == 2
-    doc.write(page, tmp_path)
-    text = page.read_text()
-    assert text.startswith("Before.\n") and text.endswith(f"{doc.END}\nAfter.\n") and "old" not in text
-    assert text.count("| faces_16_128 | v5e:16x16 | 2 x 4 |") == 1 and "| FITS |" in text
-    assert "--config.train.accumulation=2" in text and "bash launch/plan_rows.sh" in text
-    doc.write(page, tmp_path)
-    assert page.read_text() == text
-    assert len(list(doc.wanted())) == 25
-    assert verdict.REACHED["flops"] < 1
