@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Format, lint, types and shell scripts, in the .venv that launch/setup_venv.sh test makes: bash launch/lint.sh
+# Format, lint, types and shell scripts, with the tools of `bash launch/setup_venv.sh test`: bash launch/lint.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bin=.venv/bin
 [[ -x $bin/shellcheck ]] || {
-    echo "The tools are not installed: run 'bash launch/setup_venv.sh test' first." >&2
+    echo "lint.sh: the tools are not installed: run 'bash launch/setup_venv.sh test' first." >&2
     exit 2
 }
 
@@ -20,4 +20,4 @@ step() { # step NAME COMMAND...
 step "format" "$bin/python" -m ruff format --check .
 step "lint" "$bin/python" -m ruff check .
 step "types" "$bin/python" -m mypy sr3_jax
-step "shell" "$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run
+step "shell" "$bin/shellcheck" launch/*.sh launch/slurm.sbatch experiments/*.sh .ci/run

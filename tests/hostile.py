@@ -1,6 +1,6 @@
-"""A folder of hostile inputs: images of every odd kind that must be read, and files that must be refused.
+"""A folder of hostile inputs: unusual images that must be read, and files that must fail with a reason.
 
-Shared by the tests of `sr3 upscale` and `sr3 prepare`. All is made here, from seeds; no file is shipped.
+Shared by the tests of `sr3 upscale` and `sr3 prepare`. All files are generated from seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 10, 14
 
 @dataclass
 class Hostile:
-    """good: path -> (height, width) upright; bad: path -> a part of the reason; ignored: no images."""
+    """good: path -> upright (height, width); bad: path -> part of the error; ignored: files that are not images."""
 
     good: dict[Path, tuple[int, int]] = field(default_factory=dict)
     bad: dict[Path, str] = field(default_factory=dict)
@@ -49,14 +49,14 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
-    """A PNG from its header's fields and filtered rows; `extra` chunks go before the pixels."""
+    """A PNG from header fields and filtered rows; `extra` chunks go before the pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
 
 
 def exif(orientation: int) -> bytes:
-    """EXIF with an orientation, a maker and a date."""
+    """EXIF data with orientation, maker and date."""
     tags = Image.Exif()
     tags[274], tags[271], tags[34665] = orientation, "Maker", {36867: "2020:01:01 00:00:00"}
     return tags.tobytes()
@@ -64,7 +64,7 @@ def exif(orientation: int) -> bytes:
 
 @functools.cache
 def srgb() -> bytes:
-    """An ICC profile for RGB; made once, since it holds the time."""
+    """An ICC profile for RGB; cached, because it contains the time."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -83,7 +83,7 @@ def tiff(
     black: int = 1,
     at: int = 8,
 ) -> bytes:
-    """A grey TIFF from its fields and its pixels; `at` is where the header says that the tags begin."""
+    """A grey TIFF from its fields and pixels; `at` is the offset of the tags in the header."""
     tags = {
         256: width,
         257: height,
@@ -101,12 +101,12 @@ def tiff(
 
 
 def make(folder: Path) -> Hostile:
-    """Fill `folder` (made, must not exist); 150 inputs and more, at every kind of path."""
-    made = Hostile()
+    """Create `folder` with more than 150 inputs, at paths of every kind."""
+    files = Hostile()
     folder.mkdir(parents=True)
     for name, data in _good().items():
         size = (WIDTH, HEIGHT) if "turn5678" in name else (HEIGHT, WIDTH)
-        made.good[_put(folder / "good" / name, data)] = size
+        files.good[_put(folder / "good" / name, data)] = size
     for name in (
         "1x1.png",
         "1x1.tif",
@@ -119,22 +119,22 @@ def make(folder: Path) -> Hostile:
     ):
         height, width = (int(side) for side in name.split(".")[0].split("x"))
         kind = {"jpg": "JPEG", "tif": "TIFF"}.get(name[-3:], name.split(".")[1].upper())
-        made.good[_put(folder / "sizes" / name, encode(pixels(height, width), kind))] = (height, width)
+        files.good[_put(folder / "sizes" / name, encode(pixels(height, width), kind))] = (height, width)
     for index, name in enumerate(_names()):
         path = folder / "names" / os.fsdecode(name)
-        made.good[_put(path, encode(pixels(seed=index), "PNG"))] = (HEIGHT, WIDTH)
+        files.good[_put(path, encode(pixels(seed=index), "PNG"))] = (HEIGHT, WIDTH)
     for name, (data, why) in _bad().items():
-        made.bad[_put(folder / "bad" / name, data)] = why
-    made.bad[_put(folder / "bad" / "no\nline 'quote' \"double\" 😀.png", b"text")] = "is not an image"
-    made.bad[_put(folder / "bad" / os.fsdecode(b"\xff\xfe bad.jpg"), b"\xff\xd8\xff")] = "is a damaged JPEG"
-    _special(folder / "special", made)
+        files.bad[_put(folder / "bad" / name, data)] = why
+    files.bad[_put(folder / "bad" / "no\nline 'quote' \"double\" 😀.png", b"text")] = "is not an image"
+    files.bad[_put(folder / "bad" / os.fsdecode(b"\xff\xfe bad.jpg"), b"\xff\xd8\xff")] = "is a damaged JPEG"
+    _special(folder / "special", files)
     others = {
         "notes.txt": b"BM is how a BMP begins\n", ".DS_Store": b"\0\0\0\1Bud1", "._photo.jpg": b"\0\5\x16\7",
         "clip.mp4": b"\0\0\0 ftypisom", "empty": b"", "archive.zip": b"PK\3\4",
     }  # fmt: skip
     for name, data in others.items():
-        made.ignored.append(_put(folder / "others" / name, data))
-    return made
+        files.ignored.append(_put(folder / "others" / name, data))
+    return files
 
 
 def _put(path: Path, data: bytes) -> Path:
@@ -144,7 +144,7 @@ def _put(path: Path, data: bytes) -> Path:
 
 
 def _good() -> dict[str, bytes]:
-    """Name -> a whole image of HEIGHT x WIDTH (turned where the name says so) that is odd in one way."""
+    """Name -> a valid image of HEIGHT x WIDTH that is unusual in one way (5678 in a name: rotated by EXIF)."""
     rgb = Image.fromarray(pixels())
     grey = rgb.convert("L")
     alpha = Image.fromarray(pixels(seed=5)[..., 0])
@@ -194,7 +194,7 @@ def _good() -> dict[str, bytes]:
         "trailing.png": whole_png + b"garbage" * 99, "trailing.jpg": whole_jpeg + b"\0" * 999,
         "profile.jpg": encode(rgb, "JPEG", icc_profile=srgb()), "profile.png": encode(rgb,
         "PNG", icc_profile=srgb()),
-        "broken_profile.jpg": encode(rgb, "JPEG", icc_profile=b"no profile" * 30),
+        "broken_profile.jpg": encode(rgb, "JPEG", icc_profile=b"not a profile" * 30),
         "cut_profile.png": encode(rgb, "PNG", icc_profile=srgb()[:90]),
         "broken_cmyk_profile.jpg": encode(rgb.convert("CMYK"), "JPEG", icc_profile=b"?" * 300),
         "broken_exif.jpg": encode(rgb, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\x99" * 60),
@@ -211,7 +211,7 @@ def _good() -> dict[str, bytes]:
 
 
 def _names() -> list[bytes]:
-    """File names that are hard on careless code."""
+    """File names that break careless code."""
     return [
         b"latin \xe9\xe8.png", b"\xff\xfe\xfd.png", b"new\nline.png", b"tab\there.png",
         b"'single' \"double\".png",
@@ -222,7 +222,7 @@ def _names() -> list[bytes]:
 
 
 def _bad() -> dict[str, tuple[bytes, str]]:
-    """Name -> (bytes, a part of the reason)."""
+    """Name -> (bytes, part of the error)."""
     rgb = Image.fromarray(pixels(40, 48))
     whole = {
         "a.png": encode(rgb, "PNG"), "b.jpg": encode(rgb, "JPEG"), "c.webp": encode(rgb, "WEBP"),
@@ -272,29 +272,29 @@ def _bad() -> dict[str, tuple[bytes, str]]:
     return bad
 
 
-def _special(folder: Path, made: Hostile) -> None:
-    """What is at a path without being a plain file."""
+def _special(folder: Path, files: Hostile) -> None:
+    """Links, folders, pipes and unreadable files."""
     real = _put(folder / "real.png", encode(pixels(), "PNG"))
-    made.good[real] = (HEIGHT, WIDTH)
+    files.good[real] = (HEIGHT, WIDTH)
     link = folder / "link.png"
     link.symlink_to("real.png")
-    made.good[link] = (HEIGHT, WIDTH)
-    inner = _put(folder / "folder.png" / "inner.jpg", encode(pixels(), "JPEG"))  # a folder called x.png
-    made.good[inner] = (HEIGHT, WIDTH)
+    files.good[link] = (HEIGHT, WIDTH)
+    inner = _put(folder / "folder.png" / "inner.jpg", encode(pixels(), "JPEG"))  # a folder named x.png
+    files.good[inner] = (HEIGHT, WIDTH)
     (folder / "nothing.png").mkdir()
     for name, target, why in (
         ("dangling.png", "absent.png", "does not exist"),
         ("loop.png", "loop.png", "itself"),
     ):
         (folder / name).symlink_to(target)
-        made.bad[folder / name] = why
-    (folder / "up").symlink_to("..")  # a folder that holds itself
+        files.bad[folder / name] = why
+    (folder / "up").symlink_to("..")  # a folder that contains itself
     (folder / "folder.png" / "self").symlink_to(".")
     os.mkfifo(folder / "pipe.png")
-    made.bad[folder / "pipe.png"] = "not a regular file"
+    files.bad[folder / "pipe.png"] = "not a regular file"
     closed = _put(folder / "closed.png", encode(pixels(), "PNG"))
     closed.chmod(0)
-    if os.access(closed, os.R_OK):  # root reads it all the same
-        made.good[closed] = (HEIGHT, WIDTH)
+    if os.access(closed, os.R_OK):  # root can read it
+        files.good[closed] = (HEIGHT, WIDTH)
     else:
-        made.bad[closed] = "permission denied"
+        files.bad[closed] = "permission denied"

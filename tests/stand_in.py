@@ -1,4 +1,4 @@
-"""A model without a network, for the tests of what is around a model."""
+"""A fake model without a network, for tests of the code around models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass
 class StandIn:
-    """Nearest upscaling plus `noise` levels drawn from each row's key; `before` sees each batch first."""
+    """Nearest-neighbour upscaling plus up to `noise` grey levels from each key; calls `before` on each batch."""
 
     scale: int = 2
     noise: int = 0

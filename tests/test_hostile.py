@@ -1,4 +1,4 @@
-"""A hundred hostile inputs and more through the commands: no traceback, no lost good file, each bad one named."""
+"""Commands on over two hundred hostile inputs: no traceback, every good file processed, every bad one named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sr3_jax.image_io.image_file import read_image
 from sr3_jax.inference import model
 from sr3_jax.inference.upscale_files import find_images
 
-# As sr3_jax.images itself asks for on import, which pytest undoes.
+# sr3_jax.image_io ignores these on import, but pytest resets the filters.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 
@@ -50,14 +50,14 @@ def test_upscale(made, tmp_path, monkeypatch, capsys, batch_size):
         assert (after.alpha is None) == (before.alpha is None), path
         assert after.grey == before.grey, path
     written = {os.path.join(at, name) for at, _, names in os.walk(out) for name in names}
-    assert written == {str(jobs[path]) for path in files.good}, "something is left behind"
+    assert written == {str(jobs[path]) for path in files.good}, "partial outputs are left"
     assert main(arguments) == 1
     closing = f"0 done, {len(files.good)} skipped (already there), {len(files.bad)} failed"
     assert capsys.readouterr().out.splitlines()[-1] == closing
 
 
-def test_upscale_of_each_file_named_by_hand(made, tmp_path, monkeypatch, capsys):
-    """What a shell's `*` gives: one call, every file an argument."""
+def test_upscale_of_files_given_one_by_one(made, tmp_path, monkeypatch, capsys):
+    """As from a shell's `*`: one call, every file an argument."""
     folder, files = made
     monkeypatch.setattr(model, "load", lambda name: StandIn())
     monkeypatch.chdir(folder / "names")
@@ -71,7 +71,7 @@ def test_upscale_of_each_file_named_by_hand(made, tmp_path, monkeypatch, capsys)
 
 
 def test_prepare(made, tmp_path, capsys, monkeypatch):
-    """Every image but the hidden ones is in the data set, and every other file is named."""
+    """Every image except hidden ones is in the data set, and every other file is named."""
     folder, files = made
     data_dir = tmp_path / "data"
     monkeypatch.setenv("SR3_DATA_DIR", str(data_dir))
