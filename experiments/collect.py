@@ -36,7 +36,14 @@ from sr3_jax.evaluation.files import hardware
 from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
 from sr3_jax.files import unique_file_name, write_text
 from sr3_jax.inference.model import load
-from sr3_jax.sampling import Sampling, Stored, config_fingerprint, fingerprint, sampling_path, store
+from sr3_jax.inference.sampling_file import (
+    StoredSampling,
+    config_fingerprint,
+    params_fingerprint,
+    sampling_path,
+    write_sampling,
+)
+from sr3_jax.sampling import Sampling
 
 FORMAT = "sr3_jax.results.2"
 STAMP = "made.json"
@@ -275,9 +282,9 @@ def store_schedule(search: Path, model: Path) -> None:
     if best is None:
         return  # the search found nothing better than the starting point
     loaded = load(model)
-    fingerprints = fingerprint(loaded.params), config_fingerprint(loaded.config)
-    found = Stored(Sampling(**best["sampling"]), *fingerprints, loaded.name, {"search": str(search)})
-    store(sampling_path(model), found)
+    fingerprints = params_fingerprint(loaded.params), config_fingerprint(loaded.config)
+    found = StoredSampling(Sampling(**best["sampling"]), *fingerprints, loaded.name, {"search": str(search)})
+    write_sampling(sampling_path(model), found)
 
 
 def collect_model(name: str, sets: Mapping[str, Path], docs: Path) -> Path:

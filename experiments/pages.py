@@ -194,16 +194,14 @@ def provenance(
 def write_models(docs: Path) -> None:
     """docs/models.md: a card for each docs/models/NAME.json, with NAME_evaluations.json; fails on other weights."""
     from sr3_jax.inference.model import load
-    from sr3_jax.sampling import fingerprint
+    from sr3_jax.inference.sampling_file import params_fingerprint
 
     cards = []
-    for path in sorted((docs / "models").glob("*.json")):
-        if path.stem.endswith("_evaluations"):
-            continue
-        facts = read_json(path)
-        evaluations = read_json(path.with_name(f"{path.stem}_evaluations.json"))
+    for path in sorted((docs / "models").glob("*_evaluations.json")):
+        facts = read_json(path.with_name(f"{path.stem.removesuffix('_evaluations')}.json"))
+        evaluations = read_json(path)
         model = load(ROOT / facts["file"])
-        sha256 = fingerprint(model.params)
+        sha256 = params_fingerprint(model.params)
         for title, evaluation in evaluations.items():
             if sha256 not in [one["sha256"] for one in evaluation["models"]]:
                 raise UserError(
