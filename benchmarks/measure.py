@@ -65,10 +65,10 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict[str
     images = jnp.zeros((batch_size, side, side, 3))
     level = jnp.full((batch_size,), 0.5)
 
-    def forward(params: Any, y: jax.Array) -> jax.Array:
+    def forward(params: Any, y: jax.Array) -> Any:
         return network.apply({"params": params}, y, level, {"upsampled": images})
 
-    flops = jax.jit(forward).lower(state.params, images).cost_analysis()["flops"]
+    flops = (jax.jit(forward).lower(state.params, images).cost_analysis() or {})["flops"]
 
     def train_once() -> None:
         nonlocal state
@@ -96,7 +96,7 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict[str
             space=objective.space,
         ).image
 
-    sampling = timed(lambda: generate(params, jax.random.key(2)).block_until_ready(), calls)
+    sampling_seconds = timed(lambda: generate(params, jax.random.key(2)).block_until_ready(), calls)
     peak = next((value for name, value in PEAK.items() if name in jax.devices()[0].device_kind), None)
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -105,8 +105,8 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict[str
         "images_per_second": batch_size / seconds,
         "mfu": 3 * flops / seconds / peak if peak else None,
         "peak_gib": step_peak / 2**30,
-        "sampling_images_per_second": batch_size / sampling,
-        "sampling_ms_a_step": 1e3 * sampling / SAMPLER_STEPS,
+        "sampling_images_per_second": batch_size / sampling_seconds,
+        "sampling_ms_a_step": 1e3 * sampling_seconds / SAMPLER_STEPS,
     }
 
 

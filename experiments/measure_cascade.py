@@ -16,7 +16,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ CLASSES, SIZE = 10, 32
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5)
 BATCH = 100
+Stages = Mapping[str, Model]
 
 
 def in_batches(count: int, sample: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -105,78 +107,108 @@ def training(workdir: Path) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are measured against.
+
+    Attributes:
+        classifier: of real images at 32x32.
+        labels: [N] the classes that images are generated for.
+        features: {'frechet': of test images, 'frechet_choice': of training images}, each {downscaling factor: [N,F]}.
+    """
+
+    classifier: Any
+    labels: np.ndarray
+    features: Mapping[str, Mapping[int, np.ndarray]]
+
+    def row(self, group: str, images: np.ndarray, **facts: Any) -> dict[str, Any]:
+        """One row of the results: accuracy and distances of images uint8 [N,H,H,3]."""
+        correctly = correct(self.classifier.logits(images), self.labels).astype(np.float64)
+        own = statistics_of(self.classifier.features(images), self.classifier.protocol)
+        factor = SIZE // images.shape[1]
+        distances = {
+            name: frechet_distance(own, statistics_of(features[factor], self.classifier.protocol))
+            for name, features in self.features.items()
+        }
+        row = {
+            "group": group,
+            **facts,
+            "size": images.shape[1],
+            "accuracy": bootstrap(correctly),
+            **distances,
+        }
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        return row
+
+
+def chain_rows(
+    reference: Reference,
+    stages: Stages,
+    plain: Stages,
+    origin: str,
+    small: np.ndarray,
+    strengths: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Rows of 8x8 images upscaled twice: by the stages at each strength, and by those without augmentation."""
+    rows = []
+    for models, strength in [(stages, strength) for strength in strengths] + [(plain, 0.0)]:
+        for images in upscaled_twice(models, small, strength):
+            facts = {"origin": origin, "augmented": models is stages, "strength": strength}
+            rows.append(reference.row("chain", images, **facts))
+    return rows
+
+
+def upscaled_twice(stages: Stages, small: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """8x8 images at 16x16 and at 32x32."""
+    middle = upscaled(stages["sr_16"], small, 1, strength)
+    return middle, upscaled(stages["sr_32"], middle, 2, strength)
+
+
+def best(rows: Sequence[Mapping[str, Any]], fact: str) -> float:
+    """The fact of the 32x32 row with the smallest distance to training images."""
+    return min((row for row in rows if row["size"] == SIZE), key=lambda row: row["frechet_choice"])[fact]
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All measurements as plain values."""
     started = time.perf_counter()
     classifier: Any = load_classifier(args.classifier)
     real, labels = real_images(args.data, args.count)
-    other, _ = real_images(args.train_data, args.count)
-    references = {
+    train, _ = real_images(args.train_data, args.count)
+    features = {
         name: {factor: classifier.features(downscaled(images, factor)) for factor in (1, 2, 4)}
-        for name, images in (("frechet", real), ("frechet_choice", other))
+        for name, images in (("frechet", real), ("frechet_choice", train))
     }
+    reference = Reference(classifier, labels, features)
+    stages = {name: load(args.out / "cascade" / name) for name in ("base", "sr_16", "sr_32")}
+    plain = {name: load(args.out / "plain" / name) for name in ("sr_16", "sr_32")}
 
-    def measured(images: np.ndarray) -> dict[str, Any]:
-        factor = SIZE // images.shape[1]
-        accuracy = bootstrap(correct(classifier.logits(images), labels).astype(np.float64))
-        own = statistics_of(classifier.features(images), classifier.protocol)
-        distances = {
-            name: frechet_distance(own, statistics_of(reference[factor], classifier.protocol))
-            for name, reference in references.items()
-        }
-        return {"size": images.shape[1], "accuracy": accuracy, **distances}
-
-    names = ("base", "sr_16", "sr_32")
-    stages = {name: load(args.out / "cascade" / name) for name in names}
-    plain = {name: load(args.out / "plain" / name) for name in names[1:]}
-    rows: list[dict[str, Any]] = []
-
-    def add(group: str, images: np.ndarray, **facts: Any) -> np.ndarray:
-        rows.append({"group": group, **facts, **measured(images)})
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        return images
-
-    for factor in (4, 2, 1):  # the best that can be expected at each size
-        add("real", downscaled(other, factor), chain="other real images")
-    first = {
-        level: add("base", generated(stages["base"], labels, level), guidance=level)
-        for level in args.guidance
-    }
-    eights = {"generated": first[1.0], "real": downscaled(real, 4)}
-    for origin, small in eights.items():
-        for strength in args.strengths:
-            middle = upscaled(stages["sr_16"], small, 1, strength)
-            last = upscaled(stages["sr_32"], middle, 2, strength)
-            for images in (middle, last):
-                add("chain", images, origin=origin, augmented=True, strength=strength)
-        middle = upscaled(plain["sr_16"], small, 1, 0.0)
-        for images in (middle, upscaled(plain["sr_32"], middle, 2, 0.0)):
-            add("chain", images, origin=origin, augmented=False, strength=0.0)
-    chosen = [
-        row for row in rows if row["group"] == "chain" and row["origin"] == "generated" and row["augmented"]
+    rows = [reference.row("real", downscaled(train, factor)) for factor in (4, 2, 1)]  # what can be expected
+    base = {level: generated(stages["base"], labels, level) for level in args.guidance}
+    rows += [reference.row("base", images, guidance=level) for level, images in base.items()]
+    chains = chain_rows(reference, stages, plain, "generated", base[1.0], args.strengths)
+    strength = best([row for row in chains if row["augmented"]], "strength")
+    rows += chains + chain_rows(reference, stages, plain, "real", downscaled(real, 4), args.strengths)
+    swept = [
+        reference.row("guidance", images, guidance=level, strength=strength)
+        for level, small in base.items()
+        for images in upscaled_twice(stages, small, strength)
     ]
-    strength = min((row for row in chosen if row["size"] == SIZE), key=lambda row: row["frechet_choice"])[
-        "strength"
-    ]
-    for level, small in first.items():  # guidance, through the whole cascade
-        middle = upscaled(stages["sr_16"], small, 1, strength)
-        for images in (middle, upscaled(stages["sr_32"], middle, 2, strength)):
-            add("guidance", images, guidance=level, strength=strength)
-    swept = [row for row in rows if row["group"] == "guidance" and row["size"] == SIZE]
-    best = min(swept, key=lambda row: row["frechet_choice"])["guidance"]
+    rows += swept
+    fingerprints = {name: params_fingerprint(model.params) for name, model in stages.items()}
+    fingerprints |= {f"plain {name}": params_fingerprint(model.params) for name, model in plain.items()}
     return {
         "rows": rows,
-        "training": {name: training(args.out / "cascade" / name) for name in names},
+        "training": {name: training(args.out / "cascade" / name) for name in stages},
         "count": args.count,
         "data": args.data,
-        "guidance": best,
+        "guidance": best(swept, "guidance"),
         "strength": strength,
         "classifier": {"file": Path(args.classifier).name, "sha256": classifier.sha256},
-        "stages": {
-            **{name: params_fingerprint(model.params) for name, model in stages.items()},
-            **{f"plain {name}": params_fingerprint(model.params) for name, model in plain.items()},
+        "stages": fingerprints,
+        "samplers": {
+            name: f"{model.sampling.solver} {model.sampling.steps}" for name, model in stages.items()
         },
-        "samplers": {name: f"{model.solver} {model.steps}" for name, model in stages.items()},
         "hardware": hardware(),
         "seconds": round(time.perf_counter() - started),
         "versions": {"sr3_jax": __version__, "jax": jax.__version__},
@@ -200,7 +232,7 @@ def main() -> int:
     parser.add_argument(
         "--count", type=int, default=1000, help="images per measurement (default: %(default)s)"
     )
-    parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
+    parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE, help="must contain 1")
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()

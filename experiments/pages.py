@@ -174,8 +174,8 @@ def provenance(
             facts.append(f"best held-out PSNR {one['peak']['psnr']:.2f} dB at step {one['peak']['step']:,}")
         lines.append({"command": one["command"], "facts": ", ".join(facts)})
     for one in searches.values():
-        facts = f"{one['tried']} candidates in {one['seconds']:.0f} s"
-        lines.append({"command": " ".join(one["command"]), "facts": facts})
+        found = f"{one['tried']} candidates in {one['seconds']:.0f} s"
+        lines.append({"command": " ".join(one["command"]), "facts": found})
     for one in runs.values():
         cached = f" ({one['outputs_reused']:,} outputs from the cache)" if one["outputs_reused"] else ""
         lines.append(

@@ -83,7 +83,7 @@ def compute(
     overrides = list(SETTINGS.get(row[:2], ())) + ["--quick"] * quick
     for attempt in range(1, TRIES + 1):
         plan = run(arguments(row, overrides))
-        change = plan["programs"][row[2]].get("change", {"overrides": []})["overrides"]
+        change = plan["programs"][row[2]].get("suggestion", {"overrides": []})["overrides"]
         if plan["fits"] or not change or attempt == TRIES:
             break
         changed = {option.partition("=")[0] for option in change}

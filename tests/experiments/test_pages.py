@@ -104,7 +104,7 @@ def test_a_row_that_does_not_fit_is_planned_again_with_its_own_suggestion(docs):
     def run(options):
         calls.append(options)
         fits = "--config.train.accumulation=2" in options
-        change = {} if fits else {"change": {"overrides": ["--config.train.accumulation=2"]}}
+        change = {} if fits else {"suggestion": {"overrides": ["--config.train.accumulation=2"]}}
         program = plan["programs"]["train"] | {"fits": fits} | change
         return plan | {"fits": fits, "programs": {"train": program}, "command": "sr3 " + " ".join(options)}
 
