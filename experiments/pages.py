@@ -29,7 +29,7 @@ JOINED = {  # columns from other runs of an experiment: {run: (metric, heading)}
     "patches": ("frechet_alexnet", f"{METRICS['frechet_alexnet'][0]}, patches"),
 }
 MODEL_METRICS = ("psnr", "ssim", "psnr_luma", "ssim_luma", "consistency", "seconds")
-ORIGINS = {"generated": "generated 8x8", "drawn": "generated 8x8", "real": "real 8x8"}
+ORIGINS = {"generated": "generated 8x8", "real": "real 8x8"}
 GIB = 2**30
 
 

@@ -69,11 +69,11 @@ def set_metrics(
             frechet_distance(statistics_of(outputs[chosen], protocol), statistics)
             for chosen, statistics in zip(resamples, truth, strict=True)
         ]
-        into[kid] = _kernel_distances(outputs, originals, resamples)
+        into[kid] = kernel_distances(outputs, originals, resamples)
     return values
 
 
-def _kernel_distances(a: np.ndarray, b: np.ndarray, resamples: Sequence[np.ndarray]) -> list[float]:
+def kernel_distances(a: np.ndarray, b: np.ndarray, resamples: Sequence[np.ndarray]) -> list[float]:
     """KID of resampled rows of [N,D] and [N,D], without the term of b only, which is the same for all methods."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     within, across = ((a @ x.T / a.shape[1] + 1.0) ** 3 for x in (a, b))

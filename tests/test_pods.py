@@ -138,7 +138,7 @@ def test_processes_divide_a_folder_and_write_each_image_once(tmp_path, capsys):
 
     weights.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
     options = [f"--model={model}", "--steps=2", "--batch-size=1"]
-    out, single = tmp_path / "out", tmp_path / "alone"
+    out, single = tmp_path / "out", tmp_path / "single"
     command = ["-m", "sr3_jax", "upscale", str(folder), f"-o{out}", *options]
     with pod(2, 1, *command) as process:
         text, err = process.communicate(timeout=300)
@@ -162,7 +162,7 @@ def test_processes_divide_an_evaluation_and_one_process_reuses_their_outputs(tmp
     plain = experiment.read(tiny.config(folder))
 
     weights.export(model, tiny.perturbed(plain.init_params(jax.random.key(0))), plain.config)
-    out, single = tmp_path / "out", tmp_path / "alone"
+    out, single = tmp_path / "out", tmp_path / "single"
     options = [f"--model={model}", f"--data=folder:{folder}", "--steps=2", "--samples=2", "--features=none"]
     with pod(2, 1, "-m", "sr3_jax", "evaluate", *options, f"-o{out}") as process:
         text, err = process.communicate(timeout=300)
@@ -194,7 +194,7 @@ def test_processes_divide_an_evaluation_and_one_process_reuses_their_outputs(tmp
 
 def test_processes_divide_a_cascade_and_generate_the_same_images(tmp_path, capsys):
     options = ["--stages", "fashion_base_8", "fashion_8_16", "-n", "5", "--steps=2", "--batch-size=2"]
-    out, single = tmp_path / "out", tmp_path / "alone"
+    out, single = tmp_path / "out", tmp_path / "single"
     with pod(2, 1, "-m", "sr3_jax", "cascade", *options, f"-o{out}") as process:
         text, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

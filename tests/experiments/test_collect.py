@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import collect
+from experiments import collect, resample
 from sr3_jax.errors import UserError
 
 NAMES = ["a-0", "a-1", "b-0", "b-1"]  # two tiles each of two photographs
@@ -149,6 +149,17 @@ def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
         assert columns[key]["mean"] == 1.0  # the difference of the means in the table
         assert 0 < columns[key]["high"] - 1.0 == pytest.approx(1.0 - columns[key]["low"])
     assert columns["frechet_alexnet"]["low"] > 0.5
+
+
+def test_kernel_distances_of_a_resample_leave_out_pairs_of_one_image():
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 3))
+    [value] = resample.kernel_distances(a, b, [np.array([0, 2, 3])])
+
+    def mean(x, y):
+        pairs = [(i, j) for i in (0, 2, 3) for j in (0, 2, 3) if i != j]
+        return np.mean([(x[i] @ y[j] / 3 + 1) ** 3 for i, j in pairs])
+
+    assert value == pytest.approx(1e3 * (mean(a, a) - 2 * mean(a, b)))
 
 
 def test_a_training_run_is_summarised_from_its_log(tmp_path):

@@ -126,3 +126,13 @@ def test_a_row_that_does_not_fit_is_planned_again_with_its_own_suggestion(docs):
 )
 def test_numbers_have_the_digits_of_their_metric(metric, value, signed, text):
     assert tables.number(metric, value, signed=signed) == text
+
+
+def test_the_stages_of_the_cascade_page_are_shipped_and_chain():
+    from sr3_jax.inference import stages
+
+    names = ["fashion_base_8", "fashion_8_16", "fashion_16_32"]
+    assert " ".join(names) in (DOCS / "cascade.md").read_text()
+    links = stages.find_stages(names)
+    stages.check_chain(links)
+    assert [link.spec.size for link in links] == [8, 16, 32]
