@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sr3_jax.config.experiment import Experiment, load_config, read
+from sr3_jax.config import load_config
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.distributed import sharding
 from sr3_jax.sampling import Sampling
+from sr3_jax.train.experiment import Experiment, read
 from sr3_jax.train.state import create_state
 from sr3_jax.train.step import make_train_step
 

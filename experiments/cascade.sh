@@ -29,7 +29,7 @@ for stage in sr_16:fashion_8_16 sr_32:fashion_16_32; do
         --config.model.augment=false --config.data.augment=none
 done
 [[ -f $out/classifier.safetensors ]] ||
-    "${sr3[@]}" train-classifier --data tfds:fashion_mnist_32:train --eval-data tfds:fashion_mnist_32:test \
+    "$python" -m experiments.train_classifier --data tfds:fashion_mnist_32:train --eval-data tfds:fashion_mnist_32:test \
         -o "$out/classifier.safetensors" "${classify[@]}"
 # The measurement selects guidance and augmentation strength, and prints them as options of sr3 cascade.
 options=$("$python" -m experiments.measure_cascade "$out" --classifier "$out/classifier.safetensors" \

@@ -31,8 +31,8 @@ from PIL import Image
 from experiments import resample
 from experiments.tables import DOCS, ROOT, read_json, write_json
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import showcase
-from sr3_jax.evaluation.files import hardware
+from sr3_jax.evaluation.grids import select_images
+from sr3_jax.evaluation.results import hardware
 from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
 from sr3_jax.files import unique_file_name, write_text
 from sr3_jax.inference.model import load
@@ -136,7 +136,7 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
     """An evaluation without its single images and times, with the paired differences between its rows."""
     found = read_json(folder / "evaluation.json")
     group_of = groups(name, [image["name"] for image in found["images"]])
-    rows = [normalised(row) for row in found["rows"]]
+    rows = found["rows"]
     draws = resample.set_metrics(folder, found, rows, group_of)
     pairs = []
     for a, b, contrast in contrasts(rows):
@@ -155,14 +155,6 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
         "models": [{key: value for key, value in one.items() if key != "config"} for one in found["models"]],
         "rows": [summarised(row) for row in rows],
         "pairs": pairs,
-    }
-
-
-def normalised(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of evaluation.json; the only place that knows the names of its fields."""
-    return dict(row) | {
-        "nfe": row["nfe"] if "nfe" in row else row["evaluations"],
-        "method": "ground truth" if row["method"] == "original" else row["method"],
     }
 
 
@@ -299,7 +291,7 @@ def collect_model(name: str, sets: Mapping[str, Path], docs: Path) -> Path:
     for title, folder in sets.items():
         found = read_json(folder / "evaluation.json")
         kept = ("command", "date", "hardware", "versions", "models")
-        rows = [summarised(normalised(row), keep_time=True) for row in found["rows"]]
+        rows = [summarised(row, keep_time=True) for row in found["rows"]]
         evaluations[title] = {key: found[key] for key in kept} | {
             "images": found["protocol"]["images"],
             "rows": rows,
@@ -325,7 +317,7 @@ def image_credits(folder: Path, credits: Path) -> list[str]:
     psnr = np.array([np.mean(row["images"][name]["psnr"]) for name in names])
     with credits.open(encoding="utf-8", newline="") as file:
         known = {unique_file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
-    shown = [known.get(re.sub(r"-\d+$", "", names[place])) for place in showcase.chosen(psnr).values()]
+    shown = [known.get(re.sub(r"-\d+$", "", names[place])) for place in select_images(psnr).values()]
     lines = [
         f"{one['file']}: {one['author']}, {one['licence']}, from {one['package']}" for one in shown if one
     ]

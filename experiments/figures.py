@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.tables import METRICS, present, rows_frame
+from experiments.tables import present, rows_frame
+from sr3_jax.metrics import METRICS
 
 PANELS = ("lpips", "frechet_alexnet", "top1", "psnr")
 BASELINES = {"regression": "#555555", "bicubic": "#aaaaaa"}
@@ -36,7 +37,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
             level = frame.loc[frame["method"] == method, key]
             if level.notna().any():
                 axes.axhline(float(level.iloc[0]), color=colour, linestyle="--", label=method)
-        axes.set(xscale="log", xlabel="NFE", title=METRICS[key][0])
+        axes.set(xscale="log", xlabel="NFE", title=METRICS[key].heading)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(

@@ -19,14 +19,15 @@ import pandas as pd
 
 from experiments import figures, findings, plans, tables
 from experiments.collect import catalogue
-from experiments.tables import DOCS, METRICS, ROOT, read_json
+from experiments.tables import DOCS, ROOT, read_json
 from sr3_jax.errors import UserError
 from sr3_jax.files import write_text
+from sr3_jax.metrics import METRICS
 
 RESULT_METRICS = ("psnr", "ssim", "lpips", "consistency", "frechet_alexnet", "kid_alexnet", "top1")
 JOINED = {  # columns from other runs of an experiment: {run: (metric, heading)}
-    "recognition": ("top1", f"{METRICS['top1'][0]}, AlexNet probe"),
-    "patches": ("frechet_alexnet", f"{METRICS['frechet_alexnet'][0]}, patches"),
+    "recognition": ("top1", f"{METRICS['top1'].heading}, AlexNet probe"),
+    "patches": ("frechet_alexnet", f"{METRICS['frechet_alexnet'].heading}, patches"),
 }
 MODEL_METRICS = ("psnr", "ssim", "psnr_luma", "ssim_luma", "consistency", "seconds")
 ORIGINS = {"generated": "generated 8x8", "real": "real 8x8"}
@@ -117,7 +118,7 @@ def results_table(runs: Mapping[str, Any]) -> str:
         {"method": frame["method"], "sampler": [tables.sampler(row) for _, row in frame.iterrows()]}
     )
     for key in tables.present(frame, RESULT_METRICS):
-        shown[METRICS[key][0]] = [tables.number(key, value) for value in frame[key]]
+        shown[METRICS[key].heading] = [tables.number(key, value) for value in frame[key]]
     for run, (metric, heading) in JOINED.items():
         other = tables.rows_frame(runs[run]["rows"]) if run in runs else pd.DataFrame()
         if metric in other:
@@ -153,7 +154,7 @@ def _verdict_cell(frame: pd.DataFrame, key: str, verdicts: Mapping[str, str]) ->
             mean, low, high = (
                 tables.number(metric, line[end], signed=True) for end in ("mean", "low", "high")
             )
-            cells.append(f"{label}{METRICS[metric][0]} {mean} [{low}, {high}]")
+            cells.append(f"{label}{METRICS[metric].heading} {mean} [{low}, {high}]")
     return "<br>".join(cells)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.features import set_metrics as package
-from sr3_jax.features.cache import KeptFeatures
+from sr3_jax.features.cache import FeatureCache
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
 from sr3_jax.files import sha256_hex
 
@@ -31,7 +31,7 @@ def set_metrics(
     Args:
         folder: of the evaluation, with its `outputs`.
         found: the parsed evaluation.json.
-        rows: its rows, see `collect.normalised`.
+        rows: its rows.
         group_of: [N] the index of the group that each image belongs to.
     """
     features = found["protocol"].get("features")
@@ -45,13 +45,13 @@ def set_metrics(
         weights_sha256=features["sha256"],
         preprocessing=features["preprocessing"],
     )
-    cache = KeptFeatures.of(folder / "outputs", protocol)
+    cache = FeatureCache.for_protocol(folder / "outputs", protocol)
     names = [image["name"] for image in found["images"]]
     group_of = np.repeat(group_of, patches)
     members = [np.flatnonzero(group_of == group) for group in range(group_of.max() + 1)]
     draw = np.random.default_rng(0).integers(0, len(members), (RESAMPLES, len(members)))
     resamples = [np.concatenate([members[group] for group in drawn]) for drawn in draw]
-    frechet, kid, _ = package.keys(protocol)
+    frechet, kid, _ = package.metric_keys(protocol)
     truth: list[Any] = []
     for row, into in zip(rows, values, strict=True):
         hashes = {}
@@ -59,7 +59,7 @@ def set_metrics(
             hashes = _output_hashes(_folder(folder / "outputs", row), names)
         try:
             outputs, originals = (
-                cache.find([key for name in names for key in _keys(hashes[name][place], patches)])
+                cache.get([key for name in names for key in _keys(hashes[name][place], patches)])
                 for place in (0, 1)
             )
         except KeyError:
@@ -91,7 +91,7 @@ def _folder(outputs: Path, row: Mapping[str, Any]) -> Path:
     """The folder with the outputs of a row, as the evaluation names it."""
     if not row["solver"]:
         return outputs / row["method"] / f"{row['scale']}x"
-    default = outputs / row["method"] / f"{row['solver']}-{row['steps']}"
+    default = outputs / row["method"] / f"{row['solver'].replace(':', '_')}-{row['steps']}"
     if not row.get("detail"):
         return default
     searched = sorted(default.parent.glob(f"{default.name}-*"))  # named by a hash of the sampling
@@ -114,5 +114,5 @@ def _output_hashes(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, s
             except ValueError:
                 continue  # the half-written last line of a killed run
             if entry["sample"] == 0 and entry["image"] in wanted:
-                known[entry["image"]] = (entry["output"], entry["original"])
+                known[entry["image"]] = (entry["output"], entry["ground_truth"])
     return known

@@ -48,7 +48,7 @@ if [[ -n ${SR3_REHEARSE:-} ]]; then
         case $1 in
             train) echo --config.train.num_steps=2 --config.train.batch_size=2 --config.eval.num_images=2 \
                 --config.train.log_every=1 ;;
-            train-classifier) [[ " $* " == *" --features "* ]] || echo --steps 2 --batch 8 ;;
+            experiments.train_classifier) echo --steps 2 --batch 8 ;;
             search-schedule) [[ " $* " == *" frechet "* ]] || echo --crops 4
                 echo --candidates 2 --minutes 0.5 ;;
             evaluate) echo --limit 6 ;;
@@ -78,6 +78,11 @@ best() { # the regression's weights with the highest held-out PSNR
 classifier() { # FILE OPTIONS...
     [[ -n $dry || ! -f $out/$1 ]] || return 0
     sr3 train-classifier "${@:2}" -o "$out/$1"
+}
+small_classifier() { # FILE OPTIONS...: trained from scratch
+    [[ -n $dry || ! -f $out/$1 ]] || return 0
+    # shellcheck disable=SC2046 # small prints several options
+    run "$python" -m experiments.train_classifier "${@:2}" -o "$out/$1" $(small experiments.train_classifier)
 }
 searched() { # INTO MODEL COPY DATA OPTIONS...: search a schedule for the ancestral sampler, stored next to a copy of the model
     sr3 export "$out/$2" -o "$out/$3"
@@ -118,10 +123,10 @@ photos_4x() {
         --config.optim.ema_decay=0.999 --config.eval.every=1000 --config.checkpoint.every=1000 --config.checkpoint.keep=1)
     if stage train; then
         train sr3 photos_4x_small "${recipe[@]}"
-        train regression photos_4x_small_regression "${recipe[@]}"
+        train regression photos_4x_small "${recipe[@]}" --config.model.regression
         train sr3_l1 photos_4x_small "${recipe[@]}" --config.diffusion.norm=l1
         best regression
-        classifier classifier.safetensors --features alexnet --data tfds:photos_gallery:train \
+        classifier classifier.safetensors --data tfds:photos_gallery:train \
             --eval-data tfds:photos_probe:train
     fi
     if stage search; then
@@ -146,10 +151,10 @@ fashion_4x() {
     if stage data; then run "$python" experiments/make_dataset.py fashion_mnist; fi
     if stage train; then
         train sr3 fashion_4x
-        train regression fashion_4x_regression
+        train regression fashion_4x --config.model.regression
         train sr3_l1 fashion_4x --config.diffusion.norm=l1
         best regression
-        classifier classifier.safetensors --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test \
+        small_classifier classifier.safetensors --data tfds:fashion_mnist:train --eval-data tfds:fashion_mnist:test \
             --steps 2000 --width 16 --augment 0.5
     fi
     if stage search; then
@@ -174,12 +179,12 @@ orl() {
     if stage train; then
         for scale in 8x 4x; do
             train $scale/sr3 orl_$scale
-            train $scale/regression orl_${scale}_regression
+            train $scale/regression orl_$scale --config.model.regression
             best $scale/regression
         done
         local people=(--data tfds:orl_faces:gallery --eval-data tfds:orl_faces:probe)
-        classifier classifier.safetensors "${people[@]}" --steps 300 --batch 20 --width 16
-        classifier alexnet.safetensors --features alexnet "${people[@]}"
+        small_classifier classifier.safetensors "${people[@]}" --steps 300 --batch 20 --width 16
+        classifier alexnet.safetensors "${people[@]}"
     fi
     if stage search; then
         searched 8x/search_ancestral 8x/sr3 8x/searched.safetensors tfds:orl_faces:gallery --metric lpips --steps 10

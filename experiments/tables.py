@@ -12,14 +12,10 @@ from typing import Any
 import pandas as pd
 
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.tables import COLUMNS
+from sr3_jax.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-# The only place that knows how the package describes its metrics: key -> (heading, digits; None: 3 significant).
-METRICS: Mapping[str, tuple[str, int | None]] = {
-    column.key: (column.heading, column.digits) for column in COLUMNS
-}
 DISTANCES = ("frechet_alexnet", "kid_alexnet", "frechet_classifier", "kid_classifier")
 SAMPLER = ["method", "solver", "steps", "detail"]  # identifies a row of an evaluation
 
@@ -69,14 +65,11 @@ def rows_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def number(key: str, value: float | None, *, signed: bool = False) -> str:
-    """A value of a metric with the digits of the registry; '' if it was not measured."""
+    """A value of a metric, formatted by the registry without negative zeros; '' if it was not measured."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    digits = METRICS[key][1]
-    text = f"{value:.3g}" if digits is None else f"{value:.{digits}f}"
-    if float(text) == 0:
-        return text.removeprefix("-")
-    return f"+{text}" if signed and value > 0 else text
+    text = METRICS[key].format(value, signed=signed)
+    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def present(frame: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
@@ -90,7 +83,7 @@ def metrics_table(frame: pd.DataFrame, metrics: Sequence[str]) -> str:
     shown["sampler"] = [sampler(row) for _, row in frame.iterrows()]
     shown["NFE"] = ["" if value == 0 else str(value) for value in frame["nfe"]]
     for key in present(frame, metrics):
-        shown[METRICS[key][0]] = [number(key, value) for value in frame[key]]
+        shown[METRICS[key].heading] = [number(key, value) for value in frame[key]]
     return markdown(shown)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Format, lint, types and shell scripts, with the tools of `bash launch/setup_venv.sh test`: bash launch/lint.sh
+# Format, lint, types and shell scripts, with the tools of `bash launch/setup_venv.sh dev`: bash launch/lint.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bin=.venv/bin
 [[ -x $bin/shellcheck ]] || {
-    echo "lint.sh: the tools are not installed: run 'bash launch/setup_venv.sh test' first." >&2
+    echo "lint.sh: the tools are not installed: run 'bash launch/setup_venv.sh dev' first." >&2
     exit 2
 }
 

@@ -4,13 +4,14 @@
     model = sr3_jax.load("photo_4x")      # a shipped model's name, a workdir or a .safetensors file
     large = model.upscale(image, seed=0)  # a PIL image, a path, or uint8 [h,w,3] or [B,h,w,3]
 
-Public:
-    load, Model, Sampling  trained models and how they are sampled
-    sr3_jax.diffusion      the diffusion core: schedules, loss, solvers, sampler
-    sr3_jax.image_ops      conversions, the bicubic resize
-    sr3_jax.metrics        PSNR, SSIM, consistency
-    sr3_jax.config         presets and config files
-    sr3_jax.evaluation     scores of models on held-out images
+Public names:
+
+- `load`, `Model`, `Sampling`: trained models and how they are sampled
+- `sr3_jax.diffusion`: the diffusion core: schedules, loss, solvers, sampler
+- `sr3_jax.image_ops`: conversions, the bicubic resize
+- `sr3_jax.metrics`: PSNR, SSIM, consistency
+- `sr3_jax.config`: presets and config files
+- `sr3_jax.evaluation`: metrics of models on held-out images
 
 Names are imported on first use, so that importing the package costs nothing.
 """

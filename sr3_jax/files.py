@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders that take files, names fit for any system, and digests."""
+"""Atomic and append-only writes, output folders, portable file names, and hashes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sr3_jax.image_io.errors import printable, reason
 
 
 def sha256_hex(value: np.ndarray | Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of an array with its shape and dtype, or of plain values as JSON."""
+    """SHA-256 in hex of an array (with its shape and dtype) or of JSON values."""
     if isinstance(value, np.ndarray):
         head = f"{value.dtype.str}{value.shape}".encode()
         return hashlib.sha256(head + np.ascontiguousarray(value).tobytes()).hexdigest()
@@ -27,7 +27,7 @@ def sha256_hex(value: np.ndarray | Mapping[str, Any]) -> str:
 
 
 def to_json(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers for a file: JSON has no infinity, which is the PSNR of an exact output; None stands for it."""
+    """Metrics as JSON, which has no infinity (the PSNR of an exact output): None stands for it."""
     return {key: value if math.isfinite(value) else None for key, value in scores.items()}
 
 
@@ -37,10 +37,10 @@ def from_json(scores: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def unique_file_name(name: str, taken: set[str]) -> str:
-    """`name` as a file's name that is fit for any system and not yet in `taken`, to which it is added."""
-    clean = re.sub(r"[^\w-]+", "_", name).strip("_")[:60] or "image"  # 60 letters are at most 240 bytes
+    """`name` as a portable file name that is not in `taken`, to which it is added."""
+    clean = re.sub(r"[^\w-]+", "_", name).strip("_")[:60] or "image"  # 60 characters are at most 240 bytes
     result, number = clean, 2
-    while result.lower() in taken:  # some file systems do not tell A from a
+    while result.lower() in taken:  # some file systems ignore case
         result, number = f"{clean}_{number}", number + 1
     taken.add(result.lower())
     return result
@@ -48,7 +48,7 @@ def unique_file_name(name: str, taken: set[str]) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of its own, for a file that takes its place at the end: whole, or not at all."""
+    """Yield a temporary path in the same folder, which replaces `path` on success."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -59,7 +59,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
         UserError: it cannot be written.
@@ -71,24 +71,56 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{printable(path)} {sentence(error)}") from error
 
 
-def make_folder(path: Path) -> Path:
-    """The folder, made if need be, and proven to take files.
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a JSON-lines file, each as one line, in a single write; the file's folder must exist.
+
+    An incomplete last line, which a killed process may have left, is terminated first; `read_jsonl` skips it.
 
     Raises:
-        UserError: it can't be made, or nothing can be written in it.
+        OSError: the file cannot be written.
+    """
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    with path.open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + lines)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, without incomplete or damaged lines; none if it cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return []
+    rows = []
+    for line in content.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder if it does not exist, and check that files can be written in it.
+
+    Raises:
+        UserError: it cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".sr3-{os.getpid()}.tmp"
         probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)  # another host's process may have the same number
+        probe.unlink(missing_ok=True)  # a process on another host may have the same id
     except FileExistsError as error:
-        raise UserError(f"output {printable(path)} is a file: name a folder") from error
+        raise UserError(f"output {printable(path)} is a file: give a folder") from error
     except OSError as error:
         raise UserError(f"output {printable(path)} {sentence(error)}") from error
     return path
 
 
 def sentence(error: OSError) -> str:
-    """What follows the name of a file that cannot be written."""
-    return f"cannot be written ({reason(error)}): name another folder with -o"
+    """The error text that follows the name of a file that cannot be written."""
+    return f"cannot be written ({reason(error)}): give another folder with -o"

@@ -65,8 +65,11 @@ def upsample(low_res: jax.Array | np.ndarray, scale: int) -> Image:
     return resize_bicubic(low_res, height * scale, width * scale)
 
 
-def pad_to_multiple(x: jax.Array | np.ndarray, multiple: int) -> jax.Array:
-    """[B,H,W,C] padded at the bottom and right by its edge pixels to multiples of `multiple`; same dtype."""
-    x = jnp.asarray(x)
-    bottom, right = (-x.shape[1]) % multiple, (-x.shape[2]) % multiple
-    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
+def pad_image(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[B,H,W,C] on the host -> [B,height,width,C], padded at the bottom and right with its edge pixels."""
+    return np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)), mode="edge")
+
+
+def pad_batch(x: np.ndarray, size: int) -> np.ndarray:
+    """[B,...] on the host -> [size,...], padded with copies of the last element: programs compile per batch size."""
+    return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])

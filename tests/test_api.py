@@ -20,7 +20,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    from sr3_jax.config.experiment import complete
+    from sr3_jax.config.load import complete
 
     config = complete(tiny.config())
     params = build.init_params(build.build_network(config["model"]), jax.random.key(0))

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from sr3_jax.cli.main import main
-from sr3_jax.config import experiment
+from sr3_jax.config.load import complete
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import read_rgb
 from sr3_jax.inference import cascade, stages
 from sr3_jax.inference.model import Model
+from sr3_jax.train import experiment
 from sr3_jax.train.checkpoints import CONFIG_FILE
 from sr3_jax.train.weights import export
 from tests import tiny
@@ -285,7 +286,7 @@ def test_all_stages_with_labels_must_have_the_same(exported):
 
 
 def test_a_base_without_a_size_has_that_of_its_crops():
-    config = experiment.complete(tiny.config(**BASE))
+    config = complete(tiny.config(**BASE))
     config["stage"]["size"] = 0
     assert stages.stage_from_config(config, "path", name="base", taken=set()).stage.size == 8
 
@@ -337,8 +338,6 @@ def test_stages_of_one_name_are_refused_before_training(tmp_path, capsys):
     (tmp_path / "cascade.py").write_text("def get_config():\n    return {'stages': ('one.py', 'one.py')}\n")
     command = ["train", f"--config={tmp_path / 'cascade.py'}", f"--workdir={tmp_path / 'work'}"]
     assert main(command) == 2
-    assert (
-        "config.stage.name of one.py must be a folder's name of its own, got 'middle'"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "config.stage.name" in error and "'middle'" in error
     assert not (tmp_path / "work").exists()

@@ -21,7 +21,7 @@ import sr3_jax
 from sr3_jax import cli
 from sr3_jax.cli.main import commands, main
 from sr3_jax.config import build
-from sr3_jax.config.experiment import complete
+from sr3_jax.config.load import complete
 from sr3_jax.image_io.image_file import read_rgb
 from sr3_jax.inference import model
 from sr3_jax.train.weights import export

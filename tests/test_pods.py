@@ -19,9 +19,8 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image as PillowImage
 
 from sr3_jax.cli import main as cli
-from sr3_jax.config import experiment
 from sr3_jax.distributed import sharding
-from sr3_jax.train import loop, weights
+from sr3_jax.train import experiment, loop, weights
 from tests import soak_resume, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

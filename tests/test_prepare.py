@@ -1,4 +1,4 @@
-"""`sr3 prepare`: a folder in, a TFDS data set out, every bad file named, nothing half done."""
+"""`sr3 prepare`: makes a TFDS data set from a folder, names every unusable file, writes atomically."""
 
 import io
 import os
@@ -51,11 +51,11 @@ def test_round_trip_with_classes_and_a_test_split(tmp_path, capsys):
     files = [
         save(folder / kind / f"{n}.png", n) for n, kind in enumerate(["dog", "cat", "dog", "cat", "eel"])
     ]
-    (folder / "README.md").write_text("no image, but no reason to have no classes either")
+    (folder / "README.md").write_text("not an image; classes are found all the same")
     assert main(["prepare", str(folder), "--name", "pets", "--test-count", "2"]) == 1
     out, err = capsys.readouterr()
     assert "tfds:pets:train  3 images, 3 classes" in out and "tfds:pets:test  2 images" in out
-    assert f"1 left out:\n  {folder}/README.md: is not an image" in err
+    assert f"{folder}/README.md: is not an image" in err
     train, test = records("pets", "train"), records("pets", "test")
     assert len(train) == 3 and len(test) == 2
     assert {name: data for name, data, _ in train + test} == {
@@ -89,7 +89,7 @@ def test_plain_tfds_decodes_it(tmp_path):
         ["b/x/1.png", "c/x/2.png"],
     ],
 )
-def test_no_classes_unless_each_image_is_one_of_several_folders_deep(tmp_path, paths):
+def test_classes_require_every_image_to_be_one_folder_deep_in_several_folders(tmp_path, paths):
     for path in paths:
         save(tmp_path / "in" / path)
     assert main(["prepare", str(tmp_path / "in"), "--name", "some"]) == 0
@@ -97,7 +97,7 @@ def test_no_classes_unless_each_image_is_one_of_several_folders_deep(tmp_path, p
     assert len(open_source("tfds:some:train")) == len(paths)
 
 
-def test_plain_files_are_kept_and_others_become_png_of_the_same_pixels(tmp_path):
+def test_plain_files_are_stored_unchanged_and_others_as_png(tmp_path):
     folder = tmp_path / "in"
     turned = Image.Exif()
     turned[274] = 6
@@ -105,7 +105,7 @@ def test_plain_files_are_kept_and_others_become_png_of_the_same_pixels(tmp_path)
     upside_down[274] = 3
     upright = Image.Exif()
     upright[274] = 1
-    kept = [
+    plain = [
         save(folder / "rgb.png"),
         save(folder / "rgb.jpg"),
         save(folder / "upright.jpg", exif=upright),
@@ -128,7 +128,7 @@ def test_plain_files_are_kept_and_others_become_png_of_the_same_pixels(tmp_path)
     ]
     assert main(["prepare", str(folder), "--name", "kinds"]) == 0
     stored = {name: data for name, data, _ in records("kinds", "train")}
-    for file in kept:
+    for file in plain:
         assert stored[file.name] == file.read_bytes()
     for file in changed:
         again = Image.open(io.BytesIO(stored[file.name]))
@@ -137,7 +137,7 @@ def test_plain_files_are_kept_and_others_become_png_of_the_same_pixels(tmp_path)
     assert np.asarray(Image.open(io.BytesIO(stored["turned.jpg"]))).shape == (24, 16, 3)
 
 
-def test_every_bad_file_is_listed_with_its_reason_and_the_good_are_done(tmp_path, capsys):
+def test_unusable_files_are_listed_with_the_reason_and_the_others_stored(tmp_path, capsys):
     folder = tmp_path / "in"
     save(folder / "good.png")
     bad_name = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
@@ -147,7 +147,7 @@ def test_every_bad_file_is_listed_with_its_reason_and_the_good_are_done(tmp_path
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("words")
     (folder / "gone.png").symlink_to(folder / "nowhere")
-    os.mkfifo(folder / "pipe.png")  # would block whoever opens it
+    os.mkfifo(folder / "pipe.png")  # opening it would block
     assert main(["prepare", str(folder), "--name", "mixed"]) == 1
     out, err = capsys.readouterr()
     assert "tfds:mixed:train  2 images\n" in out
@@ -164,7 +164,7 @@ def test_every_bad_file_is_listed_with_its_reason_and_the_good_are_done(tmp_path
     assert "Traceback" not in err
 
 
-def test_bad_files_do_not_count_for_the_test_split(tmp_path):
+def test_unusable_files_do_not_count_for_the_test_split(tmp_path):
     folder = tmp_path / "in"
     for index in range(12):
         path = save(folder / f"{index}.png", index)
@@ -176,7 +176,7 @@ def test_bad_files_do_not_count_for_the_test_split(tmp_path):
     assert {name for name, _, _ in train + test} == {f"{index}.png" for index in range(0, 12, 2)}
 
 
-def test_test_images_follow_from_names_alone(tmp_path):
+def test_the_test_split_depends_only_on_names(tmp_path):
     for index in range(20):
         save(tmp_path / "in" / f"{index}.png", index)
         save(tmp_path / "moved" / f"{index}.png", 99 - index)
@@ -184,20 +184,20 @@ def test_test_images_follow_from_names_alone(tmp_path):
         assert main(["prepare", str(tmp_path / name), "--name", name, "--test-fraction", "0.2"]) == 0
     tests = [[name for name, _, _ in records(data_set, "test")] for data_set in ("in", "moved")]
     assert tests[0] == tests[1] and len(tests[0]) == 4
-    assert set(tests[0]) != {"0.png", "1.png", "10.png", "11.png"}  # nor are they just the first
+    assert set(tests[0]) != {"0.png", "1.png", "10.png", "11.png"}  # not simply the first
 
 
-def test_nothing_to_do_is_code_2(tmp_path, capsys, data_dir):
+def test_user_errors_exit_with_code_2(tmp_path, capsys, data_dir):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "cut.png").write_bytes(save(tmp_path / "whole.png").read_bytes()[:-200])
     for arguments, message in [
         ([str(tmp_path / "nowhere"), "--name", "n"], "is not a folder"),
         ([str(tmp_path / "home"), "--name", "n"], "is not a folder"),
-        ([str(folder), "--name", "Bad-Name"], "name 'Bad-Name' is no TFDS name"),
-        ([str(folder), "--name", "n"], "holds too few images that can be read"),
-        ([str(folder), "--name", "n", "--test-count", "1"], "leave none of 1 to train on"),
-        ([str(folder), "--name", "n", "--test-count", "-1"], "--test-count=-1 is negative"),
+        ([str(folder), "--name", "Bad-Name"], "'Bad-Name'"),
+        ([str(folder), "--name", "n"], "too few"),
+        ([str(folder), "--name", "n", "--test-count", "1"], "test split of 1"),
+        ([str(folder), "--name", "n", "--test-count", "-1"], "--test-count=-1"),
         ([str(folder), "--name", "n", "--test-fraction", "1.5"], "--test-fraction=1.5"),
     ]:
         assert main(["prepare", *arguments]) == 2
@@ -208,12 +208,12 @@ def test_nothing_to_do_is_code_2(tmp_path, capsys, data_dir):
     assert not data_dir.exists() or os.listdir(data_dir) == []
 
 
-def test_a_taken_name(tmp_path, capsys, data_dir):
+def test_an_existing_name_needs_overwrite(tmp_path, capsys, data_dir):
     save(tmp_path / "one" / "a.png", 1)
     save(tmp_path / "two" / "b.png", 2)
     assert main(["prepare", str(tmp_path / "one"), "--name", "mine"]) == 0
     assert main(["prepare", str(tmp_path / "two"), "--name", "mine"]) == 2
-    assert "'mine' exists in" in (err := capsys.readouterr().err) and "--overwrite" in err
+    assert "'mine'" in (err := capsys.readouterr().err) and "--overwrite" in err
     assert records("mine", "train")[0][0] == "a.png"
     assert main(["prepare", str(tmp_path / "two"), "--name", "mine", "--overwrite"]) == 0
     assert [name for name, _, _ in records("mine", "train")] == ["b.png"]
@@ -222,7 +222,7 @@ def test_a_taken_name(tmp_path, capsys, data_dir):
     assert "was not made by sr3 prepare" in capsys.readouterr().err
 
 
-def test_another_data_dir(tmp_path, capsys, monkeypatch):
+def test_data_dir_option(tmp_path, capsys, monkeypatch):
     save(tmp_path / "in" / "a.png", 1)
     elsewhere = tmp_path / "elsewhere"
     assert main(["prepare", str(tmp_path / "in"), "--name", "mine", "--data-dir", str(elsewhere)]) == 0
@@ -231,7 +231,7 @@ def test_another_data_dir(tmp_path, capsys, monkeypatch):
     assert len(open_source("tfds:mine:train")) == 1
 
 
-def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_clears_up(tmp_path, data_dir):
+def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_cleans_up(tmp_path, data_dir):
     for index in range(8):
         save(tmp_path / "in" / f"{index}.png", index)
     code = f"""
@@ -244,7 +244,7 @@ main(["prepare", {str(tmp_path / "in")!r}, "--name", "mine"])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert run.returncode == -signal.SIGKILL, run.stderr
-    (left,) = os.listdir(data_dir)  # it was killed at the last moment, when all was written
+    (left,) = os.listdir(data_dir)  # it was killed after everything was written
     assert left.startswith(".incomplete-mine-")
     assert store.find("mine") is None
     assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 0

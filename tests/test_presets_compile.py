@@ -1,31 +1,25 @@
-"""Every config's training step and sampler compile, from shapes: its levels and settings, less deep and less wide."""
+"""The training step and the sampler of every preset compile: from shapes, with fewer and narrower levels."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from sr3_jax.config import experiment
+from sr3_jax.config import load_config
+from sr3_jax.config.load import preset_names
 from sr3_jax.distributed import sharding
+from sr3_jax.train.experiment import Experiment, read
 from sr3_jax.train.held_out import held_out_jit
 from sr3_jax.train.state import abstract_state
 from sr3_jax.train.step import jit_train_step, make_train_step
 from tests import tiny
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-# Regressions have their twins' network, and these another config's at another size.
-LIKE_OTHERS = {"orl_8x", "photos_4x_small", "fashion_8_16"}
-NAMES = sorted(
-    path.stem
-    for path in CONFIGS.glob("[!_]*.py")
-    if not path.stem.startswith("cascade_")
-    and not path.stem.endswith("_regression")
-    and path.stem not in LIKE_OTHERS
-)
+# These have the network of another preset, at another size or on other data.
+LIKE_OTHERS = {"orl_8x", "photos_4x_small", "fashion_8_16", "faces_64_256", "imagenet_64_256"}
+NAMES = [name for name in preset_names() if not name.startswith("cascade_") and name not in LIKE_OTHERS]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,9 +28,9 @@ def quick():
         yield
 
 
-def reduced(name: str) -> experiment.Experiment:
-    """Two levels at most of one block, four channels, the smallest crop, two examples, two steps of the sampler."""
-    config = experiment.load_config(CONFIGS / f"{name}.py")
+def reduced(name: str) -> Experiment:
+    """At most two levels of one block, four channels, the smallest crop, two examples, two sampling steps."""
+    config = load_config(name)
     multipliers, attended = config["model"]["multipliers"][:2], config["model"]["attention_levels"]
     levels = len(multipliers)
     config["model"] |= {
@@ -51,7 +45,7 @@ def reduced(name: str) -> experiment.Experiment:
     config["stage"]["size"] = 0
     config["train"] |= {"batch_size": 2, "accumulation": 1}
     config["sampling"]["steps"] = min(2, config["sampling"]["steps"])
-    return experiment.read(config)
+    return read(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,7 +60,7 @@ def test_the_training_step_and_the_sampler_compile(name):
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jit_train_step(make_train_step(small.objective, optimizer, ema_decay=0.9), state, mesh)
     assert step.lower(state, batch, key).compile().memory_analysis().argument_size_in_bytes > 0
-    section = small.section("eval")
+    section = small.section("sampling")
     sampler = held_out_jit(small.objective, mesh, rows=2, steps=section["steps"], solver=section["solver"])
     values, images = sampler.lower(state.ema_params, batch, key).compile().out_info
     assert images["output"].shape == (2, *(crop // small.section("data")["shrink"],) * 2, 3)

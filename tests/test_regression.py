@@ -1,30 +1,28 @@
-"""The regression baseline: the low-res image alone goes in, one pass comes out, and the best weights are kept."""
+"""The paper's regression baseline: only the low-res image goes in, one pass, and the best parameters are saved."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax.config import experiment
+from sr3_jax.config import count_parameters, load_config
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import evaluate
+from sr3_jax.evaluation import methods
 from sr3_jax.inference import model as models
-from sr3_jax.train import held_out, loop
+from sr3_jax.train import experiment, held_out, loop
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.step import batch_losses
 from tests import tiny
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SWITCH = {
     "model": tiny.CONFIG["model"] | {"regression": True},
     "diffusion": tiny.CONFIG["diffusion"] | {"prediction": "y0"},
-    "eval": tiny.CONFIG["eval"] | {"steps": 1},
+    "sampling": {"steps": 1, "solver": "ddim"},
 }
 
 
@@ -58,7 +56,7 @@ def test_the_network_sees_the_low_res_image_alone(regression, params):
     # The same network but for the first convolution, which takes one image for two.
     twin = experiment.read(tiny.config())
     fewer = 3 * 3 * (3 * 2**2) * 4  # 3x3, the channels of an image in 2x2 squares, the network's width
-    assert experiment.count_parameters(twin.config) - experiment.count_parameters(regression.config) == fewer
+    assert count_parameters(twin.config) - count_parameters(regression.config) == fewer
 
 
 def test_its_loss_is_the_squared_error(regression, params):
@@ -76,9 +74,12 @@ def test_it_upscales_in_one_pass_whatever_the_key(regression, params):
     images = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     outputs = [model.upscale(images, jax.random.key(seed)) for seed in (0, 1)]
     np.testing.assert_array_equal(*outputs)
-    [row] = evaluate.sampled(model, "r", solvers=["heun", "ddim"], steps=[5, 10])
-    assert (row.name, row.solver, row.steps, row.evaluations) == ("r", None, None, 1)
-    np.testing.assert_array_equal(row.run(images, jax.random.key(3)[None], np.zeros(1, int)), outputs[0])
+    [row] = methods.model_methods(model, "r", solvers=["heun", "ddim"], steps=[5, 10])
+    assert (row.name, row.solver, row.steps, row.nfe) == ("r", None, None, 1)
+    np.testing.assert_array_equal(row.upscale(images, jax.random.key(3)[None], np.zeros(1, int)), outputs[0])
+
+
+# ---- The switch
 
 
 @pytest.mark.parametrize(
@@ -86,36 +87,48 @@ def test_it_upscales_in_one_pass_whatever_the_key(regression, params):
     [
         ("diffusion", "prediction", "eps"),
         ("diffusion", "norm", "l1"),
+        ("diffusion", "weighting", "min_snr"),
         ("sampling", "steps", 5),
         ("sampling", "solver", "heun"),
     ],
 )
-def test_what_is_no_regression_is_refused(section, field, value):
+def test_a_field_that_is_incompatible_with_a_regression_fails(section, field, value):
     config = tiny.config(**SWITCH)
-    config[section][field] = value
-    with pytest.raises(
-        UserError, match=rf"config.{section}.{field} must be .* where config.model.regression"
-    ):
-        experiment.read(config)
+    config[section] = config[section] | {field: value}
+    override = f"--config.{section}.{field}={value}"
+    given = load_config("photos_4x", ["--config.model.regression", override])
+    for wrong in (config, given):
+        with pytest.raises(UserError) as error:
+            experiment.read(wrong)
+        assert f"config.{section}.{field} " in str(error.value) and repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_regression.py")), ids=lambda path: path.stem)
-def test_a_config_is_its_twin_but_for_the_switch(path):
-    found = experiment.load_config(path)
-    twin = experiment.load_config(path.with_name(path.name.replace("_regression", "")))
-    differ = {
-        f"{section}.{field}"
+@pytest.mark.parametrize("name", ["faces_16_128", "photos_4x", "fashion_4x"])
+def test_the_switch_changes_only_what_a_regression_needs(name):
+    found, twin = load_config(name, ["--config.model.regression"]), load_config(name)
+    changed = {
+        f"{section}.{field}": value
         for section, fields in found.items()
         for field, value in fields.items()
         if twin[section][field] != value
     }
-    switch = {"model.regression", "checkpoint.best", "diffusion.prediction", "diffusion.norm"}
-    assert differ <= switch | {"sampling.steps", "sampling.solver", "optim.learning_rate"}
-    assert found["model"]["regression"] and found["checkpoint"]["best"]
+    assert changed.pop("model.regression") and changed.pop("checkpoint.best")
+    assert changed.pop("sampling.steps") == 1 and changed.pop("sampling.solver") == "ddim"
+    # The paper's rate where a preset has the paper's; a preset with its own rate keeps it.
+    rate = {"optim.learning_rate": 1e-5} if name == "faces_16_128" else {}
+    objective = {"diffusion.prediction": "y0", "diffusion.norm": "l2"} if name == "faces_16_128" else {}
+    assert changed == rate | objective
     assert experiment.read(found).objective.norm == "l2"
 
 
-# ---- The best weights
+def test_explicit_fields_that_a_regression_allows_stay():
+    overrides = ["--config.model.regression", "--config.checkpoint.best=false"]
+    config = load_config("faces_16_128", [*overrides, "--config.optim.learning_rate=3e-5"])
+    assert config["checkpoint"]["best"] is False and config["optim"]["learning_rate"] == 3e-5
+    assert load_config("faces_16_128", ["--config.model.regression=false"]) == load_config("faces_16_128")
+
+
+# ---- The best parameters
 
 
 def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):

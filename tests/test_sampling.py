@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sr3_jax.cli import main as cli
-from sr3_jax.config import build, experiment
+from sr3_jax.config import build
+from sr3_jax.config.load import complete
 from sr3_jax.diffusion import solvers
 from sr3_jax.diffusion.sampler import sample, sample_with_coefficients
 from sr3_jax.diffusion.schedule import linear, respace
@@ -19,7 +20,7 @@ from sr3_jax.inference import model as models
 from sr3_jax.inference import program, sampling_file
 from sr3_jax.inference.sampling_file import StoredSampling
 from sr3_jax.sampling import SOLVERS, Sampling
-from sr3_jax.train import weights
+from sr3_jax.train import experiment, weights
 from tests import tiny
 
 TRAINING = linear()
@@ -38,7 +39,7 @@ def config(**sections) -> dict:
 
 
 def params_of(values: dict, *, seed: int = 0):
-    network = experiment.build_network(values["model"])
+    network = build.build_network(complete(values)["model"])
     shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return tiny.perturbed(zeros, seed=seed)

@@ -1,4 +1,4 @@
-"""Data sets by name: every kind opens, reads the pixels that were stored, and says what is wrong."""
+"""Data sources by name: each kind opens and reads the stored pixels, and user errors name the fix."""
 
 import json
 import logging
@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from sr3_jax.data import photos, sources, store
-from sr3_jax.data.folders import shown
 from sr3_jax.data.sources import ImageTooSmallError, Source, open_source, squares
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import ImageError
@@ -30,8 +29,8 @@ def data_dir(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """Our messages. (caplog hears them twice once a command has set up logging.)"""
+def logged(monkeypatch):
+    """Log messages. (caplog gets them twice once a command has set up logging.)"""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -103,39 +102,39 @@ def test_several_processes_prepare_at_once(data_dir):
     results = [run.communicate(timeout=120) for run in runs]
     expected = np.asarray(Image.open(sorted((PHOTOS / "train").glob("*.jpg"))[31])).sum()
     assert [out for out, _ in results] == [f"{expected}\n"] * 3, results
-    assert [err for _, err in results] == [""] * 3  # and TFDS is silent
+    assert [err for _, err in results] == [""] * 3  # TFDS prints nothing
     assert os.listdir(data_dir) == ["sr3_photos"]
     assert os.listdir(data_dir / "sr3_photos") == ["1.0.0"]
 
 
-def test_the_second_of_two_keeps_the_data_set_of_the_first(tmp_path):
+def test_a_data_set_that_another_process_wrote_first_stays(tmp_path):
     def make(work, text):
         (work / "cats" / "1.0.0").mkdir(parents=True)
         (work / "cats" / "1.0.0" / "who").write_text(text)
 
-    with store.appears_whole(tmp_path, "cats", "1.0.0") as slow:
+    with store.atomic_data_set(tmp_path, "cats", "1.0.0") as slow:
         make(slow, "slow")
-        with store.appears_whole(tmp_path, "cats", "1.0.0") as fast:
+        with store.atomic_data_set(tmp_path, "cats", "1.0.0") as fast:
             make(fast, "fast")
-        assert slow.exists()  # work in progress is no leftover
+        assert slow.exists()  # work in progress is not a leftover
     assert (tmp_path / "cats" / "1.0.0" / "who").read_text() == "fast"
-    with store.appears_whole(tmp_path, "cats", "1.0.0", overwrite=True) as third:
+    with store.atomic_data_set(tmp_path, "cats", "1.0.0", overwrite=True) as third:
         make(third, "third")
     assert (tmp_path / "cats" / "1.0.0" / "who").read_text() == "third"
     assert os.listdir(tmp_path) == ["cats"]
 
 
 def test_an_error_while_preparing_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), store.appears_whole(tmp_path, "cats", "1.0.0") as work:
+    with pytest.raises(RuntimeError), store.atomic_data_set(tmp_path, "cats", "1.0.0") as work:
         (work / "cats" / "1.0.0").mkdir(parents=True)
         raise RuntimeError
     assert os.listdir(tmp_path) == []
 
 
-def test_a_data_dir_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+def test_a_read_only_data_dir_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"file can't be written to .*SR3_DATA_DIR"):
+    with pytest.raises(UserError, match=r"/file .*SR3_DATA_DIR"):
         open_source("photos:train")
 
 
@@ -148,7 +147,7 @@ def test_tfds_image_and_label(data_dir, tmp_path):
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-        # What we do not use must not be decoded: these bytes are no image.
+        # Unused features must not be decoded: these bytes are not an image.
         "mask": tfds.features.Image(shape=(None, None, 1)),
         "objects": tfds.features.Sequence({"bbox": tfds.features.BBoxFeature()}),
     }
@@ -185,15 +184,15 @@ def test_tfds_grey_and_raw_arrays_become_three_channels(data_dir, tmp_path):
         [{"image": (tmp_path / "grey.png").read_bytes(), "label": "a word"}],
     )
     item = open_source("tfds:grey:train")[0]
-    assert set(item) == {"image"}  # a label that is no number is none
+    assert set(item) == {"image"}  # labels must be integers
     np.testing.assert_array_equal(item["image"], grey)
     for name, channels in (("raw1", 1), ("raw3", 3), ("raw4", 4)):
         array = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
         feature = tfds.features.Tensor(shape=(5, 7, channels), dtype=np.uint8)
         write_tfds(data_dir, name, {"image": feature}, [{"image": array}])
-        array = open_source(f"tfds:{name}:train")[0]["image"]
-        assert array.shape == (5, 7, 3) and array.dtype == np.uint8
-        np.testing.assert_array_equal(image, np.repeat(array, 3, -1) if channels == 1 else array[..., :3])
+        found = open_source(f"tfds:{name}:train")[0]["image"]
+        assert found.shape == (5, 7, 3) and found.dtype == np.uint8
+        np.testing.assert_array_equal(found, np.repeat(array, 3, -1) if channels == 1 else array[..., :3])
 
 
 def test_the_newest_version_is_read(data_dir):
@@ -205,11 +204,11 @@ def test_the_newest_version_is_read(data_dir):
         write_tfds(data_dir, "two", {"image": feature}, [example], version=version)
     assert open_source("tfds:two:train")[0]["image"].max() == 10
     assert open_source("tfds:two:9.0.0:train")[0]["image"].max() == 9
-    with pytest.raises(UserError, match=r"'two' is there as version 10\.0\.0, not 3\.0\.0"):
+    with pytest.raises(UserError, match=r"'two'.*10\.0\.0.*3\.0\.0"):
         open_source("tfds:two:3.0.0:train")
 
 
-def test_tfds_mistakes_are_told_with_the_way_out(data_dir, tmp_path):
+def test_tfds_errors_name_the_fix(data_dir, tmp_path):
     import tensorflow_datasets as tfds
 
     array = {"image": np.zeros((4, 4, 3), np.uint8)}
@@ -227,24 +226,24 @@ def test_tfds_mistakes_are_told_with_the_way_out(data_dir, tmp_path):
         file.rename(old / file.name.replace("array_record", "tfrecord"))
     assert len(open_source("tfds:many/small:train")) == 1
     for name, message in {
-        "tfds:none:train": r"'none' is not prepared in .*data.* `sr3 prepare PATH --name none`",
-        "tfds:plain:validation": r"no split 'validation', .* use one of 'train'",
-        "tfds:plain:train[:0]": r"no split 'train\[:0\]', or nothing in it",
-        "tfds:many:train": r"has configs: write tfds:many/CONFIG:SPLIT, with CONFIG one of 'large', 'small'",
-        "tfds:words:train": r"no feature 'image' among \['text'\]",
-        "tfds:depth:train": r"is Tensor.*not of 8 bits",
-        "tfds:old:train": r"stored as tfrecord, without random access: run `tfds build` .*sr3 prepare",
-        "tfds:plain": r"write tfds:NAME",
-        "photos:validation": r"no data source is called 'photos:validation': use photos:train",
-        "images": r"no data source is called 'images'",
-        "folder:": r"no data source",
+        "tfds:none:train": r"'none'.*data.*`sr3 prepare PATH --name none`",
+        "tfds:plain:validation": r"'validation'.*'train'",
+        "tfds:plain:train[:0]": r"'train\[:0\]'",
+        "tfds:many:train": r"tfds:many/CONFIG:SPLIT.*'large', 'small'",
+        "tfds:words:train": r"'image'.*\['text'\]",
+        "tfds:depth:train": r"Tensor.*8 bits",
+        "tfds:old:train": r"tfrecord.*`tfds build` .*sr3 prepare",
+        "tfds:plain": r"tfds:NAME",
+        "photos:validation": r"'photos:validation'.*photos:train",
+        "images": r"'images'.*folder:PATH",
+        "folder:": r"'folder:'.*folder:PATH",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             open_source(name)
         assert "\n" not in str(error.value)
 
 
-def test_small_images_of_a_tfds_data_set_are_refused_from_their_headers(data_dir, tmp_path, monkeypatch):
+def test_small_images_of_a_tfds_data_set_are_rejected_without_decoding(data_dir, tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
     image(tmp_path / "small.png", size=(40, 30))
@@ -255,14 +254,14 @@ def test_small_images_of_a_tfds_data_set_are_refused_from_their_headers(data_dir
     with monkeypatch.context() as patch, pytest.raises(ImageTooSmallError) as error:
         patch.setattr(sources, "read_rgb", None)  # nothing is decoded
         source[0]
-    assert str(error.value) == "record 0: is 40x30 pixels, with a short side under 32"
+    assert all(word in str(error.value) for word in ("record 0", "40x30", "32"))
     assert source[1]["image"].shape == (32, 40, 3)
 
 
 # -- folders
 
 
-def test_folder_reads_in_sorted_order_and_lists_what_it_cannot_read(tmp_path, said):
+def test_a_folder_is_sorted_and_unusable_files_are_logged(tmp_path, logged):
     pixels = {
         name: image(tmp_path / name, seed=seed) for seed, name in enumerate(["b/2.png", "a.png", "b/1.png"])
     }
@@ -277,40 +276,34 @@ def test_folder_reads_in_sorted_order_and_lists_what_it_cannot_read(tmp_path, sa
     assert len(source) == 3
     for index, name in enumerate(["a.png", "b/1.png", "b/2.png"]):
         np.testing.assert_array_equal(source[index]["image"], pixels[name])
-    listing, small = said
-    assert listing.startswith("3 left out of folder:")
+    listing, small = logged
+    assert "3 files of folder:" in listing
     assert all(f"{tmp_path}/{name}: " in listing for name in ("notes.txt", "empty.jpg", "gone.png"))
-    assert "1 of 4 images" in small and "under 20 pixels" in small
+    assert "1 of 4 images" in small and "20 pixels" in small
 
 
-def test_folder_with_names_that_are_not_text(tmp_path, said):
+def test_a_folder_with_names_that_are_not_utf8(tmp_path, logged):
     good, bad = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/caf\xe9.png", b"/\xff.png"))
     pixels = image(good)
     bad.write_bytes(b"x")
     source = open_source(f"folder:{tmp_path}")
     np.testing.assert_array_equal(source[0]["image"], pixels)
     assert source.describe(0).endswith(r"caf\xe9.png")
-    assert r"\xff.png: " in said[0]
-    said[0].encode()  # would fail on a half character
+    assert r"\xff.png: " in logged[0]
+    logged[0].encode()  # fails on a lone surrogate
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "caf\u00e9"])
-def test_names_are_shown_on_one_line(name):
-    assert shown(name).isprintable()
-    assert shown("caf\u00e9/x.png") == "caf\u00e9/x.png"
-
-
-def test_folder_mistakes(tmp_path):
+def test_a_folder_without_usable_images_is_an_error(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         open_source(f"folder:{tmp_path}/nowhere")
-    with pytest.raises(UserError, match="holds no image that can be used"):
+    with pytest.raises(UserError, match="no usable image"):
         open_source(f"folder:{tmp_path}")
     image(tmp_path / "small.png", size=(30, 12))
     with pytest.raises(UserError, match=r"\(0 could not be read, 1 are under 13 pixels\)"):
         open_source(f"folder:{tmp_path}", min_side=13)
 
 
-def test_a_image_found_truncated_when_read_is_named(tmp_path):
+def test_an_image_that_is_truncated_is_an_error_when_read(tmp_path):
     image(tmp_path / "cut.png", size=(100, 100))
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
@@ -322,7 +315,7 @@ def test_a_image_found_truncated_when_read_is_named(tmp_path):
 # -- what all sources share
 
 
-def test_decoded_images_are_kept_within_the_memory_given():
+def test_decoded_images_are_cached_up_to_a_limit():
     reads = []
 
     def load(index):
@@ -333,10 +326,10 @@ def test_decoded_images_are_kept_within_the_memory_given():
     for _ in range(3):
         for index in range(4):
             assert source[index]["image"].max() == index
-    assert sorted(reads) == [0, 1, 2, 2, 2, 3, 3, 3]  # two fit, and they stay
+    assert sorted(reads) == [0, 1, 2, 2, 2, 3, 3, 3]  # two fit and are never evicted
 
 
-def test_kept_images_cannot_be_changed():
+def test_cached_images_are_read_only():
     source = Source("fake", lambda index: {"image": np.zeros((4, 4, 3), np.uint8)}, 1)
     with pytest.raises(ValueError, match="read-only"):
         source[0]["image"][:] = 1
@@ -364,7 +357,7 @@ def test_threads_may_read_at_once():
     assert source._free >= 0
 
 
-def test_squares_are_the_area_resampled_centre(tmp_path):
+def test_squares_are_the_area_resampled_center(tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (12, 20, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "wide.png")

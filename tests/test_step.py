@@ -17,8 +17,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image as PillowImage
 
-from sr3_jax.config import experiment
 from sr3_jax.distributed import sharding
+from sr3_jax.train import experiment
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.state import start_from
 from sr3_jax.train.step import batch_losses, jit_train_step, make_train_step

@@ -1,4 +1,4 @@
-"""Evaluations as text: intervals, tables that line up, files that other programs read."""
+"""Evaluations as text: intervals, aligned tables, CSV, and the protocol."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sr3_jax.evaluation import tables
+from sr3_jax.metrics import METRICS
 
 
 def row(method="bicubic", *, solver=None, steps=None, mean=20.0, low=19.0, high=21.0):
@@ -19,18 +20,18 @@ def row(method="bicubic", *, solver=None, steps=None, mean=20.0, low=19.0, high=
         "scale": 4,
         "solver": solver,
         "steps": steps,
-        "evaluations": steps or 0,
-        "summary": {column.key: dict(ends) for column in tables.COLUMNS},
+        "nfe": steps or 0,
+        "summary": {key: dict(ends) for key in METRICS},
     }
 
 
 def evaluation(rows, **how):
     protocol = {"source": "photos:test", "images": 3, "samples": 1, "seed": 7, "crop": None}
     model = {"label": "m", "name": "m.safetensors", "scale": 4, "parameters": 2_500_000, "sha256": "ab" * 32}
-    return {"protocol": protocol | how, "hardware": "a slide rule", "models": [model], "rows": rows}
+    return {"protocol": protocol | how, "hardware": "some CPU", "models": [model], "rows": rows}
 
 
-def test_the_interval_of_normal_values_is_that_of_their_mean():
+def test_bootstrap_interval_matches_the_normal_approximation():
     values = np.random.default_rng(3).normal(5.0, 2.0, 400)
     found = tables.bootstrap(values)
     half = 1.96 * values.std() / math.sqrt(len(values))
@@ -40,25 +41,20 @@ def test_the_interval_of_normal_values_is_that_of_their_mean():
     assert found == tables.bootstrap(values)
 
 
-def test_rows_over_the_same_images_see_the_same_resamples():
+def test_rows_over_the_same_images_share_resamples():
     values = np.random.default_rng(0).normal(size=12)
     shifted = tables.bootstrap(values + 3.0)
     assert shifted == pytest.approx({key: end + 3.0 for key, end in tables.bootstrap(values).items()})
 
 
-def test_one_value_is_its_own_interval_and_an_infinite_one_gives_no_nan():
+def test_bootstrap_of_one_value_and_of_infinite_values():
     assert tables.bootstrap(np.array([4.0])) == {"mean": 4.0, "low": 4.0, "high": 4.0}
     found = tables.bootstrap(np.array([20.0, 30.0, math.inf]))
     assert found["mean"] == found["high"] == math.inf
     assert found["low"] >= 20.0
 
 
-def test_samples_of_a_image_are_averaged_before_images_are_resampled():
-    noisy = np.array([[0.0, 10.0], [10.0, 0.0], [5.0, 5.0]])  # equal images, whose samples differ
-    assert tables.summary({"psnr": noisy})["psnr"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
-
-
-def test_the_table_lines_up_and_is_markdown():
+def test_table_is_aligned_markdown():
     rows = [row(), row("a-long-name", solver="dpmpp_2m", steps=100, mean=0.123456)]
     lines = tables.means_table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -72,13 +68,12 @@ def test_the_table_lines_up_and_is_markdown():
     assert [cell.strip() for cell in lines[2].strip("|").split("|")][2:5] == ["", "", "0"]
 
 
-def test_intervals_and_infinite_figures_are_written_out():
+def test_intervals_and_infinite_values_are_formatted():
     text = tables.intervals_table([row(low=19.994, high=None)])
     assert "19.99..inf" in text and "19.9940..inf" in text
-    assert tables.figure(0.00123, None) == "0.00123" and tables.figure(123.4, None) == "123"
 
 
-def test_csv_holds_every_digit():
+def test_csv_has_full_precision():
     rows = [row(), row("m", solver="ddim", steps=5, mean=1 / 3, high=None)]
     read = list(csv.DictReader(io.StringIO(tables.comma_separated(evaluation(rows)))))
     assert [line["method"] for line in read] == ["bicubic", "m"]
@@ -86,20 +81,22 @@ def test_csv_holds_every_digit():
     assert float(read[1]["ssim_luma_mean"]) == 1 / 3 and float(read[1]["psnr_high"]) == math.inf
 
 
-def test_the_page_says_how_each_figure_was_made():
+def test_page_describes_the_protocol():
     text = tables.markdown(evaluation([row()], samples=2, crop=64))
-    wanted = ["3 images of photos:test, the centre 64x64", "2 outputs each", "seed 7", "BT.601", "8 bits"]
-    wanted += [
-        "RGB, 0-255, no border crop",
-        "a slide rule",
-        "95% intervals from 1000",
-        "2,500,000 weights",
+    wanted = [
+        "3 images of photos:test",
+        "centre 64x64",
+        "2 outputs each",
+        "seed 7",
+        "some CPU",
+        "2.50 M parameters",
     ]
+    wanted += [METRICS[key].protocol for key in ("psnr", "psnr_luma", "consistency", "diversity")]
     assert [words for words in wanted if words not in text] == []
     assert "1 image of Set14" in tables.markdown(evaluation([row()], images=1), source="Set14")
 
 
-def test_a_column_that_only_some_rows_have_is_blank_elsewhere():
+def test_metric_that_some_rows_lack_is_blank_there():
     rows = [row(), row("m", solver="ddim", steps=5)]
     for one in rows:
         one["summary"] = {"psnr": one["summary"]["psnr"]}
@@ -120,26 +117,24 @@ def test_a_column_that_only_some_rows_have_is_blank_elsewhere():
     assert "ssim_mean" not in read[0]
 
 
-def test_each_network_is_named_with_its_weights_and_the_reference():
+def test_protocol_names_each_network_with_its_weights():
     networks = {
         "lpips": {"network": "lpips_alex", "sha256": "1" * 64},
         "classifier": {"network": "clothes", "sha256": "2" * 64, "classes": 10},
         "features": {
             "network": "alexnet", "sha256": "3" * 64, "distance": "frechet_alexnet", "preprocessing": "as is",
-            "count": 3, "reference": "their own originals", "original": "", "subset": 1000, "splits": 10,
-            "resamples": 50,
+            "count": 3, "reference": "", "subset": 1000, "splits": 10, "resamples": 50,
         },
-        "absent": ["IS is left out: no logits."],
+        "omitted": ["IS is omitted: no logits."],
         "batch": 16,
         "processes": 2,
     }  # fmt: skip
-    text = " ".join(tables.protocol(evaluation([row(), row("original")], **networks)))
+    rows = [row(), row("ground truth")]
+    text = " ".join(tables.protocol(evaluation(rows, **networks)))
     wanted = ["lpips_alex, weights sha256 1111", "clothes, weights sha256 2222222222222222, 10 classes"]
-    wanted += ["alexnet, weights sha256 3333", "N = 3 in every row, to their own originals", "IS is left out"]
-    wanted += [
-        "16 at a time, the batch's time divided by 16",
-        "2 processes",
-        "one random half of the original images",
-    ]
+    wanted += ["alexnet, weights sha256 3333", "N = 3", "own ground truth", "IS is omitted"]
+    wanted += ["batches of 16", "2 processes", "one random half of the images"]
     assert [words for words in wanted if words not in text] == []
-    assert "KID (AlexNet): kernel" in text and "FID:" not in text
+    networks["features"]["reference"] = "real.npz (900 images)"
+    text = " ".join(tables.protocol(evaluation(rows, **networks)))
+    assert "real.npz (900 images)" in text and "random half" not in text

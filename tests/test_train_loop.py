@@ -23,12 +23,11 @@ import numpy as np
 import pytest
 
 from sr3_jax import image_ops, metrics
-from sr3_jax.config import experiment
 from sr3_jax.data.sources import Source
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.inference.model import load
-from sr3_jax.train import checkpoints, held_out, loop, step_metrics, weights
+from sr3_jax.train import checkpoints, experiment, held_out, loop, step_metrics, weights
 from sr3_jax.train.state import abstract_state
 from tests import tiny
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -176,25 +177,21 @@ def _remove_older(folder: Path, files: set[str]) -> None:
 
 def _read(paths: list[Path], output: Path) -> list[Any]:
     """The images of files and folders, except those in the output folder."""
-    from sr3_jax.data.folders import walk
     from sr3_jax.errors import UserError
     from sr3_jax.image_io.errors import printable
     from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, read_rgb
+    from sr3_jax.image_io.inputs import walk
 
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
-        found, refused = walk(path)
-        if refused:
-            raise UserError(f"{printable(refused[0][0])}: {refused[0][1]}: fix its permissions")
-        inside = output.resolve()
-        files += [
-            file
-            for file in found
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.resolve().is_relative_to(inside)
-        ]
+        found, failed = walk(path, exclude=output)
+        if failed:
+            folder, reason = failed[0]
+            raise UserError(f"{printable(folder)} cannot be listed ({reason}): change its permissions")
+        files += [file for file in sorted(found, key=os.fsencode) if file.suffix.lower() in IMAGE_SUFFIXES]
     images = []
     for file in files:
         try:

@@ -1,6 +1,6 @@
 """Option values of the commands: numbers with ranges, comma-separated lists, one value per stage.
 
-`count`, `seed` and `positive` are argparse types; the others raise `UserError`.
+`count`, `seed`, `positive`, `counts` and `names` are argparse types; the others raise `UserError`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,30 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def add_config_argument(parser: argparse.ArgumentParser, *, help_of: str = "") -> None:
+    """`--config`; the command also takes `--config.SECTION.FIELD=VALUE`, which argparse leaves in `args.rest`.
+
+    Args:
+        help_of: the command whose --help lists the fields; '' for this one.
+    """
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME_OR_FILE",
+        help="a preset (`sr3 configs` lists them) or a Python file with get_config(), either perhaps with :ARGUMENT",
+    )
+    if help_of:
+        parser.epilog = f"Override fields with --config.SECTION.FIELD=VALUE; `{help_of} --help` lists them."
+        return
+    from sr3_jax.config import schema
+
+    parser.epilog = (
+        "Override any field of the config: --config.SECTION.FIELD=VALUE, or with a space instead of '=', or just\n"
+        "--config.SECTION.FIELD for true. The values below are the defaults; `sr3 configs NAME` prints those of a\n"
+        f"preset.\n\n{schema.render_text()}"
+    )
 
 
 def count(text: str) -> int:
@@ -36,7 +60,19 @@ def positive(text: str) -> float:
     return value
 
 
-count.__name__, seed.__name__, positive.__name__ = "integer", "integer", "number"  # in errors
+def counts(text: str) -> list[int]:
+    """Comma-separated integers of at least 1, without repetitions."""
+    return list(dict.fromkeys(count(part) for part in text.split(",")))
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names, without repetitions."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+# The names in error messages.
+count.__name__, seed.__name__, positive.__name__ = "integer", "integer", "number"
+counts.__name__, names.__name__ = "list of integers", "list of names"
 
 
 def listed(option: str, text: str | None) -> list[str]:

@@ -92,9 +92,6 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"sr3: unknown {kind} '{printable(name)}': {hint}", file=sys.stderr)
         return 2
     _set_up()
-    import jax  # not needed for --help
-
-    from sr3_jax.distributed.processes import MissingProcesses, abandon
     from sr3_jax.errors import UserError
 
     module = importlib.import_module(f"{sr3_jax.cli.__name__}.{name.replace('-', '_')}")
@@ -112,20 +109,27 @@ def _dispatch(arguments: list[str]) -> int:
         return module.run(parsed)
     except UserError as error:
         print(f"sr3 {name}: {error}", file=sys.stderr)
-        code = 1 if isinstance(error, MissingProcesses) else 2  # launchers restart on 1
-        abandon(code)
-        return code
+        _abandon(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        abandon(_INTERRUPTED)
+        _abandon(_INTERRUPTED)
         raise
     except SystemExit as stop:  # stopped by a signal while others go on
-        abandon(stop.code if isinstance(stop.code, int) else 1)
+        _abandon(stop.code if isinstance(stop.code, int) else 1)
         raise
     except Exception:
-        if jax.distributed.is_initialized():
+        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             traceback.print_exc()
-            abandon(1)
+            _abandon(1)
         raise
+
+
+def _abandon(code: int) -> None:
+    """Leave a distributed run without waiting for its other processes; a command that never used jax is not in one."""
+    if "jax" in sys.modules:
+        from sr3_jax.distributed.processes import abandon
+
+        abandon(code)
 
 
 def _help(known: dict[str, str]) -> str:

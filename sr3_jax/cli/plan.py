@@ -1,4 +1,11 @@
-"""What a training job needs, before paying for it: sr3 plan --config=configs/NAME.py --topology=v5e:16x16."""
+"""Check whether a training job fits a topology, before paying for it.
+
+    sr3 plan --config=NAME_OR_FILE --topology=v5e:16x16
+
+Compiles the training step and the held-out evaluation ahead of time with libtpu, which needs no TPU, and prints FLOPs,
+memory per chip and FITS or DOES NOT FIT, with the settings to change. Results are cached. Exit code 0 if the job fits,
+1 if it does not.
+"""
 
 from __future__ import annotations
 
@@ -11,49 +18,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to experiment.load_config
-LINE_EVERY = 30.0  # seconds, where stderr is no terminal
+from sr3_jax.cli._options import add_config_argument
+
+PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
+LINE_EVERY = 30.0  # seconds between progress lines where stderr is not a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to plan, for what, and where to write it."""
-    parser.add_argument("--config", required=True, help="a config file, such as configs/photos_4x.py")
+    """The command's options."""
+    add_config_argument(parser, help_of="sr3 train")
     parser.add_argument(
         "--topology",
         required=True,
-        help="v5e:16x16, v6e:4x4, v4:4x4x4, v5p:4x4x4, gpu:8xh100, cpu:8 and the like",
+        help="such as v5e:16x16, v6e:4x4, v4:4x4x4, v5p:4x4x4, gpu:8xh100 or cpu:8; GPUs and CPUs are estimated",
     )
     parser.add_argument(
         "--only",
         choices=("train", "sample"),
-        help="the training step alone, or the held-out evaluation alone",
+        help="plan only the training step, or only the held-out evaluation",
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="from shapes alone, in seconds, without the TPU's compiler"
+        "--estimate",
+        action="store_true",
+        help="estimate from shapes in seconds, without libtpu: the state is exact, activations follow a rule of thumb",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="less effort of the compiler: sooner, with memory above the truth",
+        help="compile with less effort: takes half the time and overestimates memory",
     )
-    parser.add_argument(
-        "--refresh", action="store_true", help="compile again what an earlier plan has compiled"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there as well")
+    parser.add_argument("--refresh", action="store_true", help="ignore cached results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when it fits, 1 when it does not."""
+    """Exit code 0 if the job fits, 1 if it does not."""
     import jax
 
-    # Chips that are only planned for need none that are here; a plan must not take a GPU from a job.
+    # Planning needs no device, and must not take a GPU from a running job.
     jax.config.update("jax_platforms", "cpu")
-    from sr3_jax.config.experiment import load_config, read
+    from sr3_jax.config import load_config
     from sr3_jax.files import write_text
-    from sr3_jax.planning import cache as plan_cache
-    from sr3_jax.planning import text as plan_text
-    from sr3_jax.planning.plan import plan
+    from sr3_jax.planning.plan import cache_folder, plan
+    from sr3_jax.planning.report import report
     from sr3_jax.planning.topologies import parse
+    from sr3_jax.train.experiment import read
 
     topology = parse(args.topology)
     experiment = read(load_config(args.config, args.rest))
@@ -63,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         programs=(args.only,) if args.only else ("train", "sample"),
         estimate=args.estimate,
         quick=args.quick,
-        cache=plan_cache.folder(),
+        cache=cache_folder(),
         refresh=args.refresh,
         watch=watch,
     )
@@ -73,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
     found = {"name": Path(args.config).stem, "command": " ".join(["sr3 plan", *given]), **found}
     if args.json:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
-    print(plan_text.report(found))
+    print(report(found))
     return 0 if found["fits"] else 1
 
 
 @contextmanager
 def watch(title: str) -> Iterator[None]:
-    """Within it stderr says what is done and for how long: a line that counts up, or a plain one now and then."""
+    """Report the elapsed seconds on stderr: a line that counts up on a terminal, else a line every half minute."""
     done, start, live = threading.Event(), time.monotonic(), sys.stderr.isatty()
 
     def say() -> None:

@@ -1,4 +1,7 @@
-"""Make a TFDS data set from a folder of images, for tfds:NAME:train."""
+"""Make a TFDS data set from a folder of images, to be used as tfds:NAME:train.
+
+Every image is decoded in full; unusable files are listed. Subfolders become classes. Exit code 1 if files were skipped.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +13,48 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a folder of images; subfolders become classes")
     parser.add_argument(
-        "--name", required=True, help="name of the data set: small letters, digits, underscores"
+        "--name", required=True, help="name of the data set: lowercase letters, digits, underscores"
     )
     parser.add_argument(
-        "--data-dir", metavar="DIR", help="where data sets lie (else $SR3_DATA_DIR or ~/.cache)"
+        "--data-dir",
+        metavar="DIR",
+        help="where to write it (default: $SR3_DATA_DIR, or a folder in ~/.cache)",
     )
     test = parser.add_mutually_exclusive_group()
     test.add_argument(
-        "--test-fraction", type=float, default=0.0, metavar="F", help="share kept for split 'test'"
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="fraction of the images for the split 'test'",
     )
-    test.add_argument("--test-count", type=int, default=0, metavar="N", help="images kept for split 'test'")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
+    test.add_argument(
+        "--test-count", type=int, default=0, metavar="N", help="number of images for the split 'test'"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set of this name")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, or 1 when files were left out; UserError when nothing could be done."""
+    """Exit code 0, or 1 if files were skipped; UserError if no data set was written."""
     from tqdm import tqdm
 
     from sr3_jax.data import store
-    from sr3_jax.data.folders import shown
     from sr3_jax.data.prepare import NothingPrepared, prepare
     from sr3_jax.errors import UserError
+    from sr3_jax.image_io.errors import printable
 
     if not 0 <= args.test_fraction < 1:
-        raise UserError(f"--test-fraction={args.test_fraction:g} is no share: use one from 0 to under 1")
+        raise UserError(f"--test-fraction={args.test_fraction:g} must be at least 0 and below 1")
     if args.test_count < 0:
-        raise UserError(f"--test-count={args.test_count} is negative: use 0 or more")
+        raise UserError(f"--test-count={args.test_count} must be 0 or more")
 
-    def tell(rejected: list[tuple[Path, str]]) -> None:
-        if rejected:  # on stderr, which prints any name
-            print(f"{len(rejected)} left out:", file=sys.stderr)
-            print("\n".join(f"  {shown(path)}: {reason}" for path, reason in rejected), file=sys.stderr)
+    def report(rejected: list[tuple[Path, str]]) -> None:
+        if rejected:
+            print(f"skipped {len(rejected)} files:", file=sys.stderr)
+            print("\n".join(f"  {printable(path)}: {reason}" for path, reason in rejected), file=sys.stderr)
 
     data_dir = Path(args.data_dir).expanduser() if args.data_dir else store.data_dir()
-    bars: list[tqdm] = []  # none before there is something to do
+    bars: list[tqdm] = []  # created at the first image, so that errors come without a bar
 
     def advance(total: int) -> None:
         if not bars:
@@ -61,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             progress=advance,
         )
     except NothingPrepared as error:
-        tell(error.rejected)
+        report(error.rejected)
         raise
     finally:
         for bar in bars:
@@ -69,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     classes = f", {len(made.labels)} classes" if made.labels else ""
     for split, count in made.examples.items():
         print(f"tfds:{args.name}:{split}  {count} images{classes}")
-    print(f"in {shown(made.folder)}")
+    print(f"in {printable(made.folder)}")
     if args.data_dir and str(data_dir) not in store.search_path():
-        print(f"(set SR3_DATA_DIR={shown(data_dir)} to use it)")
-    tell(made.rejected)
+        print(f"(set SR3_DATA_DIR={printable(data_dir)} to use it)")
+    report(made.rejected)
     return 1 if made.rejected else 0

@@ -1,7 +1,7 @@
-"""Train a model: sr3 train --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...].
+"""Train a model, or resume its training: sr3 train --config=NAME_OR_FILE --workdir=DIR.
 
-The config of a cascade trains its stages one after the other, each in DIR/STAGE; an override holds for all of them.
-The same command again goes on where it stopped.
+Run the same command again to resume from the newest checkpoint. The config of a cascade trains its stages one after
+the other, each in DIR/STAGE; overrides apply to all of them.
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ import argparse
 import json
 from pathlib import Path
 
-PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to experiment.load_config
+from sr3_jax.cli._options import add_config_argument
+
+PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to config.load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two names that a run needs; running the same command again resumes it."""
-    parser.add_argument("--config", required=True, help="a config file, such as configs/photos_4x.py")
-    parser.add_argument("--workdir", required=True, type=Path, help="where the run keeps everything it makes")
+    """The config and the workdir; the help lists the fields of a config."""
+    add_config_argument(parser)
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="folder for config, checkpoints, metrics and samples"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 when complete, 128 + the signal's number when one stopped it."""
-    from sr3_jax.config.experiment import load_cascade, load_config, read
+    """Exit code 0 when training is complete, 128 + the signal's number when a signal stopped it."""
+    from sr3_jax.config.load import load_cascade, load_config
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.files import make_folder, write_text
     from sr3_jax.inference.stages import PLAN_FILE, check_chain, stage_from_config
+    from sr3_jax.train.experiment import read
     from sr3_jax.train.loop import train
 
     configs = load_cascade(args.config, args.rest)
@@ -32,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         experiment = read(load_config(args.config, args.rest))
         start_processes()
         return train(experiment, args.workdir)
-    experiments = [read(config) for config in configs]  # all are checked before the first is trained
+    experiments = [read(config) for config in configs]  # check all stages before training the first
     names = [config["stage"]["name"] for config in configs]
     taken: set[str] = set()
     check_chain(

@@ -1,7 +1,8 @@
-"""The parts of a model, each from its section of a config as plain values, checked elsewhere."""
+"""From a complete config to the parts of a model, and the checks that involve several fields or the network."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,24 +10,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sr3_jax.config.fields import REGRESSION
+from sr3_jax.config.schema import check_ranges, invalid
 from sr3_jax.degradations import ConditioningAugmentation
 from sr3_jax.diffusion import schedule as schedules
 from sr3_jax.diffusion import space as spaces
 from sr3_jax.diffusion.schedule import NoiseSchedule
+from sr3_jax.diffusion.solvers import make_solver
 from sr3_jax.diffusion.space import Space
 from sr3_jax.errors import UserError
 from sr3_jax.nn.unet import UNet
 from sr3_jax.types import Conditioning, Key, Params
 
+Config = Mapping[str, Mapping[str, Any]]  # complete: every section and field of `fields.SECTIONS`
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A model's part in a cascade.
+    """A model's place in a cascade.
 
     Attributes:
-        name: as its config has it; '' where it has none.
-        size: the side of the images that it makes, in pixels; 0: of any.
-        scale: of its super-resolution; None: a base stage, which makes images of noise.
+        name: `config.stage.name`; '' if it has none.
+        size: side of the output images, in pixels; 0 for any size.
+        scale: super-resolution factor; None for a base model, which generates images from noise.
     """
 
     name: str
@@ -35,41 +41,49 @@ class Stage:
 
 
 def build_network(section: Mapping[str, Any]) -> UNet:
-    """A UNet from its fields as plain values; lists are taken for tuples, as JSON has none."""
-    return UNet(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
-    )
+    """The network of a `model` section.
+
+    Raises:
+        UserError: the fields do not fit each other.
+    """
+    network = UNet(**section)
+    _check_network(network)
+    return network
 
 
 def build_schedule(section: Mapping[str, Any]) -> NoiseSchedule:
-    """The training schedule of a config's `diffusion` section."""
+    """The training schedule of a `diffusion` section.
+
+    Raises:
+        UserError: the betas are so large that no signal is left in float64.
+    """
     steps, name = section["num_steps"], section["schedule"]
-    if name == "cosine":
-        return schedules.cosine(steps)
     ends = {"beta_start": section["beta_start"], "beta_end": section["beta_end"]}
-    if name in ("linear", "quadratic"):
-        return getattr(schedules, name)(steps, **ends)
-    raise UserError(f"config.diffusion.schedule must be linear, quadratic or cosine, got {name!r}")
+    try:
+        if name == "cosine":
+            return schedules.cosine(steps)
+        return (schedules.linear if name == "linear" else schedules.quadratic)(steps, **ends)
+    except ValueError as error:
+        raise UserError(
+            f"config.diffusion gives no valid noise schedule ({error}); lower config.diffusion.beta_end, got "
+            f"{section['beta_end']!r}"
+        ) from None
 
 
 def build_space(section: Mapping[str, Any]) -> Space:
-    """The space of a config's `diffusion` section."""
-    if section["space"] == "image":
-        return spaces.image()
-    if section["space"] == "residual":
-        return spaces.residual(section["residual_scale"])
-    raise UserError(f"config.diffusion.space must be image or residual, got {section['space']!r}")
+    """The space of a `diffusion` section."""
+    return spaces.image() if section["space"] == "image" else spaces.residual(section["residual_scale"])
 
 
 def build_augmentation(section: Mapping[str, Any]) -> ConditioningAugmentation | None:
-    """The augmentation of the condition of a config's `data` section; None where there is none."""
-    if section.get("augment", "none") == "none":
+    """The augmentation of the low-res image in a `data` section; None if there is none."""
+    if section["augment"] == "none":
         return None
     return ConditioningAugmentation(section["augment"], section["augment_largest"], section["augment_share"])
 
 
 def init_params(network: UNet, key: Key) -> Params:
-    """Fresh weights of a network, from the smallest input that it takes."""
+    """New parameters of a network, from the smallest input that it accepts."""
     image = jnp.zeros((1, network.stride, network.stride, network.out_channels))
     cond: Conditioning = {"upsampled": image} if network.low_res else {}
     if network.num_classes:
@@ -77,8 +91,22 @@ def init_params(network: UNet, key: Key) -> Params:
     return network.init(key, image, jnp.full((1,), 0.5), cond)["params"]
 
 
+def count_parameters(config: Config) -> int:
+    """The number of parameters of a config's network, from shapes; no array is allocated."""
+    network = build_network(config["model"])
+    shapes = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
 def check_params(network: UNet, params: Params, name: str) -> None:
-    """That weights are of a network; UserError if they are not."""
+    """Check that parameters have the structure and shapes of a network.
+
+    Args:
+        name: of the model, for the error.
+
+    Raises:
+        UserError: they do not.
+    """
     wanted = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
     shapes = [
         {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
@@ -87,6 +115,83 @@ def check_params(network: UNet, params: Params, name: str) -> None:
     if shapes[0] != shapes[1]:
         wrong = min(path for path, _ in shapes[0].items() ^ shapes[1].items())
         raise UserError(
-            f"the weights of model {name} are not those of the network in its config (they differ at {wrong}); "
+            f"the parameters of model {name} do not match the network in its config (they differ at {wrong}); "
             "export or train it again"
         )
+
+
+def check_config(config: Config) -> None:
+    """Check a complete config as a whole: each field's range, and that the fields fit each other.
+
+    Raises:
+        UserError: the first field that cannot work, with its value and the rule.
+    """
+    check_ranges(config)
+    data = config["data"]
+    network = build_network(config["model"])
+    multiple = data["shrink"] * math.lcm(network.stride, data["scale"])
+    if data["crop"] % multiple:
+        rule = f"be a multiple of {multiple} (for config.data.shrink, config.data.scale and the network's levels)"
+        invalid("data", "crop", data["crop"], rule)
+    _check_stage(config)
+    try:
+        make_solver(config["sampling"]["solver"])
+    except ValueError as error:
+        raise UserError(f"config.sampling.solver cannot be used: {error}") from None
+    if config["model"]["regression"]:
+        for (section, name), value in REGRESSION.items():
+            if config[section][name] != value:
+                invalid(
+                    section, name, config[section][name], f"be {value} if config.model.regression is true"
+                )
+
+
+def _check_stage(config: Config) -> None:
+    """Fields that a base model cannot have, that augmentation and label dropout need, and the size of a stage."""
+    model, data, size = config["model"], config["data"], config["stage"]["size"]
+    if not model["low_res"]:
+        for section, name, value in (
+            ("data", "scale", 1),
+            ("diffusion", "space", "image"),
+            ("model", "regression", False),
+            ("model", "augment", False),
+            ("data", "augment", "none"),
+            ("checkpoint", "best", False),
+        ):
+            if config[section][name] != value:
+                invalid(section, name, config[section][name], f"be {value} if config.model.low_res is false")
+        if size not in (0, data["crop"] // data["shrink"]):
+            invalid("stage", "size", size, "be crop / shrink, or 0, if config.model.low_res is false")
+    if model["low_res"] and data["framing"] == "square" and size not in (0, data["crop"] // data["shrink"]):
+        invalid("stage", "size", size, "be crop / shrink, or 0, if config.data.framing is square")
+    if size % data["scale"]:
+        invalid("stage", "size", size, f"be a multiple of config.data.scale={data['scale']}")
+    if data["augment"] == "noise" and data["augment_largest"] > 1:
+        invalid(
+            "data", "augment_largest", data["augment_largest"], "be at most 1 if config.data.augment is noise"
+        )
+    if model["augment"] and data["augment"] == "none":
+        invalid("model", "augment", True, "be false if config.data.augment is none")
+    if data["label_dropout"] and not model["num_classes"]:
+        invalid("data", "label_dropout", data["label_dropout"], "be 0 if config.model.num_classes is 0")
+
+
+def _check_network(network: UNet) -> None:
+    levels = len(network.multipliers)
+    if levels == 0 or min(network.multipliers) < 1:
+        invalid(
+            "model", "multipliers", network.multipliers, "hold one whole number of 1 or more for each level"
+        )
+    if len(network.num_blocks) != levels or min(network.num_blocks) < 1:
+        rule = f"hold {levels} whole numbers of 1 or more, one for each of config.model.multipliers"
+        invalid("model", "num_blocks", network.num_blocks, rule)
+    if any(not 0 <= level < levels for level in network.attention_levels):
+        invalid("model", "attention_levels", network.attention_levels, f"hold levels from 0 to {levels - 1}")
+    if network.channels < 4 or network.channels % 4:
+        invalid("model", "channels", network.channels, "be a multiple of 4")
+    attended = {network.multipliers[level] for level in network.attention_levels}
+    attended |= {network.multipliers[-1]} if network.mid_attention else set()
+    heads = network.head_channels
+    if heads and any(network.channels * multiplier % heads for multiplier in attended):
+        rule = "be 0 (one head) or divide the channels of each level with attention"
+        invalid("model", "head_channels", heads, rule)

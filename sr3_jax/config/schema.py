@@ -1,144 +1,21 @@
-"""The fields of a config: their defaults, types and ranges, and how a value given as text is read."""
+"""What the table of fields means: look-up, types, ranges, values given as text, and the reference.
+
+`python -m sr3_jax.config.schema` prints the reference as Markdown.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
+import numpy as np
+
+from sr3_jax.config.fields import RENAMED, SECTIONS, Field
 from sr3_jax.errors import UserError
-
-DEFAULTS: Mapping[str, Any] = {
-    "model": {
-        "channels": 128,
-        "multipliers": (1, 2, 4, 8, 8),
-        "num_blocks": (3, 3, 3, 3, 3),  # one number a level, on the way down
-        "attention_levels": (),
-        "mid_attention": True,
-        "head_channels": 0,  # 0: one head
-        "layout": "biggan",  # or efficient
-        "patch": 1,  # space-to-depth: 1, 2 or 4
-        "norm": "group",  # or pixel
-        "film": False,
-        "dropout": 0.0,
-        "num_classes": 0,
-        "augment": False,
-        "remat": False,  # recompute activations in the backward pass
-        "remat_keeps": "nothing",  # or convs: all but what convolutions gave
-        "low_res": True,  # False: a generator without a low-res image, the base of a cascade
-        "regression": False,  # the paper's baseline: one pass from the low-res image, no diffusion
-        "dtype": "float32",  # or bfloat16
-    },
-    "diffusion": {
-        "space": "image",  # or residual
-        "residual_scale": 1.0,
-        "prediction": "eps",  # or v, y0
-        "norm": "l1",  # or l2
-        "weighting": "none",  # or min_snr
-        "schedule": "linear",  # or quadratic, cosine
-        "num_steps": 2000,  # T
-        "beta_start": 1e-6,
-        "beta_end": 1e-2,
-    },
-    "data": {
-        "source": "photos:train",  # or tfds:NAME/CONFIG:SPLIT, folder:PATH
-        "eval_source": "photos:test",
-        "framing": "crop",  # random crops; or square: the whole centre square, shrunk to the crop
-        "crop": 128,
-        "mirror": True,  # half of the crops, in training
-        "shrink": 1,  # crops are shrunk by it before anything else: stages of a cascade share one data set
-        "scale": 4,  # 1 where config.model.low_res is false
-        "label_dropout": 0.0,  # share of examples without their label, for guidance
-        "augment": "none",  # or blur, noise: of the low-res image in training
-        "augment_largest": 1.0,  # the blur's standard deviation in low-res pixels, or the noise's in [-1,1]
-        "augment_share": 0.5,  # of the examples
-        "threads": 4,
-        "cache_mb": 1024,  # decoded images kept in memory
-    },
-    "optim": {
-        "learning_rate": 1e-4,
-        "warmup_steps": 10_000,
-        "decay": "constant",  # or cosine
-        "clip_norm": 1.0,  # 0: no clipping
-        "b1": 0.9,
-        "b2": 0.999,
-        "ema_decay": 0.9999,
-    },
-    "train": {
-        "num_steps": 1_000_000,
-        "minutes": 0.0,  # stop after that long; 0: no limit
-        "batch_size": 256,
-        "accumulation": 1,
-        "seed": 0,
-        "log_every": 50,
-        "init_from": "",  # a model whose weights to start from
-    },
-    "eval": {
-        "every": 5000,
-        "num_images": 8,
-    },
-    "sampling": {  # how the model samples by default, held-out evaluation included
-        "solver": "dpmpp_2m",
-        "steps": 25,
-    },
-    "checkpoint": {
-        "every": 5000,
-        "keep": 3,
-        "best": False,  # keep the weights of the highest held-out PSNR as best.safetensors
-        "allow_older": False,  # go on from an older one where the newest is damaged
-    },
-    "mesh": {"data": -1, "fsdp": 1},
-    "stage": {  # of a cascade
-        "name": "",
-        "size": 0,  # the side of the images it makes, in pixels; 0: of any
-    },
-}
-
-
-CHOICES = (
-    ("diffusion", "space", ("image", "residual")),
-    ("diffusion", "prediction", ("eps", "v", "y0")),
-    ("diffusion", "norm", ("l1", "l2")),
-    ("diffusion", "weighting", ("none", "min_snr")),
-    ("diffusion", "schedule", ("linear", "quadratic", "cosine")),
-    ("data", "framing", ("crop", "square")),
-    ("data", "augment", ("none", "blur", "noise")),
-    ("optim", "decay", ("constant", "cosine")),
-    ("sampling", "solver", ("ancestral", "ddim", "dpmpp_2m", "heun")),
-    ("model", "layout", ("biggan", "efficient")),
-    ("model", "patch", (1, 2, 4)),
-    ("model", "norm", ("group", "pixel")),
-    ("model", "dtype", ("float32", "bfloat16")),
-    ("model", "remat_keeps", ("nothing", "convs")),
-)
-POSITIVE = (
-    ("diffusion", "residual_scale"),
-    ("data", "crop"),
-    ("data", "shrink"),
-    ("data", "scale"),
-    ("data", "augment_largest"),
-    ("data", "threads"),
-    ("optim", "learning_rate"),
-    ("train", "num_steps"),
-    ("train", "batch_size"),
-    ("train", "accumulation"),
-    ("train", "log_every"),
-    ("eval", "every"),
-    ("eval", "num_images"),
-    ("sampling", "steps"),
-    ("checkpoint", "every"),
-    ("checkpoint", "keep"),
-)
-NOT_NEGATIVE = (
-    ("data", "cache_mb"),
-    ("optim", "warmup_steps"),
-    ("optim", "clip_norm"),
-    ("train", "minutes"),
-    ("stage", "size"),
-)
-BELOW_ONE = (("optim", "b1"), ("optim", "b2"), ("optim", "ema_decay"), ("data", "label_dropout"))
 
 TYPES = {
     tuple: "a tuple of whole numbers",
@@ -149,82 +26,152 @@ TYPES = {
 }
 
 
-def check_ranges(config: Mapping[str, Mapping[str, Any]]) -> None:
-    """That each field on its own has a value that can work.
+def fields() -> Iterator[tuple[str, str, Field]]:
+    """Every field with the names of its section and its own."""
+    for name, section in SECTIONS.items():
+        for field_name, field in section.fields.items():
+            yield name, field_name, field
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """A new config of default values."""
+    return {
+        name: {field_name: field.default for field_name, field in section.fields.items()}
+        for name, section in SECTIONS.items()
+    }
+
+
+def check_section(section: str) -> None:
+    """UserError if there is no such section."""
+    if section not in SECTIONS:
+        raise UserError(f"config has no section {section!r}; {_suggestion(section, SECTIONS)}")
+
+
+def lookup(section: str, name: str) -> Field:
+    """The field of that name.
 
     Raises:
-        UserError: the first that has not.
+        UserError: there is no such section or field; the sentence gives the nearest name, or the new one.
     """
-    for section, field, choices in CHOICES:
-        if config[section][field] not in choices:
-            refuse(section, field, config[section][field], f"be one of {', '.join(map(str, choices))}")
-    for section, field in POSITIVE:
-        if not config[section][field] > 0:
-            refuse(section, field, config[section][field], "be above 0")
-    for section, field in NOT_NEGATIVE:
-        if config[section][field] < 0:
-            refuse(section, field, config[section][field], "be 0 or more")
-    for section, field in BELOW_ONE:
-        if not 0 <= config[section][field] < 1:
-            refuse(section, field, config[section][field], "be at least 0 and under 1")
-    for field in ("beta_start", "beta_end"):
-        if not 0 < config["diffusion"][field] < 1:
-            refuse("diffusion", field, config["diffusion"][field], "be above 0 and under 1")
-    if not 0 < config["data"]["augment_share"] <= 1:
-        refuse("data", "augment_share", config["data"]["augment_share"], "be above 0 and at most 1")
-    if not 0 <= config["train"]["seed"] < 2**32:  # jax.random.key reads 32 bits: 2**32 would be 0 again
-        refuse("train", "seed", config["train"]["seed"], f"be from 0 to {2**32 - 1}")
+    if (section, name) in RENAMED:
+        new = ".".join(RENAMED[section, name])
+        raise UserError(f"config.{section}.{name} has been renamed: use config.{new}")
+    check_section(section)
+    known = SECTIONS[section].fields
+    if name not in known:
+        raise UserError(f"config.{section} has no field {name!r}; {_suggestion(name, known)}")
+    return known[name]
 
 
-def refuse(section: str, field: str, value: Any, rule: str) -> NoReturn:
-    """Raise the one sentence about a field."""
-    raise UserError(f"config.{section}.{field} must {rule}, got {value!r}")
-
-
-def check_section(section: str, fields: Any) -> None:
-    """That there is such a section and that it holds fields."""
-    if section not in DEFAULTS:
-        raise UserError(f"config has no section {section!r}{_nearest(section, DEFAULTS)}")
-    if not isinstance(fields, Mapping):
-        raise UserError(
-            f"config.{section} must hold fields, such as {min(DEFAULTS[section])}, got {fields!r}"
-        )
-
-
-def _default(section: str, field: str) -> Any:
-    check_section(section, {})
-    if field not in DEFAULTS[section]:
-        raise UserError(f"config.{section} has no field {field!r}{_nearest(field, DEFAULTS[section])}")
-    return DEFAULTS[section][field]
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
+def _suggestion(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
 
 
-def typed(section: str, field: str, value: Any) -> Any:
-    """The value, if it has its default's type; ints pass for floats and lists for tuples."""
-    default = _default(section, field)
-    kind = type(default)
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is tuple and isinstance(value, list | tuple) and all(type(item) is int for item in value):
-        return tuple(value)
-    if type(value) is not kind or kind is tuple or (kind is float and not math.isfinite(value)):
+def check_type(section: str, name: str, value: Any, *, default: Any = None) -> Any:
+    """The value as its field's type: whole floats pass for ints, ints for floats, lists and arrays for tuples.
+
+    Args:
+        default: the value to quote in an error as the default; None for the schema's.
+
+    Raises:
+        UserError: no such field, or a value of another type.
+    """
+    field = lookup(section, name)
+    kind = type(field.default)
+    plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if kind is float and type(plain) is int:
+        plain = float(plain)
+    if kind is int and type(plain) is float and plain.is_integer():
+        plain = int(plain)
+    if kind is tuple and isinstance(plain, list | tuple):
+        items = [item.item() if isinstance(item, np.generic) else item for item in plain]
+        if all(type(item) is int for item in items):
+            return tuple(items)
+    if type(plain) is not kind or kind is tuple or (kind is float and not math.isfinite(plain)):
+        quoted = field.default if default is None else default
         raise UserError(
-            f"config.{section}.{field} must be {TYPES[kind]}, got {value!r}; the default is {default!r}"
+            f"config.{section}.{name} must be {TYPES[kind]}, got {plain!r}; the default is {quoted!r}"
         )
-    return value
+    return plain
 
 
-def parse(section: str, field: str, text: str) -> Any:
-    """The value that a text means for a field: true and false in any case, text fields as they are, else a literal."""
-    if isinstance(_default(section, field), str):
+def parse(section: str, name: str, text: str, *, default: Any = None) -> Any:
+    """The value of a field given as text: true and false in any case, numbers and tuples as Python literals.
+
+    Raises:
+        UserError: as `check_type`.
+    """
+    if isinstance(lookup(section, name).default, str):
         return text
-    try:
-        value = {"true": True, "false": False}.get(text.lower())
-        value = ast.literal_eval(text) if value is None else value
-    except (ValueError, SyntaxError):
-        value = text
-    return typed(section, field, value)
+    value: Any = {"true": True, "false": False}.get(text.lower())
+    if value is None:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+    return check_type(section, name, value, default=default)
+
+
+def check_ranges(config: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check each field of a complete config against its choices or bounds.
+
+    Raises:
+        UserError: the first field with a value that is not allowed.
+    """
+    for section, name, field in fields():
+        if not field.contains(config[section][name]):
+            invalid(section, name, config[section][name], f"be {field.allowed()}")
+
+
+def invalid(section: str, name: str, value: Any, rule: str) -> NoReturn:
+    """Raise the error of one field: `rule` follows 'must'."""
+    raise UserError(f"config.{section}.{name} must {rule}, got {value!r}")
+
+
+def render_text(*, width: int = 110) -> str:
+    """All sections and fields for a terminal, with defaults, choices and help."""
+    column = 34
+    lines = []
+    for section, group in SECTIONS.items():
+        lines += ["", f"{section}: {group.help}"]
+        for name, field in group.fields.items():
+            left = f"  {section}.{name}={_shown(field.default)}"
+            text = f"{field.help} O{field.allowed()[1:]}." if field.values else field.help
+            first, *rest = textwrap.wrap(text, width - column)
+            if len(left) + 2 > column:
+                lines += [left, " " * column + first]
+            else:
+                lines.append(left.ljust(column) + first)
+            lines += [" " * column + line for line in rest]
+    return "\n".join(lines[1:])
+
+
+def markdown() -> str:
+    """The config reference of the documentation: one table a section."""
+    lines = [
+        "# Config reference",
+        "",
+        "Override a field of a config on the command line as `--config.SECTION.FIELD=VALUE`, with a space instead of",
+        "`=`, or as `--config.SECTION.FIELD` for true. `sr3 configs` lists the presets, and `sr3 configs NAME` prints",
+        "all fields of one. Fields marked with † cannot change when a run is resumed.",
+    ]
+    for section, group in SECTIONS.items():
+        lines += ["", f"## {section}", "", group.help, ""]
+        lines += ["| field | default | values | description |", "|---|---|---|---|"]
+        for name, field in group.fields.items():
+            values = field.allowed() or TYPES[type(field.default)]
+            mark = " †" * field.fixed
+            lines.append(f"| `{name}`{mark} | `{_shown(field.default)}` | {values} | {field.help} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    """A value as one types it on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) if value else "()"
+    return "''" if value == "" else str(value)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

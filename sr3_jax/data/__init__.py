@@ -1,0 +1,1 @@
+"""Data sources by name, batches by position, and the preparation of data sets."""

@@ -1,8 +1,8 @@
-"""Batches of random crops, each a pure function of (seed, step), made by threads ahead of time.
+"""Batches of random crops, each a pure function of (seed, step), prefetched by threads.
 
-Shape legend: B batch over all processes, b rows of this process. Position p = step * B + row counts every
-crop ever drawn; which photograph, which corner and whether mirrored follow from (seed, p) alone. So a resumed
-run sees the same data, and so does any number of processes.
+Shape legend: B global batch, b rows of this process. Position p = step * B + row numbers every crop of a run; the
+image, the corner and the flip depend only on (seed, p). A resumed run therefore sees the same data, for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sr3_jax.image_io.image_file import ImageError
 _log = logging.getLogger("sr3_jax")
 _MAX_REJECTIONS = 100  # in a row
 _NO_LAST_STEP = 2**62
-_EPOCHS = 2**63  # positions stay below, numbers of epochs are put above: one family of streams for each
+_EPOCHS = 2**63  # offset of the epochs' random streams; positions stay below
 
 
 def batches(
@@ -39,15 +39,15 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches {'image': uint8 [b,crop,crop,3], 'label': int32 [b] if the source has labels}.
 
-    Every epoch is a new permutation of the photographs; each gives one crop.
+    Each epoch is a new permutation of the images, with one crop of each.
 
     Args:
       batch_size: B, over all processes.
-      rows: those of this process (`parallel.local_rows`), in their order; it decodes no others. None for all.
-      first_step: the step of the first batch; no earlier one is made.
-      mirror: half of the crops, left to right.
-      threads: each makes whole batches; 0 makes them in the caller.
-      prefetch: batches made ahead.
+      rows: rows of this process (`sharding.local_rows`), in order; only these are decoded. None for all.
+      first_step: the step of the first batch.
+      mirror: flip half of the crops horizontally.
+      threads: each makes whole batches; with 0 the caller's thread makes them.
+      prefetch: number of batches made ahead of time.
 
     Raises:
       UserError: while iterating, 100 unusable images in a row.
@@ -55,22 +55,22 @@ def batches(
     import grain  # takes most of a second
 
     own = range(batch_size) if rows is None else [int(row) for row in rows]
-    draw = _Draw(source, seed=seed, crop=crop, mirror=mirror)
+    crop_at = _CropAt(source, seed=seed, crop=crop, mirror=mirror)
     steps = grain.MapDataset.range(first_step, _NO_LAST_STEP)
-    pipeline = steps.map(lambda step: _stack([draw(int(step) * batch_size + row) for row in own]))
+    pipeline = steps.map(lambda step: _stack([crop_at(int(step) * batch_size + row) for row in own]))
     return iter(
         pipeline.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     )
 
 
 def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarray]:
-    """The centre crops of `count` photographs spread evenly over the source: the same ones every time.
+    """The center crops of `count` images at even intervals of the source: always the same ones.
 
-    Returns one batch as `batches` gives them. The next usable image takes the place of an unusable one;
-    with fewer than `count` usable ones there are fewer rows, and a message.
+    Returns one batch as `batches` yields them. An unusable image is replaced by the next usable one; with fewer than
+    `count` usable images the batch is smaller, with a warning.
 
     Raises:
-      UserError: no image can be used.
+      UserError: there is no usable image.
     """
     count_here = min(count, len(source))
     taken: dict[int, dict[str, Any]] = {}
@@ -88,14 +88,14 @@ def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarr
                 break
     if not taken:
         raise UserError(
-            f"no image of {source.name} can be used with crop={crop}: use smaller crops or other data"
+            f"{source.name} has no usable image for crop={crop}: use a smaller crop or other data"
         )
     if len(taken) < count:
-        _log.warning("%s gives only %d of %d images with crop=%d", source.name, len(taken), count, crop)
+        _log.warning("%s has only %d of %d usable images for crop=%d", source.name, len(taken), count, crop)
     return _stack([taken[index] for index in sorted(taken)])
 
 
-class _Draw:
+class _CropAt:
     """The crop at a position."""
 
     def __init__(self, source: Source, *, seed: int, crop: int, mirror: bool) -> None:
@@ -104,11 +104,11 @@ class _Draw:
         self._crop = crop
         self._mirror = mirror
         self._rejections = _Rejections(source)
-        # Grain's own shuffle walks a cycle of 2^16: 0.6 ms an index where there are only 32 photographs.
+        # Grain's own shuffle walks a cycle of 2^16: 0.6 ms per index for a source of 32 images.
         self._order = functools.lru_cache(maxsize=4)(self._new_order)
 
     def _new_order(self, epoch: int) -> np.ndarray:
-        # Raw Philox words, not Generator.permutation: NumPy keeps the former the same over its versions.
+        # Raw Philox words, not Generator.permutation: NumPy guarantees the former across versions.
         return np.argsort(self._words(_EPOCHS + epoch).random_raw(len(self._source)), kind="stable").astype(
             np.uint32
         )
@@ -127,8 +127,8 @@ class _Draw:
             index = int(words.random_raw()) % len(self._source)
         else:
             raise UserError(
-                f"{_MAX_REJECTIONS} images of {self._source.name} in a row are of no use with "
-                f"crop={self._crop}: use smaller crops or other data"
+                f"{_MAX_REJECTIONS} images of {self._source.name} in a row are unusable for "
+                f"crop={self._crop}: use a smaller crop or other data"
             )
         height, width = item["image"].shape[:2]
         top, left = down % (height - self._crop + 1), right % (width - self._crop + 1)
@@ -137,7 +137,7 @@ class _Draw:
 
 
 class _Rejections:
-    """Images found unusable: remembered, and told once each if damaged, by their number if small."""
+    """Remembers unusable images and logs them: each damaged one once, and the number of small ones."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -154,21 +154,21 @@ class _Rejections:
             check_side(item["image"].shape[:2], crop)
             return item
         except ImageError as error:
-            self._tell(index, error, crop)
+            self._log(index, error, crop)
             return None
 
-    def _tell(self, index: int, error: ImageError, crop: int) -> None:
+    def _log(self, index: int, error: ImageError, crop: int) -> None:
         with self._lock:
             if index in self._bad:
                 return
             self._bad.add(index)
             if not isinstance(error, ImageTooSmallError):
-                _log.warning("left out: %s", error)
+                _log.warning("skipped: %s", error)
                 return
             self._small += 1
             if str(self._small).strip("0") == "1":  # at 1, 10, 100, ...
                 _log.warning(
-                    "left out so far for a short side under %d pixels: %d of the %d images of %s",
+                    "skipped so far because the short side is under %d pixels: %d of the %d images of %s",
                     crop,
                     self._small,
                     len(self._source),

@@ -1,4 +1,4 @@
-"""Many crops of few images, the same ones every time: what samplings are compared on.
+"""A fixed set of crops of a few images, to compare samplers on.
 
 Shape legend: N crops of C x C pixels.
 """
@@ -18,33 +18,33 @@ from sr3_jax.image_io.image_file import ImageError
 
 @dataclass(frozen=True, eq=False)
 class Crops:
-    """images uint8 [N,C,C,3], labels int32 [N] where the source has them, out of `images` images."""
+    """images uint8 [N,C,C,3], labels int32 [N] where the source has them, and the number of images they come from."""
 
     images: np.ndarray
     labels: np.ndarray | None
-    images: int
+    source_images: int
 
     def whole_batches(self, size: int) -> Crops:
-        """Without the last ones, which would not fill a batch."""
+        """Without the last crops that do not fill a batch."""
         count = len(self.images) // size * size
         labels = None if self.labels is None else self.labels[:count]
-        return Crops(self.images[:count], labels, self.images)
+        return Crops(self.images[:count], labels, self.source_images)
 
 
 def halves(count: int) -> tuple[list[int], list[int]]:
-    """The numbers of `count` images in two parts, by turns: one for a search, one to see what it is worth."""
+    """The indices below `count`, alternately in two parts: one to search on, one to validate on."""
     return list(range(0, count, 2)), list(range(1, count, 2))
 
 
 def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, seed: int) -> Crops:
-    """Up to `count` crops that do not overlap, as many from each image as there can be.
+    """Up to `count` non-overlapping crops, taken evenly from the images.
 
     Args:
-        numbers: the images of the source to take; of more than `count`, some spread evenly.
-        seed: decides which crops of an image come first.
+        numbers: indices of images in the source; if there are more than `count`, at even intervals.
+        seed: determines the order of the crops of an image.
 
     Raises:
-        UserError: no image can be used.
+        UserError: there is no usable image.
     """
     chosen = (
         [numbers[place * len(numbers) // count] for place in range(count)]
@@ -57,7 +57,7 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
         try:
             item = source[number]
         except ImageError as error:
-            failure = failure or f"; the first that cannot be used: {error}"
+            failure = failure or f" (first unusable image: {error})"
             continue
         height, width = item["image"].shape[:2]
         down, right = height // crop, width // crop
@@ -73,7 +73,7 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
                 found.append((item["image"][top : top + crop, left : left + crop], item.get("label")))
     if not found:
         raise UserError(
-            f"no image of {source.name} gives a crop of {crop} pixels{failure}: use a smaller --crop or other data"
+            f"{source.name} has no image of {crop}x{crop} pixels or more{failure}: use a smaller --crop or other data"
         )
     labelled = all(label is not None for _, label in found)
     return Crops(

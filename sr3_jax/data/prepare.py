@@ -1,9 +1,10 @@
-"""A folder of images made into a TFDS data set: every file read to its last pixel, bad ones listed."""
+"""Make a TFDS data set from a folder of images; every image is decoded in full, and unusable files are reported."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,28 +17,28 @@ import numpy as np
 from PIL import Image
 
 from sr3_jax.data import store
-from sr3_jax.data.folders import shown, sort_key
 from sr3_jax.data.sources import scan_folder
 from sr3_jax.errors import UserError
+from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import ImageError, read_rgb
 
 _VERSION = "1.0.0"
-_PER_SHARD = 10_000  # images in one ArrayRecord file: about a gigabyte of photographs
-_AT_ONCE = 64  # images between two writes
+_PER_SHARD = 10_000  # images per ArrayRecord file: about a gigabyte of photographs
+_PER_WRITE = 64  # images
 _ORIENTATION = 274  # EXIF tag
 
 
 class NothingPrepared(UserError):
-    """No data set was made; `rejected` has (file, reason) for each that could not be read."""
+    """No data set was written; `rejected` has (file, reason) for each unusable file."""
 
-    def __init__(self, sentence: str, rejected: list[tuple[Path, str]]) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, rejected: list[tuple[Path, str]]) -> None:
+        super().__init__(message)
         self.rejected = rejected
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` has made: examples by split, class names (or none), and (file, reason) left out."""
+    """The result of `prepare`: examples per split, class names (or none), and (file, reason) for skipped files."""
 
     folder: Path
     examples: dict[str, int]
@@ -56,35 +57,37 @@ def prepare(
     threads: int = 4,
     progress: Callable[[int], None] = lambda total: None,
 ) -> Prepared:
-    """Write the images under `root` as the data set DATA_DIR/NAME with the split 'train', maybe 'test'.
+    """Write the images under `root` as the data set DATA_DIR/NAME with the splits 'train' and, if asked for, 'test'.
 
-    Each example has 'image', 'file_name' (below `root`), and 'label' when every image lies exactly one
-    folder deep and there are two such folders or more. Plain RGB files, JPEG or PNG, go in as they are,
-    others as PNG of the same pixels. Which images are for testing follows from a hash of their names. The
-    data set appears when all is written; a killed run leaves nothing under its name.
+    Each example has 'image', 'file_name' (relative to `root`), and 'label' if every image is exactly one folder deep
+    in at least two folders. Plain RGB JPEG and PNG files are stored unchanged, others as PNG with the same pixels. The
+    images of 'test' are chosen by a hash of their names. The data set is written atomically: an interrupted run leaves
+    nothing under its name.
 
     Args:
-      test_count, test_fraction: images for the split 'test', at most one of the two.
+      test_count, test_fraction: size of the split 'test'; at most one of them.
       progress: called with the number of images after each one.
 
     Raises:
-      UserError: the name is taken, or can't be one.
-      NothingPrepared: no image can be read, or none is left to train on.
+      UserError: the name is taken or invalid.
+      NothingPrepared: no image can be read, or none would be left for 'train'.
     """
     _require_free(name, data_dir, overwrite)
     scan = scan_folder(root)
     images, rejected = scan.images, list(scan.rejected)
     if not images:
-        raise NothingPrepared(f"'{shown(root)}' holds no image: name a folder with some", rejected)
+        raise NothingPrepared(f"'{printable(root)}' has no readable image: use a folder of images", rejected)
     if test_fraction:
         test_count = max(1, round(test_fraction * len(images)))
     if test_count >= len(images):
-        sentence = f"{test_count} images for testing leave none of {len(images)} to train on: ask for fewer"
-        raise NothingPrepared(sentence, rejected)
+        message = (
+            f"a test split of {test_count} leaves none of the {len(images)} images for training: use fewer"
+        )
+        raise NothingPrepared(message, rejected)
     labels = _labels(root, images)
     splits = {"test": test_count} if test_count else {}
     left = images
-    with store.appears_whole(data_dir, name, _VERSION, overwrite=overwrite) as work:
+    with store.atomic_data_set(data_dir, name, _VERSION, overwrite=overwrite) as work:
         writer = _Writer(work, name, labels, ["train", *splits])
         for split, most in (splits | {"train": len(images)}).items():
             done: set[Path] = set()
@@ -101,38 +104,40 @@ def prepare(
                         writer.add(split, path.relative_to(root), data)
             left = [path for path in left if path not in done]
         if not all(writer.examples.values()):
-            sentence = (
-                f"'{shown(root)}' holds too few images that can be read: mend those listed, or add some"
-            )
-            raise NothingPrepared(sentence, rejected)
+            message = f"'{printable(root)}' has too few readable images for the splits: add images"
+            raise NothingPrepared(message, rejected)
         writer.close()
-    rejected.sort(key=lambda one: sort_key(one[0]))
+    rejected.sort(key=lambda one: os.fsencode(one[0]))
     return Prepared(data_dir / name / _VERSION, writer.examples, labels, rejected)
 
 
 def _require_free(name: str, data_dir: Path, overwrite: bool) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"name '{shown(name)}' is no TFDS name: use small letters, digits and underscores")
+        raise UserError(
+            f"name '{printable(name)}' is not a TFDS name: use lowercase letters, digits and underscores"
+        )
     taken = store.find(name, where=[str(data_dir)])
     if taken is not None and taken.name != _VERSION:
-        raise UserError(f"the data set '{name}' in {data_dir} was not made by sr3 prepare: take another name")
+        raise UserError(f"the data set '{name}' in {data_dir} was not made by sr3 prepare: use another name")
     if taken is not None and not overwrite:
-        raise UserError(f"the data set '{name}' exists in {data_dir}: take another name, or add --overwrite")
+        raise UserError(
+            f"the data set '{name}' already exists in {data_dir}: use another name or add --overwrite"
+        )
 
 
 def _hash(path: Path, root: Path) -> bytes:
-    return hashlib.sha256(sort_key(path.relative_to(root))).digest()
+    return hashlib.sha256(os.fsencode(path.relative_to(root))).digest()
 
 
 def _labels(root: Path, images: list[Path]) -> list[str]:
     parts = [path.relative_to(root).parts for path in images]
-    folders = sorted({part[0] for part in parts}, key=sort_key)
+    folders = sorted({part[0] for part in parts}, key=os.fsencode)
     one_deep = all(len(part) == 2 for part in parts)
-    return [shown(folder) for folder in folders] if one_deep and len(folders) > 1 else []
+    return [printable(folder) for folder in folders] if one_deep and len(folders) > 1 else []
 
 
 def _checked(path: Path) -> bytes | ImageError:
-    """The bytes to store: the file's own if it is plain, else a PNG of its pixels."""
+    """The bytes to store: the file itself if it is plain, else a PNG of its pixels."""
     try:
         data = path.read_bytes()
         rgb = read_rgb(data)
@@ -148,7 +153,7 @@ def _checked(path: Path) -> bytes | ImageError:
 
 
 def _is_plain(data: bytes, rgb: np.ndarray) -> bool:
-    """Whether any reader makes these pixels of the file: RGB of 8 bits, upright, opaque, one frame."""
+    """Whether every decoder gives these pixels: 8-bit RGB, no rotation, opaque, one frame."""
     with Image.open(io.BytesIO(data)) as header:
         if (
             header.mode != "RGB"
@@ -156,15 +161,15 @@ def _is_plain(data: bytes, rgb: np.ndarray) -> bool:
             or header.getexif().get(_ORIENTATION, 1) != 1
         ):
             return False
-        if header.format == "PNG":  # bit depth; EXIF may stand behind the pixels, where Pillow has not looked
+        if header.format == "PNG":  # bit depth; Pillow does not read EXIF that follows the pixels
             return data[24] == 8 and not any(chunk in data for chunk in (b"eXIf", b"tRNS", b"acTL"))
-        return header.format in ("JPEG", "MPO")  # MPO: a JPEG with more images behind it
+        return header.format in ("JPEG", "MPO")  # MPO: a JPEG followed by more images
 
 
 def _in_order(
     work: Callable[[Path], Any], paths: Iterable[Path], pool: ThreadPoolExecutor, *, ahead: int
 ) -> Iterator[tuple[Path, Any]]:
-    """(path, work(path)) in the order of `paths`, with at most `ahead` results waiting in memory."""
+    """Yield (path, work(path)) in the order of `paths`, with at most `ahead` pending results."""
     waiting: deque[tuple[Path, Future[Any]]] = deque()
     try:
         for path in paths:
@@ -207,12 +212,12 @@ class _Writer:
         self.examples = dict.fromkeys(splits, 0)
 
     def add(self, split: str, file_name: Path, data: bytes) -> None:
-        example: dict[str, Any] = {"image": data, "file_name": shown(file_name)}
+        example: dict[str, Any] = {"image": data, "file_name": printable(file_name)}
         if self._labels:
-            example["label"] = shown(file_name.parts[0])
+            example["label"] = printable(file_name.parts[0])
         self._waiting[split].append(example)
         self.examples[split] += 1
-        if len(self._waiting[split]) == _AT_ONCE:
+        if len(self._waiting[split]) == _PER_WRITE:
             self._flush()
 
     def _flush(self) -> None:

@@ -1,4 +1,4 @@
-"""A data set by name: random access to photographs as uint8 arrays, decoded ones kept in memory.
+"""Data sources by name: random access to images as uint8 arrays, with a cache of decoded images in memory.
 
 Shape legend: H height, W width.
 """
@@ -6,6 +6,7 @@ Shape legend: H height, W width.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -18,25 +19,27 @@ import numpy as np
 from PIL import Image
 
 from sr3_jax.data import store
-from sr3_jax.data.folders import shown, walk
 from sr3_jax.errors import UserError
+from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, read_rgb, read_size
+from sr3_jax.image_io.inputs import walk
 
 _log = logging.getLogger("sr3_jax")
 _NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH"
-_LISTED = 100  # unreadable files named in one message; the rest are counted
+MAX_IN_MEMORY = 4 * 2**30  # bytes
+_LISTED = 100  # unreadable files named in one message; others are only counted
 
 
 class ImageTooSmallError(ImageError):
-    """An image whose short side is under the least that was asked for."""
+    """An image whose short side is below the required minimum."""
 
 
 class Source:
     """Random access to a data set: source[i] is {'image': uint8 [H,W,3], 'label': int if it has labels}.
 
-    Arrays are read-only and shared. Decoded images stay in memory until `cache_mb` are full, and then those
-    stay: in epochs of random order that serves more reads than dropping the oldest. Thread-safe.
-    Reading raises ImageError ('NAME: reason') for an image that can't be used.
+    Arrays are read-only and shared. Decoded images are cached until `cache_mb` is used up, and never evicted: for
+    epochs in random order this has more hits than evicting the oldest. Thread-safe. Reading an unusable image raises
+    ImageError ('NAME: reason').
     """
 
     def __init__(
@@ -52,14 +55,14 @@ class Source:
         num_classes: int | None = None,
     ) -> None:
         self.name = name
-        self.num_classes = num_classes  # of the labels, where the data set says it
+        self.num_classes = num_classes  # of the labels, where the data set declares it
         self.describe = describe
-        self.file_name = file_name  # of an image's file where it is known, else its number
+        self.file_name = file_name  # the image's file name where known, else its number
         self._load = load
         self._count = count
         self._min_side = min_side
         self._free = cache_mb * 2**20
-        self._kept: dict[int, dict[str, Any]] = {}
+        self._cache: dict[int, dict[str, Any]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -67,10 +70,10 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._count:
-            raise IndexError(f"{self.name} has {self._count} images, no number {index}")
-        kept = self._kept.get(index)
-        if kept is not None:
-            return dict(kept)
+            raise IndexError(f"{self.name} has {self._count} images; there is no image {index}")
+        cached = self._cache.get(index)
+        if cached is not None:
+            return dict(cached)
         try:
             item = self._load(index)
             check_side(item["image"].shape[:2], self._min_side)
@@ -78,9 +81,9 @@ class Source:
             raise type(error)(f"{self.describe(index)}: {error}") from error
         item["image"].flags.writeable = False
         with self._lock:
-            if index not in self._kept and item["image"].nbytes <= self._free:
+            if index not in self._cache and item["image"].nbytes <= self._free:
                 self._free -= item["image"].nbytes
-                self._kept[index] = item
+                self._cache[index] = item
         return dict(item)
 
 
@@ -88,12 +91,12 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
     """Open a data set: `photos:train`, `photos:test`, `tfds:NAME[/CONFIG][:VERSION]:SPLIT` or `folder:PATH`.
 
     Args:
-      min_side: least short side in pixels. Smaller images of a folder are counted and left out here; in a
-        TFDS data set reading one raises ImageTooSmallError, since looking at each first would take too long.
+      min_side: minimum short side in pixels. Smaller images of a folder are skipped with a warning; in a TFDS data set
+        reading one raises ImageTooSmallError, since checking every image first would take too long.
       cache_mb: memory for decoded images.
 
     Raises:
-      UserError: there is no such data set or split, it has no images, or none can be used.
+      UserError: the data set or split does not exist, or has no usable image.
     """
     kind, _, rest = name.partition(":")
     if kind == "photos" and rest in ("train", "test"):
@@ -102,13 +105,13 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
         return _open_tfds(name, rest, min_side, cache_mb)
     if kind == "folder" and rest:
         return _open_folder(name, Path(rest).expanduser(), min_side, cache_mb)
-    raise UserError(f"no data source is called '{shown(name)}': use {_NAMES}")
+    raise UserError(f"unknown data source '{printable(name)}': use {_NAMES}")
 
 
 def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
-    """The largest centre square of each image, area-resampled to `side` pixels: the paper's ImageNet (section 3).
+    """The largest center square of each image, area-resampled to `side` pixels: the paper's ImageNet protocol.
 
-    Open `source` with cache_mb=0, so that only the squares are kept in memory.
+    Open `source` with cache_mb=0, so that only the squares are cached.
     """
 
     def load(index: int) -> dict[str, Any]:
@@ -125,24 +128,47 @@ def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
     return Source(source.name, load, len(source), describe=describe, cache_mb=cache_mb)
 
 
+def load_labeled(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """A whole labeled data set in memory: images uint8 [N,H,W,3] and labels int32 [N]. Open it with cache_mb=0.
+
+    Raises:
+        UserError: it has no labels, images of different sizes, or more than 4 GiB of images.
+    """
+    images, labels = np.zeros((0, 0, 0, 3), np.uint8), np.zeros(len(source), np.int32)
+    for index in range(len(source)):
+        item = source[index]
+        image = item["image"]
+        if "label" not in item:
+            raise UserError(f"{source.name} has no labels: use a data set with one subfolder per class")
+        if index == 0:
+            if image.nbytes * len(source) > MAX_IN_MEMORY:
+                raise UserError(
+                    f"{source.name} has over 4 GiB of images: use a part of it, as in SPLIT[:10000]"
+                )
+            images = np.zeros((len(source), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], image.shape))
+            raise UserError(f"{source.name} has images of {sizes}: resize them to one size first")
+        images[index], labels[index] = image, item["label"]
+    return images, labels
+
+
 def check_side(size: tuple[int, int], min_side: int) -> None:
-    """Raises ImageTooSmallError if the short side of a (height, width) is under `min_side`."""
+    """Raise ImageTooSmallError if the short side of (height, width) is below `min_side`."""
     if min(size) < min_side:
-        raise ImageTooSmallError(f"is {size[1]}x{size[0]} pixels, with a short side under {min_side}")
+        raise ImageTooSmallError(f"is {size[1]}x{size[0]} pixels; the short side must be at least {min_side}")
 
 
 def _open_tfds(name: str, rest: str, min_side: int, cache_mb: int) -> Source:
     match = re.fullmatch(r"([\w/.-]+)(?::(\d+\.\d+\.\d+))?:([^:/]*(?:\[[^/]*\])?[^:/]*)", rest)
     if match is None:
-        raise UserError(
-            f"'{shown(name)}' does not name a data set and a split: write tfds:NAME[/CONFIG]:SPLIT"
-        )
+        raise UserError(f"'{printable(name)}' is not a data set with a split: use tfds:NAME[/CONFIG]:SPLIT")
     data_set, version, split = match.groups()
     return _read_tfds(name, store.require(data_set, version=version), split, min_side, cache_mb)
 
 
 def _photos() -> Any:
-    """The folder of the default data set, prepared if this is its first use."""
+    """The folder of the default data set, prepared on first use."""
     from sr3_jax.data.photos.builder import Sr3Photos
 
     version, where = str(Sr3Photos.VERSION), store.data_dir()
@@ -157,29 +183,27 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
     features = builder.info.features
     names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     if "image" not in names:
-        raise UserError(
-            f"the data set of '{name}' has no feature 'image' among {names}: use another data set"
-        )
+        raise UserError(f"'{name}' has no feature 'image', only {names}: use another data set")
     wanted = {"image": features["image"]}
     encoded = isinstance(wanted["image"], tfds.features.Image) and wanted["image"].np_dtype != np.float32
     if not encoded and not _is_array_image(wanted["image"]):
         raise UserError(
-            f"the 'image' of '{name}' is {wanted['image']}, not of 8 bits a channel: use another data set"
+            f"the feature 'image' of '{name}' is {wanted['image']}, not 8 bits per channel: use another data set"
         )
     if "label" in names and _is_class(features["label"]):
         wanted["label"] = features["label"]
     splits = store.quoted(builder.info.splits)
     try:
-        # Raw, so that no other feature (masks, boxes) is decoded; the wanted ones are parsed below.
+        # Raw bytes: only the features used are decoded below, not masks or boxes.
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         records = builder.as_data_source(split=split, deserialize_method=raw)
     except NotImplementedError as error:
         raise UserError(
-            f"the data set of '{name}' is stored as {builder.info.file_format.value}, without random access: "
-            "run `tfds build` with --file_format=array_record, or `sr3 prepare` on its images"
+            f"'{name}' is stored as {builder.info.file_format.value}, which has no random access: run `tfds build` "
+            "with --file_format=array_record, or `sr3 prepare` on its images"
         ) from error
     except (ValueError, KeyError) as error:
-        sentence = f"the data set of '{name}' has no split '{split}', or nothing in it: use one of {splits}"
+        sentence = f"'{name}' has no split '{split}', or it is empty: use one of {splits}"
         raise UserError(sentence) from error
     parser = tfds.features.FeaturesDict(wanted)
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
@@ -200,7 +224,7 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
         image = example["image"]
         if encoded:
             if min_side:
-                check_side(read_size(image), min_side)  # the header is enough to tell
+                check_side(read_size(image), min_side)  # from the header, without decoding
             image = read_rgb(image)
         item = {"image": _three_channels(image)}
         return item | {"label": int(example["label"])} if "label" in wanted else item
@@ -226,7 +250,7 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: images whose headers are good, in order, and (file, reason) for what is not."""
+    """The files of a folder: images with valid headers, sorted by path, and (file, reason) for all others."""
 
     images: list[Path]
     sizes: list[tuple[int, int]]  # (height, width) of each image
@@ -234,12 +258,19 @@ class Scan:
 
 
 def scan_folder(root: Path, *, threads: int = 16) -> Scan:
-    """Read the header of every file under `root`, as `folders.walk` finds them.
+    """Read the header of every file under `root`, hidden files excepted.
 
     Raises:
-      UserError: `root` is no folder, or can't be listed.
+      UserError: `root` is not a folder, or cannot be listed.
     """
+    if not root.is_dir():
+        raise UserError(f"'{printable(root)}' is not a folder: use a folder of images")
     files, rejected = walk(root)
+    if any(folder == root for folder, _ in rejected):
+        raise UserError(
+            f"folder '{printable(root)}' cannot be listed ({rejected[0][1]}): change its permissions"
+        )
+    files.sort(key=os.fsencode)  # the same order on every machine, for any name
 
     def look(path: Path) -> tuple[int, int] | str:
         try:
@@ -259,23 +290,23 @@ def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
     paths = [path for path, size in zip(scan.images, scan.sizes, strict=True) if min(size) >= min_side]
     bad, small = len(scan.rejected), len(scan.images) - len(paths)
     if bad:
-        listed = [f"  {shown(path)}: {reason}" for path, reason in scan.rejected[:_LISTED]]
+        listed = [f"  {printable(path)}: {reason}" for path, reason in scan.rejected[:_LISTED]]
         listed += [f"  and {bad - _LISTED} more"] if bad > _LISTED else []
-        _log.warning("%d left out of %s:\n%s", bad, shown(name), "\n".join(listed))
+        _log.warning("skipped %d files of %s:\n%s", bad, printable(name), "\n".join(listed))
     if small:
-        told = f"{small} of {len(scan.images)} images of {shown(name)}"
-        _log.warning("%s left out: their short side is under %d pixels", told, min_side)
+        share = f"{small} of {len(scan.images)} images of {printable(name)}"
+        _log.warning("skipped %s: their short side is under %d pixels", share, min_side)
     if not paths:
         raise UserError(
-            f"'{shown(root)}' holds no image that can be used ({bad} could not be read, {small} are under "
-            f"{min_side} pixels): put images there ({' '.join(sorted(IMAGE_SUFFIXES))}), or crop smaller"
+            f"'{printable(root)}' has no usable image ({bad} could not be read, {small} are under {min_side} pixels): "
+            f"add images ({' '.join(sorted(IMAGE_SUFFIXES))}) or use a smaller crop"
         )
     return Source(
         name,
         lambda index: {"image": read_rgb(paths[index])},
         len(paths),
-        describe=lambda index: shown(paths[index]),
-        file_name=lambda index: shown(paths[index].name),
+        describe=lambda index: printable(paths[index]),
+        file_name=lambda index: printable(paths[index].name),
         min_side=min_side,
         cache_mb=cache_mb,
     )

@@ -1,6 +1,6 @@
-"""TFDS data sets on disk: where they lie, how one is found, and how one appears there whole or not at all.
+"""TFDS data sets on disk: where they are stored, how they are found, and how they are written atomically.
 
-TensorFlow Datasets is imported on first use, because it takes half a second.
+TensorFlow Datasets is imported on first use, since the import takes half a second.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _VARIABLES = ("SR3_DATA_DIR", "TFDS_DATA_DIR")
 
 
 def data_dir() -> Path:
-    """The folder that we write data sets to: $SR3_DATA_DIR, else $TFDS_DATA_DIR, else under ~/.cache."""
+    """The folder that data sets are written to: $SR3_DATA_DIR, else $TFDS_DATA_DIR, else ~/.cache/sr3_jax/datasets."""
     for chosen in (os.environ.get(variable, "") for variable in _VARIABLES):
-        if chosen and "://" not in chosen:  # we do not write to buckets
+        if chosen and "://" not in chosen:  # buckets are only read
             return Path(chosen).expanduser()
     return Path.home() / ".cache" / "sr3_jax" / "datasets"
 
 
 def search_path() -> list[str]:
-    """The folders in which a data set is looked for, in order; TFDS's own default comes last."""
+    """The folders that are searched for a data set, in order; TFDS's default comes last."""
     places = [os.environ.get(variable, "") for variable in _VARIABLES]
     places += [str(data_dir()), "~/tensorflow_datasets"]
     return list(dict.fromkeys(os.path.expanduser(place) for place in places if place))
@@ -39,7 +39,7 @@ def search_path() -> list[str]:
 def find(name: str, *, version: str | None = None, where: list[str] | None = None) -> Any | None:
     """The folder of the data set NAME or NAME/CONFIG, its newest version unless `version` is given, or None.
 
-    Returns a `tfds.core.Path`, so that a data dir in a bucket works where its file system is installed.
+    Returns a `tfds.core.Path`, so that a bucket works as data dir where its file system is installed.
     """
     import tensorflow_datasets as tfds
 
@@ -56,14 +56,14 @@ def find(name: str, *, version: str | None = None, where: list[str] | None = Non
 
 
 def require(name: str, *, version: str | None = None) -> Any:
-    """`find`, but with a UserError that says what is there instead when nothing is found."""
+    """`find`, but raise a UserError that names alternatives if the data set does not exist."""
     import tensorflow_datasets as tfds
 
     if (folder := find(name, version=version)) is not None:
         return folder
     if version is not None and (other := find(name)) is not None:
         raise UserError(
-            f"the data set '{name}' is there as version {other.name}, not {version}: leave it out"
+            f"the data set '{name}' exists as version {other.name}, not {version}: remove the version from the name"
         )
     for place in search_path():
         folder = tfds.core.Path(place) / name
@@ -71,12 +71,12 @@ def require(name: str, *, version: str | None = None) -> Any:
         configs = [child for child in children if find(f"{name}/{child}", where=[place])]
         if configs:
             raise UserError(
-                f"the data set '{name}' has configs: write tfds:{name}/CONFIG:SPLIT, "
+                f"the data set '{name}' has configs: use tfds:{name}/CONFIG:SPLIT, "
                 f"with CONFIG one of {quoted(configs)}"
             )
     raise UserError(
-        f"the data set '{name}' is not prepared in {' or '.join(search_path())}: make it from a folder of "
-        f"images with `sr3 prepare PATH --name {name}`, or set SR3_DATA_DIR to where it is"
+        f"the data set '{name}' does not exist in {' or '.join(search_path())}: make it from a folder of images with "
+        f"`sr3 prepare PATH --name {name}`, or set SR3_DATA_DIR to the folder that contains it"
     )
 
 
@@ -86,14 +86,14 @@ def quoted(names: Any) -> str:
 
 
 @contextlib.contextmanager
-def appears_whole(root: Path, name: str, version: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a temporary data dir; on success its NAME/VERSION moves to root/NAME/VERSION in one rename.
+def atomic_data_set(root: Path, name: str, version: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary data dir; on success its NAME/VERSION is moved to root/NAME/VERSION in one rename.
 
-    When another process was first, its data set is kept and ours dropped, unless `overwrite`. On an error
-    everything temporary is removed; what a killed process left is removed by the next one.
+    If another process finished first, its data set stays and ours is discarded, unless `overwrite`. Temporary files are
+    removed on errors; those of a killed process are removed by the next call.
 
     Raises:
-      UserError: `root` can't be written to.
+      UserError: `root` cannot be written to.
     """
     prefix = f".incomplete-{name}-"
     try:
@@ -101,11 +101,13 @@ def appears_whole(root: Path, name: str, version: str, *, overwrite: bool = Fals
         _remove_leftovers(root, prefix)
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
         lock = (work / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held while we live: tells a leftover from work in progress
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # held while this process runs: distinguishes leftovers from work in progress
         work = work.rename(root / f"{prefix}{work.name.removeprefix('.new-')}")
     except OSError as error:
         raise UserError(
-            f"the data dir {root} can't be written to ({error.strerror}): name another with SR3_DATA_DIR"
+            f"the data dir {root} cannot be written to ({error.strerror}): set SR3_DATA_DIR to another folder"
         ) from error
     try:
         yield work
@@ -130,18 +132,18 @@ def _remove_leftovers(root: Path, prefix: str) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:
-            pass  # its owner lives, or has just removed it
+            pass  # its process still runs, or has just removed it
 
 
 def build(builder_class: Any, root: Path) -> Path:
-    """Run a TFDS builder that downloads nothing; returns the folder of its ArrayRecord files under `root`."""
+    """Run a TFDS builder that downloads nothing; return the folder of its ArrayRecord files under `root`."""
     import tensorflow_datasets as tfds
 
     version = str(builder_class.VERSION)
     with (
-        appears_whole(root, builder_class.name, version) as work,
+        atomic_data_set(root, builder_class.name, version) as work,
         open(os.devnull, "w", encoding="utf-8") as silence,
-        contextlib.redirect_stdout(silence),  # TFDS prints where it prepares what
+        contextlib.redirect_stdout(silence),  # TFDS prints progress
     ):
         tfds.disable_progress_bar()
         builder_class(data_dir=work, file_format="array_record").download_and_prepare()

@@ -116,8 +116,9 @@ def respace(
         spacing: 'log_snr' even in log-SNR; 'uniform' every (T/N)-th training step; 'karras' even in
             sigma^(1/7), sigma = sqrt((1-gamma)/gamma) (Karras et al. 2022, Eq. 5); 'linear' betas linear in the step,
             as in the paper, the last one chosen to reach gamma_N.
-        log_snr_min, log_snr_max: end points of the grid, the log-SNR of gamma_N and of gamma_1, within the range of the
-            training schedule; the paper searched for its end points. With one step only log_snr_min is used.
+        log_snr_min: log-SNR of gamma_N, where sampling starts, within the range of the training schedule; None for its
+            end. The paper searched for these end points.
+        log_snr_max: log-SNR of gamma_1, the last level before the clean image; not used with one step.
 
     Raises:
         ValueError: unknown spacing, or the training schedule has no such grid.

@@ -30,6 +30,8 @@ TIMEOUT = "SR3_START_TIMEOUT"
 class MissingProcesses(UserError):
     """Some processes of a group are missing: on a cluster, trying again may help."""
 
+    exit_code = 1  # which launchers try again
+
 
 @dataclass(frozen=True)
 class Group:

@@ -108,8 +108,8 @@ def to_global(
     """Rows of a batch on the host -> the global arrays, split over all devices; returns before the copy is done.
 
     Args:
-        rows, batch_size: which rows of a batch of that size these are (`local_rows`); None where every process has
-            the whole batch.
+        rows: which rows of the global batch these are (`local_rows`); None if every process has the whole batch.
+        batch_size: size of the global batch; required with `rows`.
     """
     sharding = batch_sharding(mesh)
 

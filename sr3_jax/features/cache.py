@@ -1,7 +1,7 @@
-"""Features that a network gave, kept in files: nothing is computed twice, and processes share what each computed.
+"""Network features of images in files, so that none is computed twice and processes can share them.
 
-Shape legend: N images, F numbers of an image. An image is known by the digest of its pixels, so that features are
-those of an image, whatever method and run it came from.
+Features are found by the hash of an image's pixels, whatever method and run the image came from. Shape legend:
+N images, F features of an image.
 """
 
 from __future__ import annotations
@@ -18,60 +18,61 @@ from sr3_jax.errors import UserError
 from sr3_jax.features.statistics import FeatureProtocol
 
 
-class KeptFeatures:
-    """Features of one network in the files of `folder` that begin with `name`, each written by one process alone."""
+class FeatureCache:
+    """Features of one network in the files NAME.*.features of `folder`; each process appends to its own file."""
 
     def __init__(self, folder: Path, name: str, *, process: int = 0) -> None:
         self._folder, self._name, self._process = folder, name, process
         self._places: dict[bytes, tuple[np.ndarray, int]] = {}
         for path in sorted(folder.glob(f"{name}.*.*.features")):
-            self._learn(path)
+            self._read(path)
 
     @classmethod
-    def of(cls, folder: Path, protocol: FeatureProtocol, *, process: int = 0) -> KeptFeatures:
-        """Those of one protocol, in the folder `features` of `folder`."""
+    def for_protocol(cls, folder: Path, protocol: FeatureProtocol, *, process: int = 0) -> FeatureCache:
+        """The cache of one protocol, in `folder`/features."""
         text = json.dumps(asdict(protocol), sort_keys=True).encode()
         name = f"{protocol.distance}-{hashlib.sha256(text).hexdigest()[:12]}"
         return cls(folder / "features", name, process=process)
 
-    def missing(self, digests: Iterable[str]) -> list[int]:
-        """The places of digests, in hex, whose features are not known."""
-        return [place for place, text in enumerate(digests) if bytes.fromhex(text) not in self._places]
+    def missing(self, hashes: Iterable[str]) -> list[int]:
+        """The indices of the hashes (in hex) whose features are not in the cache."""
+        return [index for index, text in enumerate(hashes) if bytes.fromhex(text) not in self._places]
 
-    def find(self, digests: Sequence[str]) -> np.ndarray:
-        """float32 [N,F] of images by their digests. KeyError for one that is not known."""
-        places = [self._places[bytes.fromhex(text)] for text in digests]
-        return np.stack([rows[at] for rows, at in places])
+    def get(self, hashes: Sequence[str]) -> np.ndarray:
+        """Features float32 [N,F] of images by their hashes. KeyError if one is not in the cache."""
+        places = [self._places[bytes.fromhex(text)] for text in hashes]
+        return np.stack([rows[index] for rows, index in places])
 
-    def add(self, digests: Sequence[str], features: np.ndarray) -> None:
-        """Keep float32 [N,F]. UserError if they can't be written."""
-        rows = np.empty(len(digests), _layout(features.shape[1]))
-        rows["image"] = [np.void(bytes.fromhex(text)) for text in digests]
+    def add(self, hashes: Sequence[str], features: np.ndarray) -> None:
+        """Write features float32 [N,F]. UserError if they cannot be written."""
+        rows = np.empty(len(hashes), _row_type(features.shape[1]))
+        rows["image"] = [np.void(bytes.fromhex(text)) for text in hashes]
         rows["features"] = features
         path = self._folder / f"{self._name}.{features.shape[1]}.{self._process}.features"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
-                file.truncate(file.tell() // rows.itemsize * rows.itemsize)  # half a row, of a killed run
+                # A killed run may have left part of a row.
+                file.truncate(file.tell() // rows.itemsize * rows.itemsize)
                 file.write(rows.tobytes())
         except OSError as error:
             raise UserError(
-                f"features cannot be written to {path} ({error.strerror}): name another folder with -o"
+                f"features cannot be written to {path} ({error.strerror}): choose another folder with -o"
             ) from error
-        for at, text in enumerate(digests):
-            self._places[bytes.fromhex(text)] = (rows["features"], at)
+        for index, text in enumerate(hashes):
+            self._places[bytes.fromhex(text)] = (rows["features"], index)
 
-    def _learn(self, path: Path) -> None:
+    def _read(self, path: Path) -> None:
         width = path.name.split(".")[-3]
         try:
-            layout = _layout(int(width))
-            count = path.stat().st_size // layout.itemsize
-            rows = np.memmap(path, layout, mode="r", shape=(count,)) if count else np.empty(0, layout)
+            row_type = _row_type(int(width))
+            count = path.stat().st_size // row_type.itemsize
+            rows = np.memmap(path, row_type, mode="r", shape=(count,)) if count else np.empty(0, row_type)
         except (OSError, ValueError):
             return
         images = rows["image"].tobytes()
-        self._places |= {images[32 * at : 32 * at + 32]: (rows["features"], at) for at in range(count)}
+        self._places |= {images[32 * i : 32 * i + 32]: (rows["features"], i) for i in range(count)}
 
 
-def _layout(width: int) -> np.dtype:
+def _row_type(width: int) -> np.dtype:
     return np.dtype([("image", "V32"), ("features", "<f4", (width,))])

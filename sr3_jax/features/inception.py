@@ -1,11 +1,11 @@
-"""The Inception network of FID: TensorFlow's of 2015-12-05 (Szegedy et al. 2015), 1008 classes.
+"""The Inception network of FID: TensorFlow's version of 2015-12-05 (Szegedy et al. 2015) with 1008 classes.
 
-FID, KID and IS are defined by this one set of weights, and by details in which it differs from the Inception v3 of
-model zoos: average pools that leave the padding out of the mean, and a max pool in the last block. Weights come
-from a file that the user names, in PyTorch's layout and names (pytorch-fid's pt_inception-2015-12-05-6726825d.pth,
-or the same arrays as safetensors). Distances in any other weights' features are not FID.
+FID, KID and IS are defined by these weights, and by details in which the network differs from the Inception v3 of model
+zoos: average pooling excludes the padding, and the last block has a max pool. The weights are read from a file of the
+user in PyTorch's layout (pytorch-fid's pt_inception-2015-12-05-6726825d.pth, or the same arrays as safetensors).
+Distances in the features of other weights are not FID.
 
-Shape legend: B batch, H height, W width. Each batch norm is folded into its convolution.
+Shape legend: B batch, H height, W width. Batch norms are folded into the convolutions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sr3_jax.features.inception_layers import CLASSES, SIDE, WIDTH, convolve, ke
 from sr3_jax.features.statistics import FeatureProtocol
 from sr3_jax.features.weights import read_arrays, read_file
 
-# Of pytorch-fid's file, which torch-fidelity also ships; its first digits are in the file's name.
+# Of the file of pytorch-fid and torch-fidelity; its first digits are in the file's name.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 EPSILON = 1e-3  # of the batch norms
 PREPROCESSING = {
@@ -37,17 +37,17 @@ Weights = Mapping[str, Mapping[str, jax.Array]]
 
 
 class Outputs(NamedTuple):
-    """What the metrics take from the network, float32."""
+    """The network's outputs that metrics use, float32."""
 
     pool3: jax.Array  # [B,2048] for FID and KID
-    logits: jax.Array  # [B,1008] for IS, without the bias, as in Salimans et al.'s code
+    logits: jax.Array  # [B,1008] for IS, without the bias, as in the code of Salimans et al.
 
 
 @dataclass(frozen=True)
 class Inception:
-    """The network with its weights and the way images come in.
+    """The network with its weights and preprocessing.
 
-    `verified`: the weights are the published file, so that a Frechet distance of its features is FID.
+    `verified`: the weights are the published file, so the Frechet distance of its features is FID.
     """
 
     weights: Weights
@@ -69,7 +69,7 @@ class Inception:
         )
 
     def outputs(self, images: jax.Array | np.ndarray) -> Outputs:
-        """uint8 [B,H,W,3] of any size -> features and logits. The network is compiled once for each B."""
+        """uint8 [B,H,W,3] of any size -> features and logits. The network is compiled for each B."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"Inception takes uint8 images [B,H,W,3], got {images.dtype} {images.shape}")
         return _outputs(self.weights, resized(jnp.asarray(images), preprocessing=self.preprocessing))
@@ -80,20 +80,24 @@ class Inception:
 
 
 def load_inception(path: Path, *, preprocessing: Preprocessing = "tf1") -> Inception:
-    """The network with the weights in a .pth or .safetensors file, of which no code is run.
+    """The network with the weights in a .pth or .safetensors file, whose code is not run.
 
-    preprocessing: 'tf1' as the original FID code and torch-fidelity, 'pytorch_fid' as pytorch-fid; figures differ a
-    little, so the protocol says which. UserError if the file cannot be read or holds another network.
+    Args:
+        preprocessing: 'tf1' as in the original FID code and torch-fidelity, or 'pytorch_fid' as in pytorch-fid. The
+            resulting values differ slightly, so the protocol records it.
+
+    Raises:
+        UserError: the file cannot be read or contains another network.
     """
     if preprocessing not in PREPROCESSING:
-        raise UserError(f"preprocessing {preprocessing!r} is unknown: take one of {', '.join(PREPROCESSING)}")
+        raise UserError(f"preprocessing {preprocessing!r} is unknown: use one of {', '.join(PREPROCESSING)}")
     content, sha256 = read_file(path)
     weights = folded(read_arrays(content, str(path)), str(path))
     return Inception(weights=weights, sha256=sha256, preprocessing=preprocessing)
 
 
 def folded(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, dict[str, jax.Array]]:
-    """PyTorch's arrays -> kernel [h,w,in,out] and bias [out] of each convolution and of 'fc', float32."""
+    """PyTorch arrays -> kernel [h,w,in,out] and bias [out] of each convolution and of 'fc', float32."""
     weights = {}
     for layer, (height, width, into, out) in kernel_shapes().items():
         kernel = _array(arrays, f"{layer}.conv.weight", (out, into, height, width), name)
@@ -117,14 +121,14 @@ def _array(arrays: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], n
     if key not in arrays or arrays[key].shape != shape:
         got = arrays[key].shape if key in arrays else "none"
         raise UserError(
-            f"{name} is not the Inception of FID, which has {key} of {shape}, and here is {got}: name "
+            f"{name} is not the Inception network of FID: {key} must have the shape {shape}, got {got}; use "
             "pt_inception-2015-12-05-6726825d.pth"
         )
     return arrays[key]
 
 
 def network(weights: Weights, x: jax.Array) -> dict[str, jax.Array]:
-    """[B,299,299,3] in [-1,1] -> what each block gives by its name, then 'pool3' [B,2048] and 'logits' [B,1008]."""
+    """[B,299,299,3] in [-1,1] -> the outputs of all blocks by name, 'pool3' [B,2048] and 'logits' [B,1008]."""
 
     def convolution(
         x: jax.Array, layer: str, out: int, size: tuple[int, int], stride: int, padding: str
@@ -145,7 +149,7 @@ def _outputs(weights: Weights, x: jax.Array) -> Outputs:
 
 @functools.partial(jax.jit, static_argnames="preprocessing")
 def resized(images: jax.Array, *, preprocessing: Preprocessing) -> jax.Array:
-    """uint8 [B,H,W,3] -> float32 [B,299,299,3] in [-1,1], as PREPROCESSING says."""
+    """uint8 [B,H,W,3] -> float32 [B,299,299,3] in [-1,1], as described in PREPROCESSING."""
     half_pixel = preprocessing == "pytorch_fid"
     rows, columns = (_bilinear(side, half_pixel) for side in images.shape[1:3])
     x = jnp.einsum(
@@ -155,8 +159,8 @@ def resized(images: jax.Array, *, preprocessing: Preprocessing) -> jax.Array:
 
 
 def _bilinear(side: int, half_pixel: bool) -> np.ndarray:
-    """[299,side]: each row the weights of one pixel of the result."""
-    step = np.float32(side) / np.float32(SIDE)  # places in float32, as both libraries have them
+    """The resampling matrix [299,side]: each row has the weights of one output pixel."""
+    step = np.float32(side) / np.float32(SIDE)  # positions in float32, as in both libraries
     at = np.arange(SIDE, dtype=np.float32)
     at = np.maximum((at + np.float32(0.5)) * step - np.float32(0.5), 0) if half_pixel else at * step
     low = np.minimum(np.floor(at).astype(int), side - 1)

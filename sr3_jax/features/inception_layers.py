@@ -1,8 +1,7 @@
-"""The layers of the FID Inception: what follows what, apart from where the numbers come from.
+"""The architecture of FID's Inception network, independent of its weights.
 
-Shape legend: B batch, H height, W width, C channels. The names of blocks and convolutions are those of PyTorch's
-files, since weights are found by them. A convolution is a callable, so that the same page computes the network
-and says which kernels it needs.
+Shape legend: B batch, H height, W width, C channels. Blocks and convolutions have their names in PyTorch's files. The
+convolution is an argument, so that the same function computes the network and lists the shapes of its kernels.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-SIDE = 299  # pixels of the input; the least that leaves something at the end is 75
-CLASSES = 1008  # ImageNet's 1000 and what the file of 2015 has beside them
+SIDE = 299  # pixels of the input; the minimum for a non-empty output is 75
+CLASSES = 1008  # ImageNet's 1000 and 8 unused ones
 WIDTH = 2048
 
 
 class Convolution(Protocol):
-    """A convolution with its batch norm and ReLU, found by its name."""
+    """A convolution with batch norm and ReLU, by name."""
 
     def __call__(
         self, x: jax.Array, layer: str, out: int, size: tuple[int, int], stride: int, padding: str
@@ -30,10 +29,10 @@ class Convolution(Protocol):
 
 
 def layers(image: jax.Array, convolution: Convolution) -> dict[str, jax.Array]:
-    """[B,299,299,3] in [-1,1] -> what each block gives, in order, by its name; 'pool3' [B,2048] is the last."""
+    """[B,299,299,3] in [-1,1] -> the outputs of all blocks by name, in order; 'pool3' [B,2048] is the last."""
 
     def tower(x: jax.Array, prefix: str, *steps: Sequence) -> jax.Array:
-        """Convolutions in a row, each ('name after the prefix', channels, (height, width), stride)."""
+        """A sequence of convolutions, each (name after the prefix, channels, (height, width), stride)."""
         for name, out, size, *rest in steps:
             stride = rest[0] if rest else 1
             x = convolution(x, prefix + name, out, size, stride, "SAME" if stride == 1 else "VALID")
@@ -86,7 +85,7 @@ def layers(image: jax.Array, convolution: Convolution) -> dict[str, jax.Array]:
     ]
     x = found["Mixed_7a"] = jnp.concatenate(branches, axis=-1)  # [B,8,8,1280]
 
-    # The last block takes the maximum where all before it take the mean: a slip of 2015 that is part of FID.
+    # The last block uses a max pool where all others use an average pool: a quirk of 2015 that is part of FID.
     for block, pool in (("Mixed_7b", _mean_pool), ("Mixed_7c", functools.partial(_max_pool, stride=1))):
         single = tower(x, f"{block}.branch3x3", ("_1", 384, one))
         double = tower(x, f"{block}.branch3x3dbl", ("_1", 448, one), ("_2", 384, three))
@@ -105,7 +104,7 @@ def layers(image: jax.Array, convolution: Convolution) -> dict[str, jax.Array]:
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
-    """[B,H,W,C] by a kernel [h,w,C,D], in full float32 on every device (FID is sensitive to TF32)."""
+    """Convolve [B,H,W,C] with a kernel [h,w,C,D], in full float32 on every device (FID is sensitive to TF32)."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -117,7 +116,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.
 
 
 def kernel_shapes() -> dict[str, tuple[int, int, int, int]]:
-    """[height, width, in, out] of the kernels of the 94 convolutions, by name."""
+    """Shapes [height, width, in, out] of the kernels of the 94 convolutions, by name."""
     shapes: dict[str, tuple[int, int, int, int]] = {}
 
     def note(
@@ -131,13 +130,13 @@ def kernel_shapes() -> dict[str, tuple[int, int, int, int]]:
 
 
 def _max_pool(x: jax.Array, *, stride: int) -> jax.Array:
-    """Maximum of 3x3; with stride 1 the size stays, as if beyond the border were nothing."""
+    """3x3 max pool; with stride 1 the output has the size of the input."""
     padding = "SAME" if stride == 1 else "VALID"
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 
 def _mean_pool(x: jax.Array) -> jax.Array:
-    """Mean of the part of each 3x3 window that lies inside, as TensorFlow pools; the size stays."""
+    """3x3 average pool that excludes the padding, as in TensorFlow; the output has the size of the input."""
     sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     inside = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
     counts = jax.lax.reduce_window(inside, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")

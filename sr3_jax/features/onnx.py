@@ -1,14 +1,15 @@
-"""A classifier in an ONNX file, run by onnxruntime (the extra `onnx`), on the CPU.
+"""Classifiers in ONNX files, run by onnxruntime on the CPU (extra `onnx`).
 
-PATH.onnx?OPTIONS says how images come in, where the file's own input does not:
+PATH.onnx?OPTIONS defines the preprocessing, as far as the file's input does not:
 
-    resnet.onnx                                            [0,1], resized to the size of the file's input
-    resnet.onnx?resize=256&crop=224&normalise=imagenet     the usual protocol of ImageNet's classifiers
-    resnet.onnx?crop=224&normalise=imagenet                the same for 256x256 outputs: as the paper's Table 4
+    resnet.onnx                                            [0,1], resized to the input size of the file
+    resnet.onnx?resize=256&crop=224&normalise=imagenet     the usual protocol of ImageNet classifiers
+    resnet.onnx?crop=224&normalise=imagenet                the same for 256x256 outputs, as in the paper's Table 4
 
-resize=N: to N x N, anti-aliased bicubic, first. crop=N: the centre of N x N. Then, if the file's input has a fixed
-size and theirs is another, to that size. normalise: unit [0,1] (the default), signed [-1,1], levels 0..255, or imagenet
-(ImageNet's mean and deviation of each channel). Layout, channels (1 or 3) and type are read from the file.
+resize=N resizes to N x N by anti-aliased bicubic, then crop=N takes the center of N x N. If the file has a fixed
+input size, images of another size are then resized to it. normalise is unit for [0,1] (the default), signed for
+[-1,1], levels for 0..255, or imagenet for ImageNet's mean and standard deviation per channel. Layout, channels (1 or
+3) and type are read from the file.
 
 Shape legend: B batch, H height, W width, C channels, K classes.
 """
@@ -24,19 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from sr3_jax.errors import UserError
+from sr3_jax.features.classifier_file import check_images
 from sr3_jax.features.weights import read_file
-from sr3_jax.image_ops import resize_bicubic
+from sr3_jax.image_ops import pad_batch, resize_bicubic
 
 NORMALISE = ("unit", "signed", "levels", "imagenet")
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)  # of BT.601, as Pillow's grey
+LUMA = (0.299, 0.587, 0.114)  # BT.601, as in Pillow
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
-AT_ONCE = 64  # images in one call, where the file does not say
+BATCH = 64  # images per call, if the file does not fix it
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What PATH.onnx?OPTIONS says."""
+    """The options of PATH.onnx?OPTIONS."""
 
     resize: int | None = None
     crop: int | None = None
@@ -44,7 +46,7 @@ class Preprocessing:
 
 
 def read_options(text: str) -> Preprocessing:
-    """`resize=256&crop=224&normalise=imagenet`; each may be left out. UserError for anything else."""
+    """Parse `resize=256&crop=224&normalise=imagenet`, each optional. UserError for anything else."""
     try:
         pairs = urllib.parse.parse_qsl(text, strict_parsing=True, keep_blank_values=True) if text else []
     except ValueError:
@@ -57,7 +59,7 @@ def read_options(text: str) -> Preprocessing:
             given[name] = value
         else:
             raise UserError(
-                f"option {name}={value} of an ONNX classifier is unknown: use resize=N, crop=N and "
+                f"option {name}={value} of an ONNX classifier is invalid: use resize=N, crop=N and "
                 f"normalise={'|'.join(NORMALISE)}"
             )
     return Preprocessing(**given)
@@ -65,12 +67,12 @@ def read_options(text: str) -> Preprocessing:
 
 @dataclass(frozen=True, eq=False)
 class OnnxClassifier:
-    """A session of onnxruntime and the way images come in.
+    """An onnxruntime session and its preprocessing.
 
     Attributes:
         layout: 'NCHW' or 'NHWC'.
-        batch, height, width: of the file's input; None where it takes any.
-        num_classes: 0 where the file does not say before it is run.
+        batch, height, width: of the file's input; None if not fixed.
+        num_classes: 0 if the file does not declare it.
     """
 
     name: str
@@ -85,36 +87,35 @@ class OnnxClassifier:
     width: int | None
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B,H,W,3] -> the file's first output, float32 [B,K]; logits or probabilities, as it has them."""
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"a classifier takes uint8 images [B,H,W,3], got {images.dtype} {images.shape}")
-        at_once = self.batch or AT_ONCE
-        parts = [self._run(images[first : first + at_once]) for first in range(0, len(images), at_once)]
+        """uint8 [B,H,W,3] -> the file's first output, float32 [B,K], logits or probabilities."""
+        images = check_images(images)
+        batch = self.batch or BATCH
+        parts = [self._run(images[first : first + batch]) for first in range(0, len(images), batch)]
         return np.concatenate(
             [np.zeros((0, parts[0].shape[1] if parts else self.num_classes), np.float32), *parts]
         )
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         count = len(images)
-        if self.batch is not None:  # filled up with the last image
-            images = np.concatenate([images, np.repeat(images[-1:], self.batch - count, axis=0)])
+        if self.batch is not None:
+            images = pad_batch(images, self.batch)
         inputs = self.session.get_inputs()[0]
         x = self.prepared(images).astype(TYPES[inputs.type])
         try:
             found = np.asarray(self.session.run(None, {inputs.name: x})[0], np.float32)
-        except Exception as error:  # onnxruntime's exceptions have no base of their own
+        except Exception as error:  # onnxruntime's exceptions have no common base class
             raise UserError(f"{self.name} cannot be run on images {x.shape} ({_line(error)})") from error
         found = found.reshape(len(found), -1) if found.ndim else found
         if found.ndim != 2 or len(found) != len(images):
             raise UserError(
-                f"{self.name} gives {found.shape} for {len(images)} images, not [B,K]: it is no classifier"
+                f"{self.name} gives {found.shape} for {len(images)} images, not [B,K]: use a classifier"
             )
         return found[:count]
 
     def prepared(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B,H,W,3] -> what the file takes, float32."""
-        options, x = self.preprocessing, images.astype(np.float32)
+        """uint8 [B,H,W,3] -> the file's input, float32."""
+        options = self.preprocessing
+        x: np.ndarray = images.astype(np.float32)
         if options.resize:
             x = _resized(x, options.resize, options.resize)
         if options.crop:
@@ -138,34 +139,34 @@ class OnnxClassifier:
         height, width = x.shape[1:3]
         if min(height, width) < side:
             raise UserError(
-                f"images of {width}x{height} have no centre of {side}x{side} for {self.name}: add resize=N, or "
-                "leave crop out"
+                f"crop={side} of {self.name} is larger than the images of {width}x{height}: add resize=N or use a "
+                "smaller crop"
             )
         top, left = (height - side) // 2, (width - side) // 2
         return x[:, top : top + side, left : left + side]
 
 
 def load(path: Path, options: str = "") -> OnnxClassifier:
-    """The classifier in a file, with OPTIONS as the head of this page says. UserError if there is none."""
+    """The classifier in an ONNX file, with the options above. UserError if it cannot be used."""
     preprocessing = read_options(options)
     content, sha256 = read_file(path)
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError(
-            f"{path} needs onnxruntime, which is not installed: run pip install 'sr3_jax[onnx]'"
+            f"{path} needs onnxruntime, which is not installed: run pip install -e '.[onnx]'"
         ) from error
     quiet = onnxruntime.SessionOptions()
     quiet.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(content, quiet, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no base of their own
-        raise UserError(f"{path} is no ONNX file that can be run ({_line(error)}): name another") from error
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise UserError(f"{path} is not a valid ONNX file ({_line(error)}): use another file") from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     shape = [side if isinstance(side, int) else None for side in inputs[0].shape]
     if len(inputs) != 1 or inputs[0].type not in TYPES or len(shape) != 4:
         raise UserError(
-            f"{path} does not take images alone, [B,C,H,W] or [B,H,W,C]: name a classifier of images"
+            f"{path} must have one input of images [B,C,H,W] or [B,H,W,C]: use an image classifier"
         )
     if shape[1] in (1, 3):
         layout, channels, size = "NCHW", shape[1], shape[2:]
@@ -173,10 +174,10 @@ def load(path: Path, options: str = "") -> OnnxClassifier:
         layout, channels, size = "NHWC", shape[3], shape[1:3]
     else:
         raise UserError(
-            f"{path} takes {inputs[0].shape}, with no axis of 1 or 3 channels: name a classifier of images"
+            f"{path} has the input {inputs[0].shape} without 1 or 3 channels: use an image classifier"
         )
     if preprocessing.normalise == "imagenet" and channels != 3:
-        raise UserError(f"{path} takes grey images, which normalise=imagenet is not for: leave it out")
+        raise UserError(f"{path} takes grayscale images: leave out normalise=imagenet")
     classes = outputs[0].shape[-1] if outputs[0].shape else 0
     return OnnxClassifier(
         name=path.name + (f"?{options}" if options else ""),

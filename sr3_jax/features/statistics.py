@@ -1,7 +1,7 @@
-"""What is computed of many images' features: mean and covariance, Frechet distance, KID, Inception score.
+"""Statistics of features of image sets: mean and covariance, Frechet distance, KID, Inception score.
 
-Shape legend: N images, D features, K classes. All of it is NumPy in float64, on the host. Every figure depends on
-N (the Frechet distance is biased upwards where N is not far above D), so report N beside it.
+Shape legend: N images, D features, K classes. Everything is float64 NumPy on the host. All metrics depend on N (the
+Frechet distance is biased upwards unless N is far larger than D), so report N with them.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from sr3_jax.files import atomic_write
 
 @dataclass(frozen=True)
 class FeatureProtocol:
-    """Which features these are: figures of two protocols are not to be compared."""
+    """How features are computed; metrics of different protocols are not comparable."""
 
-    network: str  # such as 'inception-2015-12-05'
-    distance: str  # what a Frechet distance of these features is called; 'fid' only for that network
+    network: str  # for example 'inception-2015-12-05'
+    distance: str  # name of a Frechet distance of these features; 'fid' only for FID's network
     weights_sha256: str
-    preprocessing: str  # in words
+    preprocessing: str  # a description
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and spread of N feature vectors, of which none is kept."""
+    """Mean and scatter of N feature vectors."""
 
     protocol: FeatureProtocol
     count: int
     mean: np.ndarray  # [D] float64
-    scatter: np.ndarray  # [D,D] float64: the sum over images of the outer product of their deviations
+    scatter: np.ndarray  # [D,D] float64: sum of the outer products of the deviations from the mean
 
     @property
     def covariance(self) -> np.ndarray:
-        """[D,D], unbiased. UserError for fewer than 2 images."""
+        """The unbiased covariance [D,D]. UserError for fewer than 2 images."""
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, got {self.count}: take more")
+            raise UserError(f"a covariance needs at least 2 images, got {self.count}: use more images")
         return self.scatter / (self.count - 1)
 
 
 def statistics_of(features: np.ndarray, protocol: FeatureProtocol) -> Statistics:
-    """Of features [N,D], N >= 1. ValueError if one of them is not finite."""
+    """Statistics of features [N,D], N >= 1. ValueError if a feature is not finite."""
     features = _finite(features)
     mean = features.mean(axis=0)
     deviations = features - mean[None]
@@ -55,14 +55,17 @@ def statistics_of(features: np.ndarray, protocol: FeatureProtocol) -> Statistics
 
 
 def merged(parts: Iterable[Statistics]) -> Statistics:
-    """Of all the images of the parts together, in any order (Chan, Golub and LeVeque 1979).
+    """Statistics of the union of all parts, in any order (Chan, Golub and LeVeque 1979).
 
-    For a stream: merged([so_far, statistics_of(batch, protocol)]); for processes: one part from each. Nothing is
-    lost to cancellation, however large the mean. UserError if there is no part, or if protocols differ.
+    For a stream use merged([so_far, statistics_of(batch, protocol)]), for several processes one part from each. The
+    update is numerically stable for large means.
+
+    Raises:
+        UserError: there are no parts, or their protocols differ.
     """
     parts = list(parts)
     if not parts:
-        raise UserError("there are no images to take statistics of: name at least two")
+        raise UserError("there are no images for statistics: use at least two")
     return functools.reduce(_merge, parts)
 
 
@@ -76,37 +79,42 @@ def _merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
-    """One .npz with the protocol in it, written whole or not at all."""
+    """Write statistics and protocol as an .npz file, atomically."""
     arrays: dict[str, Any] = {**asdict(statistics.protocol), "count": statistics.count}
     arrays |= {"mean": statistics.mean, "scatter": statistics.scatter}
     try:
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name a place that can") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): use another path") from error
 
 
 def load_statistics(path: Path) -> Statistics:
-    """What save_statistics wrote. UserError for anything else; no code in the file is run."""
+    """Read a file of `save_statistics`. UserError for any other file; no code in the file is run."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = [field.name for field in fields(FeatureProtocol)]
             protocol = FeatureProtocol(**{name: str(file[name]) for name in names})
             count, mean, scatter = int(file["count"]), file["mean"], file["scatter"]
     except OSError as error:
-        raise UserError(f"reference statistics {path} cannot be read ({error.strerror or error})") from error
+        raise UserError(
+            f"reference statistics {path} cannot be read ({error.strerror or error}): check the path"
+        ) from error
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} holds no reference statistics of ours: make it anew") from error
+        raise UserError(f"{path} is not a file of reference statistics: make it again") from error
     if mean.ndim != 1 or scatter.shape != (mean.size, mean.size) or count < 1:
-        raise UserError(f"{path} holds no reference statistics of ours: make it anew")
+        raise UserError(f"{path} is not a file of reference statistics: make it again")
     return Statistics(protocol, count, _finite(mean[None])[0], _finite(scatter))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0: FID if the features are FID's.
 
-    tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2), which are real and of full precision even
-    where N < D makes A and B singular. UserError for fewer than 2 images and for unequal protocols.
+    tr (A B)^(1/2) is computed as the sum of the singular values of A^(1/2) B^(1/2), which are real and accurate even if
+    A and B are singular (N < D).
+
+    Raises:
+        UserError: fewer than 2 images, or different protocols.
     """
     _same_protocol(a, b)
     roots = _root(a.covariance), _root(b.covariance)
@@ -116,34 +124,39 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """The symmetric square root; eigenvalues below 0 are rounding errors of 0."""
+    """The symmetric square root; negative eigenvalues are rounding errors."""
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.maximum(values, 0.0))[None]) @ vectors.T
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure's mean over `parts` subsets or splits, and their standard deviation: None where there is one part."""
+    """Mean and standard deviation of a metric over `parts` subsets or splits; deviation is None for one part."""
 
     mean: float
     deviation: float | None
     parts: int
-    size: int  # images in a part
+    size: int  # images per part
 
 
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, seed: int, subsets: int = 100, subset_size: int = 1000
 ) -> Spread:
-    """KID (Binkowski et al. 2018): squared MMD of features [N,D] and [M,D], unbiased, may be below 0.
+    """KID (Binkowski et al. 2018): unbiased squared MMD of features [N,D] and [M,D], which may be negative.
 
-    Kernel (x.y / D + 1)^3. The mean over `subsets` random subsets of each set without replacement; of all images,
-    once, where both sets have no more than subset_size. UserError for fewer than 2 images.
+    The kernel is (x.y / D + 1)^3. The result is the mean over `subsets` random subsets of each set, without
+    replacement, or the value of all images if both sets have at most subset_size.
+
+    Raises:
+        UserError: fewer than 2 images in a set.
     """
     a, b = _finite(a), _finite(b)
     _same_width(a.shape[1], b.shape[1])
     least = min(len(a), len(b), subset_size)
     if least < 2:
-        raise UserError(f"KID needs at least 2 images of each kind, got {len(a)} and {len(b)}: take more")
+        raise UserError(
+            f"KID needs at least 2 images in each set, got {len(a)} and {len(b)}: use more images"
+        )
     if max(len(a), len(b)) <= subset_size:
         return Spread(_discrepancy(a, b), None, 1, least)
     random = np.random.default_rng(seed)
@@ -155,7 +168,7 @@ def kernel_distance(
 
 
 def _discrepancy(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared MMD: an image's kernel with itself is left out."""
+    """Unbiased squared MMD, which excludes the kernel of an image with itself."""
     aa, bb, ab = ((x @ y.T / a.shape[1] + 1.0) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     within = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb))
     return float(within - 2.0 * ab.mean())
@@ -164,14 +177,16 @@ def _discrepancy(a: np.ndarray, b: np.ndarray) -> float:
 def inception_score(logits: np.ndarray, *, splits: int = 10) -> Spread:
     """IS (Salimans et al. 2016) of logits [N,K], from 1 to K: exp E KL(p(class|image) || p(class)) in each split.
 
-    Splits are runs of neighbours, as in the paper's code, so shuffle images that are sorted by class. UserError
-    for fewer than 2 images a split.
+    Splits are contiguous, as in the paper's code, so shuffle images that are sorted by class.
+
+    Raises:
+        UserError: fewer than 2 images per split.
     """
     logits = _finite(logits)
     if splits < 1 or len(logits) < 2 * splits:
         raise UserError(
             f"an Inception score in {splits} splits needs at least {2 * max(splits, 1)} images, got "
-            f"{len(logits)}: take more images or fewer splits"
+            f"{len(logits)}: use more images or fewer splits"
         )
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -179,7 +194,7 @@ def inception_score(logits: np.ndarray, *, splits: int = 10) -> Spread:
     for part in np.array_split(log_p, splits):
         p = np.exp(part)
         marginal = p.mean(axis=0, keepdims=True)
-        # Where a class has no probability at all its term is 0 * log 0 = 0.
+        # The term of a class with zero probability is 0 * log 0 = 0.
         log_marginal = np.log(np.maximum(marginal, np.finfo(np.float64).tiny))
         values.append(np.exp((p * (part - log_marginal)).sum(axis=1).mean()))
     deviation = float(np.std(values)) if splits > 1 else None
@@ -187,7 +202,7 @@ def inception_score(logits: np.ndarray, *, splits: int = 10) -> Spread:
 
 
 def _finite(features: np.ndarray) -> np.ndarray:
-    """[N,D] in float64."""
+    """[N,D] as float64; ValueError unless all are finite."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) == 0 or not np.isfinite(features).all():
         raise ValueError(f"features must be finite numbers [N,D], N at least 1; got shape {features.shape}")
@@ -201,10 +216,12 @@ def _same_protocol(a: Statistics, b: Statistics) -> None:
             for field in fields(FeatureProtocol)
             if getattr(a.protocol, field.name) != getattr(b.protocol, field.name)
         ]
-        raise UserError(f"statistics of different features cannot be compared ({'; '.join(differences)})")
+        raise UserError(
+            f"statistics of different features cannot be compared ({'; '.join(differences)}): use the same network"
+        )
     _same_width(a.mean.size, b.mean.size)
 
 
 def _same_width(a: int, b: int) -> None:
     if a != b:
-        raise UserError(f"features of {a} and of {b} numbers cannot be compared: take both from one network")
+        raise UserError(f"features of sizes {a} and {b} cannot be compared: use the same network")

@@ -1,4 +1,4 @@
-"""Plain reasons for whatever broken image files and full disks raise. Pillow alone; no files."""
+"""One-line reasons for the errors of image files and disks, and printable paths. Opens no files."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
 
 
 def printable(path: object) -> str:
-    """A path as one line for any terminal: bytes that are no text, and control characters, escaped."""
+    """A path as one printable line: bytes that are not UTF-8, and control characters, are escaped."""
     text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)

@@ -1,10 +1,10 @@
-"""Which images to work on, and where each result goes: nothing is read but folders and first bytes."""
+"""Find the images in files and folders, and the output file of each; reads only folders and first bytes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sr3_jax.errors import UserError
@@ -18,7 +18,7 @@ _MAX_NAME = 255  # bytes, on every file system in common use
 
 @dataclass(frozen=True)
 class Job:
-    """One image file and the file that its result goes to."""
+    """One image file and the file that its output is written to."""
 
     source: Path
     target: Path
@@ -26,27 +26,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Found:
-    """Jobs in the order of names; how many files of folders are no images; unreadable folders, and why."""
+    """Jobs sorted by name, the number of non-image files in folders, and (folder, reason) for unreadable ones."""
 
     jobs: tuple[Job, ...]
     ignored: int = 0
     failed: tuple[tuple[Path, str], ...] = ()
 
 
-@dataclass
-class _Search:
-    output: str  # real path
-    ignored: int = 0
-    failed: list[tuple[Path, str]] = field(default_factory=list)
-
-
 def find_images(inputs: Iterable[Path], output: Path) -> Found:
     """The jobs of upscaling `inputs` into `output`.
 
-    Folders are searched to the bottom and mirrored under `output`; of their files those count that have a
-    image's suffix or first bytes. A file named in `inputs` counts whatever it is. With a single file,
-    `output` may be the name of an image. Raises UserError for a missing input, an output that cannot be, an
-    output that is an input, and two images that would share one.
+    Folders are searched recursively and mirrored under `output`; their files count as images by suffix or by first
+    bytes. A file named in `inputs` always counts. With a single input file, `output` may be an image file.
+
+    Raises:
+        UserError: a missing input, an output that cannot be written or is an input, or two images with one output.
     """
     inputs, output = [Path(path) for path in inputs], Path(output)
     for path in inputs:
@@ -56,12 +50,16 @@ def find_images(inputs: Iterable[Path], output: Path) -> Found:
         raise UserError("no input was named: give at least one image or folder")
     to_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
     _check_output(output, inputs, to_file)
-    search = _Search(os.path.realpath(output))
+    ignored = 0
+    failed: list[tuple[Path, str]] = []
     jobs: dict[str, Job] = {}  # by the target's absolute path
     for path in inputs:
         sources: Iterable[tuple[Path, Path]] = [(path, output)]
         if path.is_dir():
-            sources = ((file, output / file.relative_to(path).parent) for file in _walk(path, search))
+            files, failures = walk(path, exclude=output, hidden=True)
+            images = [file for file in files if _is_image(file)]
+            ignored, failed = ignored + len(files) - len(images), failed + failures
+            sources = ((file, output / file.relative_to(path).parent) for file in images)
         for source, folder in sources:
             job = Job(source, output if to_file else folder / _target_name(source))
             other = jobs.setdefault(os.path.abspath(job.target), job)
@@ -74,7 +72,7 @@ def find_images(inputs: Iterable[Path], output: Path) -> Found:
     for job in jobs.values():
         if os.path.realpath(job.target) in real_sources:
             raise UserError(f"output '{printable(job.target)}' is an input too: choose another output folder")
-    return Found(tuple(jobs.values()), search.ignored, tuple(search.failed))
+    return Found(tuple(jobs.values()), ignored, tuple(failed))
 
 
 def split_finished(jobs: Iterable[Job], *, overwrite: bool = False) -> tuple[list[Job], list[Job]]:
@@ -108,37 +106,46 @@ def _check_output(output: Path, inputs: list[Path], to_file: bool) -> None:
         )
 
 
-def _walk(top: Path, search: _Search) -> Iterator[Path]:
-    """Image files under `top`, sorted; each real folder once, never the output folder."""
+def walk(
+    root: Path, *, exclude: Path | None = None, hidden: bool = False
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Every file under `root`, folder by folder, sorted by the bytes of the names; each folder once.
 
-    def refused(error: OSError) -> None:
-        search.failed.append((Path(error.filename), reason(error)))
+    Links to folders are followed unless they point into the tree or to a folder above it.
 
-    root = os.path.realpath(top)
-    linked: set[str] = set()
-    for folder, folders, files in os.walk(top, onerror=refused, followlinks=True):
-        here = Path(folder)
-        folders[:] = sorted(
-            (name for name in folders if _descend(here / name, root, linked, search.output)), key=os.fsencode
-        )
-        for name in sorted(files, key=os.fsencode):
-            if _is_image(here / name):
-                yield here / name
-            else:
-                search.ignored += 1
+    Args:
+        exclude: a folder to leave out, such as that of the outputs.
+        hidden: include files and folders whose names begin with a dot.
 
+    Returns:
+        The files, and (folder, reason) for each folder that cannot be listed, `root` included.
+    """
+    files: list[Path] = []
+    failed: list[tuple[Path, str]] = []
+    top, excluded = os.path.realpath(root), None if exclude is None else os.path.realpath(exclude)
+    seen: set[str] = set()
 
-def _descend(folder: Path, root: str, linked: set[str], output: str) -> bool:
-    real = os.path.realpath(folder)
-    if real == output:
-        return False
-    if not folder.is_symlink():
-        return True
-    # A link into the tree, or to a folder above it, would show the same images again, perhaps for ever.
-    if real in linked or os.path.commonpath([real, root]) in (real, root):
-        return False
-    linked.add(real)
-    return True
+    def wanted(folder: Path) -> bool:
+        real = os.path.realpath(folder)
+        if real == excluded or (folder.name.startswith(".") and not hidden):
+            return False
+        # A link into the tree, or to a folder above it, would list the same files again.
+        return not folder.is_symlink() or os.path.commonpath([real, top]) not in (real, top)
+
+    def fail(error: OSError) -> None:
+        failed.append((Path(error.filename), reason(error)))
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        here, real = Path(folder), os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted((name for name in subfolders if wanted(here / name)), key=os.fsencode)
+        files += [
+            here / name for name in sorted(names, key=os.fsencode) if hidden or not name.startswith(".")
+        ]
+    return files, failed
 
 
 def _is_image(path: Path) -> bool:

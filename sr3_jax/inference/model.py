@@ -27,13 +27,14 @@ from sr3_jax.config.build import (
     build_space,
     check_params,
 )
-from sr3_jax.config.experiment import complete
+from sr3_jax.config.load import complete_stored
 from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import DecodedImage, from_pillow, read_image, to_pillow, with_pixels
+from sr3_jax.image_ops import pad_image
 from sr3_jax.inference.program import apply, bucket, generate_jit
 from sr3_jax.inference.sampling_file import find_sampling
 from sr3_jax.nn.unet import UNet
@@ -179,16 +180,39 @@ class Model:
                 f"model {self.name} is unconditional (config.model.low_res is false): use sr3 generate"
             )
         height, width = images.shape[1:3]
-        unit = self.network.stride // math.gcd(self.network.stride, self.scale)
-        data = self.config["data"]
-        exact = int(1.5 * data["crop"] / data["shrink"] / self.scale)  # as large as in training
-        padding = [(0, bucket(side, unit, exact=exact) - side) for side in (height, width)]
-        padded = np.pad(images, ((0, 0), *padding, (0, 0)), mode="edge")
         chosen = (self.sampling if sampling is None else sampling).override(steps=steps, solver=solver)
-        shape = (len(images), *(side * self.scale for side in padded.shape[1:3]), self.network.out_channels)
+        shape, padded = self._padded(images)
         self.check(chosen, labels=labels, count=len(images))
         output = self._generate(shape, padded, self._labels(labels, len(images)), key, chosen)
         return output[:, : height * self.scale, : width * self.scale]
+
+    def compile(
+        self, shape: tuple[int, ...], *, labels: np.ndarray | None = None, sampling: Sampling | None = None
+    ) -> None:
+        """Compile the sampling program ahead of time, without running it.
+
+        `upscale` of images of this shape then only runs the program, if it is called with [B] keys (or an int seed),
+        the same sampling, and labels if they are given here.
+
+        Args:
+            shape: [B,h,w,3] of the low-res images.
+            labels: [B] class labels of any value; None for none.
+            sampling: settings of the sampler; None for the model's own.
+        """
+        chosen = self.sampling if sampling is None else sampling
+        size, padded = self._padded(np.zeros(shape, np.uint8))
+        key = _keys(0, shape[0])
+        arguments, settings = self._program(size, padded, self._labels(labels, shape[0]), key, chosen)
+        generate_jit.lower(*arguments, **settings).compile()  # jit finds the result in its cache
+
+    def _padded(self, images: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray]:
+        """The shape of the outputs of low-res images [B,h,w,3], and the images, both padded to one of a few sizes."""
+        unit = self.network.stride // math.gcd(self.network.stride, self.scale)
+        data = self.config["data"]
+        exact = int(1.5 * data["crop"] / data["shrink"] / self.scale)  # as large as in training
+        padded = pad_image(images, *(bucket(side, unit, exact=exact) for side in images.shape[1:3]))
+        height, width = (side * self.scale for side in padded.shape[1:3])
+        return (len(images), height, width, self.network.out_channels), padded
 
     def generate(
         self,
@@ -288,10 +312,27 @@ class Model:
         key: Key,
         sampling: Sampling,
     ) -> np.ndarray:
+        arguments, settings = self._program(shape, images, labels, key, sampling)
+        output, finite = generate_jit(*arguments, **settings)
+        if not finite:
+            raise FloatingPointError(
+                f"model {self.name} produced values that are not finite: try another solver, other steps, or float32"
+            )
+        return np.asarray(output)
+
+    def _program(
+        self,
+        shape: tuple[int, int, int, int],
+        images: np.ndarray | None,
+        labels: np.ndarray | None,
+        key: Key,
+        sampling: Sampling,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of `generate_jit`: arrays, and static values."""
         guidance, strength = sampling.guidance, sampling.augment
         mesh = sharding.mesh_for_batch(shape[0])
         rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        output, finite = generate_jit(
+        arguments = (
             self._params_on(mesh),
             {
                 name: jax.device_put(value, rows)
@@ -302,20 +343,18 @@ class Model:
             jax.device_put(sampling.coefficients(self.schedule), everywhere),
             None if guidance == 1 else jax.device_put(np.float32(guidance), everywhere),
             None if not strength else jax.device_put(np.float32(strength), everywhere),
-            shape=shape,
-            mesh=mesh,
-            network=self.network,
-            step=sampling.make_solver().compiled,
-            prediction=self.prediction,
-            space=self.space,
-            scale=self.scale,
-            augmentation=build_augmentation(self.config["data"]) if strength else None,
         )
-        if not finite:
-            raise FloatingPointError(
-                f"model {self.name} produced values that are not finite: try another solver, other steps, or float32"
-            )
-        return np.asarray(output)
+        settings = {
+            "shape": shape,
+            "mesh": mesh,
+            "network": self.network,
+            "step": sampling.make_solver().compiled,
+            "prediction": self.prediction,
+            "space": self.space,
+            "scale": self.scale,
+            "augmentation": build_augmentation(self.config["data"]) if strength else None,
+        }
+        return arguments, settings
 
 
 def _keys(seed: int | Key, count: int) -> Key:
@@ -328,29 +367,26 @@ def _keys(seed: int | Key, count: int) -> Key:
 
 
 def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:
-    """A model from weights and the config that a run or an export carries."""
-    try:
-        config = complete(config)
-        diffusion = config["diffusion"]
-        network = build_network(config["model"])
-        check_params(network, params, name)
-        return Model(
-            name=name,
-            network=network,
-            params=jax.tree.map(jnp.asarray, params),  # to the device once, not at each use
-            schedule=build_schedule(diffusion),
-            space=build_space(diffusion),
-            prediction=diffusion["prediction"],
-            scale=config["data"]["scale"],
-            sampling=Sampling(config["sampling"]["solver"], config["sampling"]["steps"]),
-            config=config,
-        )
-    except UserError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"the config of model {name} does not fit this version of sr3_jax ({error}); use the version that wrote it"
-        ) from None
+    """A model from its parameters and the config that a workdir or an export stores.
+
+    Raises:
+        UserError: the config is not of this version or an older one, or the parameters do not fit it.
+    """
+    config = complete_stored(config, f"model {name}")
+    diffusion = config["diffusion"]
+    network = build_network(config["model"])
+    check_params(network, params, name)
+    return Model(
+        name=name,
+        network=network,
+        params=jax.tree.map(jnp.asarray, params),  # to the device once, not at each use
+        schedule=build_schedule(diffusion),
+        space=build_space(diffusion),
+        prediction=diffusion["prediction"],
+        scale=config["data"]["scale"],
+        sampling=Sampling(config["sampling"]["solver"], config["sampling"]["steps"]),
+        config=config,
+    )
 
 
 def load(path_or_name: str | os.PathLike[str]) -> Model:

@@ -59,11 +59,11 @@ def generate_jit(
     Args:
         batch: 'image', the low-res images uint8 [B,h,w,C], unless it is a base stage; 'label' [B] if it has labels.
         key: one key, or [B].
-        table: the coefficients of `Sampling.coefficients`.
+        coefficients: the table of `Sampling.coefficients`.
         guidance: None for none.
         strength: of the condition's augmentation; None for none.
         mesh: the rows of the batch lie over all of it.
-        solver: `Sampling.program`.
+        step: the compiled part of the solver, `Solver.compiled`.
     """
     low_res = to_unit(batch["image"]) if "image" in batch else None
     levels = None

@@ -85,24 +85,24 @@ def _open_stage(path: str, taken: set[str]) -> StageInfo:
 def stage_from_config(
     config: Mapping[str, Any], path: str, *, name: str, taken: set[str], step: int | None = None
 ) -> StageInfo:
-    """The stage that a config describes, called `name` if it has none. UserError if it is not a model config."""
-    try:
-        network, data, section = config["model"], config["data"], config.get("stage", {})
-        low_res = network.get("low_res", True)
-        size = section.get("size", 0) or (0 if low_res else data["crop"] // data.get("shrink", 1))
-        return StageInfo(
-            path=path,
-            name=unique_file_name(section.get("name") or name, taken),
-            spec=Stage(section.get("name", ""), size, data["scale"] if low_res else None),
-            classes=network["num_classes"],
-            guided=bool(network["num_classes"] and data.get("label_dropout")),
-            augmented=network["augment"],
-            progress=None if step is None else (step, config["train"]["num_steps"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the config of stage {path} is not one of this version ({error}): train it again"
-        ) from None
+    """The stage of a complete config.
+
+    Args:
+        name: for a stage that has no `config.stage.name`.
+        taken: names of the other stages; the new one is added.
+        step: of the newest checkpoint; None for an exported file.
+    """
+    network, data, section = config["model"], config["data"], config["stage"]
+    size = section["size"] or (0 if network["low_res"] else data["crop"] // data["shrink"])
+    return StageInfo(
+        path=path,
+        name=unique_file_name(section["name"] or name, taken),
+        spec=Stage(section["name"], size, data["scale"] if network["low_res"] else None),
+        classes=network["num_classes"],
+        guided=bool(network["num_classes"] and data["label_dropout"]),
+        augmented=network["augment"],
+        progress=None if step is None else (step, config["train"]["num_steps"]),
+    )
 
 
 def check_chain(

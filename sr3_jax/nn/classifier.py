@@ -1,7 +1,7 @@
-"""A small residual network that names what an image shows.
+"""A small residual classifier, which experiments/train_classifier.py trains and `sr3 evaluate` loads.
 
-Shape legend: B batch, H height, W width, C channels, D features, K classes. Group norms, so that an image's logits
-depend on no other image; all of it is float32.
+Shape legend: B batch, H height, W width, C channels, D features, K classes. It uses group norms, so that the logits
+of an image do not depend on the others, and float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sr3_jax.nn.blocks import Norm, space_to_depth, zeros
 
 
 class _Residual(nn.Module):
-    """Two 3x3 convolutions behind their norms, added to the input; `stride` 2 halves the sides, rounding up."""
+    """Pre-activation residual block of two 3x3 convolutions; `stride` 2 halves the sides, rounding up."""
 
     channels: int
     stride: int = 1
@@ -31,13 +31,13 @@ class _Residual(nn.Module):
 
 
 class ClassifierNetwork(nn.Module):
-    """Images [B,H,W,3] in [-1,1], of one size for all time -> (features [B,D], logits [B,K]), D = 4 * width.
+    """Images [B,H,W,3] in [-1,1], always of the same size -> (features [B,D], logits [B,K]), D = 4 * width.
 
     Attributes:
         num_classes: K.
         width: channels of the first of three resolutions; the others have twice and four times as many.
-        patch: squares of that many pixels are one place of the first resolution.
-        blocks: at each resolution.
+        patch: side of the patches in pixels that become one position of the first resolution.
+        blocks: residual blocks per resolution.
         dropout: rate before the last layer, in training.
     """
 
@@ -56,7 +56,7 @@ class ClassifierNetwork(nn.Module):
             for block in range(self.blocks):
                 x = _Residual(self.width * 2**level, 2 if level and not block else 1)(x)
         x = nn.relu(Norm("group")(x))
-        # Not the mean over the places: where a thing is tells faces and clothes apart, and is learned in fewer steps.
+        # Flattened instead of pooled: positions help to distinguish faces and clothes, and training takes fewer steps.
         features = nn.relu(nn.Dense(4 * self.width, name="features")(x.reshape(len(x), -1)))
         h = nn.Dropout(self.dropout)(features, deterministic=not train)
         return features, nn.Dense(self.num_classes, kernel_init=zeros, name="head")(h)

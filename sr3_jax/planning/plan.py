@@ -1,30 +1,48 @@
-"""What a job will need before anything is paid for: its real programs, compiled ahead of time for a topology."""
+"""Whether a training job fits a topology, before paying for it, and what to change if it does not."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
 import math
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 
-from sr3_jax.config.experiment import Experiment, check_batch
-from sr3_jax.distributed.sharding import AXES, batch_sharding, make_mesh, replicated
+import sr3_jax
+from sr3_jax.distributed.sharding import AXES, make_mesh
 from sr3_jax.errors import UserError
-from sr3_jax.planning import cache as results
-from sr3_jax.planning import costs, verdict
-from sr3_jax.planning.costs import Watch
+from sr3_jax.files import write_text
+from sr3_jax.planning import programs as costs
+from sr3_jax.planning.programs import PROGRAMS, Watch
 from sr3_jax.planning.topologies import Topology, compiler
-from sr3_jax.train.held_out import held_out_jit
-from sr3_jax.train.state import TrainState, abstract_state
-from sr3_jax.train.step import jit_train_step, make_train_step
+from sr3_jax.train.experiment import Experiment, check_batch
+from sr3_jax.train.state import TrainState
 
-PROGRAMS = {"train": "the training step", "sample": "the held-out evaluation"}
-Program = tuple[Any, tuple[Any, ...]]  # a jitted function and its arguments as shapes
+MARGIN = 0.9  # share of a chip's memory that the suggested changes aim for
+# Share of the temporaries that remains after a change. Assumed; plan the changed config to verify.
+REMAINING = {"bfloat16": 0.6, "remat": 0.4}
+
+# The config fields that a program depends on, by section; () for all of a section.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "model": (),
+    "diffusion": (),
+    "data": ("crop", "shrink", "scale", "label_dropout", "augment", "augment_largest", "augment_share"),
+    "optim": ("clip_norm", "ema_decay"),
+    "train": ("batch_size", "accumulation"),
+    "eval": ("num_images",),
+    "sampling": ("steps", "solver"),
+    "mesh": (),
+}
+LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def plan(
@@ -38,15 +56,20 @@ def plan(
     refresh: bool = False,
     watch: Watch = lambda title: contextlib.nullcontext(),
 ) -> dict[str, Any]:
-    """The needs of an experiment's programs on a topology, as JSON has it: bytes and seconds, of one chip and one run.
+    """Plan an experiment on a topology; the result is plain JSON.
 
-    On a TPU topology the programs are compiled by libtpu, which needs no TPU. On others, or with `estimate`, they are
-    only traced: arguments and FLOPs are exact then, temporaries and traffic estimates.
+    On a TPU topology the programs are compiled by libtpu, which needs no TPU. On other topologies, or with `estimate`,
+    the cost is estimated from shapes.
 
     Args:
         programs: 'train', the training step; 'sample', the held-out evaluation with its sampler.
-        quick: let the compiler make less effort, which takes half the time and memory somewhat above the truth.
-        cache: a folder of earlier results, which are used unless `refresh`.
+        quick: compile with less effort: half the time, and memory above what the job needs.
+        cache: a folder of earlier results, which are reused unless `refresh`.
+
+    Returns:
+        The job ('topology', 'chips', 'capacity', 'parameters', 'mesh', 'batch_size', 'eval_images'), 'estimate',
+        'fits', and 'programs': the cost of each (see `programs.py`) with 'other_state' (bytes per chip of the training
+        state that is not an argument of the program), 'peak', 'fits' and, if it does not fit, 'suggestion'.
 
     Raises:
         UserError: the config does not fit the topology, or libtpu is missing.
@@ -55,27 +78,34 @@ def plan(
     estimate = estimate or topology.chip.backend != "tpu"
     sizes = mesh_sizes(config["mesh"], topology.count)
     check_batch(config, devices=topology.count, processes=1)
-    state = abstract_state(experiment.init_params, experiment.optimizer(), _abstract_mesh(sizes))
+    state = costs.abstract_state_on(experiment, sizes)
     judged: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         mesh: Mesh | None = None
         for program in programs:
             options = costs.QUICK if quick else costs.OPTIONS
             how = "estimate" if estimate else dict(options)
-            name = results.key(config, topology=topology.name, program=program, how=how)
+            name = cache_key(config, topology=topology.name, program=program, how=how)
             file = None if cache is None else cache / f"{name}.json"
-            found = None if file is None or refresh else results.load(file)
+            found = None if file is None or refresh else _load(file)
             if found is None:
                 if estimate:
-                    found = _estimate(experiment, program, state, sizes, watch)
+                    found = costs.estimate_program(experiment, program, state, sizes, watch)
                 else:
                     mesh = mesh or make_mesh(
                         **config["mesh"], devices=stack.enter_context(compiler(topology))
                     )
-                    found = _compile(experiment, topology, program, mesh, options, watch)
-                found |= results.circumstances()
+                    make = costs.train_program if program == "train" else costs.sample_program
+                    found = costs.compile_program(
+                        make(experiment, mesh),
+                        title=f"{PROGRAMS[program]} for {topology.name}",
+                        platform=topology.chip.backend,
+                        options=options,
+                        watch=watch,
+                    )
+                found |= provenance()
                 if file is not None:
-                    results.save(file, found)
+                    _save(file, found)
             judged[program] = _judge(found, program, config, topology, state, sizes)
     return {
         "topology": topology.name,
@@ -86,14 +116,13 @@ def plan(
         "mesh": dict(zip(AXES, sizes, strict=True)),
         "batch_size": config["train"]["batch_size"],
         "eval_images": config["eval"]["num_images"],
-        "assumed": dict(verdict.REACHED),
         "programs": judged,
         "fits": all(result["fits"] for result in judged.values()),
     }
 
 
 def mesh_sizes(section: Mapping[str, int], count: int) -> tuple[int, int]:
-    """The sizes of ('data', 'fsdp') over that many devices, as `make_mesh` has them, without having the devices.
+    """The sizes of ('data', 'fsdp') over `count` devices, as `make_mesh` computes them, without the devices.
 
     Raises:
         UserError: they do not multiply to `count`.
@@ -111,103 +140,7 @@ def mesh_sizes(section: Mapping[str, int], count: int) -> tuple[int, int]:
     return data, fsdp
 
 
-def _abstract_mesh(sizes: tuple[int, int]) -> Any:
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2)
-
-
-# ---- The programs, as the training loop has them.
-
-
-def _train_program(experiment: Experiment, mesh: Mesh) -> Program:
-    optimizer = experiment.optimizer()
-    state = abstract_state(experiment.init_params, optimizer, mesh)
-    batch = _batch(experiment, experiment.section("train")["batch_size"], mesh)
-    return jit_train_step(_train_step(experiment, optimizer), state, mesh), (state, batch, _key(mesh))
-
-
-def _train_step(experiment: Experiment, optimizer: Any) -> Callable:
-    return make_train_step(
-        experiment.objective,
-        optimizer,
-        ema_decay=experiment.section("optim")["ema_decay"],
-        accumulation=experiment.section("train")["accumulation"],
-    )
-
-
-def _sample_program(experiment: Experiment, mesh: Mesh, rows: int) -> Program:
-    section = experiment.section("eval")
-    jitted = held_out_jit(
-        experiment.objective, mesh, rows=rows, steps=section["steps"], solver=section["solver"]
-    )
-    params = abstract_state(experiment.init_params, experiment.optimizer(), mesh).ema_params
-    batch = _batch(experiment, rows + -rows % mesh.size, mesh)  # filled up, as HeldOutEvaluation does
-    return jitted, (params, batch, _key(mesh))
-
-
-def _batch(experiment: Experiment, rows: int, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    crop = experiment.section("data")["crop"]
-    sharding = None if mesh is None else batch_sharding(mesh)
-    batch = {"image": jax.ShapeDtypeStruct((rows, crop, crop, 3), jnp.uint8, sharding=sharding)}
-    if experiment.section("model")["num_classes"]:
-        batch["label"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding)
-    return batch
-
-
-def _key(mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=None if mesh is None else replicated(mesh))
-
-
-# ---- Their costs, and what these mean.
-
-
-def _compile(
-    experiment: Experiment,
-    topology: Topology,
-    program: str,
-    mesh: Mesh,
-    options: Mapping[str, Any],
-    watch: Watch,
-) -> dict[str, Any]:
-    if program == "train":
-        jitted, arguments = _train_program(experiment, mesh)
-    else:
-        jitted, arguments = _sample_program(experiment, mesh, experiment.section("eval")["num_images"])
-    return costs.compiled(
-        jitted,
-        arguments,
-        title=f"{PROGRAMS[program]} for {topology.name}",
-        platform=topology.chip.backend,
-        devices=topology.count,
-        watch=watch,
-        options=options,
-    )
-
-
-def _estimate(
-    experiment: Experiment, program: str, state: TrainState, sizes: tuple[int, int], watch: Watch
-) -> dict[str, Any]:
-    config, chips = experiment.config, math.prod(sizes)
-    if program == "train":
-        rows = config["train"]["batch_size"] // chips
-        function: Callable = _train_step(experiment, experiment.optimizer())
-        arguments: tuple[Any, ...] = (state, _batch(experiment, rows), _key())
-    else:
-        rows = -(-config["eval"]["num_images"] // chips)
-        function, _ = _sample_program(experiment, make_mesh(devices=jax.devices()[:1]), rows)
-        arguments = (state.ema_params, _batch(experiment, rows), _key())
-    title = PROGRAMS[program]
-    found = costs.traced(function, arguments, chips=chips, fsdp=sizes[1], watch=watch, title=title)
-    training = program == "train"
-    found["collectives"] = verdict.weight_traffic(
-        _shapes(state.params),
-        data=sizes[0],
-        fsdp=sizes[1],
-        rounds=config["train"]["accumulation"] if training else config["sampling"]["steps"] + 1,
-        itemsize=2 if config["model"]["dtype"] == "bfloat16" else 4,
-        gradients=training,
-    )
-    return found
+# ---- The verdict.
 
 
 def _judge(
@@ -218,36 +151,158 @@ def _judge(
     state: TrainState,
     sizes: tuple[int, int],
 ) -> dict[str, Any]:
-    """The costs with their meaning: 'resident', 'peak', 'fits', 'seconds' and, if it does not fit, 'change'."""
     memory = found["memory"]
     whole, weights = _shapes(state), _shapes(state.ema_params)
-    # While a run evaluates, the rest of its state stays where it is.
-    beside = 0
+    # While a run evaluates, the rest of its state stays in memory.
+    other = 0
     if program == "sample":
-        beside = verdict.state_bytes(whole, sizes[1]) - verdict.state_bytes(weights, sizes[1])
-    peak = memory["peak"] + beside
-    result = {**found, "beside": beside, "peak": peak, "fits": peak <= topology.memory}
-    result["fits"] = result["fits"] and "refused" not in found
-    result["seconds"] = None
-    if found["traffic"] is not None:
-        result["seconds"] = verdict.seconds(
-            topology.chip,
-            flops=found["flops"] / topology.count,
-            memory=found["traffic"],
-            interconnect=sum(size for _, size in found["collectives"].values()),
-        )
-    if not result["fits"]:
-        rest = peak - memory["temporaries"] - verdict.state_bytes(whole, sizes[1])
-        result["change"] = verdict.advise(
+        other = costs.state_bytes(whole, sizes[1]) - costs.state_bytes(weights, sizes[1])
+    peak = memory["peak"] + other
+    fits = peak <= topology.memory and "compiler_error" not in found
+    result = {**found, "other_state": other, "peak": peak, "fits": fits}
+    if not fits:
+        rest = peak - memory["temporaries"] - costs.state_bytes(whole, sizes[1])
+        result["suggestion"] = suggest(
             config,
             topology,
             fsdp=sizes[1],
-            resident=lambda fsdp: verdict.state_bytes(whole, fsdp) + max(0, rest),
+            resident=lambda fsdp: costs.state_bytes(whole, fsdp) + max(0, rest),
             temporaries=memory["temporaries"],
             program=program,
         )
     return result
 
 
+def suggest(
+    config: Mapping[str, Mapping[str, Any]],
+    topology: Topology,
+    *,
+    fsdp: int,
+    resident: Callable[[int], int],
+    temporaries: int,
+    program: str = "train",
+) -> dict[str, Any]:
+    """What to change in a config that needs more memory than a chip has, the cheapest change first.
+
+    Args:
+        fsdp: current size of the mesh's 'fsdp' axis.
+        resident: fsdp -> bytes per chip that stay allocated: the state and the program's other arguments.
+        temporaries: bytes per chip of the program's temporaries.
+        program: 'train' or 'sample'.
+
+    Returns:
+        'overrides', to be given together; 'bytes' per chip that the changed config should need; 'enough', whether
+        those fit.
+    """
+    limit = MARGIN * topology.memory
+    overrides: dict[str, Any] = {}
+    left = float(temporaries)
+
+    def need() -> float:
+        return resident(fsdp) + left
+
+    def change(field: str, value: Any, factor: float) -> None:
+        nonlocal left
+        overrides[field] = value
+        left *= factor
+
+    # Shard the state until it takes a quarter of the memory: this costs communication, not compute.
+    for size in fsdp_sizes(topology):
+        large = need() > limit and resident(fsdp) > limit / 4
+        if size > fsdp and large and resident(size) < resident(fsdp):
+            fsdp = size
+            overrides["mesh.fsdp"] = size
+    # Then the activations: half the width, recomputation, fewer examples at a time.
+    if need() > limit and config["model"]["dtype"] == "float32":
+        change("model.dtype", "bfloat16", REMAINING["bfloat16"])
+    if program == "train":
+        if need() > limit and not config["model"]["remat"]:
+            change("model.remat", True, REMAINING["remat"])
+        batch, accumulation = config["train"]["batch_size"], config["train"]["accumulation"]
+        rows = batch // (topology.count * accumulation)
+        if need() > limit and rows > 1:
+            room = max(limit - resident(fsdp), 1.0)
+            parts = [size for size in range(2, rows + 1) if rows % size == 0]
+            part = next((size for size in parts if left / size <= room), parts[-1])
+            change("train.accumulation", accumulation * part, 1 / part)
+    elif need() > limit:
+        rows = -(-config["eval"]["num_images"] // topology.count)
+        fewer = max(1, min(rows - 1, int(rows * max(limit - resident(fsdp), 0.0) / left)))
+        if rows > 1:
+            change("eval.num_images", fewer * topology.count, fewer / rows)
+    given = [f"--config.{field}={value}" for field, value in overrides.items()]
+    return {"overrides": given, "bytes": int(need()), "enough": need() <= topology.memory}
+
+
+def fsdp_sizes(topology: Topology) -> list[int]:
+    """Sizes of 'fsdp' that cover whole sides of a TPU slice; on GPUs and CPUs every divisor of their number."""
+    if topology.chip.backend != "tpu":
+        return [size for size in range(1, topology.count + 1) if topology.count % size == 0]
+    sizes = {1}
+    for side in topology.shape:
+        sizes |= {size * side for size in sizes}
+    return sorted(sizes)
+
+
 def _shapes(tree: Any) -> list[tuple[tuple[int, ...], int]]:
     return [(leaf.shape, leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
+
+
+# ---- The cache.
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/sr3_jax/plans."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sr3_jax" / "plans"
+
+
+def cache_key(config: Mapping[str, Mapping[str, Any]], **more: Any) -> str:
+    """A hash of what a program depends on: config fields, `more`, library versions and this package's source."""
+    fields = {
+        section: {name: value for name, value in config[section].items() if not names or name in names}
+        for section, names in FIELDS.items()
+    }
+    whole = {"config": fields, "more": more, "versions": versions(), "source": source_hash()}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=list).encode()).hexdigest()[:32]
+
+
+def source_hash() -> str:
+    """A hash of all source files of this package."""
+    root = Path(sr3_jax.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the installed libraries that make a program."""
+    found = {"sr3_jax": sr3_jax.__version__}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """Date, library versions and machine."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def _load(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and "memory" in value else None
+
+
+def _save(file: Path, value: Mapping[str, Any]) -> None:
+    # A cache that cannot be written must not lose the result.
+    with contextlib.suppress(OSError, UserError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(value, indent=1))

@@ -1,4 +1,4 @@
-"""What a job can be planned for: chips by their public data sheets, and slices of them by name, such as v5e:16x16."""
+"""Topologies to plan for: accelerator chips and their memory, and slices of them by name, such as v5e:16x16."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -23,37 +24,27 @@ class Chip:
     """One chip.
 
     Attributes:
-        backend: 'tpu', whose compiler needs no TPU; 'gpu' or 'cpu', of which only the shapes are planned.
-        memory: bytes that a program can have of it; None: what this machine has, shared.
-        flops: bfloat16 FLOP/s at its peak, None if unknown.
-        bandwidth: bytes/s between memory and chip, None if unknown.
-        interconnect: bytes/s that leave the chip for its neighbours, all links together; None if unknown.
+        backend: 'tpu', whose compiler runs without a TPU; 'gpu' or 'cpu', for which cost is estimated from shapes.
+        memory: bytes available to a program; None: the memory of this machine, shared by the chips.
     """
 
     name: str
     backend: str
     memory: int | None = None
-    flops: float | None = None
-    bandwidth: float | None = None
-    interconnect: float | None = None
 
 
-# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables "key specifications"; there the interconnect is in both
-# directions (v5e 400, v5p 1200, v6e 800 GB/s), here in one; v4's is six links of 50 GB/s (Jouppi et al. 2023,
-# arXiv:2304.01433, table 4). `memory` is what libtpu's compiler leaves a program of the 32, 16, 95 and 32 GB, as its
-# own errors say ("exceeds available HBM (15.75G)").
-# GPU: NVIDIA's data sheets "A100", "H100" and "H200 Tensor Core GPU", SXM forms, dense bfloat16; of NVLink's 600 and
-# 900 GB/s half is in each direction. 5% of the memory is taken to be the driver's and NCCL's.
+# TPU: what libtpu leaves to a program of the 32, 16, 95 and 32 GB, according to its own errors ("exceeds available
+# HBM (15.75G)"). GPU: NVIDIA's data sheets of the SXM modules, less 5% that the driver and NCCL are assumed to take.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", int(30.75 * GIB), 275e12, 1.2e12, 300e9),
-        Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 819e9, 200e9),
-        Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 2.765e12, 600e9),
-        Chip("v6e", "tpu", int(31.25 * GIB), 918e12, 1.64e12, 400e9),
-        Chip("a100", "gpu", int(0.95 * 80e9), 312e12, 2.039e12, 300e9),
-        Chip("h100", "gpu", int(0.95 * 80e9), 989e12, 3.35e12, 450e9),
-        Chip("h200", "gpu", int(0.95 * 141e9), 989e12, 4.8e12, 450e9),
+        Chip("v4", "tpu", int(30.75 * GIB)),
+        Chip("v5e", "tpu", int(15.75 * GIB)),
+        Chip("v5p", "tpu", int(95.74 * GIB)),
+        Chip("v6e", "tpu", int(31.25 * GIB)),
+        Chip("a100", "gpu", int(0.95 * 80e9)),
+        Chip("h100", "gpu", int(0.95 * 80e9)),
+        Chip("h200", "gpu", int(0.95 * 141e9)),
         Chip("cpu", "cpu"),
     )
 }
@@ -65,11 +56,11 @@ EXAMPLES = "v5e:16x16, v6e:4x4, v4:4x4x4, v5p:4x4x4, gpu:8xh100 or cpu:8"
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips that work together.
+    """A group of chips that run one job.
 
     Attributes:
         name: as the user writes it.
-        shape: of the grid of chips; (N,) where there is none.
+        shape: the grid of chips; (N,) for GPUs and CPUs.
     """
 
     name: str
@@ -83,7 +74,7 @@ class Topology:
 
     @property
     def memory(self) -> int:
-        """Bytes that a program can have on each chip."""
+        """Bytes per chip that are available to a program."""
         if self.chip.memory is not None:
             return self.chip.memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
@@ -93,31 +84,31 @@ def parse(text: str) -> Topology:
     """The topology of a name such as 'v5e:16x16', 'gpu:8xh100' or 'cpu:8'.
 
     Raises:
-        UserError: no such chip, or a shape in which that chip does not come.
+        UserError: an unknown chip, or a shape that does not exist for that chip.
     """
     kind, colon, size = text.strip().lower().partition(":")
     tpus = [name for name, chip in CHIPS.items() if chip.backend == "tpu"]
     if kind not in (*tpus, "gpu", "cpu") or not colon:
         near = difflib.get_close_matches(kind, [*tpus, "gpu", "cpu"], n=1, cutoff=0.5)
-        hint = f", perhaps {near[0]}:{size or 'SHAPE'}" if near and colon else ""
-        raise UserError(f"--topology={text} is not known{hint}; give one such as {EXAMPLES}")
+        hint = f", did you mean {near[0]}:{size or 'SHAPE'}?" if near and colon else ";"
+        raise UserError(f"--topology={text} is unknown{hint} use a topology such as {EXAMPLES}")
     if kind == "gpu":
         return _gpus(text, size)
     if kind == "cpu":
         if not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--topology={text}: give a number of devices, such as cpu:8")
+            raise UserError(f"--topology={text}: must be a number of devices, such as cpu:8")
         return Topology(f"cpu:{int(size)}", CHIPS["cpu"], (int(size),))
     if not re.fullmatch(r"\d+(x\d+)+", size):
-        raise UserError(f"--topology={text}: give the shape of the slice, such as {_example(kind)}")
+        raise UserError(f"--topology={text}: must be the shape of a slice, such as {_example(kind)}")
     shape = tuple(int(side) for side in size.split("x"))
     size = "x".join(map(str, shape))
     if kind in LARGEST and not (size in SMALL or _cubes(shape, LARGEST[kind])):
         raise UserError(
-            f"--topology={text}: {kind} comes as {', '.join(SMALL)}, or three multiples of 4 in ascending order up to "
-            f"{LARGEST[kind]} chips, such as {kind}:4x4x8"
+            f"--topology={text}: the shape for {kind} must be one of {', '.join(SMALL)}, or three "
+            f"multiples of 4 in ascending order up to {LARGEST[kind]} chips, such as {kind}:4x4x8"
         )
     if kind not in LARGEST and size not in FLAT:
-        raise UserError(f"--topology={text}: {kind} comes as {', '.join(FLAT)}")
+        raise UserError(f"--topology={text}: the shape for {kind} must be one of {', '.join(FLAT)}")
     return Topology(f"{kind}:{size}", CHIPS[kind], shape)
 
 
@@ -126,8 +117,8 @@ def _gpus(text: str, size: str) -> Topology:
     match = re.fullmatch(r"([1-9]\d*)x([a-z]+\d+)", size)
     if not match or match[2] not in known:
         raise UserError(
-            f"--topology={text}: give a number of {', '.join(known)}, such as gpu:8x{known[1]}; other cards: plan for "
-            "the one with the nearest memory"
+            f"--topology={text}: must be a number of {', '.join(known)}, such as gpu:8x{known[1]}; for other cards "
+            "use the one whose memory is nearest"
         )
     return Topology(f"gpu:{match[1]}x{match[2]}", CHIPS[match[2]], (int(match[1]),))
 
@@ -143,21 +134,20 @@ def _example(kind: str) -> str:
 
 @contextmanager
 def compiler(topology: Topology) -> Iterator[list[jax.Device]]:
-    """Within it libtpu compiles for the devices of a TPU slice, which are yielded; there need not be any TPU.
+    """Yield the devices of a TPU slice, for which libtpu compiles inside the context; no TPU is needed.
 
     Raises:
-        UserError: libtpu is not installed, or refuses the shape.
+        UserError: libtpu is not installed, or does not support the shape.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={topology.name} needs the TPU's compiler, which is not installed: "
-            'pip install "sr3_jax[tpu]" (no TPU is needed), or plan for the shapes alone with '
-            f"--topology=cpu:{topology.count}"
+            f"--topology={topology.name} needs libtpu, the TPU's compiler, which is not installed: run "
+            "pip install 'jax[tpu]' (no TPU is needed), or add --estimate"
         )
     from jax.experimental import topologies
 
-    # v4 has two cores a chip; as 'megacore' they are one device, which is how JAX runs on it.
-    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    # A v4 chip has two cores; JAX runs them as one device, which libtpu calls a megacore.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     if topology.count == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     with _environment(_quiet(topology)):
@@ -165,23 +155,23 @@ def compiler(topology: Topology) -> Iterator[list[jax.Device]]:
             found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"libtpu does not take --topology={topology.name}: {reason}") from error
+            raise UserError(f"libtpu does not support --topology={topology.name}: {reason}") from error
         if len(found.devices) != topology.count:
             raise UserError(
-                f"libtpu makes {len(found.devices)} devices of --topology={topology.name}, and {topology.count} chips "
-                "were expected: install the libtpu that jax asks for, with pip install 'sr3_jax[tpu]'"
+                f"--topology={topology.name} has {topology.count} chips, but libtpu reports {len(found.devices)} "
+                "devices: install the libtpu version that jax requires with pip install 'jax[tpu]'"
             )
         yield list(found.devices)
 
 
 def _quiet(topology: Topology) -> dict[str, str]:
-    """What keeps libtpu from looking for a machine, from its lock file and from its logs."""
+    """Environment variables that keep libtpu from looking for a machine, locking it, and logging."""
     return {
         "TPU_SKIP_MDS_QUERY": "1",  # no metadata server
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "TPU_ACCELERATOR_TYPE": f"{topology.chip.name}-{topology.count}",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is held: several plans can be made at once
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is used, so plans may run at the same time
         "TPU_LOG_DIR": "disabled",
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",

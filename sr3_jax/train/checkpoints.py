@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from sr3_jax.config.load import complete_stored
 from sr3_jax.distributed.sharding import process_max
 from sr3_jax.errors import UserError
 from sr3_jax.files import atomic_write
@@ -35,14 +36,14 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """The run's config.
+    """The run's config, completed with defaults and migrated from older field names.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing, damaged or not a config.
     """
     path = workdir / CONFIG_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return complete_stored(json.loads(path.read_text(encoding="utf-8")), str(workdir))
     except FileNotFoundError:
         raise UserError(
             f"{workdir} has no {CONFIG_FILE}, so it is not a run's workdir; give one that sr3 train made"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.distributed import sharding
 from sr3_jax.image_io.grid import image_grid
-from sr3_jax.image_ops import to_uint8, upsample
+from sr3_jax.image_ops import pad_batch, to_uint8, upsample
 from sr3_jax.metrics import consistency, psnr
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.examples import Batch, condition
@@ -87,7 +87,8 @@ class HeldOutEvaluation:
 
     Args:
         batch: host crops, uint8 'image' [B,H,W,3] and perhaps 'label' [B]; any B.
-        steps, solver: of the sampler.
+        steps: number of sampling steps.
+        solver: name of the solver.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class HeldOutEvaluation:
         seed: int,
     ) -> None:
         self._rows = rows = len(batch["image"])
-        # Devices take equal shares: the batch is filled up with repeated rows, which the means leave out.
-        filled = np.arange(rows + -rows % mesh.size) % rows
-        self._batch = {name: column[filled] for name, column in batch.items()}
+        # Each device takes an equal share; padded rows are left out of the means.
+        size = rows + -rows % mesh.size
+        self._batch = {name: pad_batch(column, size) for name, column in batch.items()}
         self._seed, self._mesh = seed, mesh
         self._metrics = held_out_jit(objective, mesh, rows=rows, steps=steps, solver=solver)
 

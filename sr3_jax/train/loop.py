@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sr3_jax.config.experiment import Experiment, check_batch
-from sr3_jax.config.schema import DEFAULTS
+from sr3_jax.config import schema
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.distributed import sharding
 from sr3_jax.distributed.signals import stop_signals
 from sr3_jax.errors import UserError
 from sr3_jax.train import checkpoints
+from sr3_jax.train.experiment import Experiment, check_batch
 from sr3_jax.train.held_out import (
     BestCheckpoint,
     HeldOutEvaluation,
@@ -35,13 +35,6 @@ from sr3_jax.train.weights import load_weights
 
 _log = logging.getLogger("sr3_jax")
 _OUT_OF_TIME = 1  # below the exit codes of signals
-FIXED_ON_RESUME = {  # sections and their fields that a resumed run cannot change; (): all fields
-    "model": (),
-    "diffusion": (),
-    "optim": (),
-    "data": ("scale", "shrink", "label_dropout", "augment", "augment_largest"),
-    "stage": ("size",),
-}
 
 
 def train(experiment: Experiment, workdir: Path) -> int:
@@ -232,16 +225,14 @@ def _initial_state(
 
 
 def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
-    for section, fields in FIXED_ON_RESUME.items():
-        for field in fields or new[section]:
-            # A field that is newer than the run had its default value.
-            value, before = new[section][field], old.get(section, {}).get(field, DEFAULTS[section][field])
-            before = tuple(before) if isinstance(before, list) else before
-            if before != value:
-                raise UserError(
-                    f"config.{section}.{field} is {value!r} but {workdir} was trained with {before!r}: "
-                    "use that value to resume, or another workdir to start again"
-                )
+    """UserError if a field that is fixed for a run differs between its stored config and the one that is given."""
+    for section, name, field in schema.fields():
+        before, value = old[section][name], new[section][name]
+        if field.fixed and before != value:
+            raise UserError(
+                f"config.{section}.{name} is {value!r} but {workdir} was trained with {before!r}: use that value "
+                "to resume the run, or start a new workdir"
+            )
 
 
 def _check_labels(rows: Mapping[str, np.ndarray], config: Mapping[str, Any], name: str) -> None:

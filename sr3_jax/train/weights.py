@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from sr3_jax.config.load import complete_stored
 from sr3_jax.errors import UserError
 from sr3_jax.files import atomic_write
 from sr3_jax.train.checkpoints import CONFIG_FILE, first_line, load_ema, read_config
@@ -77,10 +79,8 @@ def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     flat = {
-        ".".join(key.key for key in keys): np.ascontiguousarray(
-            np.asarray(leaf).astype(jax.numpy.dtype(dtype))
-        )
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+        name: np.ascontiguousarray(np.asarray(leaf).astype(jax.numpy.dtype(dtype)))
+        for name, leaf in flatten_dict(params, sep=".").items()
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +97,10 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
     Raises:
         UserError: it is not a safetensors file, or not one of ours.
     """
-    params: dict[str, Any] = {}
     with _opened(path) as (file, config):
-        for name in file.keys():  # noqa: SIM118, it is no dict
-            *parents, leaf = name.split(".")
-            branch = params
-            for parent in parents:
-                branch = branch.setdefault(parent, {})
-            branch[leaf] = np.asarray(file.get_tensor(name)).astype(np.float32)
-    return params, config
+        names = file.keys()  # a list: the file itself is not iterable
+        flat = {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name in names}
+        return unflatten_dict(flat, sep="."), config
 
 
 def read_export_config(path: Path) -> dict[str, Any]:
@@ -125,7 +120,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
                 )
             if "config" not in metadata:
                 raise UserError(f"{path} carries no config; make it again with sr3 export")
-            yield file, json.loads(metadata["config"])
+            yield file, complete_stored(json.loads(metadata["config"]), f"model {path}")
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:

@@ -117,7 +117,7 @@ def test_rows_of_one_sampler_are_compared():
 
 def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
     """The regression's features are further from the ground truth's than SR3's, by more than chance."""
-    from sr3_jax.features.cache import KeptFeatures
+    from sr3_jax.features.cache import FeatureCache
     from sr3_jax.features.statistics import FeatureProtocol
 
     found, count = evaluation(), 200
@@ -129,15 +129,17 @@ def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
     for at, one in enumerate(found["rows"]):
         one["images"] = {image["name"]: {"psnr": [at]} for image in found["images"]}
         one["summary"] |= {key: {"mean": float(at)} for key in ("frechet_alexnet", "kid_alexnet")}
-    cache = KeptFeatures.of(tmp_path / "outputs", FeatureProtocol("n", "frechet_alexnet", "f" * 64, "none"))
+    cache = FeatureCache.for_protocol(
+        tmp_path / "outputs", FeatureProtocol("n", "frechet_alexnet", "f" * 64, "none")
+    )
     real = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
     hashes = {}
-    for at, name in enumerate(("original", "bicubic/4x", "sr3/ddim-5", "regression/4x")):
+    for at, name in enumerate(("truth", "bicubic/4x", "sr3/ddim-5", "regression/4x")):
         hashes[name] = [f"{at:02x}{number:062x}" for number in range(count)]
         cache.add(hashes[name], real + {"sr3/ddim-5": 0.3, "regression/4x": 1.0}.get(name, 0.0))
         lines = [
-            {"image": f"p{number}", "sample": 0, "output": output, "original": original}
-            for number, (output, original) in enumerate(zip(hashes[name], hashes["original"], strict=True))
+            {"image": f"p{number}", "sample": 0, "output": output, "ground_truth": truth}
+            for number, (output, truth) in enumerate(zip(hashes[name], hashes["truth"], strict=True))
         ]
         (tmp_path / "outputs" / name).mkdir(parents=True)
         text = "".join(json.dumps(line) + "\n" for line in lines)

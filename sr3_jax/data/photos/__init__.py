@@ -1,1 +1,1 @@
-"""The default data set: real photographs with free licences (ATTRIBUTION.md), and its TFDS builder."""
+"""The default data set: photographs under free licenses (ATTRIBUTION.md), and its TFDS builder."""

@@ -1,6 +1,6 @@
-"""TFDS builder of the default data set: the photographs beside this file, 32 to train on and 8 to test.
+"""TFDS builder of the default data set: the photographs next to this file, 32 for training and 8 for testing.
 
-Importing this file imports TensorFlow Datasets, so import it where it is used.
+Importing this module imports TensorFlow Datasets, so import it where it is used.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _HERE = Path(__file__).parent
 class Sr3Photos(tfds.core.GeneratorBasedBuilder):
     """{'image': JPEG, 352 pixels on the short side, 'file_name': text}."""
 
-    # A prepared copy of an older version is not read: raise this when an image changes.
+    # Increase this when an image changes, so that old prepared copies are not read.
     VERSION = tfds.core.Version("1.0.0")
-    # TFDS 4.9.10 finds this by importlib_resources, which it does not depend on from Python 3.9.
+    # Without it TFDS 4.9.10 imports importlib_resources, which it does not depend on since Python 3.9.
     code_path = tfds.core.Path(__file__)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -32,7 +32,7 @@ class Sr3Photos(tfds.core.GeneratorBasedBuilder):
                     "file_name": tfds.features.Text(),
                 }
             ),
-            disable_shuffling=True,  # batches.py shuffles; here the order is that of the names
+            disable_shuffling=True,  # batches.py shuffles; the stored order is by name
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -41,5 +41,5 @@ class Sr3Photos(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, path in enumerate(sorted(folder.glob("*.jpg"))):
-            # Encoded bytes go in as they are: encoding an array would need TensorFlow.
+            # Encoded bytes are stored unchanged: encoding an array would need TensorFlow.
             yield key, {"image": path.read_bytes(), "file_name": path.name}

@@ -1,0 +1,429 @@
+"""The fields of a config: default, type, range or choices, and help of each.
+
+This table is the only place that defines a field: loading, checks, error messages, `sr3 train --help` and the reference
+page of the documentation read it through `schema`. It imports neither jax nor the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One field of a config.
+
+    Attributes:
+        default: the value where a config gives none; its type is the type of the field.
+        help: one sentence, with the unit.
+        choices: the only allowed values, or a function that returns them; empty for any value.
+        or_function: whether 'MODULE:FUNCTION' is allowed besides the choices.
+        least, most: inclusive bounds.
+        above, below: exclusive bounds.
+        fixed: whether a run must be resumed with the value that it was started with.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | Callable[[], tuple[Any, ...]] = ()
+    or_function: bool = False
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    fixed: bool = False
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The choices; empty for any value."""
+        return self.choices() if callable(self.choices) else self.choices
+
+    def allowed(self) -> str:
+        """The rule for a value as words that follow 'must be'; '' where any value of the type is allowed."""
+        if self.values:
+            return f"one of {', '.join(map(str, self.values))}" + " or MODULE:FUNCTION" * self.or_function
+        if self.least is not None and self.most is not None:
+            return f"from {self.least:.10g} to {self.most:.10g}"
+        bounds = (
+            (self.least, f"{self.least} or more"),
+            (self.above, f"above {self.above}"),
+            (self.most, f"at most {self.most}"),
+            (self.below, f"below {self.below}"),
+        )
+        return " and ".join(words for bound, words in bounds if bound is not None)
+
+    def contains(self, value: Any) -> bool:
+        """Whether a value of the right type is one of the choices or within the bounds."""
+        return (
+            (not self.values or value in self.values or (self.or_function and ":" in value))
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A named group of fields.
+
+    Attributes:
+        help: what the fields are about, in one sentence.
+    """
+
+    help: str
+    fields: Mapping[str, Field]
+
+
+def _solvers() -> tuple[str, ...]:
+    from sr3_jax.diffusion.solvers import SOLVERS  # imports jax, which most uses of this module do not need
+
+    return tuple(SOLVERS)
+
+
+SECTIONS: Mapping[str, Section] = MappingProxyType(
+    {
+        "model": Section(
+            "The U-Net.",
+            {
+                "channels": Field(
+                    default=128, least=4, fixed=True, help="Channels of level 0; a multiple of 4."
+                ),
+                "multipliers": Field(
+                    default=(1, 2, 4, 8, 8),
+                    fixed=True,
+                    help="Width of each level as a multiple of `channels`; each level halves the resolution.",
+                ),
+                "num_blocks": Field(
+                    default=(3, 3, 3, 3, 3),
+                    fixed=True,
+                    help="Residual blocks of each level on the way down.",
+                ),
+                "attention_levels": Field(
+                    default=(), fixed=True, help="Levels with self-attention after each residual block."
+                ),
+                "mid_attention": Field(
+                    default=True, fixed=True, help="Self-attention at the lowest resolution."
+                ),
+                "head_channels": Field(
+                    default=0, least=0, fixed=True, help="Channels of an attention head; 0 for a single head."
+                ),
+                "layout": Field(
+                    default="biggan",
+                    choices=("biggan", "efficient"),
+                    fixed=True,
+                    help="Residual blocks as in the paper (biggan), or a faster U-Net after Imagen (efficient).",
+                ),
+                "patch": Field(
+                    default=1,
+                    choices=(1, 2, 4),
+                    fixed=True,
+                    help="Space-to-depth factor of the input; level 0 works at 1/patch of the resolution.",
+                ),
+                "norm": Field(
+                    default="group",
+                    choices=("group", "pixel"),
+                    fixed=True,
+                    help="Normalisation over groups of channels and all pixels, or over the channels of a pixel.",
+                ),
+                "film": Field(
+                    default=False,
+                    fixed=True,
+                    help="The noise level scales and shifts the features instead of being added to them.",
+                ),
+                "dropout": Field(
+                    default=0.0,
+                    least=0,
+                    below=1,
+                    fixed=True,
+                    help="Dropout rate in the residual blocks during training.",
+                ),
+                "num_classes": Field(
+                    default=0, least=0, fixed=True, help="Number of class labels; 0 for a model without."
+                ),
+                "augment": Field(
+                    default=False,
+                    fixed=True,
+                    help="The network takes the strength of the augmentation `data.augment` as an input.",
+                ),
+                "remat": Field(
+                    default=False,
+                    fixed=True,
+                    help="Recompute activations in the backward pass: less memory, about a third more time.",
+                ),
+                "remat_keeps": Field(
+                    default="nothing",
+                    choices=("nothing", "convs"),
+                    fixed=True,
+                    help="With `remat`, what is stored of each block: nothing, or the outputs of convolutions.",
+                ),
+                "low_res": Field(
+                    default=True,
+                    fixed=True,
+                    help="Condition on a low-res image; false for the unconditional base model of a cascade.",
+                ),
+                "regression": Field(
+                    default=False,
+                    fixed=True,
+                    help="Train the paper's regression baseline instead of a diffusion model; sets what it implies.",
+                ),
+                "dtype": Field(
+                    default="float32",
+                    choices=("float32", "bfloat16"),
+                    fixed=True,
+                    help="Type of the activations; parameters are always float32.",
+                ),
+            },
+        ),
+        "diffusion": Section(
+            "The noise schedule and the loss.",
+            {
+                "space": Field(
+                    default="image",
+                    choices=("image", "residual"),
+                    fixed=True,
+                    help="Diffuse the image itself, or its difference from the upsampled low-res image.",
+                ),
+                "residual_scale": Field(
+                    default=1.0,
+                    above=0,
+                    fixed=True,
+                    help="Factor on the residual in residual space, so that it has about unit variance.",
+                ),
+                "prediction": Field(
+                    default="eps",
+                    choices=("eps", "v", "y0"),
+                    fixed=True,
+                    help="What the network predicts: the noise, the velocity v, or the image.",
+                ),
+                "norm": Field(
+                    default="l1",
+                    choices=("l1", "l2"),
+                    fixed=True,
+                    help="Absolute (p = 1 in the paper) or squared error.",
+                ),
+                "weighting": Field(
+                    default="none",
+                    choices=("none", "min_snr"),
+                    fixed=True,
+                    help="Weight of the loss at each noise level: equal, or Min-SNR with gamma 5.",
+                ),
+                "schedule": Field(
+                    default="linear",
+                    choices=("linear", "quadratic", "cosine"),
+                    fixed=True,
+                    help="Noise schedule in training.",
+                ),
+                "num_steps": Field(
+                    default=2000, least=2, fixed=True, help="T, the number of noise levels in training."
+                ),
+                "beta_start": Field(
+                    default=1e-6,
+                    above=0,
+                    below=1,
+                    fixed=True,
+                    help="Variance of the noise that the first step adds (linear and quadratic schedules).",
+                ),
+                "beta_end": Field(
+                    default=1e-2,
+                    above=0,
+                    below=1,
+                    fixed=True,
+                    help="Variance of the noise that the last step adds (linear and quadratic schedules).",
+                ),
+            },
+        ),
+        "sampling": Section(
+            "How the model samples by default, in held-out evaluation too.",
+            {
+                "solver": Field(
+                    default="dpmpp_2m",
+                    choices=_solvers,
+                    or_function=True,
+                    help="Solver: the paper's ancestral sampler, DDIM, DPM-Solver++(2M), Heun, or one of yours.",
+                ),
+                "steps": Field(default=25, least=1, help="Number of sampling steps."),
+            },
+        ),
+        "data": Section(
+            "Training and held-out images.",
+            {
+                "source": Field(
+                    default="photos:train",
+                    help="Training images: photos:SPLIT (bundled), folder:PATH, or tfds:NAME/CONFIG:SPLIT.",
+                ),
+                "eval_source": Field(
+                    default="photos:test", help="Held-out images, named in the same way as `source`."
+                ),
+                "framing": Field(
+                    default="crop",
+                    choices=("crop", "square"),
+                    help="Random crops, or the central square of each image resized to `crop`.",
+                ),
+                "crop": Field(
+                    default=128, least=1, help="Side of the training crops, in pixels of the source image."
+                ),
+                "mirror": Field(default=True, help="Flip half of the training crops left to right."),
+                "shrink": Field(
+                    default=1,
+                    least=1,
+                    fixed=True,
+                    help="Downsample each crop by this factor first, so that the stages of a cascade share data.",
+                ),
+                "scale": Field(
+                    default=4,
+                    least=1,
+                    fixed=True,
+                    help="Super-resolution factor; 1 if `model.low_res` is false.",
+                ),
+                "label_dropout": Field(
+                    default=0.0,
+                    least=0,
+                    below=1,
+                    fixed=True,
+                    help="Fraction of training examples without their label, for classifier-free guidance.",
+                ),
+                "augment": Field(
+                    default="none",
+                    choices=("none", "blur", "noise"),
+                    fixed=True,
+                    help="Augmentation of the low-res image in training, for the later stages of a cascade.",
+                ),
+                "augment_largest": Field(
+                    default=1.0,
+                    above=0,
+                    fixed=True,
+                    help="Maximum strength: standard deviation of the blur in low-res pixels, or of the noise "
+                    "for images in [-1, 1].",
+                ),
+                "augment_share": Field(
+                    default=0.5, above=0, most=1, help="Fraction of training examples that are augmented."
+                ),
+                "threads": Field(default=4, least=1, help="Threads that decode and crop images."),
+                "cache_mb": Field(default=1024, least=0, help="Memory for decoded images, in MB."),
+            },
+        ),
+        "optim": Section(
+            "Adam and its learning rate.",
+            {
+                "learning_rate": Field(
+                    default=1e-4, above=0, fixed=True, help="Peak learning rate, after the warm-up."
+                ),
+                "warmup_steps": Field(
+                    default=10_000, least=0, fixed=True, help="Steps of linear warm-up of the learning rate."
+                ),
+                "decay": Field(
+                    default="constant",
+                    choices=("constant", "cosine"),
+                    fixed=True,
+                    help="Learning rate after the warm-up: constant, or a cosine that ends at 0.",
+                ),
+                "clip_norm": Field(
+                    default=1.0,
+                    least=0,
+                    fixed=True,
+                    help="Global gradient norm to clip at; 0 for no clipping.",
+                ),
+                "b1": Field(default=0.9, least=0, below=1, fixed=True, help="Adam's beta_1."),
+                "b2": Field(default=0.999, least=0, below=1, fixed=True, help="Adam's beta_2."),
+                "ema_decay": Field(
+                    default=0.9999,
+                    least=0,
+                    below=1,
+                    fixed=True,
+                    help="Decay of the moving average of the parameters (EMA), which sampling uses.",
+                ),
+            },
+        ),
+        "train": Section(
+            "The training run.",
+            {
+                "num_steps": Field(default=1_000_000, least=1, help="Training steps of the whole run."),
+                "minutes": Field(
+                    default=0.0, least=0, help="Stop after this many minutes; 0 for no time limit."
+                ),
+                "batch_size": Field(
+                    default=256, least=1, help="Images in a step, over all devices and processes."
+                ),
+                "accumulation": Field(
+                    default=1,
+                    least=1,
+                    help="Split each batch into this many parts and average their gradients: less memory.",
+                ),
+                "seed": Field(  # jax.random.key reads 32 bits: 2**32 would be 0 again
+                    default=0, least=0, most=2**32 - 1, help="Seed of parameters, noise and data order."
+                ),
+                "log_every": Field(default=50, least=1, help="Steps between two lines of metrics."),
+                "init_from": Field(
+                    default="",
+                    help="Model whose parameters to start from: a shipped name, a workdir or a .safetensors file.",
+                ),
+            },
+        ),
+        "eval": Section(
+            "Held-out evaluation during training.",
+            {
+                "every": Field(default=5000, least=1, help="Steps between two evaluations."),
+                "num_images": Field(default=8, least=1, help="Held-out images per evaluation."),
+            },
+        ),
+        "checkpoint": Section(
+            "Saving and resuming.",
+            {
+                "every": Field(default=5000, least=1, help="Steps between two checkpoints."),
+                "keep": Field(default=3, least=1, help="How many of the newest checkpoints to keep."),
+                "best": Field(
+                    default=False,
+                    help="Save the EMA parameters with the highest held-out PSNR as best.safetensors.",
+                ),
+                "allow_older": Field(
+                    default=False, help="Resume from an older checkpoint if the newest is damaged."
+                ),
+            },
+        ),
+        "mesh": Section(
+            "Devices: their number is data * fsdp; -1 in one of the two fields means all that remain.",
+            {
+                "data": Field(default=-1, help="Data-parallel groups of devices."),
+                "fsdp": Field(
+                    default=1, help="Devices in a group, which share parameters and optimizer state."
+                ),
+            },
+        ),
+        "stage": Section(
+            "The model's place in a cascade.",
+            {
+                "name": Field(
+                    default="", help="Name of the stage, and of its folder in the cascade's workdir."
+                ),
+                "size": Field(
+                    default=0,
+                    least=0,
+                    fixed=True,
+                    help="Side of the output images, in pixels; 0 for any size.",
+                ),
+            },
+        ),
+    }
+)
+
+# Old name -> new name. Stored configs are migrated; a user's config or option with an old name is an error.
+RENAMED = {
+    ("diffusion", "kind"): ("diffusion", "prediction"),
+    ("eval", "steps"): ("sampling", "steps"),
+    ("eval", "solver"): ("sampling", "solver"),
+}
+
+# What a regression is: the diffusion without noise, one pass that predicts the image under the squared error.
+REGRESSION: Mapping[tuple[str, str], Any] = MappingProxyType(
+    {
+        ("diffusion", "prediction"): "y0",
+        ("diffusion", "norm"): "l2",
+        ("diffusion", "weighting"): "none",
+        ("sampling", "steps"): 1,
+        ("sampling", "solver"): "ddim",
+    }
+)

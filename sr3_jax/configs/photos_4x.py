@@ -1,0 +1,39 @@
+"""Photographs at 4x: the config of the shipped model `photo_4x`.
+
+sr3 train --config=photos_4x --workdir=out/photos_4x --config.data.source=folder:PHOTOS
+"""
+
+from ml_collections import ConfigDict
+
+from sr3_jax.configs import make_config
+
+PARAMETERS = 4_297_552
+
+
+def get_config() -> ConfigDict:
+    """A small network in residual space, sized for a few hours on the CPU of a laptop."""
+    return make_config(
+        model={
+            "channels": 32,
+            "multipliers": (4, 5),
+            "num_blocks": (1, 2),
+            "layout": "efficient",
+            "patch": 4,
+            "norm": "pixel",
+            "film": True,
+            "mid_attention": False,
+        },
+        diffusion={
+            "space": "residual",
+            "residual_scale": 8.0,
+            "prediction": "y0",
+            "norm": "l2",
+            "schedule": "cosine",
+        },
+        data={"source": "photos:train", "crop": 96, "scale": 4},
+        optim={"learning_rate": 5e-4, "warmup_steps": 300, "ema_decay": 0.999},
+        train={"num_steps": 1_000_000, "batch_size": 16},
+        eval={"every": 1000, "num_images": 8},
+        sampling={"steps": 5, "solver": "dpmpp_2m"},
+        checkpoint={"every": 500},
+    )

@@ -1,0 +1,303 @@
+"""What a schedule search computes: metrics of samplings on crops of held-out images, with a cache of every batch.
+
+Shape legend: N crops of C x C pixels, B of them in a batch, D features. Images are uint8.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr3_jax import __version__
+from sr3_jax.data.crops import Crops, crops_of, halves
+from sr3_jax.data.sources import Source, open_source, squares
+from sr3_jax.errors import UserError
+from sr3_jax.evaluation.cache import append_lines, read_lines
+from sr3_jax.evaluation.metric_suite import (
+    ImageMetrics,
+    least_side,
+    low_res_of,
+    lpips_metric,
+    standard_metrics,
+)
+from sr3_jax.evaluation.successive_halving import Objective, OutOfTime
+from sr3_jax.features.alexnet_features import AlexNetFeatures
+from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
+from sr3_jax.features.statistics import frechet_distance, statistics_of
+from sr3_jax.files import sha256_hex
+from sr3_jax.image_io.errors import printable, reason
+from sr3_jax.image_ops import degrade, to_uint8, to_unit
+from sr3_jax.inference.model import Model
+from sr3_jax.inference.sampling_file import config_fingerprint, params_fingerprint
+from sr3_jax.metrics import search_metric
+from sr3_jax.sampling import Sampling
+
+FRECHET = "frechet_alexnet"
+MAX_BATCH = 8
+CROPS, CROPS_FRECHET = 32, 128  # by default
+MIN_CROPS_FRECHET = 100  # with fewer, rank and bias of the covariance outweigh the images
+CONSISTENCY_FACTOR, CONSISTENCY_SLACK = 1.5, 0.5  # of the consistency guard; the slack is in units of 1e-5
+
+
+class CropEvaluator:
+    """Metrics of samplings on the first crops of a set. All samplings see the same crops and the same noise.
+
+    Args:
+        cache: a file of JSON lines with the metrics of every batch that was sampled.
+        metrics: computed for each output.
+        features: for the Frechet distance; None for none.
+        batch_size: B, which divides the number of crops.
+        on_batch: called after each batch, cached or sampled.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        crops: Crops,
+        cache: Path,
+        *,
+        metrics: Sequence[ImageMetrics],
+        features: AlexNetFeatures | None,
+        batch_size: int,
+        seed: int,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model, self._crops, self._cache = model, crops, cache
+        self._metrics, self._features = metrics, features
+        self._batch_size, self._seed = batch_size, seed
+        self._on_batch = on_batch
+        self._cached = {line["key"]: line["values"] for line in read_lines(cache) if _is_entry(line)}
+        self._batches: dict[tuple[Sampling, int], Mapping[str, np.ndarray] | None] = {}
+        self._low_res = low_res_of(crops.images, model.scale)
+        self._truth_features: np.ndarray | None = None
+        self.deadline = math.inf  # of time.monotonic()
+        self.tried: set[Sampling] = set()
+        settings = {
+            "weights": params_fingerprint(model.params),
+            "setup": config_fingerprint(model.config),
+            "crops": sha256_hex(crops.images),
+            "seed": seed,
+            "batch": batch_size,
+            "metrics": [group.key for group in metrics],
+            "features": features.protocol.weights_sha256 if features else None,
+            "version": __version__,
+            "hardware": jax.devices()[0].device_kind,
+        }
+        self._settings = sha256_hex(settings)
+
+    def per_crop(self, sampling: Sampling, count: int) -> dict[str, np.ndarray]:
+        """{metric: [count]}, and 'features' [count,D] if there are any; empty if an output is not finite.
+
+        Raises:
+            OutOfTime: a batch is missing and the deadline has passed.
+        """
+        batches = [self._batch(sampling, first) for first in range(0, count, self._batch_size)]
+        if any(batch is None for batch in batches):
+            return {}
+        finite = [batch for batch in batches if batch is not None]
+        return {name: np.concatenate([batch[name] for batch in finite])[:count] for name in finite[0]}
+
+    def means(self, sampling: Sampling, count: int) -> dict[str, float]:
+        """Means over crops, and the Frechet distance of the features; empty if an output is not finite."""
+        columns = self.per_crop(sampling, count)
+        features = columns.pop("features", None)
+        found = {name: float(np.mean(column, dtype=np.float64)) for name, column in columns.items()}
+        if features is not None and self._features is not None:
+            protocol = self._features.protocol
+            truth = self._ground_truth_features()[:count]
+            found[FRECHET] = frechet_distance(
+                statistics_of(features, protocol), statistics_of(truth, protocol)
+            )
+        return found
+
+    def _batch(self, sampling: Sampling, first: int) -> Mapping[str, np.ndarray] | None:
+        self.tried.add(sampling)
+        if (sampling, first) not in self._batches:
+            settings = dataclasses.asdict(sampling)
+            key = sha256_hex({"of": self._settings, "sampling": settings, "first": first})
+            if key not in self._cached:
+                if time.monotonic() > self.deadline:
+                    raise OutOfTime
+                self._cached[key] = self._sample(sampling, slice(first, first + self._batch_size))
+                self._write({"key": key, "sampling": settings, "first": first, "values": self._cached[key]})
+            self._batches[sampling, first] = _decode(self._cached[key])
+        self._on_batch()
+        return self._batches[sampling, first]
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        try:
+            append_lines(self._cache, [line])
+        except OSError as error:
+            raise UserError(
+                f"{printable(self._cache)} cannot be written ({reason(error)}): choose another folder with -o"
+            ) from error
+
+    def _sample(self, sampling: Sampling, rows: slice) -> dict[str, Any]:
+        """The metrics of a batch as JSON values; empty if an output is not finite."""
+        root = jax.random.key(self._seed)
+        numbers = np.arange(rows.start, rows.stop)
+        keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
+        known = self._crops.labels
+        labels = np.zeros(len(keys), np.int32) if known is None else known[rows]
+        given = labels if self._model.network.num_classes and known is not None else None
+        try:
+            outputs = self._model.upscale(self._low_res[rows], keys, labels=given, sampling=sampling)
+        except FloatingPointError:
+            return {}
+        values: dict[str, Any] = {}
+        for group in self._metrics:
+            columns = group.compute(outputs, self._crops.images[rows], self._low_res[rows], labels)
+            values |= {name: [_six_digits(value) for value in column] for name, column in columns.items()}
+        if self._features is not None:
+            features = self._features.features(outputs).astype(np.float16)
+            values["features"] = base64.b64encode(features.tobytes()).decode()
+        return values
+
+    def _ground_truth_features(self) -> np.ndarray:
+        if self._truth_features is None:
+            assert self._features is not None
+            images, size = self._crops.images, self._batch_size
+            parts = [self._features.features(images[i : i + size]) for i in range(0, len(images), size)]
+            self._truth_features = np.concatenate(parts)
+        return self._truth_features
+
+
+def objective(evaluator: CropEvaluator, metric: str, *, default: Sampling, guarded: bool) -> Objective:
+    """What a search minimizes: one of SEARCH_METRICS, negated if higher is better.
+
+    LPIPS and Frechet distance tolerate an output that no longer agrees with its low-res image. If `guarded`, a
+    candidate that is much less consistent than the default (by CONSISTENCY_FACTOR, plus CONSISTENCY_SLACK, about
+    the effect of rounding) is infinitely bad.
+    """
+    sign = -1 if search_metric(metric).higher_is_better else 1
+
+    def evaluate(candidate: Sampling, count: int) -> float:
+        means = evaluator.means(candidate, count)
+        if not means:
+            return math.inf
+        if guarded:
+            usual = evaluator.means(default, count).get("consistency", math.inf)
+            if means["consistency"] > CONSISTENCY_FACTOR * usual + CONSISTENCY_SLACK:
+                return math.inf
+        return sign * means[search_metric(metric).key]
+
+    return evaluate
+
+
+def open_metrics(metric: str, crop: int) -> tuple[list[ImageMetrics], AlexNetFeatures | None]:
+    """The metrics to compute for a search by `metric`, and AlexNet's features if it needs them.
+
+    Raises:
+        UserError: the metric needs larger crops, or weights that are not installed.
+    """
+    if metric == "lpips" and crop < LEAST_SIDE:
+        raise UserError(
+            f"metric=lpips needs crop={LEAST_SIDE} or more pixels, got {crop}: use another metric or larger crops"
+        )
+    try:
+        lpips = load_lpips()
+    except UserError as error:
+        if metric not in ("lpips", "frechet"):
+            return [standard_metrics()], None
+        raise UserError(f"{error}, or use another metric than {metric}") from error
+    found = [standard_metrics(), *([lpips_metric(lpips)] if crop >= LEAST_SIDE else [])]
+    return found, AlexNetFeatures(lpips) if metric == "frechet" else None
+
+
+def open_crops(
+    model: Model,
+    data: str,
+    eval_data: str | None,
+    *,
+    metric: str,
+    crop: int,
+    count: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[tuple[Crops, Crops], int]:
+    """The crops to search on, those to check the result on, and a batch size that divides both numbers.
+
+    Args:
+        data, eval_data: names of sources; without the second, every other image of the first is used for the check.
+        count: crops of each set; None for the metric's default.
+        limit: only the first images of `data`.
+
+    Raises:
+        UserError: there are too few crops, or their size does not fit the model or the images.
+    """
+    least = least_side([model.scale])
+    if crop % model.scale or crop < least:
+        raise UserError(f"crop={crop} must be a multiple of the scale, {model.scale}, and at least {least}")
+    section = model.config["data"]
+    square, shrink = section["framing"] == "square", section["shrink"]
+
+    def opened(name: str) -> Source:
+        side = crop * shrink
+        return squares(open_source(name, cache_mb=0), side) if square else open_source(name, min_side=side)
+
+    first = opened(data)
+    images = range(min(len(first), limit or len(first)))
+    if eval_data:
+        second = opened(eval_data)
+        indices = list(images), list(range(len(second)))
+    else:
+        second, indices = first, halves(len(images))
+        if not indices[1]:
+            raise UserError(
+                f"data={data} has only one usable image and none is left for the check: set eval_data"
+            )
+    count = count or (CROPS_FRECHET if metric == "frechet" else CROPS)
+    found = [
+        shrunk(crops_of(source, chosen, crop=crop * shrink, count=count, seed=seed), shrink)
+        for source, chosen in zip((first, second), indices, strict=True)
+    ]
+    fewest = min(len(crops.images) for crops in found)
+    if metric == "frechet" and fewest < MIN_CROPS_FRECHET:
+        raise UserError(
+            f"metric=frechet needs {MIN_CROPS_FRECHET} crops to search on and as many to check on, got {fewest}: use "
+            "smaller crops, more crops or more images"
+        )
+    batch_size = min(MAX_BATCH, fewest)
+    return (found[0].whole_batches(batch_size), found[1].whole_batches(batch_size)), batch_size
+
+
+def shrunk(crops: Crops, factor: int) -> Crops:
+    """The crops downsampled as the stage of a cascade was trained on them (`config.data.shrink`)."""
+    if factor == 1:
+        return crops
+    return replace(crops, images=np.asarray(to_uint8(degrade(to_unit(crops.images), factor))))
+
+
+def _is_entry(line: Any) -> bool:
+    return (
+        isinstance(line, dict) and isinstance(line.get("key"), str) and isinstance(line.get("values"), dict)
+    )
+
+
+def _six_digits(value: float) -> float | None:
+    """A number for JSON, which has no infinity."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _decode(values: Mapping[str, Any]) -> Mapping[str, np.ndarray] | None:
+    """What `_sample` gave, as arrays; None if an output was not finite."""
+    if not values:
+        return None
+    columns = {
+        name: np.array([math.inf if value is None else value for value in column])
+        for name, column in values.items()
+        if name != "features"
+    }
+    if "features" in values:
+        flat = np.frombuffer(base64.b64decode(values["features"]), np.float16)
+        columns["features"] = flat.astype(np.float32).reshape(len(next(iter(columns.values()))), -1)
+    return columns

@@ -1,0 +1,337 @@
+"""The metrics of an evaluation: which ones are computed, by what functions and networks.
+
+An evaluation computes `ImageMetrics` of each output, `SampleMetrics` of all samples of one input, and metrics of the
+whole set from the features of one network. Shape legend: B batch, H x W the ground truth, h x w its low-res image,
+s the scale, S samples of one input, K classes. Images are uint8 NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr3_jax import metrics
+from sr3_jax.errors import UserError
+from sr3_jax.features import set_metrics
+from sr3_jax.features.classifiers import Classifier, correct, load_classifier
+from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
+from sr3_jax.features.networks import Network, open_network
+from sr3_jax.features.statistics import Statistics, load_statistics
+from sr3_jax.image_ops import degrade, to_uint8, to_unit, upsample
+
+REVISION = 1  # of the functions in sr3_jax.metrics; cached values of another revision are computed again
+MIN_CLASSES_TOP5 = 10  # with fewer classes top-5 accuracy says little
+
+Columns = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMetrics:
+    """Metrics that are computed together, for each output on its own.
+
+    Attributes:
+        key: identifies the computation; cached values of another key are not reused.
+        compute: (outputs [B,H,W,3], ground truth [B,H,W,3], low_res [B,h,w,3], labels int [B]) -> {metric: float [B]}.
+        min_side: pixels; smaller images are skipped.
+        uses_labels: `compute` uses the labels, which are zeros otherwise.
+        of_ground_truth: the metrics are also defined for the ground truth itself, as an upper bound.
+    """
+
+    key: str
+    compute: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Columns]
+    min_side: int = 0
+    uses_labels: bool = False
+    of_ground_truth: bool = False
+
+    def key_for(self, label: int) -> str:
+        """The cache key of its values for an image with this label."""
+        return f"{self.key} label {label}" if self.uses_labels else self.key
+
+    def supports(self, image: np.ndarray) -> bool:
+        """Whether an image [H,W,3] is large enough."""
+        return min(image.shape[:2]) >= self.min_side
+
+
+@dataclass(frozen=True, eq=False)
+class SampleMetrics:
+    """Metrics of all samples of one input; `compute` takes them as [S,H,W,3] with S >= 2."""
+
+    key: str
+    compute: Callable[[np.ndarray], Mapping[str, float]]
+    min_side: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class MetricSuite:
+    """The metrics of an evaluation.
+
+    Attributes:
+        image, samples: computed for each output, and for the samples of each input.
+        network: its features give the metrics of the set; None for none.
+        lpips, classifier: the networks of `image`; None if they are not used.
+        reference: statistics to compare the set with; None for those of the ground truth.
+        reference_name: the file of the reference.
+        omitted: sentences that say which metrics are missing and why.
+    """
+
+    image: tuple[ImageMetrics, ...] = ()
+    samples: tuple[SampleMetrics, ...] = ()
+    network: Network | None = None
+    lpips: Lpips | None = None
+    classifier: Classifier | None = None
+    reference: Statistics | None = None
+    reference_name: str = ""
+    omitted: tuple[str, ...] = ()
+
+    @property
+    def of_ground_truth(self) -> bool:
+        """Whether some metric is defined for the ground truth itself."""
+        return self.network is not None or any(group.of_ground_truth for group in self.image)
+
+
+def open_suite(
+    *,
+    features: str | None = None,
+    classifier: str | None = None,
+    labelled: bool = False,
+    patch: int = 0,
+    reference: Path | None = None,
+    batch_size: int = 1,
+) -> MetricSuite:
+    """The metrics that are available.
+
+    Args:
+        features: the network of the metrics of the set, as `open_network` takes it.
+        classifier: as `load_classifier` takes it; None for no accuracy.
+        labelled: whether the images have labels.
+        patch: side in pixels of the squares whose features are compared in larger images; 0: whole images.
+        reference: a file of statistics to compare with, instead of those of the ground truth.
+
+    Raises:
+        UserError: a requested network is not available, or the reference was made with another network.
+    """
+    omitted = []
+    lpips = None
+    try:
+        lpips = load_lpips()
+    except UserError as error:
+        omitted.append(f"LPIPS is omitted: {error}.")
+    opened = load_classifier(classifier) if classifier else None
+    network = open_network(features, lpips=lpips, classifier=opened)
+    if patch and network is not None:
+        network = network.in_patches(patch)
+    if opened is not None and not labelled:
+        omitted.append(f"Accuracy is omitted: the images have no labels for {opened.name}.")
+    image = [standard_metrics()]
+    image += [lpips_metric(lpips)] if lpips else []
+    image += [accuracy(opened)] if opened is not None and labelled else []
+    samples = [pixel_diversity()]
+    samples += [lpips_diversity(lpips, batch_size=batch_size)] if lpips else []
+    return MetricSuite(
+        tuple(image),
+        tuple(samples),
+        network,
+        lpips,
+        opened,
+        _open_reference(reference, network) if reference else None,
+        str(reference or ""),
+        tuple(omitted),
+    )
+
+
+def standard_metrics() -> ImageMetrics:
+    """The metrics that need no network: PSNR, SSIM, both in luma too, consistency and mean colour error."""
+
+    def compute(
+        outputs: np.ndarray, ground_truth: np.ndarray, low_res: np.ndarray, labels: np.ndarray
+    ) -> Columns:
+        scale = outputs.shape[1] // low_res.shape[1]
+        return jax.device_get(_standard_metrics(outputs, ground_truth, low_res, scale=scale))
+
+    return ImageMetrics(f"standard {REVISION}", compute)
+
+
+def lpips_metric(lpips: Lpips) -> ImageMetrics:
+    """LPIPS to the ground truth."""
+
+    def compute(
+        outputs: np.ndarray, ground_truth: np.ndarray, low_res: np.ndarray, labels: np.ndarray
+    ) -> Columns:
+        return {"lpips": np.asarray(lpips.distance(outputs, ground_truth))}
+
+    return ImageMetrics(f"lpips {lpips.sha256}", compute, min_side=LEAST_SIDE)
+
+
+def accuracy(classifier: Classifier) -> ImageMetrics:
+    """100 if the label is the classifier's most likely class, or among the five most likely ones, else 0."""
+
+    def compute(
+        outputs: np.ndarray, ground_truth: np.ndarray, low_res: np.ndarray, labels: np.ndarray
+    ) -> Columns:
+        logits = classifier.logits(outputs)
+        tops = {"top1": 1, "top5": 5} if logits.shape[1] >= MIN_CLASSES_TOP5 else {"top1": 1}
+        return {name: 100.0 * correct(logits, labels, top=top) for name, top in tops.items()}
+
+    return ImageMetrics(
+        f"accuracy {classifier.sha256}",
+        compute,
+        min_side=getattr(classifier, "least_side", 0),
+        uses_labels=True,
+        of_ground_truth=True,
+    )
+
+
+def pixel_diversity() -> SampleMetrics:
+    """Standard deviation over samples (n - 1) in levels of 255, averaged over pixels and channels."""
+
+    def compute(samples: np.ndarray) -> Mapping[str, float]:
+        return {"diversity": float(np.std(samples.astype(np.float32), axis=0, ddof=1).mean(dtype=np.float64))}
+
+    return SampleMetrics("diversity 1", compute)
+
+
+def lpips_diversity(lpips: Lpips, *, batch_size: int = 1) -> SampleMetrics:
+    """Mean LPIPS over all pairs of samples of one input, `batch_size` pairs at a time."""
+
+    def compute(samples: np.ndarray) -> Mapping[str, float]:
+        pairs = list(itertools.combinations(range(len(samples)), 2))
+        found: list[float] = []
+        for start in range(0, len(pairs), batch_size):
+            chunk = pairs[start : start + batch_size]
+            a, b = (stack_padded([samples[pair[side]] for pair in chunk], batch_size) for side in (0, 1))
+            found += np.asarray(lpips.distance(a, b))[: len(chunk)].tolist()
+        return {"diversity_lpips": float(np.mean(found))}
+
+    return SampleMetrics(f"diversity lpips {lpips.sha256}", compute, min_side=LEAST_SIDE)
+
+
+def describe_networks(
+    suite: MetricSuite, *, images: int, feature_rows: int, has_set_metrics: bool, left_out: Mapping[str, int]
+) -> dict[str, Any]:
+    """The networks of an evaluation and the metrics that are omitted, as plain values for evaluation.json.
+
+    Args:
+        images: how many were evaluated.
+        feature_rows: N of the metrics of the set: images, or their patches.
+        has_set_metrics: whether there are any.
+        left_out: {metric: how many images it could not be computed for}.
+    """
+    omitted = [*suite.omitted]
+    for key, count in left_out.items():
+        heading = metrics.METRICS[key].heading if key in metrics.METRICS else key
+        omitted.append(
+            f"{heading} is omitted: {count} of {images} images have a side shorter than {LEAST_SIDE} pixels."
+        )
+    found: dict[str, Any] = {}
+    if suite.lpips is not None:
+        found["lpips"] = {"network": suite.lpips.name, "sha256": suite.lpips.sha256}
+    if suite.classifier is not None:
+        found["classifier"] = {
+            "network": suite.classifier.name,
+            "sha256": suite.classifier.sha256,
+            "classes": suite.classifier.num_classes,
+            "kind": getattr(suite.classifier, "kind", ""),
+        }
+    if suite.network is not None:
+        protocol = suite.network.protocol
+        reference = f"{suite.reference_name} ({suite.reference.count} images)" if suite.reference else ""
+        found["features"] = {
+            "network": protocol.network,
+            "sha256": protocol.weights_sha256,
+            "preprocessing": protocol.preprocessing,
+            "distance": protocol.distance,
+            "count": feature_rows,
+            "images": images,
+            "patch": suite.network.patch,
+            "reference": reference,
+            "subset": set_metrics.SUBSET,
+            "splits": set_metrics.SPLITS,
+            "resamples": set_metrics.RESAMPLES,
+        }
+        if not has_set_metrics:
+            reason = (
+                "they need at least 2 images"
+                if images < 2
+                else f"some images have a side shorter than {LEAST_SIDE} pixels"
+            )
+            omitted.append(f"Metrics of the set ({protocol.network}) are omitted: {reason}.")
+    return found | {"omitted": omitted}
+
+
+# ---- Ground truth, low-res image and bicubic interpolation
+
+
+def least_side(scales: Sequence[int]) -> int:
+    """The shortest side in pixels for which all metrics are defined at all of these scales."""
+    sides = [scale * -(-(metrics.WINDOW + 2 * scale) // scale) for scale in scales]
+    return max([math.lcm(*scales), *sides])
+
+
+def crop_ground_truth(image: np.ndarray, scale: int, crop: int | None) -> np.ndarray:
+    """The ground truth of an image [H,W,3]: its centre of `crop` x `crop`, cut to a multiple of the scale."""
+    height, width = image.shape[:2]
+    if crop is not None:
+        top, left = (height - crop) // 2, (width - crop) // 2
+        image = image[top : top + crop, left : left + crop]
+        height = width = crop
+    return np.ascontiguousarray(image[: height // scale * scale, : width // scale * scale])
+
+
+def low_res_of(ground_truth: np.ndarray, scale: int) -> np.ndarray:
+    """The low-res images uint8 [B,h,w,3] of ground truth uint8 [B,H,W,3]."""
+    return np.asarray(_low_res(ground_truth, scale=scale))
+
+
+def bicubic_of(low_res: np.ndarray, scale: int) -> np.ndarray:
+    """Bicubic interpolation of uint8 [B,h,w,3] to uint8 [B,s*h,s*w,3]."""
+    return np.asarray(_bicubic(low_res, scale=scale))
+
+
+def stack_padded(arrays: Sequence[np.ndarray | np.generic], batch_size: int) -> np.ndarray:
+    """Arrays of one shape as [batch_size,...], padded with copies of the last: another shape would recompile."""
+    return np.stack([*arrays, *[arrays[-1]] * (batch_size - len(arrays))])
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _low_res(ground_truth: jax.Array, *, scale: int) -> jax.Array:
+    return to_uint8(degrade(to_unit(ground_truth), scale))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _bicubic(low_res: jax.Array, *, scale: int) -> jax.Array:
+    return to_uint8(upsample(to_unit(low_res), scale))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _standard_metrics(
+    output: jax.Array, ground_truth: jax.Array, low_res: jax.Array, *, scale: int
+) -> dict[str, jax.Array]:
+    return {
+        "psnr": metrics.psnr(output, ground_truth),
+        "ssim": metrics.ssim(output, ground_truth),
+        "psnr_luma": metrics.psnr_luma(output, ground_truth, crop=scale),
+        "ssim_luma": metrics.ssim_luma(output, ground_truth, crop=scale),
+        "consistency": metrics.consistency(output, low_res),
+        "mean_colour_error": metrics.mean_colour_error(output, low_res),
+    }
+
+
+def _open_reference(path: Path, network: Network | None) -> Statistics:
+    if network is None:
+        raise UserError(f"reference={path} needs the network it was made with: set features")
+    statistics = load_statistics(path)
+    if statistics.protocol != network.protocol:
+        raise UserError(
+            f"reference={path} was made with {statistics.protocol.network}, weights "
+            f"{statistics.protocol.weights_sha256[:12]}, not with {network.protocol.network}, "
+            f"{network.protocol.weights_sha256[:12]}: use the features it was made with"
+        )
+    return statistics

@@ -1,0 +1,346 @@
+"""The evaluation of models on held-out images: `evaluate` runs everything and writes the results.
+
+Images of one size are processed in batches, each by all methods. Finished outputs and their metrics are cached, so
+that an interrupted evaluation continues where it stopped. Several processes divide the images; the first one merges
+what all of them found. Shape legend: P images, S samples.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sr3_jax import __version__
+from sr3_jax.data.sources import Source, open_source
+from sr3_jax.distributed.processes import wait_for_all
+from sr3_jax.errors import UserError
+from sr3_jax.evaluation import grids, tables
+from sr3_jax.evaluation import methods as method_list
+from sr3_jax.evaluation import metric_suite as suites
+from sr3_jax.evaluation.cache import OutputCache
+from sr3_jax.evaluation.method_runner import GroundTruth, MethodRunner, Result
+from sr3_jax.evaluation.methods import Method
+from sr3_jax.evaluation.metric_suite import MetricSuite
+from sr3_jax.evaluation.results import (
+    EvaluatedImage,
+    Part,
+    describe_model,
+    hardware,
+    make_report,
+    merge,
+    read_part,
+    summarize,
+    write_part,
+    write_tables,
+)
+from sr3_jax.features.cache import FeatureCache
+from sr3_jax.features.classifiers import Classifier
+from sr3_jax.features.lpips import LEAST_SIDE
+from sr3_jax.features.statistics import save_statistics, statistics_of
+from sr3_jax.files import make_folder, sha256_hex, unique_file_name
+from sr3_jax.image_io.image_file import ImageError
+from sr3_jax.inference.model import Model, load
+
+_THREADS = 4  # that write image files
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        report: the content of evaluation.json as plain values; report['rows'] are `Row`s.
+        files: what was written: evaluation.json, .md and .csv, then the image grids.
+        failed: 'NAME: reason' of images that could not be used.
+        reused: how many outputs came from the cache.
+    """
+
+    report: Mapping[str, Any]
+    files: tuple[Path, ...]
+    failed: tuple[str, ...]
+    reused: int
+
+    def markdown(self) -> str:
+        """The tables and the protocol, as in evaluation.md."""
+        return tables.markdown(self.report)
+
+
+def evaluate(
+    models: Sequence[Model | str | Path],
+    data: Source | str,
+    output_dir: str | Path,
+    *,
+    steps: Sequence[int] = (),
+    solvers: Sequence[str] = (),
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 1,
+    limit: int | None = None,
+    crop: int | None = None,
+    unsearched: bool = False,
+    use_labels: bool = True,
+    classifier: str | None = None,
+    features: str | None = None,
+    patch: int = 0,
+    reference: Path | None = None,
+    save_reference: Path | None = None,
+    command: Sequence[str] = (),
+    process: tuple[int, int] = (0, 1),
+    on_output: Callable[[int, int], None] = lambda count, total: None,
+) -> Evaluation | None:
+    """Evaluate models on held-out images, next to bicubic interpolation.
+
+    Each image is downsampled, upscaled by each model with each solver and number of steps, and compared with the
+    ground truth. `output_dir` gets evaluation.json, .md and .csv, image grids and, in outputs/, every output. The
+    same call continues an interrupted evaluation. An output depends on the seed, its ground truth and the index of
+    the sample only, not on the other images and methods.
+
+    Args:
+        models: models, or what `load` takes: shipped names, workdirs, .safetensors files.
+        data: a source, or its name: photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH.
+        steps, solvers: of the samplers; empty for those of each model's default.
+        samples: outputs of each image and model.
+        batch_size: outputs sampled at once; images of one size share a batch.
+        limit: only the first images.
+        crop: only the centre of each image, this many pixels squared.
+        unsearched: next to a sampler that a schedule search found, also evaluate its solver and steps without it.
+        use_labels: class-conditional models receive the labels of the images, if these have any.
+        classifier: for accuracy: a .safetensors or .onnx file, or MODULE:FUNCTION.
+        features: network of the Frechet distance and KID: inception:FILE, alexnet, classifier or none; None for
+            AlexNet if its weights are installed.
+        patch: compare the features of patches of this many pixels squared; 0: of whole images.
+        reference: a file of statistics to compare with, instead of those of the ground truth.
+        save_reference: where to write the statistics of the ground truth.
+        command: the command line, for evaluation.json.
+        process: the index of this process and the number of processes; each takes a share of the images.
+        on_output: called with the number of outputs finished since the last call, and the total of this process.
+
+    Returns:
+        The evaluation; None on all processes but the first.
+
+    Raises:
+        UserError: an argument is invalid, no image can be used, or a file cannot be written.
+    """
+    started = time.perf_counter()
+    loaded = [model if isinstance(model, Model) else load(model) for model in models]
+    names = [model.name if isinstance(model, Model) else model for model in models]
+    scales = list(dict.fromkeys(model.scale for model in loaded))
+    least = suites.least_side(scales)
+    if crop is not None and (crop % math.lcm(*scales) or crop < least):
+        raise UserError(
+            f"crop={crop} must be a multiple of the scale, {math.lcm(*scales)}, and at least {least}"
+        )
+    if 0 < patch < LEAST_SIDE:
+        raise UserError(f"patch={patch} must be at least {LEAST_SIDE} pixels")
+    if save_reference and len(scales) > 1:
+        raise UserError(
+            f"save_reference needs models of one scale, got {' and '.join(map(str, scales))}: "
+            "the ground truth is cropped to a multiple of it"
+        )
+    source = data if isinstance(data, Source) else open_source(data, min_side=crop or least)
+    labelled = _has_labels(source)
+    suite = suites.open_suite(
+        features=features,
+        classifier=classifier,
+        labelled=labelled,
+        patch=patch,
+        reference=reference,
+        batch_size=batch_size,
+    )
+    use_labels = use_labels and labelled
+    _check_classes(source, loaded if use_labels else [], suite.classifier)
+    if save_reference and suite.network is None:
+        raise UserError(f"save_reference={save_reference} needs a network: set features")
+    labels = method_list.unique_labels(names)
+    methods = [method_list.ground_truth(scale) for scale in scales] if suite.of_ground_truth else []
+    methods += [method_list.bicubic(scale) for scale in scales]
+    for model, label in zip(loaded, labels, strict=True):
+        methods += method_list.model_methods(
+            model, label, solvers=solvers, steps=steps, unsearched=unsearched, use_labels=use_labels
+        )
+    folder = make_folder(Path(output_dir))
+    index, count = process
+    share = len(range(index, min(len(source), limit or len(source)), count))
+    total = method_list.total_outputs(methods, images=share, samples=samples)
+    part = evaluate_part(
+        methods,
+        source,
+        folder / "outputs",
+        suite=suite,
+        environment={"hardware": hardware()},
+        samples=samples,
+        seed=seed,
+        limit=limit,
+        crop=crop,
+        batch_size=batch_size,
+        process=process,
+        on_output=lambda finished: on_output(finished, total),
+    )
+    parts = [part]
+    if count > 1:
+        write_part(folder / "outputs", part, process=index)
+        wait_for_all()
+        if index > 0:
+            return None
+        parts = [read_part(folder / "outputs", process=number) for number in range(count)]
+    merged = merge(parts, source.name)
+    rows, networks = summarize(merged, methods, folder / "outputs", suite=suite)
+    report = make_report(
+        merged,
+        rows,
+        [
+            describe_model(model, label, use_labels=use_labels)
+            for model, label in zip(loaded, labels, strict=True)
+        ],
+        protocol={
+            "source": source.name if isinstance(data, Source) else data,
+            "images": len(merged.images),
+            "samples": samples,
+            "seed": seed,
+            "crop": crop,
+            "batch": batch_size,
+            "processes": count,
+            **networks,
+        },
+        seconds=time.perf_counter() - started,
+        command=command,
+    )
+    written = write_tables(folder, report)
+    written += grids.write_grids(folder, merged, methods, source, crop=crop)
+    if save_reference and suite.network is not None:
+        cache = FeatureCache.for_protocol(folder / "outputs", suite.network.protocol)
+        truth = cache.get([key for result in merged.results[0] for key in result.ground_truth_features])
+        width = truth.shape[1] - suite.network.logits
+        save_statistics(save_reference, statistics_of(truth[:, :width], suite.network.protocol))
+    return Evaluation(report, tuple(written), tuple(report["failed"]), report["outputs_reused"])
+
+
+def evaluate_part(
+    methods: Sequence[Method],
+    source: Source,
+    outputs: Path,
+    *,
+    suite: MetricSuite,
+    environment: Mapping[str, Any] | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    limit: int | None = None,
+    crop: int | None = None,
+    batch_size: int = 1,
+    process: tuple[int, int] = (0, 1),
+    on_output: Callable[[int], None] = lambda count: None,
+) -> Part:
+    """Run every method on this process's share of the images, with outputs in the folder `outputs`.
+
+    Args:
+        environment: plain values besides the settings of the methods that outputs depend on, such as the hardware.
+        on_output: called with the number of outputs finished since the last call.
+
+    The other arguments are those of `evaluate`.
+
+    Raises:
+        UserError: a file cannot be written, or a model's output is not finite.
+    """
+    # The version stands for the code between the weights and the outputs.
+    common = {"seed": seed, "version": __version__, "batch": batch_size, **(environment or {})}
+    features = None
+    if suite.network is not None:
+        features = FeatureCache.for_protocol(outputs, suite.network.protocol, process=process[0])
+    images: list[EvaluatedImage] = []
+    failed: list[tuple[int, str]] = []
+    results: list[list[Result]] = [[] for _ in methods]
+    with ThreadPoolExecutor(_THREADS, "write") as pool:
+        runners = [
+            MethodRunner(
+                method,
+                OutputCache(outputs / method.folder, {**method.settings, **common}, process=process[0]),
+                suite,
+                samples=samples,
+                seed=seed,
+                batch_size=batch_size,
+                features=features,
+                pool=pool,
+            )
+            for method in methods
+        ]
+        for group in _batches(source, limit=limit, crop=crop, batch_size=batch_size, process=process):
+            if isinstance(group, tuple):
+                failed.append(group)
+                on_output(method_list.total_outputs(methods, images=1, samples=samples))
+                continue
+            images += [image for image, _ in group]
+            by_scale: dict[int, list[GroundTruth]] = {}
+            for runner, found in zip(runners, results, strict=True):
+                scale = runner.method.scale
+                if scale not in by_scale:
+                    by_scale[scale] = [_ground_truth(image, item, scale, crop) for image, item in group]
+                found += runner.run(by_scale[scale])
+                on_output(len(group) * runner.num_samples)
+    return Part(images, results, failed)
+
+
+# ---- Images
+
+
+def _batches(
+    source: Source, *, limit: int | None, crop: int | None, batch_size: int, process: tuple[int, int]
+) -> Iterator[list[tuple[EvaluatedImage, Mapping[str, Any]]] | tuple[int, str]]:
+    """Up to `batch_size` images of one size, or the index of an image that cannot be read and the reason."""
+    waiting: dict[tuple[int, int], list[tuple[EvaluatedImage, Mapping[str, Any]]]] = {}
+    taken: set[str] = set()
+    for index in range(min(len(source), limit or len(source))):
+        # All processes need the same names.
+        name = unique_file_name(Path(source.file_name(index)).stem, taken)
+        if index % process[1] != process[0]:
+            continue
+        try:
+            item = source[index]
+        except ImageError as error:
+            yield index, str(error)
+            continue
+        height, width = item["image"].shape[:2]
+        size = (crop, crop) if crop else (height, width)
+        waiting.setdefault(size, []).append((EvaluatedImage(index, name, height, width), item))
+        if len(waiting[size]) >= batch_size:
+            yield waiting.pop(size)
+        elif sum(map(len, waiting.values())) >= 4 * batch_size:  # bounds the memory
+            yield waiting.pop(max(waiting, key=lambda other: len(waiting[other])))
+    yield from waiting.values()
+
+
+def _ground_truth(
+    image: EvaluatedImage, item: Mapping[str, Any], scale: int, crop: int | None
+) -> GroundTruth:
+    pixels = suites.crop_ground_truth(item["image"], scale, crop)
+    return GroundTruth(image.name, pixels, sha256_hex(pixels), item.get("label", 0))
+
+
+def _has_labels(source: Source) -> bool:
+    """Whether the images have labels, by the first image that can be read."""
+    for index in range(len(source)):
+        try:
+            return "label" in source[index]
+        except ImageError:
+            continue
+    return False
+
+
+def _check_classes(source: Source, models: Sequence[Model], classifier: Classifier | None) -> None:
+    """UserError if a network knows fewer classes than the data set has, before hours of sampling."""
+    count = source.num_classes or 0
+    for model in models:
+        if 0 < model.network.num_classes < count:
+            raise UserError(
+                f"{source.name} has {count} classes, but model {model.name} knows {model.network.num_classes}: use "
+                "images of those classes, or sample without labels (--no-labels)"
+            )
+    if classifier is not None and 0 < classifier.num_classes < count:
+        raise UserError(
+            f"{source.name} has {count} classes, but classifier {classifier.name} knows {classifier.num_classes}: "
+            "use a classifier of this data set"
+        )

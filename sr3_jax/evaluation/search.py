@@ -1,0 +1,359 @@
+"""The schedule search: finds how a model is best sampled at a fixed NFE, and stores it with the model.
+
+For each solver and budget, `successive_halving.minimize` searches crops of held-out images by one metric. What it
+finds is then checked on crops of other images, and stored only if it beats the model's default there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sr3_jax import __version__
+from sr3_jax.errors import UserError
+from sr3_jax.evaluation import successive_halving, tables
+from sr3_jax.evaluation.crop_evaluator import (
+    MIN_CROPS_FRECHET,
+    CropEvaluator,
+    objective,
+    open_crops,
+    open_metrics,
+)
+from sr3_jax.evaluation.successive_halving import SearchSpace, steps_for
+from sr3_jax.files import make_folder, to_json, write_text
+from sr3_jax.inference.model import load
+from sr3_jax.inference.sampling_file import (
+    StoredSampling,
+    config_fingerprint,
+    params_fingerprint,
+    sampling_path,
+    write_sampling,
+)
+from sr3_jax.metrics import SEARCH_METRICS, search_metric
+from sr3_jax.sampling import SOLVERS, Sampling
+from sr3_jax.train.weights import locate_model
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result for one solver and budget: the sampling found, selected on `images` crops, and the default."""
+
+    nfe: int
+    default: Sampling
+    sampling: Sampling
+    images: int
+
+
+@dataclass(frozen=True)
+class ScheduleSearch:
+    """A finished search.
+
+    Attributes:
+        report: the content of search.json as plain values.
+        files: what was written: search.md, search.json, and the file of cached metrics.
+        stored: the file next to the model that now holds its default sampling; None if nothing was stored.
+    """
+
+    report: Mapping[str, Any]
+    files: tuple[Path, ...]
+    stored: Path | None
+
+    def markdown(self) -> str:
+        """The table and the choice, as in search.md."""
+        return tables.search_markdown(self.report)
+
+
+def search_schedule(
+    model: str | Path,
+    data: str,
+    output_dir: str | Path,
+    *,
+    eval_data: str | None = None,
+    metric: str = "lpips",
+    solvers: Sequence[str] = (),
+    nfe: Sequence[int] = (),
+    minutes: float | None = None,
+    limit: int | None = None,
+    crop: int | None = None,
+    crops: int | None = None,
+    candidates: int = 24,
+    seed: int = 0,
+    store: bool = True,
+    guarded: bool = True,
+    command: Sequence[str] = (),
+    on_batch: Callable[[str], None] = lambda description: None,
+) -> ScheduleSearch:
+    """Search the sampling schedule of a model and store it as the model's default.
+
+    The same call continues an interrupted search.
+
+    Args:
+        model: a shipped name, a workdir or a .safetensors file.
+        data, eval_data: names of sources for search and check; without the second, every other image of the first is
+            used for the check.
+        metric: one of SEARCH_METRICS.
+        solvers: the solvers to search; empty for all.
+        nfe: the budgets to search; what is stored is for the first. Empty for that of the model's default.
+        minutes: the search ends after this time.
+        limit: only the first images of `data`.
+        crop: side of a crop in pixels; None for that of training.
+        crops: crops of each set; None for the metric's default.
+        candidates: samplings in the first round.
+        store: store the result if it beats the default on the check.
+        guarded: exclude samplings that agree much less with the low-res image than the default does.
+        command: the command line, for search.json.
+        on_batch: called with what is being searched after each batch.
+
+    Raises:
+        UserError: an argument is invalid, there are too few images, or a file cannot be written.
+    """
+    started = time.perf_counter()
+    if metric not in SEARCH_METRICS:
+        raise UserError(f"metric must be one of {', '.join(SEARCH_METRICS)}, got {metric!r}")
+    loaded = load(model)
+    if loaded.network.regression:
+        raise UserError(
+            f"model {loaded.name} is a regression model, which has no sampling schedule: use a diffusion model"
+        )
+    own = Sampling(loaded.config["sampling"]["solver"], loaded.config["sampling"]["steps"])
+    solvers, budgets = list(solvers) or list(SOLVERS), list(nfe) or [own.nfe]
+    defaults = {
+        (solver, budget): Sampling(solver, steps_for(solver, budget))
+        for budget in budgets
+        for solver in dict.fromkeys([own.solver, *solvers])
+    }
+    for sampling in defaults.values():
+        sampling.grid(loaded.schedule)  # raises if the schedule has no grid of so many steps
+    own_defaults = {budget: defaults[own.solver, budget] for budget in budgets}
+    crop = crop or loaded.config["data"]["crop"] // loaded.config["data"]["shrink"]
+    metrics, features = open_metrics(metric, crop)
+    target = sampling_path(locate_model(model))
+    if store:
+        make_folder(target.parent)  # fails now rather than after an hour
+    folder = make_folder(Path(output_dir))
+    sets, batch_size = open_crops(
+        loaded, data, eval_data, metric=metric, crop=crop, count=crops, limit=limit, seed=seed
+    )
+    counts = [len(one.images) for one in sets]
+    description = ""
+    search, check = (
+        CropEvaluator(
+            loaded,
+            one,
+            folder / "search.jsonl",
+            metrics=metrics,
+            features=features,
+            batch_size=batch_size,
+            seed=seed,
+            on_batch=lambda: on_batch(description),
+        )
+        for one in sets
+    )
+    found = []
+    jobs = [(solver, budget) for budget in budgets for solver in solvers]
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
+    for number, (solver, budget) in enumerate(jobs):
+        description = f"{solver}, NFE {budget}"
+        now = time.monotonic()
+        search.deadline = now + (end - now) / (len(jobs) - number)  # an equal share of the time left
+        space = SearchSpace(
+            loaded.schedule,
+            defaults[solver, budget],
+            augment=loaded.network.augment,
+            guidance=bool(loaded.network.num_classes and loaded.config["data"]["label_dropout"]),
+        )
+        best, images = successive_halving.minimize(
+            space,
+            objective(search, metric, default=own_defaults[budget], guarded=guarded),
+            candidates=candidates,
+            rounds=_rounds(counts[0], batch_size, least=MIN_CROPS_FRECHET if metric == "frechet" else 0),
+            seed=seed,
+        )
+        found.append(Found(budget, space.default, best, images))
+    search.deadline = math.inf
+    searched = max(one.images for one in found)
+    if own.solver not in solvers:
+        found += [Found(budget, sampling, sampling, searched) for budget, sampling in own_defaults.items()]
+    description = "check on other images"
+    rows = result_rows(
+        found, search=search, check=check, count=counts[1], own_defaults=own_defaults, metric=metric
+    )
+    chosen, default = choose(rows, own=own_defaults[budgets[0]], nfe=budgets[0], metric=metric)
+    report: dict[str, Any] = {
+        "model": loaded.name,
+        "metric": metric,
+        "data": data,
+        "eval_data": eval_data,
+        "crop": crop,
+        "search_crops": counts[0],
+        "check_crops": counts[1],
+        "images": [one.source_images for one in sets],
+        "seed": seed,
+        "guarded": guarded,
+        "tried": len(search.tried),
+        "version": __version__,
+        "rows": rows,
+        "chosen": chosen["sampling"] if chosen else None,
+        "seconds": round(time.perf_counter() - started, 1),
+        "command": list(command),
+    }
+    report["choice"] = describe_choice(report, chosen, default)
+    write_text(folder / "search.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "search.md", tables.search_markdown(report))
+    if chosen is not None and store:
+        sampling = Sampling(**chosen["sampling"])
+        how = provenance(report, chosen, default)
+        weights, config = params_fingerprint(loaded.params), config_fingerprint(loaded.config)
+        write_sampling(target, StoredSampling(sampling, weights, config, loaded.name, how))
+    return ScheduleSearch(
+        report,
+        tuple(folder / f"search.{suffix}" for suffix in ("md", "json", "jsonl")),
+        target if chosen is not None and store else None,
+    )
+
+
+def _rounds(count: int, batch_size: int, *, least: int) -> list[int]:
+    """The images of each round: batch_size, twice as many, ..., count."""
+    rounds = [batch_size * 2**power for power in range(math.ceil(math.log2(count / batch_size)))] + [count]
+    return [images for images in rounds if images >= least]
+
+
+def result_rows(
+    found: Sequence[Found],
+    *,
+    search: CropEvaluator,
+    check: CropEvaluator,
+    count: int,
+    own_defaults: Mapping[int, Sampling],
+    metric: str,
+) -> list[dict[str, Any]]:
+    """The rows of search.json: 'default' and 'best' of each solver and budget, one if they are the same.
+
+    Each row has the metrics on the crops of the search ('search', and 'own' for the model's default), those on the
+    crops of the check ('check'), and how much better it is there than the solver's default ('gain') and than the
+    model's ('over_own').
+
+    Args:
+        count: crops of the check.
+        own_defaults: the model's default sampling at each budget.
+    """
+    rows = []
+    for one in found:
+        both = {"default": one.default, "best": one.sampling}
+        if one.sampling == one.default:
+            del both["best"]
+        own = own_defaults[one.nfe]
+        for which, sampling in both.items():
+            rows.append(
+                {
+                    "which": which,
+                    "nfe": one.nfe,
+                    "sampling": dataclasses.asdict(sampling),
+                    "images": one.images,
+                    "search": to_json(search.means(sampling, one.images)) if one.images else {},
+                    "own": to_json(search.means(own, one.images)) if one.images else {},
+                    "check": to_json(check.means(sampling, count)),
+                    "gain": _gain(check, sampling, one.default, count, metric),
+                    "over_own": _gain(check, sampling, own, count, metric),
+                }
+            )
+    return rows
+
+
+def _gain(
+    evaluator: CropEvaluator, sampling: Sampling, default: Sampling, count: int, metric: str
+) -> dict[str, Any] | None:
+    """How much better than the default, with an interval over crops; None for a metric of a whole set."""
+    columns, usual = evaluator.per_crop(sampling, count), evaluator.per_crop(default, count)
+    if metric not in columns or metric not in usual:
+        return None
+    difference = np.asarray(columns[metric]) - np.asarray(usual[metric])
+    if not np.all(np.isfinite(difference)):
+        return None
+    return tables.bootstrap(difference if search_metric(metric).higher_is_better else -difference)
+
+
+def choose(
+    rows: Sequence[Mapping[str, Any]], *, own: Sampling, nfe: int, metric: str
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The row to store, of those with this NFE, and the row of the model's default.
+
+    The choice is made on the crops of the search. It is dropped (None) unless it is better on the crops of the check
+    too, by more than chance if there is an interval.
+
+    Args:
+        own: the model's default sampling at this NFE, which has a row.
+    """
+    sign = -1 if search_metric(metric).higher_is_better else 1
+    rows = [row for row in rows if row["nfe"] == nfe]
+    default = next((row for row in rows if row["sampling"] == dataclasses.asdict(own)), None)
+    complete = [row for row in rows if row["search"] and row["check"]]
+    if not complete:
+        return None, default
+
+    def relative(row: Mapping[str, Any]) -> float:  # to the default on the same crops, fewer if time ran out
+        usual = _value(row["own"], metric) if row["own"] else 0.0
+        return sign * (_value(row["search"], metric) - usual)
+
+    best = min(complete, key=lambda row: (relative(row), row["which"] != "default"))
+    if default is None or best is default:
+        return None, default
+    if default["check"] and sign * _value(best["check"], metric) >= sign * _value(default["check"], metric):
+        return None, default
+    if best["over_own"] is not None and best["over_own"]["low"] <= 0:
+        return None, default
+    return best, default
+
+
+def _value(values: Mapping[str, float | None], metric: str) -> float:
+    value = values[search_metric(metric).key]
+    return np.inf if value is None else value
+
+
+def provenance(
+    report: Mapping[str, Any], best: Mapping[str, Any], default: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """How a sampling was found, for the file next to the model."""
+    names = [
+        "metric",
+        "data",
+        "eval_data",
+        "crop",
+        "search_crops",
+        "check_crops",
+        "seed",
+        "guarded",
+        "version",
+    ]
+    key = search_metric(report["metric"]).key
+    found = {name: report[name] for name in names}
+    found |= {"value": best["check"][key], "metrics": best["check"]}
+    if default is not None and default["check"]:
+        found["default"] = {"sampling": default["sampling"], "value": default["check"][key]}
+    return found
+
+
+def describe_choice(
+    report: Mapping[str, Any], chosen: Mapping[str, Any] | None, default: Mapping[str, Any] | None
+) -> str:
+    """The choice as a sentence."""
+    if chosen is None:
+        return (
+            "The model's default is kept: on crops that the search has not seen, no sampling is better than it by "
+            "more than chance."
+        )
+    metric, sampling = search_metric(report["metric"]), Sampling(**chosen["sampling"])
+    value = metric.format(chosen["check"][metric.key])
+    usual = metric.format(default["check"][metric.key]) if default and default["check"] else "no finite value"
+    return (
+        f"Chosen: {sampling.solver} in {sampling.steps} steps (NFE {chosen['nfe']}), {metric.heading} {value}; the "
+        f"model's default has {usual}, on crops that the search has not seen."
+    )

@@ -1,0 +1,79 @@
+"""The documentation: the code in it runs, and what leaves the repository still points into it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import sr3_jax
+from sr3_jax import diffusion
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_solver_of_the_guide_equals_ddim():
+    guide = (ROOT / "docs" / "how_to" / "add_a_solver.md").read_text(encoding="utf-8")
+    namespace: dict = {}
+    exec(re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1], namespace)
+
+    def sample(solver):
+        return diffusion.sample(
+            lambda y, gamma, cond: 0.5 * y,
+            jax.random.key(0),
+            {},
+            shape=(2, 8, 8, 3),
+            schedule=diffusion.respace(diffusion.linear(100), 6),
+            solver=solver,
+        ).image
+
+    np.testing.assert_allclose(sample(namespace["euler"]()), sample(diffusion.ddim()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("link", "absolute"),
+    [
+        ("[models](docs/models.md)", "https://github.com/sr3-jax/sr3_jax/blob/main/docs/models.md"),
+        (
+            "![figure](docs/images/a.jpg)",
+            "https://raw.githubusercontent.com/sr3-jax/sr3_jax/main/docs/images/a.jpg",
+        ),
+        ("[section](#comparison)", "#comparison"),
+        ("[paper](https://arxiv.org/abs/2104.07636)", "https://arxiv.org/abs/2104.07636"),
+    ],
+)
+def test_links_of_the_long_description_are_absolute(link, absolute):
+    text = _module(ROOT / "setup.py").absolute_links(f"before {link} after")
+    assert text == f"before {link.split('(')[0]}({absolute}) after"
+
+
+def test_the_citation_names_the_version_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == sr3_jax.__version__
+
+
+def test_docs_script_rejects_unknown_arguments():
+    result = subprocess.run(
+        ["bash", ROOT / "launch" / "docs.sh", "nonsense"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "nonsense" in result.stderr

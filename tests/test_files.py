@@ -1,0 +1,77 @@
+"""JSON-lines files that survive a killed writer, atomic writes, portable names, and the walk of a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from sr3_jax import files
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.inputs import walk
+
+
+def test_jsonl_rows_are_appended_and_read_back(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert files.read_jsonl(path) == []
+    files.append_jsonl(path, [{"a": 1}, {"b": [2.5, None]}])
+    files.append_jsonl(path, [{"c": "line\nbreak"}])
+    assert files.read_jsonl(path) == [{"a": 1}, {"b": [2.5, None]}, {"c": "line\nbreak"}]
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_an_incomplete_jsonl_line_is_skipped_and_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    files.append_jsonl(path, [{"a": 1}])
+    with path.open("a") as file:
+        file.write('{"b": ')
+    files.append_jsonl(path, [{"c": 3}])
+    assert files.read_jsonl(path) == [{"a": 1}, {"c": 3}]
+    path.write_bytes(path.read_bytes() + b"[1]\n\xff\n")  # valid JSON but not an object; not UTF-8
+    assert files.read_jsonl(path) == [{"a": 1}, {"c": 3}]
+
+
+def test_a_failed_atomic_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_write(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with pytest.raises(UserError, match="nowhere"):
+        files.write_text(tmp_path / "nowhere" / "file", "text")
+
+
+def test_file_names_are_portable_and_unique():
+    taken: set[str] = set()
+    names = [files.unique_file_name(name, taken) for name in ("a/b c", "A/B C", "../..", "x" * 99, "")]
+    assert names == ["a_b_c", "A_B_C_2", "image", "x" * 60, "image_2"]
+
+
+def test_infinite_metrics_survive_json():
+    metrics = {"psnr": float("inf"), "ssim": 1.0}
+    assert files.from_json(json.loads(json.dumps(files.to_json(metrics)))) == metrics
+
+
+def test_a_walk_visits_each_folder_once_and_never_the_excluded_one(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for path in ("b/1", "a/2", "3", ".hidden", ".cache/4", "out/5"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    outside.mkdir()
+    (outside / "6").touch()
+    (outside / "back").symlink_to(root)
+    (root / "a" / "up").symlink_to(root)
+    (root / "c").symlink_to(outside)
+    (root / "d").symlink_to(outside)
+    (root / "0").symlink_to(root / "b")  # sorts before the folder that it points to
+
+    def names(**options):
+        found, failed = walk(root, **options)
+        assert failed == []
+        return [file.relative_to(root).as_posix() for file in found]
+
+    assert names() == ["3", "a/2", "b/1", "c/6", "out/5"]
+    assert names(exclude=root / "out") == ["3", "a/2", "b/1", "c/6"]
+    assert names(hidden=True) == [".hidden", "3", ".cache/4", "a/2", "b/1", "c/6", "out/5"]
