@@ -20,4 +20,5 @@ step() { # step NAME COMMAND...
 step "format" "$bin/python" -m ruff format --check .
 step "lint" "$bin/python" -m ruff check .
 step "types" "$bin/python" -m mypy sr3_jax
+step "layers" "$bin/lint-imports" --no-cache
 step "shell" "$bin/shellcheck" launch/*.sh launch/slurm.sbatch experiments/*.sh .ci/run
