@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What to do with an hour of a GPU, stage by stage, each ending by itself: bash launch/gpu_run.sh STAGE OUT [...]
-#   test OUT                           the core's tests on the device
-#   measure OUT [CONFIG:BATCH ...]     training steps and sampling of the presets, PyTorch beside them: OUT/measure-*.json
-#   train OUT MINUTES PHOTOS [INIT]    configs/photos_4x.py on a folder of photographs, from the weights of INIT (a model):
+# Uses an hour of a GPU, stage by stage: bash launch/gpu_run.sh STAGE OUT [...]
+#   test OUT                           run the core's tests on the device
+#   measure OUT [CONFIG:BATCH ...]     time training and sampling of the presets next to PyTorch: OUT/measure-*.json
+#   train OUT MINUTES PHOTOS [INIT]    train photos_4x on a folder of photographs, from the weights of the model INIT:
 #                                      OUT/photo_4x.safetensors (moving average, bfloat16) and OUT/metrics.jsonl
-#   evaluate OUT [DATA ...]            OUT/photo_4x.safetensors at 5, 10, 25 and 50 steps on each data source
-# PYTHON names the interpreter (default python3); SR3_GPU_REHEARSE=1 runs all of it on a processor, as small as it gets.
+#   evaluate OUT [DATA ...]            evaluate OUT/photo_4x.safetensors at 5, 10, 25 and 50 steps on each data source
+# PYTHON names the interpreter (default python3). SR3_GPU_REHEARSE=1 runs everything on the CPU, as small as possible.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,13 +14,13 @@ fail() {
     exit 2
 }
 
-(($# >= 2)) || fail "gpu_run.sh takes a stage and a folder for its results: test, measure, train or evaluate."
+(($# >= 2)) || fail "gpu_run.sh: STAGE (test, measure, train or evaluate) and OUT are missing."
 stage=$1 out=$2
 shift 2
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-# PyTorch shares the device in `measure`, so JAX must not take most of its memory at the start.
+# PyTorch shares the device in `measure`, so JAX must not preallocate most of its memory.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 rehearse=${SR3_GPU_REHEARSE:-}
 if [[ -z $rehearse ]]; then
@@ -31,8 +31,8 @@ fi
 case $stage in
 test)
     "$python" -m pytest -q -p no:cacheprovider tests/test_process.py tests/test_schedule.py tests/test_space.py \
-        tests/test_loss.py tests/test_solvers.py tests/test_guidance.py tests/test_augment.py tests/test_unet.py \
-        tests/test_images.py tests/test_metrics.py "$@" \
+        tests/test_loss.py tests/test_solvers.py tests/test_guidance.py tests/test_unet.py tests/test_image_ops.py \
+        tests/test_metrics.py "$@" \
         2>&1 | tee "$out/test.log"
     ;;
 measure)
@@ -41,14 +41,14 @@ measure)
         configs=(configs/faces_16_128.py:32 configs/imagenet_64_256.py:8 configs/faces_64_512.py:4
             configs/faces_256_1024.py:2 configs/photos_4x.py:256)
     fi
-    for item in "${configs[@]}"; do # a process each, so that peak memory is its own
+    for item in "${configs[@]}"; do # one process each, so that peak memory is measured separately
         name=$(basename "${item%%:*}" .py)
-        "$python" launch/measure.py "$item" --torch -o "$out/measure-$name.json" ${rehearse:+--calls 1} ||
-            echo "$item could not be measured" >&2
+        "$python" benchmarks/measure.py "$item" --torch -o "$out/measure-$name.json" ${rehearse:+--calls 1} ||
+            echo "gpu_run.sh: measuring $item failed" >&2
     done
     ;;
 train)
-    (($# >= 2)) || fail "train takes OUT, MINUTES and a folder of PHOTOS."
+    (($# >= 2)) || fail "gpu_run.sh: train needs OUT, MINUTES and PHOTOS, a folder of photographs."
     minutes=$1 photos=$2 init=${3:-}
     overrides=(--config.data.source="folder:$photos" --config.data.cache_mb=4000 --config.train.minutes="$minutes"
         --config.data.threads=12 --config.data.crop=128 --config.train.batch_size=128)
@@ -71,6 +71,6 @@ evaluate)
     done
     ;;
 *)
-    fail "gpu_run.sh has no stage '$stage': test, measure, train or evaluate."
+    fail "gpu_run.sh: STAGE must be test, measure, train or evaluate, got '$stage'."
     ;;
 esac

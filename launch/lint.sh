@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 bin=.venv/bin
 [[ -x $bin/shellcheck ]] || {
-    echo "The tools are not installed: run 'bash launch/setup_venv.sh dev' first." >&2
+    echo "lint.sh: the tools are not installed: run 'bash launch/setup_venv.sh dev' first." >&2
     exit 2
 }
 
@@ -21,4 +21,4 @@ step "format" "$bin/python" -m ruff format --check .
 step "lint" "$bin/python" -m ruff check .
 step "types" "$bin/python" -m mypy sr3_jax
 step "layers" "$bin/lint-imports" --no-cache
-step "shell" "$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run
+step "shell" "$bin/shellcheck" launch/*.sh launch/slurm.sbatch experiments/*.sh .ci/run

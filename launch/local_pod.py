@@ -1,16 +1,18 @@
-"""A pod on one machine: N processes of K simulated CPU devices each, joined by the real jax.distributed.
+"""Simulates a pod on one machine: N processes of K simulated CPU devices each, joined by jax.distributed.
 
     bash launch/local_pod.sh [--dry-run] [--logs DIR] N K COMMAND...
 
 COMMAND is any program, such as `sr3 train ...`. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-JAX_PROCESS_ID, JAX_PLATFORMS=cpu and, in XLA_FLAGS beside the user's own, the number of devices. Process 0 writes to
-the terminal; the lines of process 1 begin with "[1] ", or with --logs are added to DIR/1.log.
+JAX_PROCESS_ID and JAX_PLATFORMS=cpu, and the number of devices is added to XLA_FLAGS. Process 0 writes to the terminal.
+Lines of process 1 are prefixed with "[1] ", or with --logs appended to DIR/1.log.
 
-SIGTERM and Ctrl-C go to all processes. When one fails, the others get SIGTERM a moment later. Whatever still runs
-SR3_GRACE seconds (default 30) after its signal is killed. The exit code is that of the first that failed (128 + the
-signal's number if one ended it), 0 if none did, 2 for wrong arguments. Nothing that was started outlives the launcher,
-not even when the launcher itself is killed: a supervisor, its child, does the work, adopts what the processes leave
-behind, and is told by the kernel when the launcher dies. That last part needs Linux; the rest is any Unix.
+SIGTERM and Ctrl-C are forwarded to all processes. When one process fails, the others get SIGTERM shortly after.
+Processes still running SR3_GRACE seconds (default 30) after their signal are killed. The exit code is that of the first
+process that failed (128 + the signal number if a signal ended it), 0 if none did, 2 for wrong arguments.
+
+No process outlives the launcher, even if the launcher itself is killed: a child of the launcher supervises the
+processes, adopts their orphans, and is notified by the kernel when the launcher dies (Linux only; the rest works on any
+Unix).
 """
 
 from __future__ import annotations
@@ -42,19 +44,19 @@ def fail(sentence: str) -> NoReturn:
     sys.exit(2)
 
 
-def say(sentence: str) -> None:
+def log(sentence: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(f"local_pod.sh: {sentence}", file=sys.stderr, flush=True)
 
 
-def whole(name: str, text: str) -> int:
+def positive(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        fail(f"{name} must be a whole number above 0, got '{text}': local_pod.sh N K COMMAND...")
+        fail(f"{name} must be a positive integer, got '{text}': local_pod.sh N K COMMAND...")
     return int(text)
 
 
 def parse(arguments: list[str]) -> tuple[bool, str | None, int, int, list[str]]:
-    """(dry run?, folder of the logs, processes, devices of each, command)."""
+    """(dry run, folder of the logs, number of processes, devices per process, command)."""
     dry_run, logs, rest = False, None, list(arguments)
     while rest and rest[0].startswith("-"):
         option, _, value = rest.pop(0).partition("=")
@@ -66,14 +68,15 @@ def parse(arguments: list[str]) -> tuple[bool, str | None, int, int, list[str]]:
         elif option == "--logs":
             logs = value or (rest.pop(0) if rest else "")
             if not logs:
-                fail("--logs needs a folder: --logs DIR.")
+                fail("--logs needs a directory: --logs DIR.")
         else:
-            fail(f"unknown option '{option}': --dry-run, --logs DIR and --help, before N and K.")
+            fail(f"unknown option '{option}': --dry-run, --logs DIR and --help go before N and K.")
     if len(rest) < 3:
-        fail(
-            "it takes the number of processes, of devices of each, and a command: local_pod.sh N K COMMAND..."
-        )
-    count, devices = whole("N, the number of processes,", rest[0]), whole("K, the devices of each,", rest[1])
+        fail("N, K or COMMAND is missing: local_pod.sh N K COMMAND...")
+    count, devices = (
+        positive("N (number of processes)", rest[0]),
+        positive("K (devices per process)", rest[1]),
+    )
     return dry_run, logs, count, devices, rest[2:]
 
 
@@ -85,38 +88,38 @@ def grace_seconds() -> float:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to outgoing connections in the meantime."""
+    """An unused port, below the range that the system assigns to outgoing connections."""
     for port in random.sample(range(20000, 30000), 200):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port
-    fail("no free port was found between 20000 and 30000.")
+    fail("no free port between 20000 and 30000.")
 
 
 def environments(count: int, devices: int, port: int) -> list[dict[str, str]]:
-    """What is set for each process, beside what it inherits."""
-    theirs = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
+    """The environment variables of each process, in addition to the inherited ones."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
     return [
         {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": " ".join([*theirs.split(), f"--xla_force_host_platform_device_count={devices}"]),
+            "XLA_FLAGS": " ".join([*flags.split(), f"--xla_force_host_platform_device_count={devices}"]),
         }
         for index in range(count)
     ]
 
 
 def descendants() -> dict[int, int]:
-    """Every process below this one, with its process group; none where there is no /proc."""
+    """{pid: process group} of all descendants of this process; empty without /proc."""
     found: dict[int, tuple[int, int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
                 parent, group = (
                     file.read().rpartition(")")[2].split()[1:3]
-                )  # the name in () may hold anything
+                )  # the name in () may contain anything
                 found[int(name)] = int(parent), int(group)
     below: dict[int, int] = {}
     new = {os.getpid()}
@@ -127,20 +130,20 @@ def descendants() -> dict[int, int]:
 
 
 class Supervisor:
-    """Starts the processes, each in a session of its own, and stays until nothing of them is left."""
+    """Starts the processes, each in its own session, and waits until they and their descendants have ended."""
 
     def __init__(self, command: list[str], *, logs: str | None, grace: float, mask: set[signal.Signals]):
         self.command, self.logs, self.grace, self.mask = command, logs, grace, mask
         self.running: dict[int, int] = {}  # pid, which is also the process group -> index
-        self.told: set[int] = set()  # the process groups that were sent SIGTERM or SIGINT
+        self.signalled: set[int] = set()  # process groups that were sent SIGTERM or SIGINT
         self.pipes = selectors.DefaultSelector()
         self.code = 0  # of the first that failed
-        self.tell_at = self.kill_at = NEVER
+        self.terminate_at = self.kill_at = NEVER
 
     def run(self, settings: list[dict[str, str]]) -> int:
         if _LIBC is not None:
             _LIBC.prctl(_SUBREAPER, 1, 0, 0, 0)
-        wake, waker = os.pipe()  # a signal ends a wait for output
+        wake, waker = os.pipe()  # a signal interrupts the wait for output
         for end in (wake, waker):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -152,27 +155,27 @@ class Supervisor:
             try:
                 self.start(index, extra)
             except OSError as error:
-                say(f"{error.filename or self.command[0]}: {error.strerror}.")
-                self.code, self.tell_at = 2, 0.0
+                log(f"{error.filename or self.command[0]}: {error.strerror}.")
+                self.code, self.terminate_at = 2, 0.0
                 break
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)  # what came in the meantime is forwarded now
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)  # pending signals are forwarded now
         while self.reap():
             now = time.monotonic()
-            if now >= self.tell_at:
-                self.tell_at = NEVER
+            if now >= self.terminate_at:
+                self.terminate_at = NEVER
                 self.forward(signal.SIGTERM)
             if now >= self.kill_at:
                 self.kill()
-            self.relay(min(max(min(self.kill_at, self.tell_at) - now, 0.0), 60.0))
+            self.relay(min(max(min(self.kill_at, self.terminate_at) - now, 0.0), 60.0))
         while self.relay(0):
-            pass  # what was written last
+            pass  # the last lines
         return self.code
 
     def start(self, index: int, extra: dict[str, str]) -> None:
         supervisor = os.getpid()
 
         def settle() -> None:
-            """In the new process: signals as from a shell, and gone when the supervisor is killed."""
+            """In the new process: default signal handlers, and SIGKILL if the supervisor dies."""
             for number in FORWARDED:
                 signal.signal(number, signal.SIG_DFL)
             if _LIBC is not None:
@@ -190,15 +193,15 @@ class Supervisor:
                 output = error = subprocess.PIPE
             process = subprocess.Popen(
                 self.command,
-                # Lines of the others come at once; process 0, unbuffered, would write its in pieces, between theirs.
+                # The lines of the others appear at once; process 0 is buffered, so that its lines are written whole.
                 env=os.environ | extra | ({"PYTHONUNBUFFERED": "1"} if index else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=error,
-                start_new_session=True,  # Ctrl-C in the terminal comes once, from us
+                start_new_session=True,  # Ctrl-C reaches it only through the supervisor
                 preexec_fn=settle,
             )
-        process.returncode = 0  # it is waited for in reap, not by this object
+        process.returncode = 0  # waited for in `reap`, not by this object
         self.running[process.pid] = index
         for pipe, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
             if pipe is not None:
@@ -206,27 +209,27 @@ class Supervisor:
                 self.pipes.register(pipe, selectors.EVENT_READ, line_of)
 
     def forward(self, number: int) -> None:
-        """A signal to every process and its children; also called as a handler, at any moment."""
+        """Send a signal to every process and its children. Also a signal handler: may be called at any time."""
         self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
         for pid in list(self.running):
-            self.told.add(pid)
+            self.signalled.add(pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, number)
 
     def kill(self) -> None:
         if self.running:
             names = ", ".join(str(index) for index in sorted(self.running.values()))
-            say(f"still running {self.grace:g} s after the signal to stop, and killed: process {names}.")
+            log(f"process {names} was still running {self.grace:g} s after its signal: killed.")
         for pid in list(self.running):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
         for pid in descendants():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        self.kill_at = time.monotonic() + 0.1  # again, for what was just being started
+        self.kill_at = time.monotonic() + 0.1  # again, for processes that were just being started
 
     def reap(self) -> bool:
-        """Collect what has ended; False when nothing is left, the processes' own children included."""
+        """Wait for ended processes; False when no process and no descendant is left."""
         had = bool(self.running)
         while True:
             try:
@@ -239,10 +242,10 @@ class Supervisor:
             if index is not None:
                 self.ended(index, os.waitstatus_to_exitcode(status))
         if had and not self.running:
-            # Theirs are left. Those in a group that was told to stop are stopping, and the others are told now.
+            # Only descendants are left. Those in a signalled group are stopping; the others are signalled now.
             self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
             for pid, group in descendants().items():
-                if group not in self.told:
+                if group not in self.signalled:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGTERM)
         return True
@@ -252,19 +255,19 @@ class Supervisor:
         if code == 0 or self.code:
             return
         self.code = code
-        # Who has had its signal gets no second one: to sr3 that means at once, without saving. The others get theirs
-        # in a moment, in which those that fail of the same may say so.
-        if self.running and not self.told:
-            say(f"process {index} ended with exit code {code}: the others are stopped.")
-            self.tell_at = time.monotonic() + min(2.0, self.grace)
+        # A second signal makes sr3 stop without saving, so each process gets only one. The others get theirs after
+        # a moment in which processes that fail for the same reason can report it.
+        if self.running and not self.signalled:
+            log(f"process {index} ended with exit code {code}: stopping the others.")
+            self.terminate_at = time.monotonic() + min(2.0, self.grace)
 
     def relay(self, seconds: float) -> bool:
-        """Wait for output or a signal, at most that long; write lines with the number of their process."""
+        """Wait for output or a signal; print lines with the index of their process. False if there was none."""
         moved = False
         for key, _ in self.pipes.select(seconds):
             with contextlib.suppress(BlockingIOError):
                 data = os.read(key.fd, 65536)
-                if key.data is None:  # the pipe that signals wake us by
+                if key.data is None:  # the wake-up pipe of signals
                     continue
                 moved = True
                 prefix, target, rest = key.data
@@ -273,7 +276,7 @@ class Supervisor:
                 if not data:
                     self.pipes.unregister(key.fileobj)
                     lines += [bytes(rest)] if rest else []
-                with contextlib.suppress(BrokenPipeError, ValueError):  # nobody reads on: the run goes on
+                with contextlib.suppress(BrokenPipeError, ValueError):  # the reader is gone: continue
                     target.write(b"".join(prefix + line + b"\n" for line in lines))
                     target.flush()
         return moved
@@ -291,20 +294,22 @@ def main() -> int:
             )
         return 0
     if shutil.which(command[0]) is None:
-        fail(f"there is no program '{command[0]}': activate the environment that has it, or give its path.")
+        fail(f"program '{command[0]}' was not found: activate its environment, or give its path.")
     if logs is not None:
         try:
             os.makedirs(logs, exist_ok=True)
         except OSError as error:
             fail(f"--logs {logs}: {error.strerror}.")
-    os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # another way to say how many devices, which would win
+    os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # would override the number of devices
 
-    # The launcher handles its signals one by one, between waits; the supervisor as soon as it is ready for them.
+    # The launcher handles signals between waits, the supervisor as soon as it is ready.
     mine = {*FORWARDED, signal.SIGCHLD, signal.SIGHUP}
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
         mine.remove(signal.SIGHUP)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, mine)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # else it may be dropped, not kept
+    signal.signal(
+        signal.SIGCHLD, lambda number, frame: None
+    )  # an ignored SIGCHLD could be discarded instead of pending
     launcher = os.getpid()
     child = os.fork()
     if child == 0:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the package into it, once: bash launch/setup_venv.sh [EXTRA]
-# EXTRA is an extra of setup.cfg, such as test. SR3_PYTHON names the Python to use (default: the newest found).
+# Creates .venv and installs the package into it, unless that was done before: bash launch/setup_venv.sh [EXTRA]
+# EXTRA is an extra of setup.cfg, such as test. SR3_PYTHON: the Python interpreter (default: the newest one found).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +13,7 @@ fail() {
     exit 2
 }
 
-suitable() { # a candidate may be on the PATH and still not run, so it is run
+suitable() { # run the candidate: being on the PATH is not enough
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
@@ -27,14 +27,14 @@ find_python() {
                 return
             fi
         fi
-        if [[ -n ${SR3_PYTHON:-} ]]; then break; fi # the one that was asked for, or none
+        if [[ -n ${SR3_PYTHON:-} ]]; then break; fi # no other one than the requested
     done
     if [[ -n $found ]]; then
-        fail "$found has no venv module: install it (on Debian and Ubuntu the package python3-venv), or name another Python in SR3_PYTHON."
+        fail "$found has no venv module: install it (Debian and Ubuntu: package python3-venv), or set SR3_PYTHON to another Python."
     elif [[ -n ${SR3_PYTHON:-} ]]; then
-        fail "SR3_PYTHON=$SR3_PYTHON is not a Python of version 3.11 or newer: name one that is, or unset SR3_PYTHON."
+        fail "SR3_PYTHON=$SR3_PYTHON is not Python >= 3.11: set it to one that is, or unset it."
     else
-        fail "No Python of version 3.11 or newer was found: install one, or name it in SR3_PYTHON."
+        fail "Python >= 3.11 was not found: install it, or set SR3_PYTHON to its path."
     fi
 }
 
@@ -42,7 +42,7 @@ version() {
     "$1" -c 'import platform; print(platform.python_version())'
 }
 
-# All that an install depends on. The path is in it because an editable install and its scripts point to it.
+# Everything that an installation depends on, including the path, which an editable install refers to.
 fingerprint() {
     "$python" - "$PWD" setup.cfg pyproject.toml "$constraints" <<'PY'
 import hashlib, pathlib, sys
@@ -52,36 +52,36 @@ PY
 }
 
 if [[ -e .venv/.sr3_making || ! -e .venv ]] || ! "$python" -c '' 2>/dev/null; then
-    # There is none, its making was interrupted, or its Python is gone.
+    # Missing, only partly created, or without a working Python.
     if [[ -e .venv && ! -e .venv/.sr3_making && ! -e .venv/pyvenv.cfg ]]; then
-        fail ".venv is there and is not a virtual environment: move it away."
+        fail ".venv exists and is not a virtual environment: move it away."
     fi
     base=$(find_python)
-    echo "Making .venv with Python $(version "$base")"
+    echo "Creating .venv with Python $(version "$base")"
     rm -rf .venv
     mkdir .venv
     touch .venv/.sr3_making
     "$base" -m venv .venv
     rm .venv/.sr3_making
 elif ! suitable "$python"; then
-    fail ".venv has Python $(version "$python"), and 3.11 or newer is needed: delete .venv."
+    fail ".venv has Python $(version "$python"), but >= 3.11 is required: delete .venv."
 elif [[ -n ${SR3_PYTHON:-} ]]; then
-    suitable "$SR3_PYTHON" || find_python # which says what is wrong
+    suitable "$SR3_PYTHON" || find_python # prints the error
     if [[ $(version "$SR3_PYTHON") != $(version "$python") ]]; then
-        fail ".venv has Python $(version "$python") and SR3_PYTHON is $(version "$SR3_PYTHON"): delete .venv, or unset SR3_PYTHON."
+        fail ".venv has Python $(version "$python"), but SR3_PYTHON is $(version "$SR3_PYTHON"): delete .venv, or unset SR3_PYTHON."
     fi
 fi
 
 wanted=$(fingerprint)
 stamp=.venv/.sr3_installed${extra:+_$extra}
 if [[ -e $stamp && $(<"$stamp") == "$wanted" ]]; then
-    echo "Installed already in .venv"
+    echo ".venv is up to date"
     exit 0
 fi
 
 echo "Installing sr3_jax${extra:+[$extra]} into .venv (a minute or two, about 400 MB to download)"
 started=$SECONDS
-rm -f .venv/.sr3_installed* # an interrupted install leaves no stamp, so that the next run completes it
+rm -f .venv/.sr3_installed* # without a stamp, the next run repeats an interrupted installation
 quiet=()
 if [[ ! -t 1 ]]; then quiet=(--quiet); fi
 "$python" -m pip install --disable-pip-version-check --no-input ${quiet[@]+"${quiet[@]}"} \

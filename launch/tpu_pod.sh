@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A Cloud TPU VM pod from start to end, with gcloud: bash launch/tpu_pod.sh ACTION [OPTIONS] [-- COMMAND...]
-#   create   ask for the TPU and wait until it is there (nothing to do if it is)
-#   copy     the files that git tracks, as they are now, to every worker; install there; mount the bucket
-#   run      COMMAND (such as: sr3 train ...) on every worker, in ~/sr3_jax; shows worker 0. Ctrl-C leaves it running;
-#            the same --job follows it again
-#   stop     SIGTERM to what runs: sr3 saves, and ends with 143
-#   logs     the output of the job (the newest without --job) of every worker, into out/tpu/NAME
-#   status   the TPU's state, and what each worker runs
-#   delete   the TPU; what is on its disks is lost
-#   all      create, copy, run; once more after 143, 1 or death by a signal, at most SR3_MAX_RESTARTS times (20);
-#            a TPU that was taken away is made again
-# Options, or their names in the environment:
-#   --name SR3_TPU_NAME (sr3)    --zone SR3_TPU_ZONE    --type SR3_TPU_TYPE, such as v5litepod-256
+# Manages a Cloud TPU VM pod with gcloud: bash launch/tpu_pod.sh ACTION [OPTIONS] [-- COMMAND...]
+#   create   create the TPU, unless it exists, and wait until it is ready
+#   copy     copy the files tracked by git (their working-tree versions) to every worker, install, mount the bucket
+#   run      run COMMAND (such as: sr3 train ...) on every worker, in ~/sr3_jax, and print worker 0. Ctrl-C does not
+#            stop it; `run` with the same --job follows it again
+#   stop     send SIGTERM to running jobs: sr3 saves and exits with 143
+#   logs     download the output of a job (default: the newest) from every worker to out/tpu/NAME
+#   status   print the TPU's state and the jobs of each worker
+#   delete   delete the TPU and its disks
+#   all      create, copy, run; restart after 143, 1 or death by a signal, at most SR3_MAX_RESTARTS times (20);
+#            a preempted TPU is created again
+# Options, or environment variables:
+#   --name SR3_TPU_NAME (default sr3)    --zone SR3_TPU_ZONE    --type SR3_TPU_TYPE, such as v5litepod-256
 #   --version SR3_TPU_VERSION, the runtime, such as v2-alpha-tpuv5-lite
-#   --bucket SR3_TPU_BUCKET, a Cloud Storage bucket that every worker sees as bucket/ in ~/sr3_jax
-#   --job JOB, the name of what runs (the time)    --spot SR3_TPU_SPOT=1    --queued SR3_TPU_QUEUED=1
-#   --dry-run, every command printed and none run
-# Project and account are gcloud's own. Exit code: that of COMMAND (2 if any worker's is), 2 for a mistake.
+#   --bucket SR3_TPU_BUCKET, a Cloud Storage bucket, mounted as ~/sr3_jax/bucket on every worker
+#   --job JOB, the job's name (default: the time)    --spot SR3_TPU_SPOT=1    --queued SR3_TPU_QUEUED=1
+#   --dry-run, print every command and run none
+# Project and account are those of gcloud. Exit code: that of COMMAND (2 if any worker's is 2), 2 for a user error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +28,7 @@ fail() {
 action=${1:-}
 case $action in
 create | copy | run | stop | logs | status | delete | all) shift ;;
-*) fail "the first word is create, copy, run, stop, logs, status, delete or all, got '$action'." ;;
+*) fail "ACTION must be create, copy, run, stop, logs, status, delete or all, got '$action'." ;;
 esac
 name=${SR3_TPU_NAME:-sr3} zone=${SR3_TPU_ZONE:-} type=${SR3_TPU_TYPE:-} version=${SR3_TPU_VERSION:-}
 bucket=${SR3_TPU_BUCKET:-} spot=${SR3_TPU_SPOT:-} queued=${SR3_TPU_QUEUED:-} job='' dry_run=''
@@ -49,9 +49,9 @@ while (($# > 0)); do
     *) fail "unknown option '$option'; the command comes after '--'." ;;
     esac
 done
-[[ -n $zone ]] || fail "which zone? Give --zone or set SR3_TPU_ZONE."
-[[ $restarts =~ ^[0-9]+$ ]] || fail "SR3_MAX_RESTARTS must be a whole number, got '$restarts'."
-[[ $name$job =~ ^[a-zA-Z0-9-]+$ ]] || fail "--name and --job take letters, digits and '-', got '$name' and '$job'."
+[[ -n $zone ]] || fail "--zone is missing: give it, or set SR3_TPU_ZONE."
+[[ $restarts =~ ^[0-9]+$ ]] || fail "SR3_MAX_RESTARTS must be an integer, got '$restarts'."
+[[ $name$job =~ ^[a-zA-Z0-9-]+$ ]] || fail "--name and --job may contain letters, digits and '-', got '$name' and '$job'."
 case $action in
 create | all)
     [[ -n $type && -n $version ]] || fail "$action needs --type and --version (or SR3_TPU_TYPE and SR3_TPU_VERSION)."
@@ -59,7 +59,7 @@ create | all)
 esac
 case $action in
 run | all)
-    (($# > 0)) || fail "$action needs a command, after '--'."
+    (($# > 0)) || fail "$action needs a command after '--'."
     job=${job:-$(date +%Y%m%d-%H%M%S)}
     ;;
 *) (($# == 0)) || fail "$action takes no command, got '$*'." ;;
@@ -70,7 +70,7 @@ if [[ -z $dry_run ]]; then
         fail "gcloud is not logged in: run 'gcloud auth login', or use --dry-run."
 fi
 
-quoted() { # the words as a shell reads them back
+quoted() { # the words, quoted for a shell
     local word line='' quote="'\\''"
     for word in "$@"; do
         case $word in
@@ -93,11 +93,11 @@ tpus() {
     do_it gcloud compute tpus "$@"
 }
 
-on_workers() { # on_workers COMMAND [OPTION...]: the same command on each
+on_workers() { # on_workers COMMAND [OPTION...]: run a command on each worker
     tpus tpu-vm ssh "$name" --zone="$zone" --worker=all "${@:2}" --command "$1"
 }
 
-state_of() { # state_of tpu-vm|queued-resources: nothing if there is none
+state_of() { # state_of tpu-vm|queued-resources: empty if it does not exist
     local field=state errors state
     if [[ $1 == queued-resources ]]; then field=state.state; fi
     if [[ -n $dry_run ]]; then return; fi
@@ -117,10 +117,10 @@ create() {
     state=$(state_of tpu-vm)
     case $state in
     READY)
-        echo "tpu_pod.sh: $name is there."
+        echo "tpu_pod.sh: $name already exists."
         return
         ;;
-    PREEMPTED | TERMINATED) delete ;; # such a one does not come back
+    PREEMPTED | TERMINATED) delete ;; # it cannot be restarted
     esac
     if [[ -n $spot ]]; then extra=(--spot); fi
     if [[ -z $queued ]]; then
@@ -151,7 +151,7 @@ create() {
 
 copy() {
     local archive=out/tpu/sr3_jax.tar.gz
-    [[ -e .git ]] || fail "copy sends what git tracks, and this is no git repository: run 'git init' and 'git add .'."
+    [[ -e .git ]] || fail "copy sends the files tracked by git, but this is not a git repository: run 'git init' and 'git add .'."
     do_it mkdir -p out/tpu
     if [[ -n $dry_run ]]; then
         echo "git ls-files -z | tar -czf $archive --null -T -"
@@ -174,7 +174,7 @@ run() { # run COMMAND..., as $job
     local folder=out/tpu/$name/$job code=0
     do_it mkdir -p "$folder"
     if [[ -z $dry_run ]]; then
-        echo "tpu_pod.sh: job $job; the output of every worker goes to $folder."
+        echo "tpu_pod.sh: job $job, output of every worker in $folder."
         rm -f "$folder"/*.log
         : >"$folder/0.log"
         tail -n +1 -F "$folder/0.log" 2>/dev/null &
@@ -182,9 +182,9 @@ run() { # run COMMAND..., as $job
     fi
     on_workers "bash sr3_jax/launch/tpu_worker.sh run $(quoted "$job" "$@")" --output-directory="$folder" || code=$?
     if [[ -z $dry_run ]]; then
-        sleep 0.5 # for the last lines
+        sleep 0.5 # wait for the last lines
         unfollow
-        # gcloud gives the code of one worker; those of all are in their last lines.
+        # gcloud returns the code of one worker; the last line of each log has its own.
         if grep -qsx "tpu_worker.sh: exit code 2" "$folder"/*.log; then code=2; fi
         echo "tpu_pod.sh: job $job ended with exit code $code."
     fi
@@ -208,7 +208,7 @@ delete() {
     if [[ -n $dry_run || -n $(state_of "$kind") ]]; then
         tpus "$kind" delete "$name" --zone="$zone" ${extra[@]+"${extra[@]}"} --quiet
     else
-        echo "tpu_pod.sh: there is no $name."
+        echo "tpu_pod.sh: $name does not exist."
     fi
 }
 
@@ -219,7 +219,7 @@ all() {
     while true; do
         code=0
         run "$@" || code=$?
-        # Once more after 143 and other signals (137, 134), 1 (a lost machine) and 255 (a lost connection).
+        # Restart after 143 and other signals (137, 134), 1 (a lost machine) and 255 (a lost connection).
         ((code == 1 || code >= 129 && code != 130)) && ((restart < restarts)) || return "$code"
         ((++restart))
         echo "tpu_pod.sh: restart $restart of at most $restarts."
@@ -233,7 +233,7 @@ all() {
             create
             copy
         elif ((code == 255)); then
-            continue # the job may well run on: it is followed
+            continue # the job may still be running: follow it
         fi
         job=$first-$restart
     done

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What launch/tpu_pod.sh does on each worker of a TPU VM: bash launch/tpu_worker.sh ACTION
-#   install              .venv with the [tpu] extra; a Python of its own where the machine's is older than 3.11
-#   mount BUCKET         a Cloud Storage bucket as bucket/, here
-#   run JOB COMMAND...   start JOB, or follow it if it was started before; its exit code. It does not end with the
-#                        connection: gcloud gives a command again after a cut, which must find the same job
-#   stop                 SIGTERM to what runs
-#   log [JOB]            the output of JOB, or of the newest
-#   status               what runs, or ran
+# The part of launch/tpu_pod.sh that runs on each worker of a TPU VM: bash launch/tpu_worker.sh ACTION
+#   install              create .venv with the [tpu] extra; installs Python 3.12 if the machine's is older than 3.11
+#   mount BUCKET         mount a Cloud Storage bucket as bucket/
+#   run JOB COMMAND...   start JOB, or follow it if it was started before; returns its exit code. The job does not
+#                        depend on the connection: gcloud repeats a command after a lost one, and must find the same job
+#   stop                 send SIGTERM to running jobs
+#   log [JOB]            print the output of JOB (default: the newest job)
+#   status               list the jobs
 set -euo pipefail
 cd "$(dirname "$0")/.."
-jobs=$HOME/sr3_jobs # a folder each: pid, log and, when it has ended, code
+jobs=$HOME/sr3_jobs # one folder per job: pid, log and, once it has ended, code
 
 fail() {
     echo "tpu_worker.sh: $1" >&2
@@ -32,7 +32,7 @@ install() {
 
 mount() {
     if mountpoint -q bucket; then return; fi
-    command -v gcsfuse >/dev/null || fail "gcsfuse is not installed here; docs/pods.md says how."
+    command -v gcsfuse >/dev/null || fail "gcsfuse is not installed: see docs/pods.md."
     mkdir -p bucket
     gcsfuse --implicit-dirs "$1" bucket
 }
@@ -41,7 +41,7 @@ running() { # running JOB
     [[ -s $jobs/$1/pid && ! -e $jobs/$1/code ]] && kill -0 "$(<"$jobs/$1/pid")" 2>/dev/null
 }
 
-names() { # of all jobs, the newest first
+names() { # all jobs, newest first
     if [[ -d $jobs ]]; then ls -t "$jobs"; fi
 }
 
@@ -52,11 +52,11 @@ run() {
     flock 9
     if [[ ! -e $folder ]]; then
         for other in $(names); do
-            if running "$other"; then fail "job $other is running: stop it first, or follow it with --job $other."; fi
+            if running "$other"; then fail "job $other is running: stop it, or follow it with --job $other."; fi
         done
         join
         mkdir "$folder"
-        # In a session of its own, which the end of the connection does not reach.
+        # In its own session, so that it survives the connection.
         setsid bash launch/tpu_worker.sh keep "$@" >"$folder/log" 2>&1 </dev/null 9>&- &
         disown
         until [[ -s $folder/pid ]]; do sleep 0.1; done
@@ -64,24 +64,24 @@ run() {
     exec 9>&-
     if running "$job"; then
         tail -n +1 -s 0.2 -F --pid="$(<"$folder/pid")" "$folder/log" 2>/dev/null
-        for _ in {1..20}; do # the code is written a moment after the process has gone
+        for _ in {1..20}; do # the code is written shortly after the process has ended
             if [[ -e $folder/code ]]; then break; fi
             sleep 0.1
         done
     else
         cat "$folder/log"
     fi
-    code=137 # none was written: the machine went down
+    code=137 # not written: the machine went down
     if [[ -e $folder/code ]]; then code=$(<"$folder/code"); fi
     echo "tpu_worker.sh: exit code $code"
     return "$code"
 }
 
-metadata() { # an attribute that Cloud TPU gives each of its VMs
+metadata() { # an attribute of this Cloud TPU VM
     curl -sSf -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
 
-join() { # the environment of a process in the group of all workers, which meet at the first
+join() { # set up jax.distributed; the coordinator is on the first worker
     local endpoints first
     endpoints=$(metadata worker-network-endpoints) # HOST,HOST,... or NAME:ID:HOST,...
     first=${endpoints%%,*}
@@ -91,7 +91,7 @@ join() { # the environment of a process in the group of all workers, which meet 
     export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID
 }
 
-keep() { # keep JOB COMMAND...: run it and write down its pid and exit code
+keep() { # keep JOB COMMAND...: run it and record its pid and exit code
     local folder=$jobs/$1 code=0
     PATH=$PWD/.venv/bin:$PATH "${@:2}" &
     echo $! >"$folder/pid"
@@ -111,7 +111,7 @@ log() {
     local all job
     all=$(names)
     job=${1:-${all%%$'\n'*}}
-    [[ -e $jobs/$job/log ]] || fail "there is no job '$job' here."
+    [[ -e $jobs/$job/log ]] || fail "job '$job' does not exist."
     cat "$jobs/$job/log"
 }
 
@@ -119,7 +119,7 @@ status() {
     local job
     for job in $(names); do
         if running "$job"; then
-            echo "$(hostname) $job runs: $(tail -n 1 "$jobs/$job/log")"
+            echo "$(hostname) $job is running: $(tail -n 1 "$jobs/$job/log")"
         else
             echo "$(hostname) $job ended with exit code $(cat "$jobs/$job/code" 2>/dev/null || echo 137)"
         fi

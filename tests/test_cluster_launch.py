@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch with a stand-in for Slurm, and the facts of launch/gke.yaml that must agree with each other."""
+"""launch/slurm.sbatch with a fake Slurm, and the numbers of launch/gke.yaml that must agree with each other."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _sbatch(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A folder with a Slurm of two commands: srun ends as $SRUN_CODE says, with $SRUN_SAYS on stderr."""
+    """A folder with a fake Slurm: srun prints $SRUN_SAYS on stderr and exits with $SRUN_CODE."""
     (tmp_path / "bin").mkdir()
     for name, text in (
         (
@@ -53,7 +53,7 @@ def cluster(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_dry_run_prints_these_lines(tmp_path: Path):
+def test_a_dry_run_prints_the_commands(tmp_path: Path):
     quoted = "sr3 train '--config=a b.py' 'it'\\''s' '' '$HOME'"
     result = _sbatch(tmp_path, "--dry-run", *WORDS)
     assert (result.returncode, result.stderr) == (0, "")
@@ -88,7 +88,7 @@ def test_the_options_are_read_by_slurm():
         (127, "", 0, False, 127),
     ],
 )
-def test_when_a_job_is_queued_again(
+def test_a_job_is_requeued_after_signals_and_lost_machines_only(
     cluster: Path, code: int, says: str, restarts: int, requeued: bool, ends: int
 ):
     slurm = {
@@ -106,7 +106,7 @@ def test_when_a_job_is_queued_again(
     assert (cluster / "slurm_logs").is_dir()
 
 
-def test_restarts_are_counted_to_the_number_given(cluster: Path):
+def test_restarts_are_limited(cluster: Path):
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "x", "SLURM_RESTART_COUNT": "2", "SRUN_SAYS": ""}
     _sbatch(cluster, "x", **slurm, SRUN_CODE="1", SR3_MAX_RESTARTS="2")
     assert not (cluster / "requeued").exists()
@@ -114,7 +114,7 @@ def test_restarts_are_counted_to_the_number_given(cluster: Path):
     assert (cluster / "requeued").exists()
 
 
-def test_the_environment_of_the_repository_is_used(cluster: Path):
+def test_the_venv_of_the_repository_is_used(cluster: Path):
     (cluster / ".venv/bin").mkdir(parents=True)
     (cluster / "bin/srun").rename(cluster / ".venv/bin/srun")
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "x", "SRUN_SAYS": "", "SRUN_CODE": "0"}
@@ -124,8 +124,8 @@ def test_the_environment_of_the_repository_is_used(cluster: Path):
 @pytest.mark.parametrize(
     ("arguments", "environment", "word"),
     [
-        ([], {}, "command"),
-        (["--dry-run"], {}, "command"),
+        ([], {}, "COMMAND"),
+        (["--dry-run"], {}, "COMMAND"),
         (["sr3"], {}, "sbatch launch/slurm.sbatch"),
         (["--dry-run", "sr3"], {"SR3_MAX_RESTARTS": "many"}, "'many'"),
     ],
@@ -136,14 +136,10 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, arguments: list[str], 
     assert len(result.stderr.splitlines()) == 1 and word in result.stderr
 
 
-def test_lint_reads_it_too():
-    assert "launch/slurm.sbatch" in (ROOT / "launch/lint.sh").read_text()
+# --- docs/pods.md
 
 
-# --- The guide
-
-
-def test_the_dry_runs_of_the_guide_run(tmp_path: Path):
+def test_the_dry_runs_of_the_docs_run(tmp_path: Path):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/pods.md").read_text(), re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     dry = [line for line in lines if "--dry-run" in line]
@@ -160,7 +156,7 @@ def test_the_dry_runs_of_the_guide_run(tmp_path: Path):
     assert scripts and all((ROOT / script).exists() for script in scripts)
 
 
-# --- GKE. The file as a whole was checked against the schema of the JobSet controller's CRD.
+# --- GKE. The whole file was validated once against the schema of the JobSet CRD.
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +191,7 @@ def test_there_are_as_many_pods_as_hosts(job, container):
     assert job["completionMode"] == "Indexed"
 
 
-def test_a_mistake_ends_it_and_everything_else_starts_it_again(jobset, job, container):
+def test_user_errors_end_the_jobset_and_other_failures_restart_it(jobset, job, container):
     (pods,) = job["podFailurePolicy"]["rules"]
     assert pods == {
         "action": "FailJob",

@@ -1,9 +1,8 @@
-"""The launch scripts with a stand-in for Python that makes venvs and "installs" in no time, with no network."""
+"""The setup and quickstart scripts with a fake Python that creates venvs and "installs" without a network."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Acts as the real Python, but for the three things that set-up asks of it; `fail_*` files make them fail.
+# The real Python except for three commands of the setup; files named `fail_*` make these fail.
 STAND_IN = f"""#!/bin/bash
 case "$*" in
     "-m venv .venv")
@@ -31,13 +30,13 @@ case "$*" in
         exec "{sys.executable}" "$@" ;;
 esac
 """
-OLD_PYTHON = "#!/bin/bash\nexit 1\n"  # what `sys.exit(sys.version_info < (3, 11))` comes to
+OLD_PYTHON = "#!/bin/bash\nexit 1\n"  # `sys.exit(sys.version_info < (3, 11))` of an older Python
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A repository with what the scripts need, and a `bin` with the stand-in as python3.11."""
-    clone = tmp_path / "a clone"  # with a space, as users have it
+    """A repository with the files that the scripts need, and a `bin` with the fake Python as python3.11."""
+    clone = tmp_path / "a clone"  # users have paths with spaces
     shutil.copytree(ROOT / "launch", clone / "launch")
     for name in ("setup.cfg", "pyproject.toml"):
         shutil.copy(ROOT / name, clone)
@@ -70,8 +69,8 @@ def _installs(clone: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def _refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One sentence on stderr, exit code 2."""
+def _fails(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One sentence on stderr that contains the words, exit code 2."""
     assert result.returncode == 2, result
     assert len(result.stderr.splitlines()) == 1 and result.stderr.endswith(".\n"), result.stderr
     for word in words:
@@ -82,7 +81,6 @@ def test_a_second_run_does_not_install_again(clone: Path):
     first, second = _setup(clone), _setup(clone)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert _installs(clone) == 1
-    assert "already" in second.stdout and "already" not in first.stdout
 
 
 def test_the_tested_versions_are_installed_with_pip(clone: Path):
@@ -91,7 +89,7 @@ def test_the_tested_versions_are_installed_with_pip(clone: Path):
     assert "--constraint launch/constraints.txt" in line and "--editable .[test]" in line
 
 
-def test_the_test_install_holds_the_plain_one_but_not_the_other_way_round(clone: Path):
+def test_an_extra_includes_the_base_install_but_not_vice_versa(clone: Path):
     _setup(clone)
     _setup(clone, "test")
     assert _installs(clone) == 2
@@ -109,7 +107,7 @@ def test_changed_requirements_are_installed(clone: Path, name: str):
     assert _installs(clone) == 2
 
 
-def test_a_moved_clone_is_installed_anew(clone: Path):
+def test_a_moved_clone_is_installed_again(clone: Path):
     _setup(clone)
     moved = clone.rename(clone.parent / "moved")
     _setup(moved)
@@ -124,7 +122,7 @@ def test_a_failed_install_fails_and_the_next_run_completes_it(clone: Path):
     assert _installs(clone) == 2
 
 
-def test_an_install_that_was_overwritten_in_part_is_not_taken_for_whole(clone: Path):
+def test_a_failed_update_is_repeated_even_if_the_old_requirements_return(clone: Path):
     before = (clone / "setup.cfg").read_text()
     _setup(clone)
     (clone / "fail_pip").touch()
@@ -136,7 +134,7 @@ def test_an_install_that_was_overwritten_in_part_is_not_taken_for_whole(clone: P
     assert _installs(clone) == 3
 
 
-def test_a_venv_half_made_is_made_anew(clone: Path):
+def test_a_partly_created_venv_is_created_again(clone: Path):
     (clone / "fail_venv").touch()
     assert _setup(clone).returncode != 0
     (clone / "fail_venv").unlink()
@@ -145,7 +143,7 @@ def test_a_venv_half_made_is_made_anew(clone: Path):
     assert not (clone / ".venv" / "half").exists()
 
 
-def test_a_venv_whose_python_is_gone_is_made_anew(clone: Path):
+def test_a_venv_without_a_working_python_is_created_again(clone: Path):
     _setup(clone)
     (clone / ".venv/bin/python").unlink()
     (clone / ".venv/bin/python").symlink_to("/nowhere/python")
@@ -153,73 +151,60 @@ def test_a_venv_whose_python_is_gone_is_made_anew(clone: Path):
     assert _installs(clone) == 2
 
 
-def test_a_folder_that_is_no_venv_is_not_touched(clone: Path):
+def test_a_folder_that_is_not_a_venv_is_not_changed(clone: Path):
     (clone / ".venv").mkdir()
     (clone / ".venv" / "mine.txt").touch()
-    _refused(_setup(clone), ".venv")
+    _fails(_setup(clone), ".venv")
     assert (clone / ".venv" / "mine.txt").exists()
 
 
-def test_no_suitable_python(clone: Path):
+def test_without_a_suitable_python_it_fails(clone: Path):
     _program(clone / "bin/python3.11", OLD_PYTHON)
-    _refused(_setup(clone), "3.11", "SR3_PYTHON")
+    _fails(_setup(clone), "3.11", "SR3_PYTHON")
     assert not (clone / ".venv").exists()
 
 
-def test_python_without_venv(clone: Path):
+def test_a_python_without_venv_fails(clone: Path):
     (clone / "fail_ensurepip").touch()
-    _refused(_setup(clone), "python3.11", "venv", "SR3_PYTHON")
+    _fails(_setup(clone), "python3.11", "venv", "SR3_PYTHON")
 
 
-def test_the_newest_python_that_runs_is_taken(clone: Path):
+def test_the_newest_working_python_is_used(clone: Path):
     _program(clone / "bin/python3.13", STAND_IN.replace("#!/bin/bash", "#!/bin/bash\n# newest"))
     _setup(clone)
     assert "# newest" in (clone / ".venv/bin/python").read_text()
 
 
-def test_sr3_python_is_taken_or_refused_and_nothing_else(clone: Path):
+def test_sr3_python_is_used_or_fails(clone: Path):
     _program(clone / "mine", STAND_IN.replace("#!/bin/bash", "#!/bin/bash\n# mine"))
-    _refused(_setup(clone, SR3_PYTHON="/no/such/python"), "/no/such/python")
+    _fails(_setup(clone, SR3_PYTHON="/no/such/python"), "/no/such/python")
     assert _setup(clone, SR3_PYTHON=str(clone / "mine")).returncode == 0
     assert "# mine" in (clone / ".venv/bin/python").read_text()
-    _refused(_setup(clone, SR3_PYTHON=str(clone / "bin/python3.13")), "SR3_PYTHON")
+    _fails(_setup(clone, SR3_PYTHON=str(clone / "bin/python3.13")), "SR3_PYTHON")
 
 
-def test_a_venv_of_another_python_is_kept(clone: Path):
+def test_a_venv_of_another_python_is_not_deleted(clone: Path):
     other = 'case "$*" in "-c import platform"*) echo 3.99.0; exit;; esac\n'
     _program(clone / "other", STAND_IN.replace("#!/bin/bash\n", "#!/bin/bash\n" + other))
     _setup(clone)
-    _refused(_setup(clone, SR3_PYTHON=str(clone / "other")), "3.99.0", "delete .venv")
+    _fails(_setup(clone, SR3_PYTHON=str(clone / "other")), "3.99.0", "delete .venv")
     assert (clone / ".venv/bin/python").exists()
 
 
 @pytest.mark.parametrize("minutes", ["soon", "0", "0.0", "-1", "1e9", "nan", "."])
-def test_quickstart_refuses_minutes_that_are_none(clone: Path, minutes: str):
-    _refused(_run(clone, str(clone / "launch/quickstart.sh"), SR3_QUICKSTART_MINUTES=minutes), minutes)
+def test_quickstart_fails_on_invalid_minutes(clone: Path, minutes: str):
+    _fails(_run(clone, str(clone / "launch/quickstart.sh"), SR3_QUICKSTART_MINUTES=minutes), minutes)
     assert _installs(clone) == 0
 
 
-def test_quickstart_refuses_arguments(clone: Path):
-    _refused(_run(clone, str(clone / "launch/quickstart.sh"), "--fast"), "--fast")
+def test_quickstart_takes_no_arguments(clone: Path):
+    _fails(_run(clone, str(clone / "launch/quickstart.sh"), "--fast"), "--fast")
 
 
-def test_pre_commit_runs_what_the_test_command_lints():
-    lint = "bash launch/lint.sh"
-    assert f"entry: {lint}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
-    assert lint in (ROOT / "launch/test.sh").read_text().splitlines()
-
-
-def test_ci_runs_the_test_command_alone():
-    lines = (ROOT / ".ci/run").read_text().splitlines()
-    assert lines[-1] == "bash launch/test.sh"
-
-
-def test_the_quickstart_makes_its_small_image(tmp_path):
-    """The Python in the middle of the script, as it stands there."""
-    script = (ROOT / "launch" / "quickstart.sh").read_text()
-    [code] = re.findall(r"<<'PY'\n(.*?)\nPY\n", script, re.DOTALL)
+def test_the_quickstart_input_is_a_downscaled_photograph(tmp_path):
     photo = next((ROOT / "sr3_jax" / "data" / "photos" / "test").glob("*.jpg"))
-    command = [sys.executable, "-c", code, str(photo), str(tmp_path / "small.png")]
+    script = ROOT / "launch" / "downscale.py"
+    command = [sys.executable, str(script), str(photo), str(tmp_path / "small.png"), "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     with Image.open(photo) as large, Image.open(tmp_path / "small.png") as small:

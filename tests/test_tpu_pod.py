@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh and what it does on the workers, with a gcloud whose TPU is two folders of this machine."""
+"""launch/tpu_pod.sh and launch/tpu_worker.sh with a fake gcloud, whose TPU is two folders on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TPU = ["--zone", "us-east1-d", "--type", "v5litepod-256", "--version", "v2-alpha
 WORDS = ["a  b", "it's", "", "$HOME", '"*"', "--job"]
 
 GCLOUD = """#!/bin/bash
-# Each worker is a folder under $FAKE, which is its home.
+# Each worker is a folder under $FAKE: its home.
 echo "$*" >>"$FAKE/calls"
 both() {
     for worker in 0 1; do
@@ -27,7 +27,7 @@ both() {
     done
     wait "${pids[0]}"; first=$?
     wait "${pids[1]}"; second=$?
-    exit $((first ? first : second)) # as gcloud has it: the code of the first worker that failed
+    exit $((first ? first : second)) # like gcloud: the code of the first worker that failed
 }
 copy_in() { cp "$archive" "$HOME/"; }
 remote() {
@@ -61,7 +61,7 @@ esac
 
 
 class Pod:
-    """A clone of the repository, two workers, and what gcloud was asked."""
+    """A clone of the repository, two workers, and the calls of gcloud."""
 
     def __init__(self, folder: Path):
         self.clone, self.fake = folder / "a clone", folder / "fake"
@@ -87,7 +87,7 @@ class Pod:
         )  # fmt: skip
 
     def calls(self) -> list[str]:
-        """What gcloud was asked to change, in order: create, delete, scp, ssh."""
+        """The calls of gcloud that change something, in order: create, delete, scp, ssh."""
         words = [line.split()[3] for line in (self.fake / "calls").read_text().splitlines() if "tpus" in line]
         return [word for word in words if word != "describe"]
 
@@ -102,20 +102,20 @@ def pod(tmp_path: Path) -> Pod:
 
 @pytest.fixture
 def installed(pod: Pod) -> Pod:
-    """A pod that is there, with the files on its workers and nothing installed."""
+    """An existing pod with the files on its workers and nothing installed."""
     (pod.fake / "state").write_text("READY\n")
     for worker in "01":
         shutil.copytree(pod.clone / "launch", pod.fake / worker / "sr3_jax/launch")
     return pod
 
 
-def _refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+def _fails(result: subprocess.CompletedProcess[str], *words: str) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("tpu_pod.sh: "), result.stderr
     assert all(word in result.stderr for word in words), result.stderr
 
 
-# --- Dry runs: these exact lines
+# --- Dry runs
 
 
 def _dry(*arguments: str, **environment: str) -> list[str]:
@@ -130,7 +130,7 @@ def _ssh(command: str, *options: str, name: str = "sr3", zone: str = "us-east1-d
     return [*head, *options, "--command", command]
 
 
-def test_all_of_it_dry():
+def test_a_dry_run_of_all_prints_every_command():
     lines = _dry("all", *TPU, "--spot", "--bucket", "my-bucket", "--job", "one", "--", "sr3", "train", *WORDS)
     command = "bash sr3_jax/launch/tpu_worker.sh run one sr3 train " + shlex.join(WORDS).replace(
         '"\'"', "\\'"
@@ -153,7 +153,7 @@ def test_all_of_it_dry():
     assert shlex.split(command)[5:] == ["train", *WORDS]
 
 
-def test_the_other_actions_dry():
+def test_dry_runs_of_the_other_actions():
     queued = {"SR3_TPU_NAME": "mine", "SR3_TPU_ZONE": "z", "SR3_TPU_QUEUED": "1", "SR3_TPU_TYPE": "v6e-16"}
     queued["SR3_TPU_VERSION"] = "v2-alpha-tpuv6e"
     tpus = "gcloud compute tpus"
@@ -176,13 +176,13 @@ def test_the_other_actions_dry():
     ]
 
 
-# --- What is refused
+# --- User errors
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["first word", "''"]),
+        ([], ["ACTION"]),
         (["start"], ["'start'"]),
         (["status"], ["--zone"]),
         (["status", "--zone"], ["--zone"]),
@@ -194,20 +194,20 @@ def test_the_other_actions_dry():
     ],
 )
 def test_wrong_arguments_are_one_sentence(pod: Pod, arguments: list[str], words: list[str]):
-    _refused(pod.run(*arguments), *words)
+    _fails(pod.run(*arguments), *words)
     assert not (pod.fake / "calls").exists()
 
 
-def test_without_gcloud_or_an_account_it_says_so(pod: Pod):
+def test_without_gcloud_or_an_account_it_fails_with_the_fix(pod: Pod):
     (pod.fake / "logged_out").touch()
-    _refused(pod.run("status", *TPU), "gcloud auth login", "--dry-run")
+    _fails(pod.run("status", *TPU), "gcloud auth login", "--dry-run")
     (pod.fake / "empty").mkdir()
     for name in ("bash", "dirname"):
         (pod.fake / "empty" / name).symlink_to(shutil.which(name))
-    _refused(pod.run("status", *TPU, PATH=str(pod.fake / "empty")), "gcloud was not found", "--dry-run")
+    _fails(pod.run("status", *TPU, PATH=str(pod.fake / "empty")), "gcloud", "--dry-run")
 
 
-# --- From start to end
+# --- Create, copy, run, restart
 
 
 def test_create_copy_and_run(pod: Pod):
@@ -225,11 +225,11 @@ def test_create_copy_and_run(pod: Pod):
         assert (line in result.stdout) == (worker == "0")
 
 
-def test_what_is_there_is_not_created_again(installed: Pod):
-    assert "there" in installed.run("create", *TPU).stdout
+def test_an_existing_tpu_is_not_created_again(installed: Pod):
+    assert installed.run("create", *TPU).returncode == 0
     assert installed.calls() == []
     assert installed.run("delete", *TPU).returncode == 0
-    assert "no sr3" in installed.run("delete", *TPU).stdout
+    assert installed.run("delete", *TPU).returncode == 0  # nothing is left to delete
     assert installed.calls() == ["delete"]
 
 
@@ -244,15 +244,15 @@ def test_a_queued_resource_is_waited_for(pod: Pod):
     assert result.returncode == 2 and "'FAILED'" in result.stderr
 
 
-def test_a_run_that_was_stopped_is_started_again(pod: Pod):
+def test_a_stopped_run_is_restarted(pod: Pod):
     once = "[ -e ../again ] && exit 0; touch ../again; exit 143"
     result = pod.run("all", *TPU, "--job", "one", "--", "sh", "-c", once)
-    assert result.returncode == 0 and "restart 1 of at most 20" in result.stdout
+    assert result.returncode == 0
     assert pod.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
     assert pod.log("one", 0).endswith("exit code 143\n") and pod.log("one-1", 0).endswith("exit code 0\n")
 
 
-def test_a_tpu_that_was_taken_away_is_made_again(pod: Pod):
+def test_a_preempted_tpu_is_created_again(pod: Pod):
     taken = '[ -e ../again ] && exit 0; touch ../again; echo PREEMPTED >"$FAKE/state"; exit 1'
     result = pod.run("all", *TPU, "--", "sh", "-c", taken)
     assert result.returncode == 0, result
@@ -260,28 +260,28 @@ def test_a_tpu_that_was_taken_away_is_made_again(pod: Pod):
     assert pod.calls() == [*start, "delete", *start]
 
 
-def test_a_mistake_of_any_worker_is_not_started_again(pod: Pod):
-    mistake = '[ "$JAX_PROCESS_ID" = 1 ] && exit 2; exit 134'
-    result = pod.run("all", *TPU, "--", "sh", "-c", mistake)
-    assert result.returncode == 2 and "restart" not in result.stdout
+def test_a_user_error_of_any_worker_is_not_restarted(pod: Pod):
+    error = '[ "$JAX_PROCESS_ID" = 1 ] && exit 2; exit 134'
+    result = pod.run("all", *TPU, "--", "sh", "-c", error)
+    assert result.returncode == 2
     assert pod.calls() == ["create", "scp", "ssh", "ssh"]
 
 
-def test_restarts_come_to_an_end(pod: Pod):
+def test_restarts_are_limited(pod: Pod):
     result = pod.run("all", *TPU, "--", "sh", "-c", "exit 1", SR3_MAX_RESTARTS="1")
     assert result.returncode == 1
     assert pod.calls() == ["create", "scp", "ssh", "ssh", "ssh"]
 
 
-def test_logs_and_status_of_what_ran(installed: Pod):
+def test_logs_and_status_of_a_job(installed: Pod):
     run = ["run", *TPU, "--job", "one", "--", "sh", "-c", "echo line of $JAX_PROCESS_ID; exit 3"]
     assert installed.run(*run).returncode == 3
     shutil.rmtree(installed.clone / "out")
     assert installed.run("logs", *TPU).returncode == 0
     assert [installed.log("newest", worker) for worker in (0, 1)] == ["line of 0\n", "line of 1\n"]
     status = installed.run("status", *TPU).stdout
-    assert status.startswith("READY\n") and status.count("one ended with exit code 3") == 2
-    assert installed.run("stop", *TPU).returncode == 0  # nothing runs: nothing to do
+    assert status.startswith("READY\n") and status.count("exit code 3") == 2
+    assert installed.run("stop", *TPU).returncode == 0  # nothing is running
 
 
 # --- A job on a worker
@@ -295,7 +295,7 @@ def _worker(pod: Pod, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_a_job_outlives_its_connection_and_is_followed_again(installed: Pod):
+def test_a_job_survives_its_connection_and_is_followed_again(installed: Pod):
     script = (
         "echo started >>started; trap 'echo saved; exit 143' TERM; echo ready; while :; do sleep 0.1; done"
     )
@@ -306,23 +306,23 @@ def test_a_job_outlives_its_connection_and_is_followed_again(installed: Pod):
     first.communicate()
     second = _worker(installed, *job)
     assert second.stdout.readline() == "ready\n"
-    refused = _worker(installed, "run", "two", "true")
-    assert "job one is running" in refused.communicate(timeout=20)[0] and refused.returncode == 2
-    assert "one runs: ready" in _worker(installed, "status").communicate(timeout=20)[0]
+    second_job = _worker(installed, "run", "two", "true")
+    assert "one" in second_job.communicate(timeout=20)[0] and second_job.returncode == 2
+    assert "ready" in _worker(installed, "status").communicate(timeout=20)[0]
     assert _worker(installed, "stop").wait(timeout=20) == 0
     assert second.communicate(timeout=20)[0] == "saved\ntpu_worker.sh: exit code 143\n"
     third = _worker(installed, *job)
     assert third.communicate(timeout=20)[0] == "ready\nsaved\ntpu_worker.sh: exit code 143\n"
     assert (second.returncode, third.returncode) == (143, 143)
     assert (installed.fake / "0/sr3_jax/started").read_text() == "started\n"
-    assert "one ended with exit code 143" in _worker(installed, "status").communicate(timeout=20)[0]
+    assert "143" in _worker(installed, "status").communicate(timeout=20)[0]
 
 
-def test_a_job_whose_machine_went_down_counts_as_killed(installed: Pod):
+def test_a_job_whose_machine_went_down_has_exit_code_137(installed: Pod):
     job = ["run", "one", "sh", "-c", "echo $PPID; exec sleep 60"]
     first = _worker(installed, *job)
     keeper = int(first.stdout.readline())
-    os.killpg(keeper, signal.SIGKILL)  # the job and who writes down its code
+    os.killpg(keeper, signal.SIGKILL)  # the job and the process that records its code
     assert first.communicate(timeout=20)[0] == "tpu_worker.sh: exit code 137\n"
     assert first.returncode == 137
     time.sleep(0.1)

@@ -1,0 +1,371 @@
+"""Writes docs/results.md, docs/models.md, docs/cascade.md and docs/pods/plans.md from the JSON files next to them.
+
+    python -m experiments.pages                  # all of them
+    python -m experiments.pages results models   # some of them
+
+The text is in experiments/templates/ and experiments/experiments.toml. Measurements are never typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from experiments import figures, findings, plans, tables
+from experiments.collect import catalogue
+from experiments.tables import DOCS, ROOT, read_json
+from sr3_jax.errors import UserError
+from sr3_jax.files import write_text
+from sr3_jax.metrics import METRICS
+
+RESULT_METRICS = ("psnr", "ssim", "lpips", "consistency", "frechet_alexnet", "kid_alexnet", "top1")
+JOINED = {  # columns from other runs of an experiment: {run: (metric, heading)}
+    "recognition": ("top1", f"{METRICS['top1'].heading}, AlexNet probe"),
+    "patches": ("frechet_alexnet", f"{METRICS['frechet_alexnet'].heading}, patches"),
+}
+MODEL_METRICS = ("psnr", "ssim", "psnr_luma", "ssim_luma", "consistency", "seconds")
+ORIGINS = {"generated": "generated 8x8", "real": "real 8x8"}
+GIB = 2**30
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of experiments/templates/; an undefined name in it is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "experiments" / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+# --- docs/results.md
+
+
+def write_results(docs: Path) -> None:
+    """docs/results.md with a CSV file of all rows and one of all differences, and a figure, for each experiment."""
+    results = {}
+    for path in sorted({docs / "results" / f"{entry['result']}.json" for entry in catalogue().values()}):
+        if path.is_file():
+            results[path.stem] = read_json(path)
+    if not results:
+        raise UserError(f"{docs / 'results'} has no results: run experiments/run.sh first")
+    entries = [_experiment(key, entry, results, docs) for key, entry in catalogue().items()]
+    experiments = [entry for entry in entries if entry is not None]
+    for name, result in results.items():
+        runs = [tables.rows_frame(run["rows"]).assign(run=key) for key, run in result["runs"].items()]
+        _write_csv(pd.concat(runs), docs / "results" / f"{name}.csv", first="run")
+        shown = [
+            one["differences"].assign(experiment=one["key"]) for one in experiments if one["result"] == name
+        ]
+        _write_csv(pd.concat(shown), docs / "results" / f"{name}_differences.csv", first="experiment")
+    page = render("results.md", experiments=experiments, verdicts=_verdict_table(experiments))
+    write_text(docs / "results.md", page)
+
+
+def _write_csv(frame: pd.DataFrame, path: Path, *, first: str) -> None:
+    columns = [first, *(column for column in frame.columns if column != first)]
+    frame[columns].to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _experiment(
+    key: str, entry: Mapping[str, Any], results: Mapping[str, Any], docs: Path
+) -> dict[str, Any] | None:
+    """What the template says about one experiment; None if its main evaluation is missing."""
+    result, prefix = results.get(entry["result"]), entry["prefix"]
+    if result is None or f"{prefix}evaluation" not in result["runs"]:
+        return None
+
+    def own(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in of.items() if name.startswith(prefix)}
+
+    runs, training = own(result["runs"]), own(result["training"])
+    images = docs / "images"
+    figure = figures.curves(
+        runs.get("sweep", runs["evaluation"])["rows"], images / f"results_{key}_curve.png"
+    )
+    grids = sorted(images.glob(f"results_{key}.*"))
+    found = findings.differences(runs)
+    return {
+        **entry,
+        "key": key,
+        "table": results_table(runs),
+        "differences": found,
+        "verdicts": findings.verdicts(found),
+        "claims": {finding.key: finding.claim for finding in findings.FINDINGS},
+        "curve": f"images/results_{key}_curve.png" if figure else "",
+        "grid": f"images/{grids[0].name}" if grids else "",
+        "credits": result["credits"] if prefix == "" else [],
+        "provenance": provenance(training, runs, own(result["searches"])),
+        "command": f"bash experiments/run.sh {entry['result']} OUT{' PHOTOS' * (entry['result'] == 'photos')}",
+        "minutes": sum(one["seconds"] for one in training.values()) / 60,
+        "hardware": ", ".join(dict.fromkeys(run["hardware"] for run in runs.values())),
+        "versions": runs["evaluation"]["versions"],
+    }
+
+
+def results_table(runs: Mapping[str, Any]) -> str:
+    """The main evaluation's means, with columns from the runs of `JOINED` where they have the same sampler."""
+    frame = tables.rows_frame(runs["evaluation"]["rows"])
+    shown = pd.DataFrame(
+        {"method": frame["method"], "sampler": [tables.sampler(row) for _, row in frame.iterrows()]}
+    )
+    for key in tables.present(frame, RESULT_METRICS):
+        shown[METRICS[key].heading] = [tables.number(key, value) for value in frame[key]]
+    for run, (metric, heading) in JOINED.items():
+        other = tables.rows_frame(runs[run]["rows"]) if run in runs else pd.DataFrame()
+        if metric in other:
+            merged = frame[tables.SAMPLER].merge(
+                other[[*tables.SAMPLER, metric]], on=tables.SAMPLER, how="left"
+            )
+            shown[heading] = [tables.number(metric, value) for value in merged[metric]]
+    return tables.markdown(shown)
+
+
+def _verdict_table(experiments: Sequence[Mapping[str, Any]]) -> str:
+    """Rows: findings; columns: experiments; cells: the verdict and the differences that decide it."""
+    lines = [
+        {"finding": f"{finding.claim}<br>*{finding.shown}*"}
+        | {
+            one["title"]: _verdict_cell(one["differences"], finding.key, one["verdicts"])
+            for one in experiments
+        }
+        for finding in findings.FINDINGS
+    ]
+    return tables.markdown(pd.DataFrame(lines), left=len(experiments) + 1)
+
+
+def _verdict_cell(frame: pd.DataFrame, key: str, verdicts: Mapping[str, str]) -> str:
+    lines = frame[(frame["finding"] == key) & frame["decides"]]
+    if lines.empty:
+        return ""
+    cells = [f"**{verdicts[key]}**"]
+    for method, of in lines.groupby("method", sort=False):
+        label = f"{method}: " if lines["method"].nunique() > 1 else ""
+        for _, line in of.iterrows():
+            metric = line["metric"]
+            mean, low, high = (
+                tables.number(metric, line[end], signed=True) for end in ("mean", "low", "high")
+            )
+            cells.append(f"{label}{METRICS[metric].heading} {mean} [{low}, {high}]")
+    return "<br>".join(cells)
+
+
+def provenance(
+    training: Mapping[str, Any], runs: Mapping[str, Any], searches: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """One line per training run, search and evaluation: command, time, hardware, code and outcome."""
+    lines = []
+    for one in training.values():
+        facts = [
+            f"{one['steps']:,} steps",
+            f"batch {one['batch']}",
+            f"seed {one['seed']}",
+            f"{one['seconds'] / 60:.0f} min on {one.get('hardware', 'unknown hardware')}",
+            f"commit {one.get('commit', '')[:10] or 'unknown'}",
+        ]
+        if one["peak"]:
+            facts.append(f"best held-out PSNR {one['peak']['psnr']:.2f} dB at step {one['peak']['step']:,}")
+        lines.append({"command": one["command"], "facts": ", ".join(facts)})
+    for one in searches.values():
+        found = f"{one['tried']} candidates in {one['seconds']:.0f} s"
+        lines.append({"command": " ".join(one["command"]), "facts": found})
+    for one in runs.values():
+        cached = f" ({one['outputs_reused']:,} outputs from the cache)" if one["outputs_reused"] else ""
+        lines.append(
+            {
+                "command": " ".join(one["command"]),
+                "facts": f"{one['protocol']['images']:,} images, {one['seconds']:.0f} s{cached} on "
+                f"{one['hardware']}, {one['date'][:10]}",
+            }
+        )
+    return lines
+
+
+# --- docs/models.md
+
+
+def write_models(docs: Path) -> None:
+    """docs/models.md: a card for each docs/models/NAME.json, with NAME_evaluations.json; fails on other weights."""
+    from sr3_jax.inference.model import load
+    from sr3_jax.inference.sampling_file import params_fingerprint
+
+    cards = []
+    for path in sorted((docs / "models").glob("*_evaluations.json")):
+        facts = read_json(path.with_name(f"{path.stem.removesuffix('_evaluations')}.json"))
+        evaluations = read_json(path)
+        model = load(ROOT / facts["file"])
+        sha256 = params_fingerprint(model.params)
+        for title, evaluation in evaluations.items():
+            if sha256 not in [one["sha256"] for one in evaluation["models"]]:
+                raise UserError(
+                    f"the evaluation '{title}' used other weights than {facts['file']}: run sr3 evaluate with that "
+                    "file as --model, then python -m experiments.collect model"
+                )
+        cards.append(_card(facts, evaluations, model, docs) | {"sha256": sha256})
+    write_text(docs / "models.md", render("models.md", cards=cards))
+
+
+def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, docs: Path) -> dict[str, Any]:
+    name = facts["name"]
+    frames = {title: tables.rows_frame(one["rows"]) for title, one in evaluations.items()}
+    all_rows = pd.concat([frame.assign(set=title) for title, frame in frames.items()])
+    _write_csv(all_rows, docs / "models" / f"{name}.csv", first="set")
+    data = pd.DataFrame(facts["data"])[["name", "licence", "images"]]
+    some = next(iter(evaluations.values()))
+    return {
+        **facts,
+        "megabytes": (ROOT / facts["file"]).stat().st_size / 1e6,
+        "scale": model.scale,
+        "parameters": next(one["parameters"] for one in some["models"]),
+        "diffusion": model.config["diffusion"],
+        "sampler": f"{model.sampling.solver}, {model.sampling.steps} steps",
+        "data_table": tables.markdown(data.astype(str)),
+        "sets": [
+            {"title": title, "table": tables.metrics_table(frames[title], MODEL_METRICS), **one}
+            for title, one in evaluations.items()
+        ],
+        "images": [f"images/{path.name}" for path in sorted((docs / "images").glob(f"{name}*"))],
+    }
+
+
+# --- docs/cascade.md
+
+
+def write_cascade(docs: Path) -> None:
+    """docs/cascade.md from docs/cascade/measured.json."""
+    measured = read_json(docs / "cascade" / "measured.json")
+    frame = pd.json_normalize(measured["rows"]).rename(columns=lambda name: name.removeprefix("accuracy."))
+    chains = frame[(frame["group"] == "chain") & (frame["origin"] != "real") & (frame["size"] == 32)]
+    augmented = chains[chains["augmented"].astype(bool)].set_index("strength")["frechet"]
+    plain = chains.loc[~chains["augmented"].astype(bool), "frechet"].iloc[0]
+    # The pages show the ends of the chain; the JSON file has the 16x16 stage too.
+    guidance = frame[frame["guidance"].notna()]
+    best = guidance[guidance["guidance"] == measured["guidance"]]
+    page = render(
+        "cascade.md",
+        measured=measured,
+        options=tables.cascade_options(measured),
+        plain=plain,
+        clean=augmented[0.0],
+        chosen=augmented[measured["strength"]],
+        quality=_cascade_table(pd.concat([frame[frame["group"] == "real"], best]), ["images", "size"]),
+        ablation=_cascade_table(
+            frame[(frame["group"] == "chain") & (frame["size"] == 32)].sort_values(
+                ["origin", "augmented", "strength"]
+            ),
+            ["input", "trained with", "strength"],
+        ),
+        guidance=_cascade_table(
+            guidance[guidance["size"] != 16].sort_values(["size", "guidance"]), ["size", "guidance"]
+        ),
+    )
+    write_text(docs / "cascade.md", page)
+
+
+def _cascade_table(frame: pd.DataFrame, columns: Sequence[str]) -> str:
+    """The named columns, then accuracy with its interval and the Fréchet distance."""
+    texts: dict[str, Callable[[pd.Series], str]] = {
+        "images": lambda row: (
+            "real" if row["group"] == "real" else f"generated, guidance {row['guidance']:g}"
+        ),
+        "size": lambda row: f"{row['size']}x{row['size']}",
+        "input": lambda row: ORIGINS[row["origin"]],
+        "trained with": lambda row: "noisy conditions" if row["augmented"] else "clean conditions",
+        "strength": lambda row: f"{row['strength']:g}",
+        "guidance": lambda row: f"{row['guidance']:g}",
+        "accuracy, %": lambda row: (
+            f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        ),
+        "Fréchet distance": lambda row: f"{row['frechet']:.3f}",
+    }
+    shown = [*columns, "accuracy, %", "Fréchet distance"]
+    lines = [{column: texts[column](row) for column in shown} for _, row in frame.iterrows()]
+    return tables.markdown(pd.DataFrame(lines))
+
+
+# --- docs/pods/plans.md
+
+
+def write_pods(docs: Path) -> None:
+    """docs/pods/plans.md from the plans docs/pods/*.json; see experiments/plans.py."""
+    files = [
+        plans.file_of(docs / "pods", row)
+        for row in sorted(plans.wanted(), key=lambda row: _plan_order(*row[:2]))
+    ]
+    found = [read_json(path) for path in files if path.is_file()]
+    if not found:
+        raise UserError(f"{docs / 'pods'} has no plans: run python -m experiments.plans")
+    programs = [program for plan in found for program in plan["programs"].values()]
+    page = render(
+        "plans.md",
+        table=plans_table(found),
+        commands=list(dict.fromkeys(plan["command"] for plan in found)),
+        machines=sorted({program["machine"] for program in programs}),
+        versions=sorted({", ".join(f"{k} {v}" for k, v in one["versions"].items()) for one in programs}),
+        missing=plans.missing(docs / "pods"),
+    )
+    write_text(docs / "pods" / "plans.md", page)
+
+
+def _plan_order(preset: str, topology: str) -> tuple[int, int]:
+    """The presets in order, and the topologies of each."""
+    return plans.PRESETS.index(preset), (*plans.TOPOLOGIES, plans.ONE_CHIP).index(topology)
+
+
+def plans_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """One line per compiled program: FLOPs, peak memory per chip against its capacity, and the verdict."""
+    names = {"train": "training step", "sample": "held-out evaluation"}
+    lines = [
+        {
+            "preset": plan["name"],
+            "topology": plan["topology"],
+            "mesh (data x fsdp)": " x ".join(str(plan["mesh"][axis]) for axis in ("data", "fsdp")),
+            "batch": str(plan["batch_size"]),
+            "program": names[kind],
+            "TFLOP": f"{program['flops'] / 1e12:,.0f}",
+            "memory per chip": f"{program['peak'] / GIB:.1f} of {plan['capacity'] / GIB:.1f} GiB",
+            "verdict": "FITS" if program["fits"] else "DOES NOT FIT",
+            "compiled in": f"{program['seconds_to_compile']:.0f} s",
+        }
+        for plan in found
+        for kind, program in plan["programs"].items()
+    ]
+    return tables.markdown(pd.DataFrame(lines))
+
+
+PAGES: Mapping[str, Callable[[Path], None]] = {
+    "results": write_results,
+    "models": write_models,
+    "cascade": write_cascade,
+    "pods": write_pods,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(PAGES)} (default: all)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if unknown := [page for page in args.pages if page not in PAGES]:
+        parser.error(f"no page '{unknown[0]}': choose from {', '.join(PAGES)}")
+    try:
+        for page in args.pages or PAGES:
+            PAGES[page](args.docs)
+    except UserError as error:
+        print(f"pages: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
