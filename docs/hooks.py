@@ -51,7 +51,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
     "inference": ("The sampling program, large images, folders and cascades.", ("sr3_jax.inference",)),
     "evaluation": (
         "Metrics of a held-out set, tables, grids and schedule search.",
-        ("sr3_jax.evaluation", "sr3_jax.search"),
+        ("sr3_jax.evaluation",),
     ),
     "features": ("Networks and statistics that metrics need.", ("sr3_jax.features",)),
     "distributed": ("Meshes, sharding, processes and signals.", ("sr3_jax.distributed",)),
@@ -121,13 +121,7 @@ def config_page() -> str:
     """The reference of all config fields, from the schema."""
     from sr3_jax.config import schema
 
-    if hasattr(schema, "markdown"):
-        return schema.markdown()
-    lines = ["# Config reference"]  # until the schema renders itself: names and defaults
-    for section, fields in schema.DEFAULTS.items():
-        lines += ["", f"## {section}", "", "| field | default |", "|---|---|"]
-        lines += [f"| `{name}` | `{value}` |" for name, value in fields.items()]
-    return "\n".join(lines) + "\n"
+    return schema.markdown()
 
 
 def commands_page() -> str:

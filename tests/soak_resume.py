@@ -1,11 +1,11 @@
-"""A soak test: training that is killed with `kill -9` at random times and resumed gives bit-identical results.
+"""Soak test: a training run that is repeatedly killed with `kill -9` and restarted gives the same bits.
 
     python tests/soak_resume.py --kills 25 [--processes 2] [--devices 4] [--steps 300] [--seed 0] [--doc docs/pods.md]
 
-One uninterrupted run is the reference. Other runs are started, killed after a random time (during imports,
-compilation, a step, or a checkpoint) and started again with the same command until they complete. All arrays of their
-last checkpoint and all logged losses must equal those of the reference bit for bit. With several processes
-(launch/local_pod.sh), a random one is killed, and the launcher stops the others.
+An uninterrupted run is the reference. Other runs are started, killed after a random time (during imports, compilation,
+a step or a save) and restarted with the same command until they are complete. All arrays of their last checkpoint and
+all losses in their log must then equal the reference bit for bit. With several processes (launch/local_pod.sh) a
+random one is killed, and the launcher ends the others.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TIMEOUT = 600  # seconds for one start
+PATIENCE = 600  # seconds, for one start
 BEGIN, END = "<!-- soak:begin -->", "<!-- soak:end -->"
 
 
 @dataclass(frozen=True)
 class Job:
-    """How the run under test is started."""
+    """How to start the training run."""
 
     config: Path
     processes: int
@@ -67,7 +67,7 @@ class Job:
 
 
 def make_job(folder: Path, *, processes: int, devices: int, steps: int, every: int = 5) -> Job:
-    """A tiny run on generated images, with checkpoints so frequent that many kills hit one."""
+    """A tiny run with its own images that saves so often that many kills happen during a save."""
     from tests import tiny
 
     sections = {
@@ -81,33 +81,33 @@ def make_job(folder: Path, *, processes: int, devices: int, steps: int, every: i
 
 
 def complete(job: Job, workdir: Path) -> float:
-    """Run to the end without interruption; returns the seconds."""
+    """Run to the end without interruption; returns the duration in seconds."""
     started = time.monotonic()
     process = job.start(workdir)
-    code = process.wait(TIMEOUT)
+    code = process.wait(PATIENCE)
     if code:
-        raise SystemExit(f"a run failed with exit code {code}:\n{log_of(workdir)}")
+        raise SystemExit(f"the run failed with exit code {code}:\n{log_of(workdir)}")
     return time.monotonic() - started
 
 
 def interrupt(job: Job, workdir: Path, delay: float, chance: random.Random) -> float:
-    """Start the run and kill it after `delay` seconds; returns 0, or the seconds if it completed earlier."""
+    """Start the run and kill it after `delay` seconds; returns 0, or the duration if it finished before that."""
     started = time.monotonic()
     process = job.start(workdir)
     try:
         code = process.wait(delay)
         if code:
-            raise SystemExit(f"a run failed with exit code {code}:\n{log_of(workdir)}")
+            raise SystemExit(f"the run failed with exit code {code} before it was killed:\n{log_of(workdir)}")
         return time.monotonic() - started
     except subprocess.TimeoutExpired:
         victims = members(process.pid, chance.randrange(job.processes)) if job.processes > 1 else []
         os.kill(victims[0] if victims else process.pid, signal.SIGKILL)
-        process.wait(TIMEOUT)
+        process.wait(PATIENCE)
         return 0.0
 
 
 def members(launcher: int, index: int) -> list[int]:
-    """The pid of process `index` of a launcher; empty if it has not started yet."""
+    """The PIDs of process `index` of a launcher; [] if it has not started."""
     parents = {}
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -131,7 +131,7 @@ def log_of(workdir: Path) -> str:
 
 
 def result(workdir: Path) -> tuple[dict[str, bytes], list[tuple]]:
-    """The arrays of the last checkpoint and the logged losses."""
+    """The arrays of the last checkpoint and the rows of the log."""
     import jax
     from orbax.checkpoint import v1 as ocp
 
@@ -158,28 +158,28 @@ def half_written(workdir: Path) -> int:
     return sum(not path.name.isdigit() for path in folder.iterdir()) if folder.is_dir() else 0
 
 
-def soak(job: Job, folder: Path, *, kills: int, seed: int, log=print) -> dict:
-    """Kill, resume and compare until `kills` is reached.
+def soak(job: Job, folder: Path, *, kills: int, seed: int, say=print) -> dict:
+    """Kill, restart and compare runs until the number of kills is reached.
 
     Raises:
-        SystemExit: a run failed, or its result differs from the reference's.
+        SystemExit: a run failed, or its result differs from the reference.
     """
     chance = random.Random(seed)
-    complete(job, folder / "reference")  # fills the compilation cache
+    complete(job, folder / "reference")  # compiles
     shutil.rmtree(folder / "reference")
     seconds = complete(job, folder / "reference")
     wanted = result(folder / "reference")
-    log(f"uninterrupted run: {wanted[1][-1][0]} steps, {len(wanted[0])} arrays, {seconds:.1f} s")
+    say(f"uninterrupted run: {wanted[1][-1][0]} steps, {len(wanted[0])} arrays, {seconds:.1f} s")
     length = seconds
     done, rounds, halves, arrays = 0, 0, 0, len(wanted[0])
     while done < kills:
         workdir = folder / f"run{rounds}"
         here, took = 0, 0.0
-        # At most eight kills per run: each start has to make progress for the run to end.
+        # At most eight kills per run, since each start must make progress.
         while done < kills and here < 8 and not took:
             took = interrupt(job, workdir, chance.uniform(0.1, 1.0) * length, chance)
             if took and here == 0:
-                length = took  # the machine has become faster: kill earlier
+                length = took  # the machine became faster, so the kill was too late
             done, here = done + (not took), here + (not took)
             halves += half_written(workdir) > 0
         if not took:
@@ -192,7 +192,7 @@ def soak(job: Job, folder: Path, *, kills: int, seed: int, log=print) -> dict:
                 f"logs {'equal' if found[1] == wanted[1] else 'differ'}; see {workdir}"
             )
         rounds += 1
-        log(f"run {rounds}: killed {here} times, bit-identical ({done} of {kills} kills)")
+        say(f"run {rounds}: killed {here} times, bit-identical ({done} of {kills} kills)")
         shutil.rmtree(workdir)
     return {"kills": done, "runs": rounds, "half_written": halves, "arrays": arrays, "seconds": seconds}
 
@@ -206,29 +206,34 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=4, help="simulated devices per process")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--doc", type=Path, help="a Markdown file whose soak block gets the result")
+    parser.add_argument("--doc", type=Path, help="a Markdown file; the output is written into its soak block")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "sr3_jax_test_cache")
     )
+    lines = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sr3_soak") as folder:
         shape = {"processes": arguments.processes, "devices": arguments.devices, "steps": arguments.steps}
         job = make_job(Path(folder), **shape)
-        done = soak(job, Path(folder), kills=arguments.kills, seed=arguments.seed)
-    summary = (
-        f"{done['kills']} kills in {done['runs']} runs, {done['half_written']} of which left a partial checkpoint: "
-        f"all {done['arrays']} arrays and every loss are bit-identical "
-        f"({(time.monotonic() - started) / 60:.0f} minutes on {platform.machine()}, {os.cpu_count()} cores)"
+        done = soak(job, Path(folder), kills=arguments.kills, seed=arguments.seed, say=say)
+    say(
+        f"{done['kills']} kills in {done['runs']} runs, {done['half_written']} of them with an incomplete checkpoint: "
+        f"all {done['arrays']} arrays and all losses are bit-identical, in "
+        f"{(time.monotonic() - started) / 60:.0f} minutes on {platform.machine()}, {os.cpu_count()} cores"
     )
-    print(summary)
     if arguments.doc:
-        write(arguments.doc, ["$ python tests/soak_resume.py " + " ".join(sys.argv[1:]), summary])
+        write(arguments.doc, ["$ python tests/soak_resume.py " + " ".join(sys.argv[1:]), *lines])
 
 
 def write(path: Path, lines: list[str]) -> None:
-    """Replace the part for this command line in the soak block of a Markdown file, or add it."""
+    """Write the output into the soak block of a Markdown file, in place of the output of the same command line."""
     text = path.read_text(encoding="utf-8")
     block = re.search(f"{BEGIN}(.*?){END}", text, re.DOTALL)
     if block is None:

@@ -1,4 +1,4 @@
-"""A fake model without a network, for tests of the code around models."""
+"""A model without a network, for tests of the code around models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass
 class StandIn:
-    """Nearest-neighbour upscaling plus up to `noise` grey levels from each key; calls `before` on each batch."""
+    """Nearest-neighbor upscaling plus up to `noise` levels from each row's key; `before` is called with each batch."""
 
     scale: int = 2
     noise: int = 0

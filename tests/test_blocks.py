@@ -1,4 +1,4 @@
-"""The parts of the U-Net by their laws: rearrangements inverse, norms and attention against float64 NumPy.
+"""The layers of the U-Net, compared with float64 NumPy.
 
 Shape legend: B batch, H height, W width, C channels, E width of the embedding.
 """
@@ -29,16 +29,16 @@ def normal(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_space_to_depth_puts_each_square_into_one_pixel_and_back(factor):
+def test_space_to_depth_packs_blocks_and_depth_to_space_inverts_it(factor):
     x = normal(2, 8, 12, 3)
     packed = np.asarray(blocks.space_to_depth(jnp.asarray(x), factor))
     assert packed.shape == (2, 8 // factor, 12 // factor, 3 * factor**2)
-    square = x[1, factor : 2 * factor, 2 * factor : 3 * factor]  # row 1, column 2 of the squares
+    square = x[1, factor : 2 * factor, 2 * factor : 3 * factor]  # row 1, column 2 of the blocks
     np.testing.assert_array_equal(packed[1, 1, 2], square.reshape(-1))
     np.testing.assert_array_equal(blocks.depth_to_space(jnp.asarray(packed), factor), x)
 
 
-def test_pooling_is_the_mean_of_squares_and_upsampling_repeats():
+def test_average_pool_and_nearest_upsample():
     x = normal(2, 4, 6, 3)
     squares = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
     np.testing.assert_allclose(blocks.average_pool(jnp.asarray(x)), sum(squares) / 4, atol=1e-6)
@@ -49,7 +49,7 @@ def test_pooling_is_the_mean_of_squares_and_upsampling_repeats():
 
 
 def effective_rank(features: np.ndarray) -> float:
-    """exp of the entropy of the spectrum of the centred features: how many directions they really use."""
+    """exp of the entropy of the spectrum of the centered features: the number of directions that they use."""
     values = np.linalg.svd(features - features.mean(0), compute_uv=False) ** 2
     share = values[values > 0] / values.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
@@ -60,11 +60,11 @@ def levels() -> np.ndarray:
     return schedule.linear().gamma[1:]  # the 2000 noisy levels of training
 
 
-def test_log_snr_features_tell_the_levels_apart_where_raw_gamma_does_not(levels):
+def test_log_snr_features_separate_levels_better_than_gamma(levels):
     features = np.asarray(blocks.log_snr_features(jnp.asarray(levels), 64))
     raw = np.asarray(
         blocks.sinusoidal(jnp.asarray(levels), 64, 1e-4, 1.0)
-    )  # the usual port's: gamma as it is
+    )  # as in common ports: gamma itself
     assert effective_rank(raw) < 1.5
     assert effective_rank(features) > 10
 
@@ -82,7 +82,7 @@ def test_log_snr_features_tell_the_levels_apart_where_raw_gamma_does_not(levels)
     assert nearest(raw, slice(1900, 2000, 20)) < 1e-3
 
 
-def test_log_snr_features_are_finite_from_clean_to_noise_and_clipped_there():
+def test_log_snr_features_are_finite_and_clipped_at_the_ends():
     gamma = jnp.asarray([1.0, 1 - 1e-7, 0.5, 1e-30, 1e-9], jnp.float32)
     features = np.asarray(blocks.log_snr_features(gamma, 16))
     assert features.shape == (5, 16) and features.dtype == np.float32
@@ -97,7 +97,7 @@ def test_log_snr_features_are_finite_from_clean_to_noise_and_clipped_there():
 
 
 def apply(module, *inputs, seed: int = 0, size: float = 0.3, **options):
-    """(output, weights) of a module with weights that are no longer as initialised."""
+    """(output, weights) of a module with perturbed weights."""
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **options))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables["params"])
     params = tiny.perturbed(zeros, seed=seed, size=size)
@@ -105,7 +105,7 @@ def apply(module, *inputs, seed: int = 0, size: float = 0.3, **options):
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(4, 1), (8, 2), (12, 3), (48, 12), (128, 32), (160, 32)])
-def test_group_norm_is_over_the_image_in_groups_of_four_channels_at_least(channels, groups):
+def test_group_norm_has_groups_of_at_least_four_channels(channels, groups):
     x = 3 + 2 * normal(2, 4, 4, channels)
     y, params = apply(blocks.Norm("group"), x)
     parts = x.astype(np.float64).reshape(2, 16, groups, -1)
@@ -115,7 +115,7 @@ def test_group_norm_is_over_the_image_in_groups_of_four_channels_at_least(channe
     np.testing.assert_allclose(y, wanted, atol=2e-5)
 
 
-def test_pixel_norm_is_the_root_mean_square_over_the_channels():
+def test_pixel_norm_divides_by_the_rms_over_channels():
     x = normal(2, 4, 4, 8)
     y, params = apply(blocks.Norm("pixel"), x)
     rms = np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
@@ -123,8 +123,8 @@ def test_pixel_norm_is_the_root_mean_square_over_the_channels():
 
 
 @pytest.mark.parametrize("kind", ["group", "pixel"])
-def test_norms_of_bfloat16_are_taken_in_float32(kind):
-    """At 256 bfloat16 counts in twos; sums over the pixels would lose everything."""
+def test_norms_of_bfloat16_are_computed_in_float32(kind):
+    """At 256 the spacing of bfloat16 is 2, so sums over pixels would be useless."""
     x = jnp.asarray(256 + normal(1, 32, 32, 4), jnp.bfloat16)
     y, params = apply(blocks.Norm(kind), x)
     exact = jax.jit(lambda p, x: blocks.Norm(kind).apply({"params": p}, x))(params, x.astype(jnp.float32))
@@ -140,7 +140,7 @@ def block(channels: int, **fields) -> blocks.ResidualBlock:
 
 
 def fresh(module, *inputs):
-    """Output at the initial weights, and the weights."""
+    """(output, weights) of a module with its initial weights."""
     params = jax.jit(lambda key: module.init(key, *inputs, False)["params"])(jax.random.key(1))
     return np.asarray(module.apply({"params": params}, *inputs, False)), params
 
@@ -149,7 +149,7 @@ EMBEDDING = normal(2, 8, seed=5)
 
 
 @pytest.mark.parametrize("resample", [None, "up", "down"])
-def test_a_fresh_block_is_its_skip_branch_scaled_by_one_over_sqrt_two(resample):
+def test_untrained_block_is_its_scaled_skip_branch(resample):
     x = normal(2, 4, 4, 4)
     change = {None: lambda x: x, "up": blocks.nearest_upsample, "down": blocks.average_pool}[resample]
     y, params = fresh(block(4, resample=resample), x, EMBEDDING)
@@ -157,7 +157,7 @@ def test_a_fresh_block_is_its_skip_branch_scaled_by_one_over_sqrt_two(resample):
     assert "skip" not in params
 
 
-def test_a_fresh_block_of_other_width_is_a_one_by_one_convolution_of_its_input():
+def test_untrained_block_of_another_width_is_a_1x1_convolution():
     x = normal(2, 4, 4, 4)
     y, params = fresh(block(8), x, EMBEDDING)
     assert params["skip"]["kernel"].shape == (1, 1, 4, 8)
@@ -182,7 +182,7 @@ def rms_norm(x: np.ndarray, weights) -> np.ndarray:
 
 @pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize("resample", [None, "up", "down"])
-def test_block_against_the_paper_written_out(film, resample):
+def test_block_matches_numpy(film, resample):
     """norm, swish, resample, conv, + embedding (or scale and shift), norm, swish, conv; (x + h) / sqrt 2."""
     x = normal(2, 4, 4, 4)
     y, p = apply(block(4, film=film, resample=resample), x, EMBEDDING, train=False)
@@ -202,7 +202,7 @@ def test_block_against_the_paper_written_out(film, resample):
     np.testing.assert_allclose(y, (change(x) + convolve(swish(h), p["Conv_1"])) / np.sqrt(2), atol=1e-5)
 
 
-def test_dropout_acts_in_training_alone_and_by_its_key():
+def test_dropout_only_in_training_and_determined_by_its_key():
     x, module = normal(2, 4, 4, 4), block(4, dropout=0.5)
     _, params = apply(module, x, EMBEDDING, train=False)
 
@@ -220,7 +220,7 @@ def test_dropout_acts_in_training_alone_and_by_its_key():
 
 
 @pytest.mark.parametrize("head_channels", [0, 4])
-def test_attention_against_numpy(head_channels):
+def test_attention_matches_numpy(head_channels):
     x = normal(2, 3, 4, 8)
     y, p = apply(blocks.Attention("pixel", jnp.dtype("float32"), head_channels), x, size=0.7)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
@@ -236,7 +236,7 @@ def test_attention_against_numpy(head_channels):
     np.testing.assert_allclose(y, (x + out) / np.sqrt(2), atol=1e-5)
 
 
-def test_attention_does_not_know_where_a_pixel_is():
+def test_attention_is_permutation_equivariant():
     x, order = normal(2, 3, 4, 8), np.random.default_rng(3).permutation(12)
     module = blocks.Attention("pixel", jnp.dtype("float32"))
     y, params = apply(module, x, size=0.7)

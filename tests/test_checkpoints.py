@@ -1,4 +1,4 @@
-"""Checkpoints by the bit, on any mesh; damaged ones named and never trained over; exports whole or not at all."""
+"""Checkpoints: bit-exact on any mesh, damage, and exports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _quick():
 
 
 @pytest.fixture(autouse=True)
-def small_arrays_are_split(monkeypatch):
+def shard_small_arrays(monkeypatch):
     monkeypatch.setattr(sharding, "FSDP_MIN_BYTES", 64)
 
 
@@ -47,7 +47,7 @@ def init_params(key):
 
 
 def state_at(step: int, mesh) -> TrainState:
-    """A state whose parts all differ from one another and from step to step."""
+    """A state whose arrays all differ from each other and from step to step."""
     state = create_state(init_params, OPTIMIZER, jax.random.key(0), mesh)
     generator = np.random.default_rng(step)
 
@@ -82,7 +82,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workdir(saved, tmp_path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of `saved`, to damage."""
     return shutil.copytree(saved, tmp_path / "run")
 
 
@@ -90,7 +90,7 @@ def workdir(saved, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (8, 1), (1, 8)])
-def test_the_newest_state_comes_back_to_the_bit_on_any_mesh(saved, data, fsdp):
+def test_restore_is_bit_exact_on_any_mesh(saved, data, fsdp):
     abstract = abstract_state(init_params, OPTIMIZER, sharding.make_mesh(data=data, fsdp=fsdp))
     with checkpoints.Checkpoints(saved) as store:
         assert store.latest_step == 5
@@ -102,8 +102,8 @@ def test_the_newest_state_comes_back_to_the_bit_on_any_mesh(saved, data, fsdp):
     assert not state.params["block"]["kernel"].sharding.is_fully_replicated or fsdp == 1
 
 
-def test_what_is_saved_is_the_state_of_that_moment_even_if_it_is_donated_at_once(tmp_path):
-    """The save goes on in the background while training overwrites the donated buffers."""
+def test_saved_state_is_not_changed_by_donation(tmp_path):
+    """Saving continues in the background while training overwrites the donated buffers."""
     mesh = sharding.make_mesh()
     big = {"w": jnp.zeros((1024, 256))}
     state = create_state(lambda key: jax.tree.map(jnp.copy, big), optax.identity(), jax.random.key(0), mesh)
@@ -120,7 +120,7 @@ def test_what_is_saved_is_the_state_of_that_moment_even_if_it_is_donated_at_once
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
 
 
-def test_the_last_few_are_kept_and_the_same_step_is_saved_once(tmp_path):
+def test_keeps_the_newest_checkpoints_and_saves_a_step_once(tmp_path):
     mesh = sharding.make_mesh()
     with checkpoints.Checkpoints(tmp_path, keep=2) as store:
         for step in (1, 2, 3):
@@ -130,19 +130,19 @@ def test_the_last_few_are_kept_and_the_same_step_is_saved_once(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
-def test_the_moving_average_alone_is_that_of_the_newest_checkpoint(saved):
+def test_load_ema_reads_the_newest_checkpoint(saved):
     ema, step = checkpoints.load_ema(saved)
     assert step == 5
     assert same_bits(ema, jax.device_get(state_at(5, sharding.make_mesh()).ema_params))
     devices = {device for leaf in jax.tree.leaves(ema) for device in leaf.devices()}
-    assert devices == {jax.devices()[0]}  # eight copies would be seven too many
+    assert devices == {jax.devices()[0]}  # not replicated
 
 
 # ---- Damage
 
 
 def cut(folder: Path) -> None:
-    """Cut every data file of a folder in half, as a full disk or a broken copy would."""
+    """Truncate every data file of a folder, like a full disk or a failed copy."""
     for path in folder.rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -158,85 +158,85 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.filterwarnings("ignore")  # Orbax leaves coroutines behind
-def test_a_damaged_newest_checkpoint_is_named_and_never_passed_over_unasked(workdir, damage, caplog):
+@pytest.mark.filterwarnings("ignore")  # of Orbax, about coroutines
+def test_damaged_newest_checkpoint_fails_unless_older_is_allowed(workdir, damage, caplog):
     newest = workdir / "checkpoints" / "5"
     DAMAGE[damage](newest)
     with checkpoints.Checkpoints(workdir) as store:
-        assert store.latest_step == 5  # so that training cannot start afresh, or from 3, unasked
+        assert store.latest_step == 5  # so that training does not silently start from 0 or 3
         with pytest.raises(UserError) as error:
             store.restore(abstract_state(init_params, OPTIMIZER, sharding.make_mesh()))
     text = str(error.value)
-    assert text.startswith(f"checkpoint {newest} cannot be restored (") and "\n" not in text
-    assert text.endswith("; give --config.checkpoint.allow_older=true to go on from step 3, or a new workdir")
+    assert str(newest) in text and "\n" not in text
+    assert "--config.checkpoint.allow_older=true" in text and "step 3" in text
     if "moments" not in damage:
-        with pytest.raises(UserError, match=f"checkpoint {newest} cannot be read") as error:
+        with pytest.raises(UserError, match=f"{newest} ") as error:
             checkpoints.load_ema(workdir)
         assert "\n" not in str(error.value)
-    # The sentence's way out works, and keeps what is there.
+    # The fix in the error works, and the damaged checkpoint is kept.
     with checkpoints.Checkpoints(workdir, keep=9) as store:
         with caplog.at_level("WARNING", logger="sr3_jax"):
             abstract = abstract_state(init_params, OPTIMIZER, sharding.make_mesh())
             state = store.restore(abstract, allow_older=True)
         assert store.latest_step == 3
-        store.save(state_at(5, sharding.make_mesh()))  # the run comes to that step again
+        store.save(state_at(5, sharding.make_mesh()))  # the resumed run reaches step 5 again
     assert int(state.step) == 3 and same_bits(state, state_at(3, sharding.make_mesh()))
-    assert f"checkpoint {newest} cannot be restored" in caplog.text and "going on from step 3" in caplog.text
+    assert str(newest) in caplog.text and "step 3" in caplog.text
     found = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert found == {"3", "5", "5.damaged"}
     assert checkpoints.load_ema(workdir)[1] == 5
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_where_all_are_damaged_nothing_is_started_afresh(workdir):
+def test_fails_if_all_checkpoints_are_damaged(workdir):
     for step in (3, 5):
         cut(workdir / "checkpoints" / str(step))
     abstract = abstract_state(init_params, OPTIMIZER, sharding.make_mesh())
     with (
         checkpoints.Checkpoints(workdir) as store,
-        pytest.raises(UserError, match=r"3 cannot be restored .* there is no older one: give a new workdir"),
+        pytest.raises(UserError, match=r"checkpoints/3 .*new workdir"),
     ):
         store.restore(abstract, allow_older=True)
 
 
-def test_what_a_kill_left_half_written_is_no_checkpoint(workdir):
+def test_incomplete_checkpoints_are_ignored(workdir):
     half = workdir / "checkpoints" / "7.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints" / "5", half)
     assert checkpoints.load_ema(workdir)[1] == 5
     with checkpoints.Checkpoints(workdir) as store:
         assert store.latest_step == 5
-        store.save(state_at(7, sharding.make_mesh()))  # the resumed run comes to that step again
+        store.save(state_at(7, sharding.make_mesh()))  # the resumed run reaches step 7 again
     assert checkpoints.load_ema(workdir)[1] == 7 and not half.exists()
 
 
-def test_a_checkpoint_of_another_network_is_refused(workdir):
+def test_checkpoint_of_another_network_fails(workdir):
     def wider(key):
         return init_params(key) | {"scale": jnp.ones((6,))}
 
     with (
         checkpoints.Checkpoints(workdir) as store,
-        pytest.raises(UserError, match="cannot be restored"),
+        pytest.raises(UserError, match="checkpoints/5 "),
     ):
         store.restore(abstract_state(wider, OPTIMIZER, sharding.make_mesh()))
 
 
-def test_a_workdir_without_checkpoints_has_no_weights(tmp_path):
+def test_load_ema_without_checkpoints_fails(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=f"{folder} has no checkpoint yet; train it first"):
+        with pytest.raises(UserError, match=f"{folder} has no checkpoint"):
             checkpoints.load_ema(folder)
 
 
-def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+def test_unwritable_workdir_fails(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"workdir .*file cannot be written \(.*\): choose another"):
+    with pytest.raises(UserError, match=r"workdir .*file "):
         checkpoints.Checkpoints(tmp_path / "file")
 
 
-# ---- The config beside them
+# ---- The config
 
 
-def test_the_config_is_written_whole_and_read_back(tmp_path):
+def test_config_round_trip(tmp_path):
     config = tiny.config("a folder")
     checkpoints.write_config(tmp_path / "new", config)
     assert json.loads(json.dumps(config)) == checkpoints.read_config(tmp_path / "new")
@@ -244,14 +244,14 @@ def test_the_config_is_written_whole_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"model": ', b"\xff\xfe"])
-def test_a_damaged_config_is_named(tmp_path, content):
+def test_damaged_config_fails(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=f"{tmp_path}/config.json is damaged .* train in a new workdir"):
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json is damaged"):
         checkpoints.read_config(tmp_path)
 
 
-def test_a_missing_config_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} has no config.json, so it is not a run's workdir"):
+def test_missing_config_fails(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} has no config.json"):
         checkpoints.read_config(tmp_path)
 
 
@@ -264,7 +264,7 @@ WEIGHTS = {
 }
 
 
-def test_a_float32_export_is_exact(tmp_path):
+def test_float32_export_is_exact(tmp_path):
     path = tmp_path / "new" / "model.safetensors"
     weights.export(path, jax.tree.map(jnp.asarray, WEIGHTS), {"model": {"multipliers": (1, 2)}})
     params, config = weights.read_export(path)
@@ -273,7 +273,7 @@ def test_a_float32_export_is_exact(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
 
 
-def test_a_bfloat16_export_is_rounded_to_nearest_half_the_size_and_read_as_float32(tmp_path):
+def test_bfloat16_export_is_rounded_and_read_as_float32(tmp_path):
     path = tmp_path / "model.safetensors"
     weights.export(path, WEIGHTS, {}, dtype="bfloat16")
     with safe_open(path, framework="numpy") as file:
@@ -286,13 +286,13 @@ def test_a_bfloat16_export_is_rounded_to_nearest_half_the_size_and_read_as_float
     assert params["scale"][3:].tolist() == [1.0, 1 + 2**-6]  # ties go to even
 
 
-def test_another_precision_is_refused(tmp_path):
-    with pytest.raises(UserError, match="dtype must be float32 or bfloat16, got 'float16'"):
+def test_unknown_export_dtype_fails(tmp_path):
+    with pytest.raises(UserError, match=r"dtype .*'float16'"):
         weights.export(tmp_path / "model.safetensors", WEIGHTS, {}, dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_failed_export_preserves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     weights.export(path, WEIGHTS, {"old": 1})
 
@@ -302,13 +302,13 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(UserError, match=r"model\.safetensors cannot be written .*No space left"):
+    with pytest.raises(UserError, match=r"model\.safetensors .*No space left"):
         weights.export(path, WEIGHTS, {"new": 1})
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     assert weights.read_export(path)[1] == {"old": 1}
 
 
-def test_an_export_can_be_read_by_others(tmp_path):
+def test_export_is_readable_by_other_users(tmp_path):
     before = os.umask(0o022)
     try:
         weights.export(tmp_path / "model.safetensors", WEIGHTS, {})
@@ -317,9 +317,9 @@ def test_an_export_can_be_read_by_others(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_an_export_to_no_folder_is_refused(tmp_path):
+def test_export_into_a_file_fails(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"model.safetensors "):
         weights.export(tmp_path / "file" / "model.safetensors", WEIGHTS, {})
 
 
@@ -336,7 +336,7 @@ def hostile(path: Path, kind: str) -> None:
         return save_file({"w": np.ones(3, np.float32)}, path, metadata={"format": weights.FORMAT})
     if kind == "config cut":
         return save_file({"w": np.ones(3, np.float32)}, path, metadata=good | {"config": '{"model"'})
-    if kind == "clash":  # 'a' is a weight and a branch
+    if kind == "clash":  # 'a' is both a weight and a branch
         return save_file({"a": np.ones(3, np.float32), "a.b": np.ones(3, np.float32)}, path, metadata=good)
     contents = {
         "empty": b"",
@@ -357,22 +357,17 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_file_that_is_no_model_is_named_in_one_sentence(tmp_path, kind):
+def test_invalid_model_files_fail_with_one_sentence(tmp_path, kind):
     path = tmp_path / "model.safetensors"
     hostile(path, kind)
     with pytest.raises(UserError) as error:
         weights.read_export(path)
     text = str(error.value)
-    assert text.startswith(str(path)) and "\n" not in text
-    known = {
-        "foreign": "is a safetensors file but not an sr3_jax model; make one with sr3 export",
-        "bare": "is a safetensors file but not an sr3_jax model; make one with sr3 export",
-        "no config": "carries no config; make it again with sr3 export",
-    }
-    assert known.get(kind, "cannot be read as a model (") in text
+    assert str(path) in text and "\n" not in text
+    assert "sr3 export" in text
 
 
-def test_reading_a_model_takes_no_pickle_and_no_torch():
-    """A model file may come from anyone."""
+def test_reading_a_model_imports_neither_torch_nor_tensorflow():
+    """Model files are not trusted."""
     code = "import sys, sr3_jax.train.checkpoints; sys.exit('torch' in sys.modules or 'tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Augmentation of the condition: blur against scipy's kernel by hand, noise by its moments, strength 0 by bits."""
+"""Conditioning augmentation: blur against NumPy, noise by its moments, strength 0 bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def images(batch: int = 3, side: int = 20, *, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (batch, side, side, 3)).astype(np.float32)
 
 
-def test_blur_is_the_gaussian_of_each_examples_own_sigma():
+def test_blur_is_gaussian_with_one_sigma_per_example():
     x, sigmas = images(), np.array([0.4, 1.0, 1.7], np.float32)
     for image, sigma, found in zip(x, sigmas, blur(x, sigmas, reach=6), strict=True):
         taps = np.exp(-0.5 * (np.arange(-6, 7) / sigma) ** 2)
@@ -26,13 +26,13 @@ def test_blur_is_the_gaussian_of_each_examples_own_sigma():
 
 
 @pytest.mark.parametrize("kind", ["blur", "noise"])
-def test_at_strength_zero_nothing_changes_by_a_bit(kind):
+def test_strength_zero_changes_no_bit(kind):
     x = images()
     same = ConditioningAugmentation(kind, 0.9).apply(jax.random.key(0), x, jnp.zeros(3))
     np.testing.assert_array_equal(same, x)
 
 
-def test_noise_keeps_the_variance_and_is_as_strong_as_asked():
+def test_noise_preserves_variance_and_has_the_given_strength():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 128, 128, 3)), jnp.float32)
     strength = jnp.array([0.5, 1.0])
     noisy = ConditioningAugmentation("noise", 0.8).apply(jax.random.key(1), x, strength)
@@ -41,15 +41,15 @@ def test_noise_keeps_the_variance_and_is_as_strong_as_asked():
         np.testing.assert_allclose(jnp.mean(noisy[row] * x[row]), np.sqrt(1 - level**2), atol=0.02)
 
 
-def test_each_key_makes_its_example_whatever_the_batch():
+def test_per_example_keys_make_examples_independent_of_the_batch():
     x, augmentation = images(), ConditioningAugmentation("noise", 0.5)
     keys = jax.random.split(jax.random.key(3), 3)
     together = augmentation.apply(keys, x, jnp.ones(3))
-    alone = augmentation.apply(jax.random.clone(keys)[1:2], x[1:2], jnp.ones(1))
-    np.testing.assert_array_equal(together[1:2], alone)
+    single = augmentation.apply(jax.random.clone(keys)[1:2], x[1:2], jnp.ones(1))
+    np.testing.assert_array_equal(together[1:2], single)
 
 
-def test_a_share_is_augmented_by_strengths_of_all_sizes():
+def test_fraction_of_examples_is_augmented_with_uniform_strengths():
     x = jnp.zeros((4000, 1, 1, 1))
     out, strength = ConditioningAugmentation("noise", 1.0, share=0.3).sample(jax.random.key(5), x)
     chosen = np.asarray(strength) > 0

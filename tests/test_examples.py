@@ -1,4 +1,4 @@
-"""Training examples: shrinking, base stages, dropped labels, augmented conditions, and what sampling sees."""
+"""Training examples: shrinking, base stages, label dropout and conditioning augmentation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def batch(count: int = 6, side: int = 16) -> dict:
     return {"image": image, "label": np.arange(count, dtype=np.int32)}
 
 
-def test_a_shrunk_target_is_what_the_next_stage_takes_as_its_low_res():
-    """The middle stage of a cascade learns to make what the last one was trained to take."""
+def test_shrunk_target_equals_the_low_res_image_of_the_next_stage():
+    """The target of the middle stage of a cascade is the low-res image of the last one."""
     crops = batch()
     target, cond = make_pair(crops, Task(scale=2, shrink=2))
     _, above = make_pair(crops, Task(scale=2))
@@ -28,13 +28,13 @@ def test_a_shrunk_target_is_what_the_next_stage_takes_as_its_low_res():
     np.testing.assert_array_equal(cond["upsampled"], upsample(degrade(target, 2), 2))
 
 
-def test_a_base_stage_sees_its_label_alone():
+def test_base_stage_is_conditioned_on_the_label_only():
     target, cond = make_pair(batch(), Task(scale=None, shrink=4, num_classes=6))
     assert target.shape == (6, 4, 4, 3) and set(cond) == {"label"}
     assert condition(None, None) == {}
 
 
-def test_labels_are_dropped_in_training_alone():
+def test_labels_are_dropped_only_in_training():
     crops = batch(2000, 4)
     crops["label"] = crops["label"] % 10
     task = Task(scale=None, num_classes=10, label_dropout=0.2)
@@ -47,7 +47,7 @@ def test_labels_are_dropped_in_training_alone():
 
 
 @pytest.mark.parametrize("kind", ["blur", "noise"])
-def test_the_condition_is_augmented_in_training_alone_and_the_target_never(kind):
+def test_only_the_condition_is_augmented_and_only_in_training(kind):
     crops, task = batch(), Task(scale=2, augmentation=ConditioningAugmentation(kind, 0.9, share=0.5))
     target, cond = make_pair(crops, task, jax.random.key(1))
     np.testing.assert_array_equal(target, to_unit(crops["image"]))

@@ -89,7 +89,7 @@ def containers(pickled):
         file.writestr("archive/data.pkl", pickled)
     start = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({}, 2)]
     return {
-        "alone": pickled,
+        "single": pickled,
         "zip": archive.getvalue(),
         "old, first": b"".join([start[0], pickled]),
         "old, weights": b"".join([*start, pickled]),
@@ -106,7 +106,7 @@ def test_a_malicious_pickle_is_an_error_and_not_executed(kind, tmp_path):
         read_arrays(content, "file")
     assert not bait.exists()
     pickle.loads(pickled)
-    assert bait.exists(), "the bait does not work, so its refusal shows nothing"
+    assert bait.exists(), "the bait does not run, so the test shows nothing"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Image grids: every cell is there, enlarged by nearest neighbor, and titles have room."""
+"""Image grids: cells, their sizes, and titles."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ def noise(seed, *shape):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def test_grid_holds_every_cell_enlarged_by_nearest():
+def test_cells_are_enlarged_by_nearest_neighbor():
     small, large = noise(4, 16, 16, 3), noise(5, 64, 64, 3)
     grid = image_grid([[small, large]], column_titles=[])
     assert grid.dtype == np.uint8 and grid.shape == (68, 134, 3)
@@ -19,19 +19,19 @@ def test_grid_holds_every_cell_enlarged_by_nearest():
     assert (grid[:2] == 255).all() and (grid[:, 66:68] == 255).all()
 
 
-def test_grid_titles_have_room_and_ink():
+def test_titles_are_visible_and_do_not_overlap_cells():
     cell = np.zeros((24, 120, 3), np.uint8) + np.array([10, 200, 30], np.uint8)
     bare = image_grid([[cell, cell]], column_titles=["", ""])
     titled = image_grid([[cell, cell]], column_titles=["low-res", "shipped model"], row_titles=["coffee"])
     assert titled.shape[0] > bare.shape[0] and titled.shape[1] > bare.shape[1]
     green = (titled == cell[0, 0]).all(axis=2)
     rows, columns = np.nonzero(green)
-    assert green.sum() == 2 * 24 * 120  # no title or cell lies over another
+    assert green.sum() == 2 * 24 * 120  # nothing overlaps a cell
     assert (titled[: rows.min()] < 64).any()  # column titles above
-    assert (titled[:, : columns.min()] < 64).any()  # row titles at the left
+    assert (titled[:, : columns.min()] < 64).any()  # row titles on the left
 
 
-def test_grid_takes_rows_of_any_shape():
+def test_rows_and_cells_may_have_any_shape():
     def images(*shapes):
         return [noise(6, *shape) for shape in shapes]
 
@@ -49,6 +49,6 @@ def test_grid_takes_rows_of_any_shape():
 @pytest.mark.parametrize(
     "cell", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8)]
 )
-def test_grid_names_a_cell_that_is_no_image(cell):
+def test_invalid_cells_fail(cell):
     with pytest.raises(ValueError, match=f"{cell.dtype} .*{cell.shape[-1]}"):
         image_grid([[cell]], column_titles=["a"])

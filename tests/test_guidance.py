@@ -1,4 +1,4 @@
-"""Guidance by its formula, its cost by counting calls."""
+"""Guidance: its formula, and its cost by counting calls."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def setup() -> tuple:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
-def test_it_goes_from_no_label_through_the_label_in_one_call(guidance):
+def test_guidance_extrapolates_from_no_label_in_one_call(guidance):
     denoiser, calls, y_t, gamma, cond = setup()
     found = guided(denoiser, guidance=guidance, no_label=NONE)(y_t, gamma, cond)
     assert calls == [6]
-    labelled = denoiser(y_t, gamma, cond)
-    unlabelled = denoiser(y_t, gamma, cond | {"label": jnp.full(3, NONE)})
-    np.testing.assert_allclose(found, unlabelled + guidance * (labelled - unlabelled), rtol=1e-5)
+    with_label = denoiser(y_t, gamma, cond)
+    without_label = denoiser(y_t, gamma, cond | {"label": jnp.full(3, NONE)})
+    np.testing.assert_allclose(found, without_label + guidance * (with_label - without_label), rtol=1e-5)
 
 
-def test_off_it_costs_nothing():
+def test_guidance_of_1_is_the_denoiser_itself():
     denoiser, *_ = setup()
     assert guided(denoiser, guidance=1.0, no_label=NONE) is denoiser

@@ -1,4 +1,4 @@
-"""Image files: what is read is what a viewer shows, in 8 bits; what is written is read again."""
+"""Reading and writing image files: pixels, transparency, metadata and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sr3_jax.image_io.image_file import (
     write_image,
 )
 
-# As the room itself asks for on import, which pytest undoes.
+# image_file ignores these warnings on import, which pytest resets.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 
@@ -38,23 +38,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> hostile.Hostile:
     return hostile.make(tmp_path_factory.mktemp("images") / "in")
 
 
-def test_hostile_inputs_are_more_than_a_hundred(made):
+def test_hostile_inputs_are_many(made):
     assert len(made.good) > 100
     assert len(made.bad) > 80
 
 
-def test_every_good_image_is_read(made):
+def test_valid_images_are_read(made):
     for path, size in made.good.items():
         image = read_image(path)
         assert image.rgb.shape == (*size, 3), path
         assert image.rgb.dtype == np.uint8
         assert image.rgb.flags["C_CONTIGUOUS"]
         assert image.alpha is None or (image.alpha.shape, image.alpha.dtype) == (size, np.uint8)
-        assert not image.grey or (np.ptp(image.rgb, axis=-1) == 0).all(), path
+        assert not image.gray or (np.ptp(image.rgb, axis=-1) == 0).all(), path
         assert read_size(path) == size, path
 
 
-def test_every_bad_image_is_refused_with_a_reason(made):
+def test_invalid_images_fail_with_a_reason(made):
     for path, why in made.bad.items():
         with pytest.raises(ImageError) as caught:
             read_image(path)
@@ -63,26 +63,26 @@ def test_every_bad_image_is_refused_with_a_reason(made):
         assert str(path) not in str(caught.value)
 
 
-def test_a_image_error_is_the_users():
+def test_image_error_is_a_user_error():
     assert issubclass(ImageError, UserError)
 
 
-def test_no_cut_is_read_as_something_else():
-    """Cut anywhere, an image is refused or whole; it is never half an image on black."""
+def test_truncated_images_fail_or_are_read_completely():
+    """Truncated anywhere, an image fails or is complete; it is never partly black."""
     smooth = pixels(20, 24)
     kinds = {"PNG": {}, "JPEG": {}, "GIF": {}, "BMP": {}, "WEBP": {"lossless": True}, "TIFF": {}}
     for kind, options in kinds.items():
         data = encode(smooth, kind, **options)
-        whole, refused = read_rgb(data), 0
+        whole, failures = read_rgb(data), 0
         for cut in range(0, len(data), max(1, len(data) // 60)):
             try:
                 np.testing.assert_array_equal(read_rgb(data[:cut]), whole, err_msg=f"{kind} cut at {cut}")
             except ImageError:
-                refused += 1
-        assert refused > 40, kind
+                failures += 1
+        assert failures > 40, kind
     with pytest.raises(ImageError) as caught:
         read_image(encode(smooth, "JPEG")[:-40])
-    assert str(caught.value) == "is truncated"
+    assert "truncated" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -104,7 +104,7 @@ def test_orientation_is_applied_and_its_tag_removed(tmp_path, kind, turn):
         assert read_rgb(tmp_path / f"out{suffix}").shape == upright.shape
 
 
-def test_alpha_turns_with_the_colours():
+def test_orientation_is_applied_to_alpha():
     rgba = np.concatenate([pixels(), pixels(seed=3)[..., :1]], axis=-1)
     image = read_image(encode(rgba, "PNG", exif=exif(6)))
     np.testing.assert_array_equal(image.rgb, np.rot90(rgba[..., :3], -1))
@@ -125,24 +125,24 @@ DEEP = np.linspace(0, 65535, 90).astype(np.uint16).reshape(9, 10)
         encode(DEEP.astype(np.float32) / 257, "TIFF"),
     ],
 )
-def test_deep_grey_is_scaled_not_clipped(data):
+def test_16_bit_gray_is_scaled_not_clipped(data):
     image = read_image(data)
-    assert image.grey
+    assert image.gray
     assert image.notes
     np.testing.assert_array_equal(image.rgb[..., 0], np.rint(DEEP / 257.0).astype(np.uint8))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_deep_tiff_of_either_byte_order_and_white(order):
+def test_16_bit_tiff_with_either_byte_order_and_white_level(order):
     data = DEEP.astype(f"{order}u2").tobytes()
     level = np.rint(DEEP / 257.0).astype(np.uint8)
     np.testing.assert_array_equal(read_rgb(tiff(10, 9, data, depth=16, order=order))[..., 0], level)
-    if order == "<":  # Pillow opens the other order with black at 1 alone
+    if order == "<":  # Pillow opens the other order only with black at 0
         white_is_zero = tiff(10, 9, data, depth=16, black=0)
         np.testing.assert_array_equal(read_rgb(white_is_zero)[..., 0], 255 - level)
 
 
-def test_floats_beyond_any_white_are_stretched_with_a_note():
+def test_floats_without_known_white_are_stretched_with_a_note():
     values = np.linspace(-7, 3000, 90, dtype=np.float32).reshape(9, 10)
     image = read_image(encode(values, "TIFF"))
     assert (image.rgb.min(), image.rgb.max()) == (0, 255)
@@ -151,28 +151,28 @@ def test_floats_beyond_any_white_are_stretched_with_a_note():
     assert (flat.rgb == 0).all()
 
 
-def test_deep_colour_is_reduced_with_a_note():
+def test_16_bit_color_is_reduced_with_a_note():
     wide = np.arange(2 * 3 * 3, dtype=np.uint16).reshape(2, 3, 3) * 3800
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
     image = read_image(png(3, 2, 16, 2, rows))
     assert np.abs(image.rgb - wide / 257.0).max() <= 1
-    assert image.notes == ("16 bits a channel reduced to 8",)
+    assert len(image.notes) == 1 and "16 bits" in image.notes[0]
     keyed = read_image(png(3, 2, 16, 2, rows, chunk(b"tRNS", wide[1, 2].astype(">u2").tobytes())))
     assert keyed.alpha is not None
     np.testing.assert_array_equal(keyed.alpha, [[255, 255, 255], [255, 255, 0]])
 
 
-def test_deep_grey_with_alpha_stays_grey():
+def test_16_bit_gray_with_alpha_stays_gray():
     both = np.array([[[0, 65535], [30000, 128 * 257]]], np.uint16)
     image = read_image(png(2, 1, 16, 4, b"\0" + both.astype(">u2").tobytes()))
-    assert image.grey
+    assert image.gray
     assert image.alpha is not None
     np.testing.assert_array_equal(image.alpha, [[255, 128]])
 
 
 @pytest.mark.parametrize(("depth", "row"), [(1, 0b01 << 6), (2, 0b0111 << 4), (4, 0x1F)])
-def test_a_grey_level_may_mean_transparent(depth, row):
-    """PNG's tRNS names a level in the file's own depth, here the second pixel's."""
+def test_transparent_gray_level_becomes_alpha(depth, row):
+    """PNG's tRNS gives a level in the bit depth of the file, here that of the second pixel."""
     key = (1 << depth) - 1
     data = png(2, 1, depth, 0, bytes([0, row]), chunk(b"tRNS", struct.pack(">H", key)))
     image = read_image(data)
@@ -182,7 +182,7 @@ def test_a_grey_level_may_mean_transparent(depth, row):
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(0, 90, 10))])
-def test_palette_transparency_is_kept(transparency):
+def test_palette_transparency_becomes_alpha(transparency):
     palette = Image.fromarray(pixels()).quantize(9)
     image = read_image(encode(palette, "PNG", transparency=transparency))
     table = np.full(256, 255, np.uint8)
@@ -197,32 +197,32 @@ def test_palette_transparency_is_kept(transparency):
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_lossless_round_trip(tmp_path, kind):
     suffix = {"PNG": ".png", "TIFF": ".TIFF", "WEBP": ".webp"}[kind]
-    grey = np.repeat(pixels()[..., :1], 3, axis=-1)
+    gray = np.repeat(pixels()[..., :1], 3, axis=-1)
     for alpha in (None, pixels(seed=2)[..., 0]):
-        for rgb, is_grey in ((pixels(seed=1), False), (grey, True)):
-            before = DecodedImage(rgb, alpha, is_grey, icc_profile=None if is_grey else hostile.srgb())
+        for rgb, is_gray in ((pixels(seed=1), False), (gray, True)):
+            before = DecodedImage(rgb, alpha, is_gray, icc_profile=None if is_gray else hostile.srgb())
             write_image(tmp_path / f"a{suffix}", before)
             after = read_image(tmp_path / f"a{suffix}")
             np.testing.assert_array_equal(after.rgb, rgb)
             np.testing.assert_array_equal(after.alpha, alpha) if alpha is not None else None
             assert (after.alpha is None) == (alpha is None)
-            assert after.grey == (is_grey and kind != "WEBP")  # WebP knows no grey
+            assert after.gray == (is_gray and kind != "WEBP")  # WebP has no grayscale mode
             assert after.icc_profile == before.icc_profile
             assert after.format == kind
 
 
-def test_jpeg_is_written_in_full_chroma(tmp_path):
+def test_jpeg_is_written_with_full_chroma(tmp_path):
     write_image(tmp_path / "a.jpg", DecodedImage(pixels(64, 64)))
     with Image.open(tmp_path / "a.jpg") as image:
         assert all(part[1:3] == (1, 1) for part in image.layer)
         assert max(image.quantization[0]) <= 20  # quality 95
     assert np.abs(read_rgb(tmp_path / "a.jpg").astype(int) - pixels(64, 64)).mean() < 4
-    write_image(tmp_path / "g.jpg", DecodedImage(pixels(8, 8)[..., :1].repeat(3, -1), grey=True))
-    assert read_image(tmp_path / "g.jpg").grey
+    write_image(tmp_path / "g.jpg", DecodedImage(pixels(8, 8)[..., :1].repeat(3, -1), gray=True))
+    assert read_image(tmp_path / "g.jpg").gray
 
 
-def ink_profile() -> bytes:
-    """An ICC profile that sees black ink alone: a table of 2^4 points, Lab (100, 0, 0) or (0, 0, 0)."""
+def cmyk_profile() -> bytes:
+    """An ICC profile that depends only on black ink: a table of 2^4 points, Lab (100, 0, 0) or (0, 0, 0)."""
     ramp = bytes(range(256))
     table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0])
     table += struct.pack(">9i", *(0x10000 * (i % 4 == 0) for i in range(9)))
@@ -234,62 +234,62 @@ def ink_profile() -> bytes:
     return head.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
 
 
-def test_ink_is_converted_by_its_profile_or_plainly():
-    ink = Image.fromarray(pixels()).convert("CMYK")
-    plain = read_image(encode(ink, "TIFF"))
-    np.testing.assert_array_equal(plain.rgb, np.asarray(ink.convert("RGB")))
-    assert plain.notes == ("CMYK converted to RGB",)
-    profiled = read_image(encode(ink, "TIFF", icc_profile=ink_profile()))
-    assert profiled.notes == ("CMYK converted to RGB by its colour profile",)
-    assert profiled.rgb.min() > 250  # there is no black ink in it
+def test_cmyk_is_converted_by_its_profile_if_valid():
+    cmyk = Image.fromarray(pixels()).convert("CMYK")
+    plain = read_image(encode(cmyk, "TIFF"))
+    np.testing.assert_array_equal(plain.rgb, np.asarray(cmyk.convert("RGB")))
+    assert len(plain.notes) == 1 and "CMYK" in plain.notes[0] and "profile" not in plain.notes[0]
+    profiled = read_image(encode(cmyk, "TIFF", icc_profile=cmyk_profile()))
+    assert len(profiled.notes) == 1 and "profile" in profiled.notes[0]
+    assert profiled.rgb.min() > 250  # the image has no black ink
     assert profiled.icc_profile is None
-    broken = read_image(encode(ink, "TIFF", icc_profile=b"?" * 200))
+    broken = read_image(encode(cmyk, "TIFF", icc_profile=b"?" * 200))
     np.testing.assert_array_equal(broken.rgb, plain.rgb)
 
 
-def test_profiles_that_do_not_fit_are_dropped_with_a_note():
+def test_mismatched_profiles_are_dropped_with_a_note():
     assert read_image(encode(pixels(), "PNG", icc_profile=hostile.srgb())).icc_profile == hostile.srgb()
     for data in (
         encode(pixels(), "PNG", icc_profile=hostile.srgb()[:90]),
-        encode(pixels()[..., 0], "PNG", icc_profile=hostile.srgb()),  # RGB's profile in a grey image
+        encode(pixels()[..., 0], "PNG", icc_profile=hostile.srgb()),  # an RGB profile in a gray image
     ):
         image = read_image(data)
         assert image.icc_profile is None
         assert "profile" in image.notes[0]
 
 
-def test_first_frame_of_an_animation():
+def test_first_frame_of_an_animation_is_read():
     frames = [Image.fromarray(pixels(seed=seed)) for seed in range(3)]
     for kind, options in {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}.items():
         image = read_image(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options))
         np.testing.assert_array_equal(image.rgb, np.asarray(frames[0]))
-        assert image.notes == ("only the first of several images in the file",)
+        assert len(image.notes) == 1 and "first" in image.notes[0]
 
 
-def test_the_size_limit_is_judged_before_the_pixels():
+def test_size_limit_is_checked_from_the_header():
     data = encode(pixels(30, 40), "PNG")
-    with pytest.raises(ImageError, match=r"40x30 pixels, over the limit of 0.001 megapixels"):
+    with pytest.raises(ImageError, match=r"40x30 .*0\.001 megapixels"):
         read_image(data, max_megapixels=0.001)
-    with pytest.raises(ImageError, match="over the limit"):
+    with pytest.raises(ImageError, match=r"0.0001"):
         read_size(data, max_megapixels=0.0001)
     assert read_image(data, max_megapixels=0.0012).rgb.shape == (30, 40, 3)
-    with pytest.raises(ImageError, match="has 10000 megapixels, over the limit of 200"):
+    with pytest.raises(ImageError, match=r"10000 megapixels.* 200"):
         read_image(png(100_000, 100_000, 8, 2, b""))
 
 
-def test_a_raised_limit_is_ours_alone():
-    """Threads with limits of their own do not see each other's, nor does the rest of the program."""
+def test_size_limit_is_not_shared_between_threads():
+    """Threads with different limits do not affect each other or Pillow's own limit."""
     before = Image.MAX_IMAGE_PIXELS
     data = encode(pixels(30, 40), "PNG")
     stop = threading.Event()
 
-    def refuse() -> None:
+    def read_with_low_limit() -> None:
         while not stop.is_set():
             with pytest.raises(ImageError):
                 read_image(data, max_megapixels=1e-6)
 
     with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(refuse) for _ in range(2)]
+        futures = [pool.submit(read_with_low_limit) for _ in range(2)]
         try:
             for _ in range(100):
                 read_image(data, max_megapixels=400)
@@ -310,7 +310,7 @@ def test_a_raised_limit_is_ours_alone():
         (RecursionError("too deep\n  here"), "is damaged (too deep here)"),
     ],
 )
-def test_whatever_is_raised_becomes_a_reason(tmp_path, monkeypatch, error, why):
+def test_any_exception_becomes_a_reason(tmp_path, monkeypatch, error, why):
     path = tmp_path / "a.png"
     path.write_bytes(encode(pixels(), "PNG"))
 
@@ -326,7 +326,7 @@ def test_whatever_is_raised_becomes_a_reason(tmp_path, monkeypatch, error, why):
     assert why in str(caught.value)
 
 
-def test_a_failed_write_leaves_nothing_and_spares_the_old(tmp_path, monkeypatch):
+def test_failed_write_preserves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
@@ -334,7 +334,7 @@ def test_a_failed_write_leaves_nothing_and_spares_the_old(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(ImageError, match="could not be written: no space is left on the disk"):
+    with pytest.raises(ImageError, match="no space left"):
         write_image(path, DecodedImage(pixels()))
     assert os.listdir(tmp_path) == ["a.png"]
     assert path.read_bytes() == b"old"
@@ -348,7 +348,7 @@ def test_a_failed_write_leaves_nothing_and_spares_the_old(tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["a.png"]
 
 
-def test_a_name_as_long_as_names_go_is_written(tmp_path):
+def test_file_name_of_maximum_length_is_written(tmp_path):
     path = tmp_path / ("n" * 251 + ".png")
     write_image(path, DecodedImage(pixels()))
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
@@ -360,13 +360,13 @@ def _umask() -> int:
     return mask
 
 
-def test_what_cannot_be_held_is_refused(tmp_path):
+def test_images_that_a_format_cannot_store_fail(tmp_path):
     for name, sides, alpha, why in (
         ("a.gif", (9, 9), False, "'.gif'"),
         ("a", (9, 9), False, "cannot be written"),
         ("a.JPG", (9, 9), True, "transparency"),
-        ("a.jpg", (65501, 9), False, "more than JPEG can"),
-        ("a.webp", (9, 16384), False, "more than WEBP can"),
+        ("a.jpg", (65501, 9), False, "9x65501.*JPEG"),
+        ("a.webp", (9, 16384), False, "16384x9.*WEBP"),
     ):
         with pytest.raises(ImageError, match=why):
             require_writable(tmp_path / name, height=sides[0], width=sides[1], alpha=alpha)
@@ -376,19 +376,19 @@ def test_what_cannot_be_held_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_exif_too_long_for_jpeg_is_left_out(tmp_path):
+def test_exif_too_long_for_jpeg_is_dropped(tmp_path):
     image = DecodedImage(pixels(), exif=b"Exif\0\0" + bytes(70_000))
     write_image(tmp_path / "a.jpg", image)
     assert read_image(tmp_path / "a.jpg").exif is None
 
 
-def test_printable_paths():
+def test_printable_escapes_control_characters_and_invalid_bytes():
     assert printable(Path(os.fsdecode(b"\xff/a\nb\x1b[31m 'q'.png"))) == "\\xff/a\\nb\\x1b[31m 'q'.png"
     assert printable("かな 😀") == "かな 😀"
 
 
-def test_reading_says_nothing(made):
-    """No warning of Pillow's reaches the terminal, where a progress bar is."""
+def test_reading_prints_nothing(made):
+    """Pillow's warnings do not reach the terminal, which may show a progress bar."""
     code = (
         "import sys; from pathlib import Path; from sr3_jax.image_io.image_file import read_image\n"
         "for path in map(Path, sys.argv[1:]):\n"

@@ -1,4 +1,4 @@
-"""The objective at networks whose loss is known, its weights by formula, and what each example sees."""
+"""The loss of networks with a known loss, its weightings, and the inputs of the network."""
 
 import functools
 
@@ -12,7 +12,7 @@ from sr3_jax.diffusion.process import PREDICTIONS, diffuse, target, to_eps
 from sr3_jax.diffusion.schedule import from_gamma, linear
 from sr3_jax.diffusion.space import image, residual
 
-# Far enough from 0 and 1 that float32 conversions between the prediction are exact to 1e-5.
+# Far enough from 0 and 1 for conversions between predictions in float32 to be exact to 1e-5.
 MILD = from_gamma(np.array([1.0, 0.95, 0.7, 0.4, 0.1, 0.05]))
 SHAPE = (6, 32, 32, 3)
 
@@ -26,7 +26,7 @@ def along(gamma: jax.Array) -> jax.Array:
 
 
 def recorded(network, seen: dict):
-    """The network, leaving what it was given in `seen` (run without jit)."""
+    """The network, recording its inputs in `seen` (without jit)."""
 
     def call(y_t, gamma, cond):
         seen.update(y_t=y_t, gamma=gamma, cond=cond)
@@ -42,7 +42,7 @@ def zero(y_t, gamma, cond):
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("space", [image(), residual(4.0)], ids=["image", "residual"])
-def test_a_perfect_network_has_no_loss(prediction, norm, space):
+def test_perfect_network_has_zero_loss(prediction, norm, space):
     y0, cond = photographs(), {"upsampled": photographs(1)}
 
     def perfect(y_t, gamma, cond):
@@ -57,18 +57,18 @@ def test_a_perfect_network_has_no_loss(prediction, norm, space):
 
 
 @pytest.mark.parametrize("norm, expected", [("l2", 1.0), ("l1", (2 / np.pi) ** 0.5)])
-def test_a_zero_network_predicting_noise_has_the_noises_own_size(norm, expected):
+def test_loss_of_zero_eps_prediction_is_the_noise_moment(norm, expected):
     loss = denoising_loss(zero, jax.random.key(3), photographs(), {}, schedule=linear(), norm=norm)
     np.testing.assert_allclose(loss, np.full(6, expected), atol=5 * (2 / 3072) ** 0.5)
 
 
-def test_a_zero_network_predicting_the_image_has_the_images_size():
+def test_loss_of_zero_y0_prediction_is_the_image_power():
     y0 = photographs()
     loss = denoising_loss(zero, jax.random.key(3), y0, {}, schedule=linear(), prediction="y0", norm="l2")
     np.testing.assert_allclose(loss, np.mean(np.square(y0), axis=(1, 2, 3)), rtol=1e-5)
 
 
-def test_a_zero_network_predicting_velocity_mixes_both_by_its_own_gamma():
+def test_loss_of_zero_v_prediction_mixes_both_by_gamma():
     seen: dict = {}
     y0 = jnp.full(SHAPE, 0.6)
     loss = denoising_loss(
@@ -80,7 +80,7 @@ def test_a_zero_network_predicting_velocity_mixes_both_by_its_own_gamma():
 
 
 @pytest.mark.parametrize("norm, power", [("l1", 1), ("l2", 2)])
-def test_a_constant_error_counts_by_its_norm(norm, power):
+def test_constant_error_is_raised_to_the_power_of_the_norm(norm, power):
     loss = denoising_loss(
         lambda y_t, gamma, cond: photographs() - 0.3,
         jax.random.key(0),
@@ -93,7 +93,7 @@ def test_a_constant_error_counts_by_its_norm(norm, power):
     np.testing.assert_allclose(loss, np.full(6, 0.3**power), rtol=1e-4)
 
 
-def test_the_loss_of_an_example_is_its_own():
+def test_losses_of_examples_are_independent():
     def loss(y0):
         return denoising_loss(
             lambda y_t, gamma, cond: 0.5 * y_t, jax.random.key(1), y0, {}, schedule=MILD, prediction="y0"
@@ -105,7 +105,7 @@ def test_the_loss_of_an_example_is_its_own():
 
 
 @pytest.mark.parametrize("space", [image(), residual(4.0)], ids=["image", "residual"])
-def test_the_network_sees_its_own_gamma_the_diffused_variable_and_the_condition(space):
+def test_network_gets_gamma_diffused_variable_and_condition(space):
     seen: dict = {}
     y0, cond = photographs(), {"upsampled": photographs(1), "label": jnp.arange(6)}
     denoising_loss(recorded(zero, seen), jax.random.key(4), y0, cond, schedule=MILD, space=space)
@@ -113,24 +113,26 @@ def test_the_network_sees_its_own_gamma_the_diffused_variable_and_the_condition(
     gamma = np.asarray(seen["gamma"])
     assert gamma.shape == (6,) and len(np.unique(gamma)) == 6
     assert gamma.min() >= MILD.gamma[-1] and gamma.max() <= 1
-    np.testing.assert_array_equal(  # one in each of six slices, here unequal ones of the five steps
+    np.testing.assert_array_equal(  # stratified: one in each of six equal parts of the five steps
         np.sort(np.floor(np.interp(gamma, MILD.gamma[::-1], np.arange(6.0)[::-1]) * 6 / 5)), np.arange(6)
     )
-    # y_t less its signal is noise of variance 1 - gamma, whatever the space.
+    # y_t minus its signal is noise of variance 1 - gamma, in either space.
     z0 = space.encode(y0, cond)
     noise = np.asarray(seen["y_t"] - jnp.sqrt(along(seen["gamma"])) * z0)
     np.testing.assert_allclose(noise.mean(axis=(1, 2, 3)), np.zeros(6), atol=5 / 3072**0.5)
     np.testing.assert_allclose(noise.var(axis=(1, 2, 3)), 1 - gamma, rtol=5 * (2 / 3072) ** 0.5)
-    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1  # and each example's is its own
+    assert (
+        abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1
+    )  # and independent between examples
 
 
-def test_the_key_alone_decides_the_draw():
+def test_loss_is_determined_by_the_key():
     loss = functools.partial(denoising_loss, zero, y0=photographs(), cond={}, schedule=linear())
     np.testing.assert_array_equal(loss(jax.random.key(5)), loss(jax.random.key(5)))
     assert not np.any(loss(jax.random.key(5)) == loss(jax.random.key(6)))
 
 
-def test_min_snr_weights_are_the_papers_formulas():
+def test_min_snr_weights_match_the_paper():
     gamma = np.array([1e-4, 0.2, 0.5, 5 / 6, 0.9, 0.9999], np.float32)
     snr = gamma.astype(np.float64) / (1 - gamma.astype(np.float64))
     clamped = np.minimum(snr, 5.0)
@@ -145,8 +147,8 @@ def test_min_snr_weights_are_finite_at_both_ends(prediction):
     assert np.all(np.isfinite(weights)) and np.all(weights >= 0)
 
 
-def test_min_snr_weighs_one_estimate_alike_whatever_the_kind():
-    """The same wrong estimate of y0, told as eps, v or y0, costs the same under the squared error."""
+def test_min_snr_loss_is_equal_for_all_predictions():
+    """The same estimate of y0, expressed as eps, v or y0, has the same weighted squared error."""
     y0 = photographs()
 
     def network(prediction, y_t, gamma, cond):
@@ -170,7 +172,7 @@ def test_min_snr_weighs_one_estimate_alike_whatever_the_kind():
     np.testing.assert_allclose(losses["v"], losses["y0"], rtol=1e-4)
 
 
-def test_a_weighting_multiplies_each_example_by_its_own_gammas_weight():
+def test_weighting_multiplies_each_example_by_the_weight_of_its_gamma():
     seen: dict = {}
     arguments = dict(schedule=MILD, prediction="v", norm="l1")
     y0 = photographs()
@@ -184,8 +186,8 @@ def test_a_weighting_multiplies_each_example_by_its_own_gammas_weight():
     np.testing.assert_allclose(weighted, plain * 10.0 * seen["gamma"], rtol=1e-6)
 
 
-def test_the_gradient_descends_to_the_posterior_mean():
-    """For y0 ~ N(m, s^2) the best affine network is the closed form; the mean loss has no slope there."""
+def test_loss_is_minimal_at_the_posterior_mean():
+    """For y0 ~ N(m, s^2) the optimal affine network is known, and the gradient of the mean loss is zero there."""
     mean, std = 0.3, 0.2
     schedule = from_gamma(np.array([1.0, 0.5]))
     y0 = mean + std * jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
@@ -207,17 +209,17 @@ def test_the_gradient_descends_to_the_posterior_mean():
     assert off[0] > 0.1 and off[1] > 0.01
 
 
-def test_an_unknown_norm_or_kind_is_named():
+def test_unknown_norm_or_prediction_fails():
     for wrong, message in [
-        ({"norm": "huber"}, "'l1' or 'l2', got 'huber'"),
+        ({"norm": "huber"}, "got 'huber'"),
         ({"prediction": "score"}, "got 'score'"),
     ]:
         with pytest.raises(ValueError, match=message):
             denoising_loss(zero, jax.random.key(0), photographs(), {}, schedule=MILD, **wrong)
 
 
-def test_recorded_y_t_is_the_diffused_image():
-    """With known noise the whole of Eq. 6 can be written out: y_t, the target and the error."""
+def test_loss_matches_equation_6_written_out():
+    """With the noise known, y_t, target and error of Eq. 6 can be computed directly."""
     seen: dict = {}
     y0 = photographs()
     loss = denoising_loss(recorded(zero, seen), jax.random.key(9), y0, {}, schedule=MILD, norm="l1")
@@ -226,7 +228,7 @@ def test_recorded_y_t_is_the_diffused_image():
     np.testing.assert_allclose(loss, np.mean(np.abs(eps), axis=(1, 2, 3)), rtol=1e-4)
 
 
-def test_a_prediction_of_another_shape_is_refused():
+def test_prediction_of_another_shape_fails():
     y0 = jnp.zeros((2, 4, 4, 3))
-    with pytest.raises(ValueError, match=r"must predict \(2, 4, 4, 3\), got \(2, 4, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 4, 3\), got \(2, 4, 4, 1\)"):
         denoising_loss(lambda y, gamma, cond: y[..., :1], jax.random.key(0), y0, {}, schedule=linear())

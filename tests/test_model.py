@@ -1,4 +1,4 @@
-"""Models: any size of image, one draw by its key, tiles, and every way to load one or to be told why not."""
+"""Models: images of any size, keys, labels, tiles, and loading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _quick():
 
 
 def config(**sections) -> dict:
-    return json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))  # as a file carries it
+    return json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))  # as stored in a file
 
 
 def params_of(config: dict, *, size: float = 0.1):
@@ -54,7 +54,7 @@ def model() -> models.Model:
 
 @pytest.fixture(scope="module")
 def bicubic() -> models.Model:
-    """A network that says zero, in residual space, predicting y0: its image is the bicubic one."""
+    """A network that predicts y0 = 0 in residual space, so that its output is the bicubic image."""
     return make(size=0.0, diffusion={"prediction": "y0"})
 
 
@@ -70,7 +70,7 @@ def keys(*seeds: int) -> jax.Array:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 30), (37, 91)])
-def test_any_size_is_upscaled_and_a_network_without_opinion_gives_the_bicubic(bicubic, height, width):
+def test_any_size_is_upscaled_and_a_zero_network_gives_bicubic(bicubic, height, width):
     images = random_images(2, height, width)
     output = bicubic.upscale(images, jax.random.key(0))
     assert output.shape == (2, 4 * height, 4 * width, 3) and output.dtype == np.uint8
@@ -83,14 +83,14 @@ def test_any_size_is_upscaled_and_a_network_without_opinion_gives_the_bicubic(bi
             assert np.abs(out[..., channel] - wanted).max() < 0.51
 
 
-def test_a_image_is_padded_by_its_edge_and_cropped_again(model):
+def test_images_are_edge_padded_and_cropped(model):
     images = random_images(1, 7, 9)
     padded = np.pad(images, ((0, 0), (0, 1), (0, 7), (0, 0)), mode="edge")
     whole = model.upscale(padded, jax.random.key(1))
     np.testing.assert_array_equal(model.upscale(images, jax.random.key(1)), whole[:, :28, :36])
 
 
-def test_one_key_one_image(model):
+def test_output_is_determined_by_the_key(model):
     images = random_images(2, 8, 8)
     output = model.upscale(images, jax.random.key(1))
     np.testing.assert_array_equal(output, model.upscale(images, jax.random.key(1)))
@@ -98,18 +98,18 @@ def test_one_key_one_image(model):
     assert np.mean(output != other) > 0.5
 
 
-def test_with_a_key_each_an_output_does_not_depend_on_its_batch(model):
+def test_per_image_keys_make_outputs_independent_of_the_batch(model):
     images = random_images(3, 8, 8)
     together = model.upscale(images, keys(5, 6, 7))
     order = np.array([2, 0, 1])
     np.testing.assert_array_equal(model.upscale(images[order], keys(7, 5, 6)), together[order])
-    alone = model.upscale(images[1:2], keys(6))
-    difference = np.abs(alone[0].astype(int) - together[1])  # other sizes of batch may round another way
+    single = model.upscale(images[1:2], keys(6))
+    difference = np.abs(single[0].astype(int) - together[1])  # other batch sizes may round differently
     assert difference.max() <= 1 and difference.mean() < 0.01
     assert np.mean(model.upscale(images[:1], keys(8)) != together[0]) > 0.5
 
 
-def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, monkeypatch):
+def test_batch_is_split_over_devices(model, monkeypatch):
     seen = []
     real = program.generate_jit
 
@@ -129,23 +129,23 @@ def test_a_batch_is_shared_by_the_devices_and_none_computes_the_whole(model, mon
     rows = re.findall(r"\w+\[(\d+),\d+,\d+,\d+\]\S* convolution\(", text)
     assert len(rows) > 5 and set(rows) == {"2"}
     assert not re.search(r"\w+\[16,\d+,\d+,\d+\]", text)
-    for row in (0, 9):  # and each is what it is in a batch of another size
-        alone = model.upscale(images[row : row + 1], keys(row))
-        assert np.abs(alone[0].astype(int) - output[row]).max() <= 1
+    for row in (0, 9):  # equal in a batch of another size
+        single = model.upscale(images[row : row + 1], keys(row))
+        assert np.abs(single[0].astype(int) - output[row]).max() <= 1
 
 
 @pytest.mark.parametrize(("batch", "devices"), [(1, 1), (2, 2), (6, 6), (7, 7), (9, 3), (16, 8)])
-def test_as_many_devices_as_share_a_batch_equally(batch, devices):
+def test_device_count_divides_the_batch(batch, devices):
     assert sharding.mesh_for_batch(batch).size == devices
 
 
-def test_the_image_tells_the_output_what_to_show(model):
+def test_output_depends_on_the_image(model):
     dark, light = (np.full((1, 8, 8, 3), level, np.uint8) for level in (40, 200))
     for image in (dark, light):
         assert abs(model.upscale(image, jax.random.key(0)).mean() - image.mean()) < 40
 
 
-def test_steps_and_solver_are_the_models_own_unless_given(model):
+def test_default_steps_and_solver_are_the_models(model):
     images = random_images(1, 8, 8)
 
     def run(**options):
@@ -182,12 +182,12 @@ def test_arrays_that_are_not_uint8_rgb_fail(model, images):
     ("stride", "scale"),
     [({"patch": 4, "multipliers": (1, 1, 1), "num_blocks": (1, 1, 1)}, 3), ({"patch": 1}, 6)],
 )
-def test_a_scale_that_the_stride_does_not_divide_is_padded_to_both(stride, scale):
+def test_padding_fits_both_scale_and_stride(stride, scale):
     odd = make(size=0.0, model=stride, data={"crop": 48, "scale": scale})
     assert odd.upscale(random_images(1, 9, 11), jax.random.key(0)).shape == (1, 9 * scale, 11 * scale, 3)
 
 
-def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
+def test_buckets_are_few_close_and_multiples_of_the_unit():
     for unit in (1, 2, 5, 16):
         sides = {side: program.bucket(side, unit) for side in range(1, 3000)}
         for side, bucket in sides.items():
@@ -196,8 +196,8 @@ def test_buckets_are_few_near_and_multiples_of_what_the_network_needs():
         assert len(set(sides.values())) < 80
 
 
-def test_a_image_of_the_training_s_size_is_not_padded(model, monkeypatch):
-    """A network of whole small images knows where they end."""
+def test_image_of_the_training_size_is_not_padded(model, monkeypatch):
+    """A network trained on whole small images depends on where they end."""
     assert program.bucket(7, 1, exact=10) == 7 and program.bucket(7, 2, exact=10) == 8
     assert program.bucket(11, 1, exact=10) == 16
     generate_jit = []
@@ -213,22 +213,25 @@ def test_a_image_of_the_training_s_size_is_not_padded(model, monkeypatch):
     assert generate_jit[0][1:3] == (crop, crop)
 
 
-def test_labels_are_asked_for_checked_and_used():
-    labelled = make(model={"num_classes": 10}, data={"label_dropout": 0.0})
+def test_labels_are_required_checked_and_used():
+    labeled = make(model={"num_classes": 10}, data={"label_dropout": 0.0})
     images = np.concatenate([random_images(1, 8, 8)] * 2)
     with pytest.raises(UserError, match=r"tiny.*label.*0 to 9"):
-        labelled.upscale(images, keys(3, 3))
+        labeled.upscale(images, keys(3, 3))
     with pytest.raises(UserError, match=r"tiny.*0 to 9, got 10"):
-        labelled.upscale(images, keys(3, 3), labels=np.array([0, 10]))
+        labeled.upscale(images, keys(3, 3), labels=np.array([0, 10]))
     with pytest.raises(ValueError, match=r"labels must be 2 .* \(3,\)"):
-        labelled.upscale(images, keys(3, 3), labels=np.array([0, 1, 2]))
+        labeled.upscale(images, keys(3, 3), labels=np.array([0, 1, 2]))
     with pytest.raises(UserError, match=r"tiny.*without labels"):
         make().upscale(images, keys(3, 3), labels=np.array([0, 1]))
-    first, other = labelled.upscale(images, keys(3, 3), labels=np.array([2, 5]))
+    first, other = labeled.upscale(images, keys(3, 3), labels=np.array([2, 5]))
     assert (first != other).any()
     free = make(model={"num_classes": 10}, data={"label_dropout": 0.5})
-    none, told = free.upscale(images, keys(3, 3)), free.upscale(images, keys(3, 3), labels=np.array([2, 5]))
-    assert (none[0] == none[1]).all() and (none != told).any()
+    none, with_label = (
+        free.upscale(images, keys(3, 3)),
+        free.upscale(images, keys(3, 3), labels=np.array([2, 5])),
+    )
+    assert (none[0] == none[1]).all() and (none != with_label).any()
 
 
 BASE = {
@@ -239,13 +242,13 @@ BASE = {
 }
 
 
-def test_a_base_stage_draws_images_of_noise_each_by_its_key_and_label():
+def test_base_stage_generates_images_from_keys_and_labels():
     base = make(size=0.3, **BASE)
     together = base.generate(3, keys(4, 5, 4), labels=np.array([0, 0, 1]))
     assert together.shape == (3, 8, 8, 3) and together.dtype == np.uint8
     assert (together[0] != together[1]).any() and (together[0] != together[2]).any()
-    alone = base.generate(1, keys(5), labels=np.array([0]))
-    assert np.abs(alone[0].astype(int) - together[1]).max() <= 1
+    single = base.generate(1, keys(5), labels=np.array([0]))
+    assert np.abs(single[0].astype(int) - together[1]).max() <= 1
     assert base.generate(2, jax.random.key(0), size=12).shape == (2, 12, 12, 3)
     with pytest.raises(UserError, match=r"size must be a multiple of 2 for model tiny, got 9"):
         base.generate(1, keys(0), size=9)
@@ -256,8 +259,8 @@ def test_a_base_stage_draws_images_of_noise_each_by_its_key_and_label():
     assert base.stage == build.Stage("base", 8, None) and make().stage == build.Stage("", 0, 4)
 
 
-def test_guidance_goes_on_from_no_label_through_the_label():
-    """At 0 it is the image of no label, at 1 that of the label, from 1 on another, by twice the network's batch."""
+def test_guidance_extrapolates_from_no_label():
+    """0 ignores the label, 1 uses it, and above 1 the output changes; the network gets twice the batch."""
     base = make(size=0.3, **BASE)
     labels = np.array([1, 2])
 
@@ -265,9 +268,9 @@ def test_guidance_goes_on_from_no_label_through_the_label():
         return base.generate(2, keys(7, 8), labels=labels, sampling=replace(base.sampling, guidance=guidance))
 
     np.testing.assert_array_equal(generate_jit(0.0), base.generate(2, keys(7, 8)))
-    labelled = base.generate(2, keys(7, 8), labels=labels)
-    np.testing.assert_array_equal(generate_jit(1.0), labelled)
-    assert (generate_jit(3.0) != labelled).any()
+    labeled = base.generate(2, keys(7, 8), labels=labels)
+    np.testing.assert_array_equal(generate_jit(1.0), labeled)
+    assert (generate_jit(3.0) != labeled).any()
     before = program.generate_jit._cache_size()
     generate_jit(2.0)
     assert program.generate_jit._cache_size() == before
@@ -275,7 +278,7 @@ def test_guidance_goes_on_from_no_label_through_the_label():
         make().upscale(random_images(1, 8, 8), keys(0), sampling=Sampling("ddim", 2, guidance=2.0))
 
 
-def test_augmentation_when_sampling_is_of_the_asked_strength_and_told():
+def test_sampling_augments_with_the_given_strength():
     augmented = make(
         model={"augment": True}, data={"augment": "blur", "augment_largest": 2.0, "augment_share": 0.5}
     )
@@ -290,7 +293,7 @@ def test_augmentation_when_sampling_is_of_the_asked_strength_and_told():
         make().upscale(images, keys(0, 1), sampling=Sampling("ddim", 2, augment=0.5))
 
 
-def test_a_model_whose_numbers_are_not_finite_says_so():
+def test_non_finite_output_fails():
     values = config()
     params = params_of(values)
     params["output"]["bias"][0] = np.nan
@@ -308,7 +311,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(program, "OVERLAP", 24)
 
 
-def test_a_large_image_goes_through_tiles_of_the_networks_size(small_tiles, monkeypatch):
+def test_large_images_are_processed_in_tiles(small_tiles, monkeypatch):
     seen = []
     tiled = program.tiled
 
@@ -327,8 +330,8 @@ def test_a_large_image_goes_through_tiles_of_the_networks_size(small_tiles, monk
     assert set(seen) == {(1, 64, 64, 3)}
 
 
-def test_a_large_image_is_nearly_the_same_in_tiles_as_in_one_piece(monkeypatch):
-    """Tiles cut next to each other, rather than blended, would differ by 30 levels at their edges."""
+def test_tiled_output_is_close_to_untiled(monkeypatch):
+    """Without blending, tiles would differ by 30 levels at their edges."""
     smooth = PillowImage.fromarray(random_images(4, 4)).resize((40, 40), PillowImage.Resampling.BICUBIC)
     outputs = []
     for tile, overlap in ((1024, 64), (64, 24)):
@@ -347,7 +350,7 @@ def test_a_large_image_is_nearly_the_same_in_tiles_as_in_one_piece(monkeypatch):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
-    """As a run leaves it: config, and a checkpoint whose average is not its weights."""
+    """A workdir with a config and a checkpoint whose moving average differs from its weights."""
     folder, values = tmp_path_factory.mktemp("run"), config()
     checkpoints.write_config(folder, values)
     read = experiment.read(values)
@@ -361,7 +364,7 @@ def workdir(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_workdir_and_its_export_give_the_same_bytes(workdir, model, tmp_path, capsys):
+def test_workdir_and_export_give_the_same_bytes(workdir, model, tmp_path, capsys):
     exported = tmp_path / "model.safetensors"
     assert cli.main(["export", str(workdir), "-o", str(exported)]) == 0
     assert f"written to {exported}" in capsys.readouterr().out
@@ -374,12 +377,12 @@ def test_a_workdir_and_its_export_give_the_same_bytes(workdir, model, tmp_path, 
     np.testing.assert_array_equal(outputs[0], outputs[1])
     np.testing.assert_array_equal(
         outputs[0], model.upscale(images, jax.random.key(9))
-    )  # its average, not its weights
+    )  # the moving average, not the weights
     assert models.load(workdir).name == f"{workdir} at step 7"
     assert models.load(exported).name == "model.safetensors"
 
 
-def test_a_bfloat16_export_is_near(workdir, model, tmp_path):
+def test_bfloat16_export_is_close(workdir, model, tmp_path):
     exported = tmp_path / "model.safetensors"
     assert cli.main(["export", str(workdir), "-o", str(exported), "--dtype", "bfloat16"]) == 0
     loaded = models.load(exported)
@@ -391,40 +394,38 @@ def test_a_bfloat16_export_is_near(workdir, model, tmp_path):
     assert 0 < np.abs(difference).mean() < 1
 
 
-def test_an_export_is_a_safetensors_file_by_name(workdir, tmp_path, capsys):
+def test_export_needs_the_safetensors_suffix(workdir, tmp_path, capsys):
     assert cli.main(["export", str(workdir), "-o", str(tmp_path / "model.ckpt")]) == 2
     assert "model.ckpt must end in .safetensors" in capsys.readouterr().err
 
 
-def test_a_shipped_model_is_loaded_by_its_name(model, tmp_path, monkeypatch):
+def test_shipped_model_is_loaded_by_name(model, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHIPPED", tmp_path)
     weights.export(tmp_path / "tiny_4x.safetensors", model.params, config())
     assert models.load("tiny_4x").name == "tiny_4x"
     with pytest.raises(UserError) as error:
         models.load("tiny_8x")
-    assert str(error.value) == (
-        "no model 'tiny_8x': give a workdir, a .safetensors file, or a shipped name (tiny_4x)"
-    )
+    assert "'tiny_8x'" in str(error.value) and "(tiny_4x)" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["no/such/model", "x" * 5000, "nul\0"])
-def test_names_that_are_no_model_are_refused(name):
-    assert refusal(name).startswith("no model ")
+def test_unknown_model_names_fail(name):
+    assert "no model " in load_error(name)
 
 
-def refusal(path) -> str:
+def load_error(path) -> str:
     with pytest.raises(UserError) as error:
         models.load(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_folders_that_are_no_workdir_are_refused(tmp_path):
-    assert f"{tmp_path} has no config.json" in refusal(tmp_path)
+def test_folders_that_are_not_workdirs_fail(tmp_path):
+    assert f"{tmp_path} has no config.json" in load_error(tmp_path)
     checkpoints.write_config(tmp_path, config())
-    assert f"{tmp_path} has no checkpoint yet" in refusal(tmp_path)
+    assert f"{tmp_path} has no checkpoint" in load_error(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is damaged" in refusal(tmp_path)
+    assert "config.json is damaged" in load_error(tmp_path)
 
 
 def broken(change) -> dict:
@@ -447,9 +448,9 @@ def broken(change) -> dict:
         broken(lambda c: c["diffusion"].update(num_steps=-1)),
     ],
 )
-def test_a_config_of_another_version_is_named(values, tmp_path):
+def test_config_of_another_version_fails(values, tmp_path):
     weights.export(tmp_path / "model.safetensors", params_of(config()), values)
-    assert str(tmp_path / "model.safetensors") in refusal(tmp_path / "model.safetensors")
+    assert str(tmp_path / "model.safetensors") in load_error(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -460,9 +461,9 @@ def test_a_config_of_another_version_is_named(values, tmp_path):
         (lambda p: p.update(more=np.ones(3, np.float32)), "more"),
     ],
 )
-def test_weights_of_another_network_are_named(change, where, tmp_path):
+def test_weights_of_another_network_fail(change, where, tmp_path):
     params = params_of(config())
     change(params)
     weights.export(tmp_path / "model.safetensors", params, config())
-    text = refusal(tmp_path / "model.safetensors")
+    text = load_error(tmp_path / "model.safetensors")
     assert "model.safetensors" in text and re.search(rf"\b{re.escape(where)}\b", text)

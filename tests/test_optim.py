@@ -1,4 +1,4 @@
-"""The learning rate step by step, and Adam and clipping against their formulas in float64."""
+"""The learning rate at each step, and Adam and clipping against their formulas in float64."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ def rates(schedule: optax.Schedule, steps) -> np.ndarray:
     return np.array([float(schedule(step)) for step in steps])
 
 
-def test_warm_up_rises_evenly_from_the_first_step_to_the_full_rate_and_stays():
+def test_warmup_is_linear_and_then_constant():
     schedule = lr_schedule(0.1, warmup_steps=4)
     np.testing.assert_allclose(rates(schedule, [0, 1, 2, 3, 4, 5, 10**6]), [0.025, 0.05, 0.075] + [0.1] * 4)
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
-def test_without_warm_up_the_rate_is_full_from_the_first_step(warmup):
+def test_no_warmup_starts_at_the_full_rate(warmup):
     np.testing.assert_allclose(rates(lr_schedule(0.1, warmup_steps=warmup), [0, 1, 5]), 0.1)
 
 
-def test_cosine_falls_to_zero_at_the_last_step():
+def test_cosine_decays_to_zero_at_the_last_step():
     schedule = lr_schedule(0.1, warmup_steps=2, decay="cosine", num_steps=10)
     half = 0.05 * (1 + np.cos(np.pi * np.arange(9) / 8))
     np.testing.assert_allclose(rates(schedule, range(1, 11)), [0.1, *half], atol=1e-8)
     np.testing.assert_allclose(rates(schedule, [11, 100]), 0, atol=1e-8)
 
 
-def test_an_unknown_decay_is_refused():
+def test_unknown_decay_fails():
     with pytest.raises(ValueError, match="'constant' or 'cosine', got 'linear'"):
         lr_schedule(0.1, warmup_steps=0, decay="linear")
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_adam_after_clipping_the_global_norm(clip_norm):
+def test_adam_with_clipping_matches_its_formula(clip_norm):
     optimizer = adam(lr_schedule(0.01, warmup_steps=2), b1=0.8, b2=0.9, clip_norm=clip_norm)
     generator = np.random.default_rng(0)
     params = {"a": generator.standard_normal((2, 3)).astype(np.float32), "b": np.ones(2, np.float32)}

@@ -13,7 +13,8 @@ import pytest
 
 from sr3_jax import metrics
 from sr3_jax.cli.main import main
-from sr3_jax.config import build, experiment
+from sr3_jax.config import build
+from sr3_jax.config.load import complete
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source
 from sr3_jax.evaluation import crop_evaluator, metric_suite
@@ -39,8 +40,8 @@ def _quick():
 
 
 def exported(path: Path, **sections) -> models.Model:
-    values = json.loads(json.dumps(experiment.read(tiny.config(**sections)).config))
-    network = experiment.build_network(values["model"])
+    values = complete(tiny.config(**sections))
+    network = build.build_network(values["model"])
     shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     weights.export(path, tiny.perturbed(zeros), values)

@@ -1,4 +1,4 @@
-"""Signals as a value to poll: the first sets it, the second acts, and all is as before afterwards."""
+"""Stop signals: the first one sets a value, the second one acts, and handlers are restored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_first_signal_sets_the_exit_code(number, code):
+def test_first_signal_sets_the_exit_code(number, code):
     before = signal.getsignal(number)
     with stop_signals() as stopped:
         assert stopped() == 0
@@ -20,15 +20,15 @@ def test_the_first_signal_sets_the_exit_code(number, code):
     assert signal.getsignal(number) is before
 
 
-def test_the_second_acts_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+def test_second_signal_acts_immediately():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
     with pytest.raises(KeyboardInterrupt), stop_signals():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
 
 
-def test_outside_the_main_thread_it_does_nothing():
+def test_no_effect_outside_the_main_thread():
     seen = []
 
     def work():
@@ -41,9 +41,9 @@ def test_outside_the_main_thread_it_does_nothing():
     assert seen == [0]
 
 
-def test_leaving_says_how_to_go_on(capsys):
+def test_exit_if_stopped_exits_with_the_code_and_a_message(capsys):
     exit_if_stopped(0)
     with pytest.raises(SystemExit) as stop:
         exit_if_stopped(143)
     assert stop.value.code == 143
-    assert capsys.readouterr().err == "Stopped. Run the same command again to go on from there.\n"
+    assert "Run the same command again" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Both spaces by law: encode and decode inverse, clip a projection onto the images in [-1,1]."""
+"""Both spaces: encode and decode are inverse, clip projects onto images in [-1,1]."""
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +21,20 @@ def condition() -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_decode_inverts_encode_and_back(name):
+def test_encode_and_decode_are_inverse(name):
     space, cond = SPACES[name], condition()
     y, z = values(0, 1.0), values(1, 3.0)
     np.testing.assert_allclose(space.decode(space.encode(y, cond), cond), y, atol=1e-6)
     np.testing.assert_allclose(space.encode(space.decode(z, cond), cond), z, atol=1e-5)
 
 
-def test_the_image_space_is_the_image():
+def test_image_space_is_the_identity():
     y = values(0, 1.0)
     np.testing.assert_array_equal(image().encode(y, {}), y)
 
 
-def test_the_residual_is_scaled_and_signed():
-    """z = scale * (image - upsampled): nothing to add where the upsampled image is right."""
+def test_residual_is_scaled_and_signed():
+    """z = scale * (image - upsampled), so it is 0 where the upsampled image is right."""
     cond = condition()
     np.testing.assert_array_equal(residual(8.0).encode(cond["upsampled"], cond), np.zeros(SHAPE))
     np.testing.assert_allclose(
@@ -43,7 +43,7 @@ def test_the_residual_is_scaled_and_signed():
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_clip_is_the_nearest_point_whose_image_is_in_range(name):
+def test_clip_is_the_nearest_point_with_an_image_in_range(name):
     space, cond = SPACES[name], condition()
     z = values(1, 30.0)
     clipped = space.clip(z, cond)
@@ -64,6 +64,6 @@ def test_clip_is_a_projection(name):
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.0, float("nan")])
-def test_a_scale_that_cannot_be_undone_is_refused(scale):
-    with pytest.raises(ValueError, match="residual scale must be above 0, got"):
+def test_invalid_residual_scale_fails(scale):
+    with pytest.raises(ValueError, match="scale must be above 0, got"):
         residual(scale)

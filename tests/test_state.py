@@ -1,4 +1,4 @@
-"""The state of training: how it starts, where its arrays lie on the mesh, and the moving average's law."""
+"""The training state: creation, sharding, and the moving average."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ def flat(tree) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize(("data", "fsdp"), MESHES)
-def test_each_large_array_is_made_in_its_parts_and_the_values_are_those_of_any_mesh(
-    data, fsdp, small_arrays_are_split
-):
+def test_state_is_created_sharded_and_equal_on_any_mesh(data, fsdp, small_arrays_are_split):
     state = create_state(init_params, OPTIMIZER, jax.random.key(7), sharding.make_mesh(data=data, fsdp=fsdp))
     kernels = [leaf for path, leaf in flat(state).items() if "kernel" in path]
-    assert len(kernels) == 4  # weights, their average, Adam's two moments
+    assert len(kernels) == 4  # weights, moving average, Adam's two moments
     for leaf in kernels:
         assert leaf.sharding.spec == (Spec(None, None, "fsdp") if fsdp > 1 else Spec())
         assert {shard.data.shape for shard in leaf.addressable_shards} == {(3, 16, 32 // fsdp)}
@@ -57,7 +55,7 @@ def test_each_large_array_is_made_in_its_parts_and_the_values_are_those_of_any_m
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
-def test_abstract_state_is_the_state_without_an_array(small_arrays_are_split):
+def test_abstract_state_matches_the_state(small_arrays_are_split):
     mesh = sharding.make_mesh(data=2, fsdp=4)
     state = create_state(init_params, OPTIMIZER, jax.random.key(0), mesh)
     abstract = abstract_state(init_params, OPTIMIZER, mesh)
@@ -68,7 +66,7 @@ def test_abstract_state_is_the_state_without_an_array(small_arrays_are_split):
 
 
 @pytest.mark.parametrize("host", [True, False])
-def test_given_weights_start_a_state_of_their_own(host, small_arrays_are_split):
+def test_start_from_copies_the_given_weights(host, small_arrays_are_split):
     given = jax.jit(init_params)(jax.random.key(3))
     given = jax.device_get(given) if host else given
     mesh = sharding.make_mesh(data=2, fsdp=4)
@@ -79,12 +77,12 @@ def test_given_weights_start_a_state_of_their_own(host, small_arrays_are_split):
     assert int(state.step) == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract_state(init_params, OPTIMIZER, mesh))]
     assert [leaf.sharding for leaf in jax.tree.leaves(state)] == shardings
-    # Each array is its own: donating the state must not take the weights, or one of their copies, with it.
+    # The arrays do not share buffers: donating the state must not delete the given weights.
     jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(state)
     assert np.isfinite(given["kernel"]).all()
 
 
-def test_the_moving_average_warms_up_and_then_keeps_its_decay():
+def test_ema_warms_up_to_its_decay():
     generator, decay = np.random.default_rng(0), 0.9
     params = [generator.standard_normal(5).astype(np.float32) for _ in range(200)]
     average = wanted = generator.standard_normal(5).astype(np.float32)
@@ -97,6 +95,6 @@ def test_the_moving_average_warms_up_and_then_keeps_its_decay():
             np.testing.assert_allclose(average, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_the_moving_average_of_equal_weights_is_the_weights_to_the_bit():
+def test_ema_of_constant_weights_is_bit_exact():
     weights = {"w": np.random.default_rng(1).standard_normal(100).astype(np.float32)}
     np.testing.assert_array_equal(update_ema(weights, weights, jnp.int32(5), 0.9999)["w"], weights["w"])

@@ -1,6 +1,6 @@
-"""The training step: what it sees, that it learns, and that it is the same on any mesh and in parts.
+"""The training step: inputs of the network, learning, and equality on any mesh and with accumulation.
 
-Shape legend: B batch, A accumulation. The optimiser has a large eps, so that its updates are smooth in the gradient
+Shape legend: B batch, A accumulation. The optimizer has a large eps, so that its updates are smooth in the gradient
 and rounding stays rounding.
 """
 
@@ -114,10 +114,10 @@ def sharded(objective, params):
         yield run
 
 
-# ---- What the network is given
+# ---- Inputs of the network
 
 
-def test_the_condition_is_made_from_the_crop_as_pillow_would(images):
+def test_condition_matches_pillow(images):
     target, cond = jax.jit(make_pair, static_argnums=1)(
         {"image": images, "label": np.arange(8)}, Task(scale=4)
     )
@@ -132,12 +132,12 @@ def test_the_condition_is_made_from_the_crop_as_pillow_would(images):
         for channel in range(3):
             low_res = np.clip(
                 np.round(resize(images[index, ..., channel], 4)), 0, 255
-            )  # an image file's levels
+            )  # the levels of an image file
             upsampled = 127.5 * (np.asarray(cond["upsampled"][index, ..., channel]) + 1)
             np.testing.assert_allclose(upsampled, resize(low_res, 16), atol=0.02)
 
 
-def test_the_loss_gives_the_network_the_noisy_target_and_the_condition_of_its_own_crop(objective, images):
+def test_network_gets_the_noisy_target_and_its_condition(objective, images):
     seen = {}
 
     class Spy:
@@ -154,21 +154,23 @@ def test_the_loss_gives_the_network_the_noisy_target_and_the_condition_of_its_ow
     target, cond = make_pair(batch, Task(scale=4))
     for name in ("upsampled", "label"):
         np.testing.assert_array_equal(seen["cond"][name], cond[name])
-    # y_t = sqrt(gamma) z0 + sqrt(1 - gamma) eps with unit eps, and the loss is the mean square of v.
+    # y_t = sqrt(gamma) z0 + sqrt(1 - gamma) eps with unit eps, and the loss is the mean of v^2.
     gamma = np.asarray(seen["gamma"])[:, None, None, None]
-    z0 = 4.0 * np.asarray(target - cond["upsampled"])  # the tiny config's residual space
+    z0 = 4.0 * np.asarray(target - cond["upsampled"])  # the residual space of the tiny config
     eps = (seen["y_t"] - np.sqrt(gamma) * z0) / np.sqrt(1 - gamma)
-    noisy = (1 - gamma).ravel() > 0.01  # elsewhere rounding is divided by almost nothing
+    noisy = (1 - gamma).ravel() > 0.01  # otherwise rounding errors are divided by almost 0
     assert abs(eps[noisy].std() - 1) < 0.1 and abs(eps[noisy].mean()) < 0.1
     v = np.sqrt(gamma) * eps - np.sqrt(1 - gamma) * z0
     np.testing.assert_allclose(losses[noisy], (v**2).mean((1, 2, 3))[noisy], rtol=1e-3)
 
     first = np.asarray(seen["mask"])
     batch_losses("weights", batch, jax.random.key(1), objective=spied, train=False)
-    assert seen["train"] is False and np.any(first != seen["mask"])  # dropout's key follows the step's
+    assert seen["train"] is False and np.any(
+        first != seen["mask"]
+    )  # the dropout key changes with the key of the step
 
 
-def test_dropout_is_on_in_the_step(objective, images):
+def test_step_applies_dropout(objective, images):
     seen = []
 
     class Spy:
@@ -182,7 +184,7 @@ def test_dropout_is_on_in_the_step(objective, images):
     assert seen == [True]
 
 
-# ---- What a step does
+# ---- One step
 
 
 def test_overfitting_one_batch_lowers_the_loss(eight_devices, images):
@@ -191,8 +193,8 @@ def test_overfitting_one_batch_lowers_the_loss(eight_devices, images):
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
 
 
-def test_first_step_in_full(eight_devices, gradients, params, images):
-    """Its gradient is that of the mean loss at fold_in(key, step); then the optimiser; then the moving average."""
+def test_one_step_matches_its_formula(eight_devices, gradients, params, images):
+    """The gradient of the mean loss at fold_in(key, step), then the optimizer, then the moving average."""
 
     value, grads = gradients(params, images, jax.random.fold_in(jax.random.key(1), 5))
     updates, opt_state = OPTIMIZER.update(grads, OPTIMIZER.init(params), params)
@@ -219,7 +221,7 @@ def same_bits(tree, wanted) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_a_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images):
+def test_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images):
     state, metrics = eight_devices(images, seed=1, step=3)
     again, metrics_again = eight_devices(images, seed=1, step=3)
     assert same_bits((state, metrics), (again, metrics_again))
@@ -231,7 +233,9 @@ def test_a_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images
 # ---- On any mesh
 
 
-def test_one_device_eight_devices_and_sharded_weights_do_the_same(one_device, eight_devices, sharded, images):
+def test_results_are_equal_on_one_device_eight_devices_and_with_sharded_weights(
+    one_device, eight_devices, sharded, images
+):
     state, metrics = one_device(images, count=5)
     for run in (eight_devices, sharded):
         other, other_metrics = run(images, count=5)
@@ -239,22 +243,22 @@ def test_one_device_eight_devices_and_sharded_weights_do_the_same(one_device, ei
         near(other_metrics, metrics)
 
 
-def test_sharded_weights_stay_in_their_parts_and_the_batch_in_its_own(sharded, images):
+def test_weights_stay_sharded_and_examples_stay_on_their_devices(sharded, images):
     state, _ = sharded.compiled(sharded.state(), sharded.batch(images), jax.random.key(0))
     split = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
     divisible = [leaf for leaf in jax.tree.leaves(sharded.params) if leaf.nbytes >= 64]
-    assert len(split) == 4 * len(divisible) > 4 * 10  # weights, their average, Adam's two moments
+    assert len(split) == 4 * len(divisible) > 4 * 10  # weights, moving average, Adam's two moments
     for leaf in split:
         assert {np.prod(shard.data.shape) for shard in leaf.addressable_shards} == {leaf.size // 4}
     program = sharded.compiled.as_text()
     assert "all-gather(" in program
-    # Every forward convolution of 8x8 pixels works on this device's one example, never on the whole batch.
+    # Every forward convolution of 8x8 pixels is on the one example of this device, not on the whole batch.
     rows = re.findall(r"f32\[(\d+),8,8,\d+\]\S* convolution\(", program)
     assert len(rows) > 10 and set(rows) == {"1"}
 
 
 @pytest.mark.parametrize("name", ["eight_devices", "sharded"])
-def test_the_old_state_is_donated_whole(name, images, request):
+def test_old_state_is_donated(name, images, request):
     run = request.getfixturevalue(name)
     old = run.state()
     new, _ = run.compiled(old, run.batch(images), jax.random.key(0))
@@ -268,9 +272,7 @@ def test_the_old_state_is_donated_whole(name, images, request):
     [({}, 1), ({"remat": True, "remat_keeps": "convs"}, 2), ({"remat": True, "dtype": "bfloat16"}, 1)],
     ids=["plain", "remat and accumulation", "remat and bfloat16"],
 )
-def test_fully_sharded_it_is_the_step_of_one_device(
-    params, one_device, images, monkeypatch, model, accumulation
-):
+def test_fully_sharded_step_matches_one_device(params, one_device, images, monkeypatch, model, accumulation):
     monkeypatch.setattr(sharding, "FSDP_MIN_BYTES", 64)
     objective = experiment.read(tiny.config(model=tiny.CONFIG["model"] | model)).objective
     rows = 8 * accumulation
@@ -287,10 +289,10 @@ def test_fully_sharded_it_is_the_step_of_one_device(
     if accumulation == 1:
         state, metrics = run(crops, count=5)
         wanted, wanted_metrics = one_device(images, count=5)
-    else:  # the parts have keys of their own
+    else:  # each part has its own keys
         state, metrics = run(crops, count=5)
-        alone = Run(objective, params, one_device.mesh, rows=rows, accumulation=accumulation)
-        wanted, wanted_metrics = alone(crops, count=5)
+        single = Run(objective, params, one_device.mesh, rows=rows, accumulation=accumulation)
+        wanted, wanted_metrics = single(crops, count=5)
     if "dtype" not in model:
         near(state, wanted)
         near(metrics, wanted_metrics)
@@ -300,10 +302,10 @@ def test_fully_sharded_it_is_the_step_of_one_device(
         assert losses[0] != losses[1]
 
 
-# ---- In parts
+# ---- Accumulation
 
 
-def test_accumulation_is_the_mean_of_the_parts_every_second_row_each(objective, gradients, params, images):
+def test_accumulation_averages_the_gradients_of_strided_parts(objective, gradients, params, images):
     images = np.concatenate([images, 255 - images])
     run = Run(objective, params, sharding.make_mesh(), rows=16, accumulation=2)
     state, [metrics] = run(images, seed=4)
@@ -316,4 +318,4 @@ def test_accumulation_is_the_mean_of_the_parts_every_second_row_each(objective, 
     updates, _ = OPTIMIZER.update(grads, OPTIMIZER.init(params), params)
     near(state.params, optax.apply_updates(params, updates))
     rows = re.findall(r"f32\[(\d+),8,8,\d+\]\S* convolution\(", run.compiled.as_text())
-    assert rows and set(rows) == {"1"}  # of the 8 rows of a part each device has one
+    assert rows and set(rows) == {"1"}  # each device has one of the 8 rows of a part

@@ -1,4 +1,4 @@
-"""Tiles against the whole image, with denoisers whose reach and place-dependence are known.
+"""Tiled against untiled denoisers with known receptive fields.
 
 Shape legend: B batch, H height, W width, C channels.
 """
@@ -25,32 +25,32 @@ def inputs(height: int, width: int):
 
 
 def pointwise(y_t, gamma, cond):
-    """Each pixel by itself, from every input."""
+    """Each output pixel depends on the same pixel of every input."""
     return jnp.tanh(y_t) * gamma[:, None, None, None] + cond["upsampled"]
 
 
 def blurred(y_t, gamma, cond):
-    """A 5x5 mean, with zeros outside the tile as a convolution has them: reach 2."""
+    """A 5x5 mean with zero padding, like a convolution of reach 2."""
     total = jax.lax.reduce_window(
         y_t + cond["upsampled"], 0.0, jax.lax.add, (1, 5, 5, 1), (1, 1, 1, 1), "SAME"
     )
     return total / 25
 
 
-def in_squares(y_t, gamma, cond):
-    """The first pixel of each square of 4x4, in the whole square: as a network of patch 4 might see it."""
+def in_blocks(y_t, gamma, cond):
+    """Each 4x4 block becomes its first pixel, like a network with patch 4."""
     return jnp.repeat(jnp.repeat(y_t[:, ::4, ::4], 4, 1), 4, 2)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 64), (16, 44), (100, 16), (17, 33)])
-def test_a_pointwise_denoiser_does_not_see_the_tiles(height, width):
+def test_tiling_does_not_change_a_pointwise_denoiser(height, width):
     given = inputs(height, width)
     np.testing.assert_allclose(
         tiled(pointwise, tile=16, overlap=6)(*given), pointwise(*given), rtol=1e-5, atol=1e-6
     )
 
 
-def test_a_local_denoiser_does_not_see_the_tiles_beyond_its_reach_of_their_edges():
+def test_tiling_changes_a_local_denoiser_only_near_tile_edges():
     given = inputs(40, 64)
     out, whole = tiled(blurred, tile=16, overlap=8)(*given), blurred(*given)
     far = np.ones((40, 64), bool)
@@ -61,17 +61,17 @@ def test_a_local_denoiser_does_not_see_the_tiles_beyond_its_reach_of_their_edges
             far &= ~(near[:, None] if axis == 0 else near[None, :])
     assert far.mean() > 0.15
     np.testing.assert_allclose(np.asarray(out)[:, far], np.asarray(whole)[:, far], atol=1e-5)
-    assert np.abs(out - whole).max() > 1e-3  # so that the comparison can fail
+    assert np.abs(out - whole).max() > 1e-3  # otherwise the comparison would prove nothing
 
 
-def test_tiles_keep_the_place_of_a_pixel_in_the_networks_squares():
+def test_tiles_start_at_multiples_of_the_stride():
     given = inputs(40, 60)
-    out = tiled(in_squares, tile=16, overlap=6, stride=4)(*given)
-    np.testing.assert_allclose(out, in_squares(*given), rtol=1e-5, atol=1e-6)
+    out = tiled(in_blocks, tile=16, overlap=6, stride=4)(*given)
+    np.testing.assert_allclose(out, in_blocks(*given), rtol=1e-5, atol=1e-6)
 
 
-def test_tiles_that_disagree_fade_into_each_other():
-    """Each tile answers with its own mean: a seam of full height if they were cut and pasted."""
+def test_different_predictions_of_tiles_are_blended():
+    """Each tile predicts its mean, which would leave visible seams without blending."""
     y_t, gamma, cond = inputs(16, 64)
     ramp = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, 64)[None, None, :, None], y_t.shape)
 
@@ -84,7 +84,7 @@ def test_tiles_that_disagree_fade_into_each_other():
     assert np.diff(out).max() < between_tiles / 4
 
 
-def test_the_network_sees_tiles_of_one_size_with_all_that_belongs_to_them():
+def test_network_gets_equal_tiles_of_image_and_condition():
     seen = []
 
     def spy(y_t, gamma, cond):
@@ -99,13 +99,13 @@ def test_the_network_sees_tiles_of_one_size_with_all_that_belongs_to_them():
     assert set(seen) == {((2, 40, 48, 3), (2, 40, 48, 3), (2,), (2,))}
 
 
-def test_a_image_within_one_tile_goes_through_unchanged():
+def test_image_within_one_tile_is_passed_through():
     given = inputs(16, 12)
     np.testing.assert_array_equal(tiled(blurred, tile=16, overlap=4)(*given), blurred(*given))
 
 
 @pytest.mark.parametrize("stride", [1, 4, 8])
-def test_tiles_cover_every_side_overlap_enough_and_are_few(stride):
+def test_tiles_cover_every_side_with_the_minimum_count(stride):
     tile, overlap = 64, 16
     for side in range(tile + stride, 400, stride):
         starts = tiling._starts(side, tile, overlap, stride)
@@ -116,11 +116,11 @@ def test_tiles_cover_every_side_overlap_enough_and_are_few(stride):
 
 
 @pytest.mark.parametrize("options", [{"overlap": 16}, {"overlap": -1}, {"overlap": 13, "stride": 4}])
-def test_an_overlap_that_leaves_no_way_forward_is_refused(options):
+def test_invalid_overlap_fails(options):
     with pytest.raises(ValueError, match=f"overlap must be .* got {options['overlap']}"):
         tiled(pointwise, tile=16, **options)
 
 
-def test_a_tile_off_the_stride_is_refused():
-    with pytest.raises(ValueError, match="tile must be a multiple of the stride of 8, got 20"):
+def test_tile_that_is_not_a_multiple_of_the_stride_fails():
+    with pytest.raises(ValueError, match=r"tile must .*8, got 20"):
         tiled(pointwise, tile=20, overlap=4, stride=8)

@@ -1,6 +1,6 @@
-"""The training run as a whole: its log, resume by the bit, every way to stop, and everything it refuses.
+"""Training runs: logs, bit-exact resume, stopping, and errors.
 
-Where only the order of things is looked at, the step is a stand-in with given losses; elsewhere it is the real one.
+Tests of the order of events use a stand-in for the step, with given losses; the others use the real step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def steps_of(workdir: Path) -> list[int]:
 
 
 def restored(workdir: Path):
-    """The newest state of a workdir, on the host."""
+    """The newest checkpoint of a workdir, on the host."""
     read = experiment.read(checkpoints.read_config(workdir))
     with checkpoints.Checkpoints(workdir, keep=99) as store:
         return jax.device_get(
@@ -91,7 +91,7 @@ def whole(folder, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_run_leaves_its_log_its_samples_its_config_and_its_checkpoints(whole, folder):
+def test_run_writes_log_samples_config_and_checkpoints(whole, folder):
     assert steps_of(whole) == [3, 6]
     given = experiment.read(tiny.config(folder, **REAL)).config
     assert experiment.read(checkpoints.read_config(whole)).config == given
@@ -119,11 +119,11 @@ def test_a_run_leaves_its_log_its_samples_its_config_and_its_checkpoints(whole, 
     assert not same_bits(state.params, state.ema_params)
 
 
-def test_the_resumed_run_is_the_uninterrupted_one_to_the_bit(whole, folder, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, folder, tmp_path):
     assert run(folder, tmp_path, REAL, train={"num_steps": 3}) == 0
     assert steps_of(tmp_path) == [3]
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')  # what a killed run had come to
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')  # the log of a killed run
     assert run(folder, tmp_path, REAL) == 0
     assert same_bits(restored(tmp_path), restored(whole))
 
@@ -135,9 +135,9 @@ def test_the_resumed_run_is_the_uninterrupted_one_to_the_bit(whole, folder, tmp_
             if line["step"] > first and (line["step"] != 4 or "eval_loss" in line)
         ]
 
-    # The line of step 4 is the mean over steps 3 and 4 in one run and over step 4 in the other.
+    # The line of step 4 is the mean over steps 3 and 4 in one run, and over step 4 only in the other.
     assert numbers(tmp_path, 3) == numbers(whole, 3)
-    # What was saved in passing, while the run went on, is what the other run ended with.
+    # The checkpoint saved during one run equals the last one of the other run.
     for workdir in (whole, tmp_path):
         shutil.copytree(workdir / "checkpoints" / "3", tmp_path / workdir.name / "checkpoints" / "3")
     names = (whole.name, tmp_path.name)
@@ -145,7 +145,7 @@ def test_the_resumed_run_is_the_uninterrupted_one_to_the_bit(whole, folder, tmp_
     assert early[0][1] == 3 and same_bits(early[0], early[1])
 
 
-def test_a_complete_run_started_again_does_nothing(whole, folder, tmp_path, capsys):
+def test_complete_run_does_nothing_when_started_again(whole, folder, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "copy")
     before = lines(workdir)
     assert run(folder, workdir, REAL) == 0
@@ -153,8 +153,8 @@ def test_a_complete_run_started_again_does_nothing(whole, folder, tmp_path, caps
     assert f"6 steps; saved in {workdir}" in capsys.readouterr().err
 
 
-def test_an_evaluation_that_a_kill_came_before_is_made_up_for(folder, tmp_path, monkeypatch):
-    """The checkpoint of its step was there, its line in the log was not."""
+def test_evaluation_missing_after_a_kill_is_run_on_resume(folder, tmp_path, monkeypatch):
+    """The checkpoint of the step exists, but the log has no evaluation of it."""
     stand_in = StandIn(monkeypatch)
     sections = plain(num_steps=3, log_every=1) | {"eval": {"every": 3}}
     assert run(folder, tmp_path, sections) == 0
@@ -166,11 +166,11 @@ def test_an_evaluation_that_a_kill_came_before_is_made_up_for(folder, tmp_path, 
         line for line in whole.splitlines() if "eval_" in line
     ]
     count = len(stand_in.evaluated)
-    assert run(folder, tmp_path, sections) == 0 and len(stand_in.evaluated) == count  # once is enough
+    assert run(folder, tmp_path, sections) == 0 and len(stand_in.evaluated) == count  # not evaluated twice
 
 
-def test_evaluation_is_of_all_images_once_and_the_same_each_time(folder, whole, monkeypatch):
-    """Five images on eight devices: the means are over the five."""
+def test_evaluation_covers_all_images_once_and_is_reproducible(folder, whole, monkeypatch):
+    """With five images on eight devices, the means are over the five."""
     seen = {}
     monkeypatch.setattr(held_out, "image_grid", lambda rows, **titles: seen.update(rows=rows, **titles))
     objective = experiment.read(tiny.config(folder, **REAL)).objective
@@ -197,13 +197,13 @@ def test_evaluation_is_of_all_images_once_and_the_same_each_time(folder, whole, 
         assert row[2].shape == (16, 16, 3) and np.any(row[2] != row[1])
 
 
-# ---- The order of things, with a stand-in for the step
+# ---- The order of events, with a stand-in for the step
 
 
 class StandIn:
-    """A step with given losses that adds 1 to all there is, evaluation without work, three weights in all.
+    """A step with given losses that adds 1 to the state, and an evaluation that does nothing, for a tiny network.
 
-    It keeps a record of what happened when.
+    `events` records the order of calls.
     """
 
     def __init__(self, monkeypatch, losses=(1.0,) * 100, norms=(1.0,) * 100) -> None:
@@ -260,7 +260,7 @@ class StandIn:
 
     def step(self, state, batch, key):
         values = {"loss": self._losses[state.step], "grad_norm": self._norms[state.step]}
-        ema = jax.tree.map(lambda leaf: leaf + 1, state.ema_params)  # and 1 again:
+        ema = jax.tree.map(lambda leaf: leaf + 1, state.ema_params)  # and 1 more below
         return jax.tree.map(lambda leaf: leaf + 1, dataclasses.replace(state, ema_params=ema)), values
 
 
@@ -268,7 +268,7 @@ def plain(**train) -> dict:
     return {"train": {"log_every": 100} | train, "eval": {"every": 100}, "checkpoint": {"every": 100}}
 
 
-def test_each_line_is_the_mean_of_its_own_steps_whatever_comes_between(folder, tmp_path, monkeypatch):
+def test_each_log_line_is_the_mean_over_its_steps(folder, tmp_path, monkeypatch):
     StandIn(monkeypatch, losses=np.arange(1.0, 9), norms=10 * np.arange(1.0, 9))
     sections = plain(num_steps=8, log_every=3) | {"eval": {"every": 2}, "checkpoint": {"every": 5}}
     assert run(folder, tmp_path, sections) == 0
@@ -283,7 +283,7 @@ def test_each_line_is_the_mean_of_its_own_steps_whatever_comes_between(folder, t
     assert steps_of(tmp_path) == [5, 8]
 
 
-def test_a_line_for_every_step_has_every_loss_and_the_rate_of_its_update(folder, tmp_path, monkeypatch):
+def test_log_line_per_step_has_its_loss_and_learning_rate(folder, tmp_path, monkeypatch):
     StandIn(monkeypatch, losses=np.arange(1.0, 9))
     run(folder, tmp_path, plain(num_steps=4, log_every=1), optim={"warmup_steps": 4})
     logged = [line for line in lines(tmp_path) if "loss" in line]
@@ -291,7 +291,7 @@ def test_a_line_for_every_step_has_every_loss_and_the_rate_of_its_update(folder,
     assert [line["learning_rate"] for line in logged] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
 
 
-def test_the_device_always_has_its_next_step_before_the_last_one_is_read(folder, tmp_path, monkeypatch):
+def test_next_step_is_dispatched_before_metrics_are_read(folder, tmp_path, monkeypatch):
     stand_in = StandIn(monkeypatch)
     run(folder, tmp_path, plain(num_steps=4))
     assert stand_in.events == [
@@ -303,14 +303,14 @@ def test_the_device_always_has_its_next_step_before_the_last_one_is_read(folder,
     ]
 
 
-def test_every_state_is_donated_to_the_next_step(folder, tmp_path, monkeypatch):
+def test_state_is_donated_to_the_next_step(folder, tmp_path, monkeypatch):
     stand_in = StandIn(monkeypatch)
     run(folder, tmp_path, plain(num_steps=4))
     assert len(stand_in.states) == 4
     assert all(leaf.is_deleted() for state in stand_in.states for leaf in jax.tree.leaves(state))
 
 
-def test_options_reach_the_step_and_evaluation_is_of_the_average(folder, tmp_path, monkeypatch):
+def test_options_are_passed_to_the_step_and_the_ema_is_evaluated(folder, tmp_path, monkeypatch):
     stand_in = StandIn(monkeypatch)
     run(
         folder,
@@ -326,13 +326,11 @@ def test_options_reach_the_step_and_evaluation_is_of_the_average(folder, tmp_pat
     assert not same_bits(state.params, state.ema_params)
 
 
-# ---- Ways to stop
+# ---- Stopping
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_says_how_to_resume_and_gives_its_code(
-    folder, tmp_path, monkeypatch, capsys, number, code
-):
+def test_signal_saves_and_returns_its_exit_code(folder, tmp_path, monkeypatch, capsys, number, code):
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     StandIn(monkeypatch)
     progress = loop.MetricWriter.progress
@@ -344,7 +342,7 @@ def test_a_signal_saves_says_how_to_resume_and_gives_its_code(
 
     monkeypatch.setattr(loop.MetricWriter, "progress", interrupted)
     assert run(folder, tmp_path, plain(num_steps=50)) == code
-    assert steps_of(tmp_path) == [4]  # all processes take the step that was agreed on before the signal
+    assert steps_of(tmp_path) == [4]  # the vote before the signal decided on this step
     assert "step 4" in capsys.readouterr().err.splitlines()[-1]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     monkeypatch.setattr(loop.MetricWriter, "progress", progress)
@@ -353,7 +351,7 @@ def test_a_signal_saves_says_how_to_resume_and_gives_its_code(
     assert steps_of(tmp_path) == [4, 5]
 
 
-def test_told_to_stop_it_saves_and_leaves_the_evaluation_to_the_next_start(folder, tmp_path, monkeypatch):
+def test_signal_postpones_the_evaluation_to_the_next_start(folder, tmp_path, monkeypatch):
     stand_in = StandIn(monkeypatch)
     progress = loop.MetricWriter.progress
 
@@ -374,14 +372,14 @@ def test_told_to_stop_it_saves_and_leaves_the_evaluation_to_the_next_start(folde
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C as a terminal has it, even where the tests were started in the background, which ignores it."""
+    """Handle Ctrl-C as in a terminal, even if the tests run in the background, which ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_ctrl_c_acts_at_once(folder, tmp_path, monkeypatch):
+def test_second_ctrl_c_acts_immediately(folder, tmp_path, monkeypatch):
     StandIn(monkeypatch)
 
     def twice(writer, step, **values):
@@ -393,13 +391,13 @@ def test_a_second_ctrl_c_acts_at_once(folder, tmp_path, monkeypatch):
         run(folder, tmp_path, plain(num_steps=50))
 
 
-def test_sigterm_to_the_command(folder, tmp_path):
-    """In a process of its own: killed while it trains, it saves and leaves by the shell's code."""
+def test_sigterm_of_the_command(folder, tmp_path):
+    """A separate process that gets SIGTERM during training saves and exits with code 143."""
     config, workdir = tmp_path / "config.py", tmp_path / "workdir"
     sections = REAL | plain(num_steps=10**6, log_every=1)
     config.write_text(f"def get_config():\n    return {tiny.config(folder, **sections)!r}\n")
     command = [sys.executable, "-m", "sr3_jax", "train", f"--config={config}", f"--workdir={workdir}"]
-    environment = os.environ | {  # so that it finds what the runs above have compiled
+    environment = os.environ | {  # shares the compilation cache of the tests
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -421,27 +419,24 @@ def test_sigterm_to_the_command(folder, tmp_path):
 @pytest.mark.parametrize(
     ("losses", "norms", "step"),
     [
-        ([1, 1, 1, np.nan, 1, 1], [1] * 6, 4),  # at a step that would be saved
+        ([1, 1, 1, np.nan, 1, 1], [1] * 6, 4),  # at a step with a checkpoint
         ([1, 1, np.inf, 1, 1, 1], [1] * 6, 3),
         ([1] * 6, [1, 1, 1, 1, np.nan, 1], 5),
         ([1, 1, 1, 1, 1, np.nan], [1] * 6, 6),  # the last step
     ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
-    folder, tmp_path, monkeypatch, losses, norms, step
-):
+def test_non_finite_loss_stops_the_run_and_is_not_saved(folder, tmp_path, monkeypatch, losses, norms, step):
     StandIn(monkeypatch, losses=losses, norms=norms)
     with pytest.raises(UserError) as error:
         run(folder, tmp_path, plain(num_steps=6), checkpoint={"every": 2}, eval={"every": 3})
     text = str(error.value)
-    assert text.startswith(f"the loss of step {step} is ") and "\n" not in text
-    assert f"the last good checkpoint is in {tmp_path}" in text
-    assert "Lower config.optim.learning_rate" in text
+    assert f"step {step}" in text and "\n" not in text
+    assert str(tmp_path) in text and "config.optim.learning_rate" in text
     assert steps_of(tmp_path) == list(range(2, step, 2))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored(tmp_path)))
 
 
-def test_a_loss_that_is_not_finite_as_a_signal_comes_is_not_saved_either(folder, tmp_path, monkeypatch):
+def test_non_finite_loss_at_a_signal_is_not_saved(folder, tmp_path, monkeypatch):
     StandIn(monkeypatch, losses=[1, 1, np.nan])
     progress = loop.MetricWriter.progress
 
@@ -451,39 +446,39 @@ def test_a_loss_that_is_not_finite_as_a_signal_comes_is_not_saved_either(folder,
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(loop.MetricWriter, "progress", interrupted)
-    with pytest.raises(UserError, match="the loss of step 3 is nan"):
+    with pytest.raises(UserError, match=r"step 3 .*nan"):
         run(folder, tmp_path, plain(num_steps=50))
     assert steps_of(tmp_path) == []
 
 
-def test_the_clock_stops_a_run_that_is_then_evaluated_and_saved(folder, tmp_path, monkeypatch, capsys):
+def test_time_limit_stops_evaluates_and_saves(folder, tmp_path, monkeypatch, capsys):
     stand_in, seconds = StandIn(monkeypatch), iter(range(10**6))
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     assert run(folder, tmp_path, plain(num_steps=1000, minutes=0.5)) == 0
     [step] = steps_of(tmp_path)
-    assert 3 <= step <= 31  # a second passes at each look at the clock
+    assert 3 <= step <= 31  # the clock advances by a second per call
     assert len(stand_in.evaluated) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "0.5 minutes" in last and f"step {step}" in last
     monkeypatch.undo()
 
 
-# ---- Ways to start
+# ---- Starting and resuming
 
 
 @pytest.fixture
 def stopped_at_3(folder, tmp_path) -> Path:
-    """A workdir with a checkpoint of the stand-in's."""
+    """A workdir with a checkpoint of the stand-in step."""
     with pytest.MonkeyPatch.context() as patch:
         StandIn(patch)
         assert run(folder, tmp_path / "run", plain(num_steps=3)) == 0
     return tmp_path / "run"
 
 
-def test_a_damaged_checkpoint_is_not_trained_over(stopped_at_3, folder):
+def test_damaged_checkpoint_fails_and_is_not_overwritten(stopped_at_3, folder):
     shutil.rmtree(stopped_at_3 / "checkpoints" / "3" / "train")
     before = sorted(stopped_at_3.rglob("*"))
-    with pytest.raises(UserError, match=r"checkpoint .*/3 cannot be restored .* give a new workdir"):
+    with pytest.raises(UserError, match=r"checkpoints/3 .*new workdir"):
         run(folder, stopped_at_3, plain(num_steps=6))
     assert sorted(stopped_at_3.rglob("*")) == before
 
@@ -499,7 +494,7 @@ def test_a_damaged_checkpoint_is_not_trained_over(stopped_at_3, folder):
         ("data", "scale", 2, 4),
     ],
 )
-def test_another_network_or_task_is_refused(stopped_at_3, folder, section, field, value, was):
+def test_resume_with_another_network_or_task_fails(stopped_at_3, folder, section, field, value, was):
     config = (stopped_at_3 / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
         run(folder, stopped_at_3, plain(num_steps=6), **{section: {field: value}})
@@ -508,13 +503,11 @@ def test_another_network_or_task_is_refused(stopped_at_3, folder, section, field
     assert (stopped_at_3 / "config.json").read_bytes() == config
 
 
-def test_a_run_of_an_older_version_goes_on_if_newer_fields_are_at_their_defaults(
-    stopped_at_3, folder, monkeypatch
-):
+def test_run_of_an_older_version_resumes_if_new_fields_have_their_defaults(stopped_at_3, folder, monkeypatch):
     config = checkpoints.read_config(stopped_at_3)
     del config["model"]["film"], config["model"]["patch"]
     checkpoints.write_config(stopped_at_3, config)
-    with pytest.raises(UserError, match=r"config.model.patch is 2 but .* was trained with 1"):
+    with pytest.raises(UserError, match=r"config\.model\.patch is 2 .* 1"):
         run(folder, stopped_at_3, plain(num_steps=4))
     config["model"]["patch"] = 2
     checkpoints.write_config(stopped_at_3, config)
@@ -524,7 +517,7 @@ def test_a_run_of_an_older_version_goes_on_if_newer_fields_are_at_their_defaults
 
 
 @pytest.mark.parametrize("kind", ["workdir", "export"])
-def test_a_run_starts_from_given_weights(whole, folder, tmp_path, monkeypatch, kind):
+def test_init_from_starts_from_given_weights(whole, folder, tmp_path, monkeypatch, kind):
     model, start, init_params = load(whole), whole, experiment.Experiment.init_params
     if kind == "export":
         start = tmp_path / "model.safetensors"
@@ -534,49 +527,49 @@ def test_a_run_starts_from_given_weights(whole, folder, tmp_path, monkeypatch, k
     assert run(folder, tmp_path / "new", plain(num_steps=1, init_from=str(start))) == 0
     state = restored(tmp_path / "new")
     assert state.step == 1
-    for tree, added in ((state.params, 1), (state.ema_params, 2)):  # by the stand-in
+    for tree, added in ((state.params, 1), (state.ema_params, 2)):  # from the stand-in step
         assert jax.tree.structure(tree) == jax.tree.structure(model.params)
         for leaf, given in zip(jax.tree.leaves(tree), jax.tree.leaves(model.params), strict=True):
             np.testing.assert_allclose(leaf, given + added, rtol=1e-6)
 
 
-def test_weights_of_another_network_and_none_at_all_are_refused(whole, folder, tmp_path):
+def test_init_from_with_another_network_or_no_model_fails(whole, folder, tmp_path):
     start = str(whole)
     with pytest.raises(UserError, match=rf"config.train.init_from='{start}' .*config.model"):
         run(folder, tmp_path / "new", plain(num_steps=1, init_from=start), model={"channels": 8})
-    with pytest.raises(UserError, match="no model 'none'"):
+    with pytest.raises(UserError, match="'none'"):
         run(folder, tmp_path / "new", plain(num_steps=1, init_from="none"))
 
 
-def labelled(*labels: int) -> Source:
-    """Images with these labels."""
+def labeled(*labels: int) -> Source:
+    """A source of images with these labels."""
     image = np.zeros((16, 16, 3), np.uint8)
-    return Source("labelled", lambda index: {"image": image.copy(), "label": labels[index]}, len(labels))
+    return Source("labeled", lambda index: {"image": image.copy(), "label": labels[index]}, len(labels))
 
 
 @pytest.mark.parametrize("which", ["source", "eval_source"])
-def test_a_network_of_classes_needs_labels(folder, tmp_path, monkeypatch, which):
+def test_class_conditional_network_needs_labels(folder, tmp_path, monkeypatch, which):
     open_source = loop.open_source
     monkeypatch.setattr(
         loop,
         "open_source",
-        lambda name, **options: labelled(0) if "yes" in name else open_source(name, **options),
+        lambda name, **options: labeled(0) if "yes" in name else open_source(name, **options),
     )
     other = {"source": "eval_source", "eval_source": "source"}[which]
     with pytest.raises(UserError) as error:
         run(folder, tmp_path, plain(), model={"num_classes": 3}, data={other: "yes"})
-    assert str(error.value) == f"config.model.num_classes=3 but folder:{folder} has no labels: set it to 0"
+    assert "config.model.num_classes=3" in str(error.value) and f"folder:{folder}" in str(error.value)
 
 
 @pytest.mark.parametrize("label", [3, -1])
-def test_a_label_out_of_range_is_refused(folder, tmp_path, monkeypatch, label):
-    monkeypatch.setattr(loop, "open_source", lambda name, **options: labelled(0, 2, 1, label))
+def test_label_out_of_range_fails(folder, tmp_path, monkeypatch, label):
+    monkeypatch.setattr(loop, "open_source", lambda name, **options: labeled(0, 2, 1, label))
     StandIn(monkeypatch)
     with pytest.raises(UserError, match=f"num_classes=3 .*label {label}"):
         run(folder, tmp_path, plain(num_steps=2), model={"num_classes": 3})
 
 
-def test_a_damaged_first_image_does_not_stop_a_run(folder, tmp_path, monkeypatch):
+def test_damaged_first_image_does_not_stop_a_run(folder, tmp_path, monkeypatch):
     images = shutil.copytree(folder, tmp_path / "images")
     first = min(images.iterdir())
     first.write_bytes(first.read_bytes()[:200])

@@ -1,4 +1,4 @@
-"""The U-Net by its gradients: what reaches what, in which precision, and what a fresh network says.
+"""The U-Net: gradients of weights and inputs, precision, receptive field, and initial output.
 
 Shape legend: B batch, H height, W width, C channels.
 """
@@ -19,7 +19,7 @@ from tests import tiny
 
 SIDE = 8
 TWO_LEVELS = {"channels": 4, "multipliers": (1, 2), "num_blocks": (1, 1)}
-# Each option is on in one of them, and each layout has every input.
+# Each option is used by one of them, and each layout has every input.
 NETWORKS = {
     "biggan": UNet(**TWO_LEVELS, attention_levels=(1,), head_channels=4, num_classes=3, augment=True),
     "efficient": UNet(
@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def inputs(network: UNet, *, batch: int = 2, side: int = SIDE) -> tuple:
-    """y_t, gamma and cond, every field given."""
+    """y_t, gamma and cond with every field."""
     y_t, upsampled = normal(batch, side, side, 3), normal(batch, side, side, 3, seed=1)
     cond = {
         "upsampled": upsampled,
@@ -51,7 +51,7 @@ def inputs(network: UNet, *, batch: int = 2, side: int = SIDE) -> tuple:
 
 @functools.cache
 def weights(network: UNet):
-    """Perturbed weights: no layer is zero, and no two are alike."""
+    """Random weights: no layer is zero, and no two are equal."""
     shapes = jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
     return tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), size=0.3)
 
@@ -75,12 +75,12 @@ def gradients(network: UNet):
     return run
 
 
-# ---- What the network computes
+# ---- Output and gradients
 
 
 @pytest.mark.parametrize("layout", ["biggan", "efficient"])
 @pytest.mark.parametrize("patch", [1, 2, 4])
-def test_output_has_the_shape_of_the_input_for_each_layout_and_patch(layout, patch):
+def test_output_shape_equals_input_shape(layout, patch):
     network = UNet(**TWO_LEVELS, layout=layout, patch=patch)
     assert network.stride == 2 * patch
     params = weights(network)
@@ -91,7 +91,7 @@ def test_output_has_the_shape_of_the_input_for_each_layout_and_patch(layout, pat
     assert params["output"]["kernel"].shape == (3, 3, 4, 3 * patch**2)
 
 
-def test_a_fresh_network_says_zero():
+def test_untrained_network_predicts_zero():
     network = UNet(channels=4, multipliers=(1,), num_blocks=(1,))
     y_t, gamma, cond = inputs(network)
 
@@ -101,9 +101,9 @@ def test_a_fresh_network_says_zero():
 
     out, params = jax.jit(fresh)(jax.random.key(3))
     np.testing.assert_array_equal(out, 0)
-    # Each block begins as its skip branch: its last convolution is zero, its first is not.
+    # Each block starts as its skip branch: its last convolution is zero, its first is not.
     blocks = [part for name, part in params.items() if "Conv_1" in part]
-    assert len(blocks) == 5  # 1 down, 2 at the bottom, 2 up
+    assert len(blocks) == 5  # 1 down, 2 in the middle, 2 up
     for part in blocks:
         np.testing.assert_array_equal(part["Conv_1"]["kernel"], 0)
         assert np.abs(part["Conv_0"]["kernel"]).max() > 0
@@ -112,24 +112,24 @@ def test_a_fresh_network_says_zero():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_weight_and_every_input_has_a_gradient(name):
+def test_all_weights_and_inputs_have_gradients(name):
     network = NETWORKS[name]
     y_t, gamma, cond = inputs(network)
     _, (params, *by_input) = gradients(network)(weights(network), y_t, gamma, cond)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-4, name
-        if "kernel" in name:  # each channel that comes in (through a skip connection too) and goes out
+        if "kernel" in name:  # each input channel (also of skip connections) and output channel
             for axis in (-2, -1):
                 by_channel = np.abs(np.moveaxis(leaf, axis, 0)).reshape(leaf.shape[axis], -1).max(1)
                 assert by_channel.min() > 1e-5, name
-    assert np.all(np.abs(params["label"]["embedding"]).max(1)[:2] > 0)  # the labels given
+    assert np.all(np.abs(params["label"]["embedding"]).max(1)[:2] > 0)  # the labels of the batch
     for field, grad in zip(("y_t", "gamma", "upsampled", "augment"), by_input, strict=True):
         assert np.all(np.abs(grad).reshape(2, -1).max(1) > 1e-4), field
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_label_changes_the_output_of_its_example_alone(name):
+def test_label_changes_only_its_own_example(name):
     network = NETWORKS[name]
     y_t, gamma, cond = inputs(network)
     run = gradients(network)
@@ -139,7 +139,7 @@ def test_the_label_changes_the_output_of_its_example_alone(name):
     assert np.abs(out[1] - other[1]).max() > 1e-3
 
 
-def test_a_batch_is_its_examples_one_by_one():
+def test_examples_of_a_batch_are_independent():
     network = NETWORKS["biggan"]
     y_t, gamma, cond = inputs(network)
     run, twice = gradients(network), np.array([1, 1])
@@ -148,7 +148,7 @@ def test_a_batch_is_its_examples_one_by_one():
     np.testing.assert_allclose(same, out[twice], atol=1e-5)
 
 
-def test_without_a_strength_of_augmentation_it_is_zero():
+def test_missing_augmentation_strength_means_zero():
     network = NETWORKS["efficient"]
     y_t, gamma, cond = inputs(network)
     apply = jax.jit(lambda p, *x: network.apply({"params": p}, *x))
@@ -159,11 +159,11 @@ def test_without_a_strength_of_augmentation_it_is_zero():
     )
 
 
-# ---- What training needs
+# ---- Training
 
 
 @pytest.mark.parametrize("keeps", ["nothing", "convs"])
-def test_remat_changes_nothing_but_memory(keeps):
+def test_remat_does_not_change_values_or_parameters(keeps):
     network = NETWORKS["biggan"]
     y_t, gamma, cond = inputs(network)
     again = network.clone(remat=True, remat_keeps=keeps)
@@ -173,12 +173,11 @@ def test_remat_changes_nothing_but_memory(keeps):
     np.testing.assert_allclose(out_again, out, rtol=1e-5, atol=1e-5)
     for a, b in zip(jax.tree.leaves(grads_again), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    count = sum(equation.primitive.name == "remat2" for equation in equations(trace(again)))
-    count += sum(equation.primitive.name == "checkpoint" for equation in equations(trace(again)))
+    count = sum(each.primitive.name in ("remat2", "checkpoint") for each in equations(trace(again)))
     assert count == len([name for name in weights(network) if name.startswith(("up", "down", "mid"))])
 
 
-def test_what_remat_keeps_is_not_computed_again():
+def test_remat_of_convs_recomputes_no_convolution():
     network = NETWORKS["biggan"]
     y_t, gamma, cond = inputs(network)
 
@@ -192,7 +191,7 @@ def test_what_remat_keeps_is_not_computed_again():
     assert convolutions(remat=True, remat_keeps="convs") == plain < convolutions(remat=True)
 
 
-def test_dropout_in_training_alone_through_remat_too():
+def test_dropout_only_in_training_also_with_remat():
     network = UNet(
         channels=4, multipliers=(1,), num_blocks=(1,), dropout=0.5, remat=True, mid_attention=False
     )
@@ -229,7 +228,7 @@ def trace(network: UNet):
 
 @pytest.mark.parametrize("layout", ["biggan", "efficient"])
 @pytest.mark.parametrize("norm", ["group", "pixel"])
-def test_bfloat16_of_activations_and_float32_where_digits_count(layout, norm):
+def test_bfloat16_activations_and_float32_norms_softmax_and_output(layout, norm):
     network = NETWORKS["biggan"].clone(dtype="bfloat16", layout=layout, norm=norm, film=norm == "pixel")
     found: dict[str, list] = {}
     for equation in equations(trace(network)):
@@ -240,7 +239,7 @@ def test_bfloat16_of_activations_and_float32_where_digits_count(layout, norm):
     assert len(convolutions) > 8
     assert convolutions[-1] == ("float32", "float32")
     assert set(convolutions[:-1]) == {("bfloat16", "bfloat16")}
-    # Without it the accelerators' float32 is bfloat16 or TF32 inside.
+    # Otherwise accelerators compute float32 convolutions in bfloat16 or TF32.
     highest = jax.lax.Precision.HIGHEST
     assert found["conv_general_dilated"][-1].params["precision"] == (highest, highest)
 
@@ -250,9 +249,9 @@ def test_bfloat16_of_activations_and_float32_where_digits_count(layout, norm):
     assert kinds("exp") == {"float32"}  # softmax
     assert kinds("rsqrt", "sqrt") == {"float32"}  # norms
     assert kinds("cos", "sin", "log", "log1p") == {"float32"}  # the noise level
-    # Sums over pixels or channels: norms and softmax. (One in bfloat16 would lose whole units above 256.)
+    # Sums over pixels or channels, of norms and softmax; bfloat16 would lose integers above 256.
     assert kinds("reduce_sum") <= {"float32"}
-    # The last norm and swish hand float32 on, and what is kept between the blocks is bfloat16.
+    # The last norm and swish return float32; activations between blocks are bfloat16.
     assert str(found["logistic"][-1].invars[0].aval.dtype) == "float32"
     assert str(found["concatenate"][-1].invars[0].aval.dtype) == "bfloat16"  # the last skip connection
 
@@ -263,7 +262,7 @@ def test_bfloat16_of_activations_and_float32_where_digits_count(layout, norm):
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
 
 
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_is_close_to_float32():
     network = NETWORKS["efficient"]
     y_t, gamma, cond = inputs(network)
     out, _ = gradients(network)(weights(network), y_t, gamma, cond)
@@ -273,11 +272,11 @@ def test_bfloat16_stays_near_float32():
     assert 1e-4 < error < 0.05
 
 
-# ---- Where a pixel reaches
+# ---- The receptive field
 
 
 def reach(norm: str) -> np.ndarray:
-    """[H,W] how much the output's first pixel depends on each pixel of y_t."""
+    """[H,W] gradient magnitude of the first output pixel with respect to each pixel of y_t."""
     network = UNet(
         channels=4, multipliers=(1,), num_blocks=(1,), norm=norm, layout="efficient", mid_attention=False
     )
@@ -291,7 +290,7 @@ def reach(norm: str) -> np.ndarray:
     return np.abs(jax.grad(corner)(y_t)).max((0, 3))
 
 
-def test_pixel_norm_keeps_a_pixel_to_its_receptive_field_and_group_norm_does_not():
+def test_receptive_field_is_local_with_pixel_norm_and_global_with_group_norm():
     # 10 convolutions of 3x3: input, two in each of four blocks, output.
     near = np.maximum(*np.indices((14, 14))) <= 10
     pixel = reach("pixel")
@@ -300,21 +299,19 @@ def test_pixel_norm_keeps_a_pixel_to_its_receptive_field_and_group_norm_does_not
     assert np.all(reach("group") > 0)
 
 
-# ---- What is refused
+# ---- Errors
 
 
-def test_a_size_off_the_stride_is_refused_with_the_stride():
+def test_size_that_is_not_a_multiple_of_the_stride_fails():
     network = UNet(**TWO_LEVELS, patch=4)
     y_t, gamma, cond = inputs(network, side=12)
-    with pytest.raises(ValueError, match="multiples of 8, got 12x12; pad the image or use fewer levels"):
+    with pytest.raises(ValueError, match="multiples of 8, got 12x12"):
         jax.eval_shape(lambda *x: network.apply({"params": weights(network)}, *x), y_t, gamma, cond)
 
 
-def test_a_missing_label_is_refused():
+def test_missing_label_fails():
     network = NETWORKS["biggan"]
     y_t, gamma, cond = inputs(network)
     del cond["label"]
-    with pytest.raises(
-        ValueError, match=r"num_classes=3 but the condition has no label; .* 3 for 'no label'"
-    ):
+    with pytest.raises(ValueError, match=r"num_classes=3 .*label"):
         jax.eval_shape(lambda *x: network.apply({"params": weights(network)}, *x), y_t, gamma, cond)

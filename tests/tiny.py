@@ -1,4 +1,4 @@
-"""A run small enough for a test: images, a config and weights that take a second or two on a processor."""
+"""Images, a config and weights for training runs that take a second or two on a CPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONFIG: dict[str, dict[str, Any]] = {
 
 
 def images(folder: Path, *, count: int = 8, side: int = 24, seed: int = 0) -> Path:
-    """A folder of `count` smooth PNGs of side x side, each its own; returns the folder."""
+    """Write `count` different smooth PNGs of side x side pixels to a folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     for index in range(count):
@@ -51,7 +51,7 @@ def images(folder: Path, *, count: int = 8, side: int = 24, seed: int = 0) -> Pa
 
 
 def config(folder: Path | str = "images", **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tiny config over the images of a folder, with fields of sections replaced: config(f, train={...})."""
+    """The tiny config for the images of a folder, with fields replaced by section: config(folder, train={...})."""
     merged = copy.deepcopy(CONFIG)
     merged["data"] |= {"source": f"folder:{folder}", "eval_source": f"folder:{folder}"}
     for section, fields in sections.items():
@@ -60,7 +60,7 @@ def config(folder: Path | str = "images", **sections: dict[str, Any]) -> dict[st
 
 
 def perturbed(params: Any, *, seed: int = 0, size: float = 0.1) -> Any:
-    """The weights plus normal noise, so that the zero-initialised layers let something through."""
+    """The weights plus normal noise, so that zero-initialized layers have an effect."""
     leaves, tree = jax.tree.flatten(params)
     generator = np.random.default_rng(seed)
     return jax.tree.unflatten(
@@ -70,7 +70,7 @@ def perturbed(params: Any, *, seed: int = 0, size: float = 0.1) -> Any:
 
 @contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Within it XLA compiles without its slow passes: for tests that compile more than they compute."""
+    """Skip the slow passes of XLA, for tests that spend more time on compilation than on computation."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

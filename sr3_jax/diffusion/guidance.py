@@ -1,4 +1,4 @@
-"""Guidance without a classifier (Ho and Salimans 2021): push a sample towards its label."""
+"""Classifier-free guidance (Ho and Salimans 2021)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from sr3_jax.types import Conditioning, Denoiser, Image, NoiseLevel
 
 
 def guided(denoiser: Denoiser, *, guidance: float | jax.Array, no_label: int) -> Denoiser:
-    """The denoiser whose prediction is `without + guidance * (with - without)` the label.
+    """A denoiser that predicts f(no_label) + guidance * (f(label) - f(no_label)).
 
-    One call of twice the batch. At guidance 1 it is the denoiser itself and costs nothing; 0 ignores the label.
-    Predictions of eps, v and y0 are affine in one another at a given y_t, so all three are guided alike.
+    Each call evaluates `denoiser` once on a batch of twice the size. At a given y_t, the predictions eps, v and y0 are
+    affine functions of each other, so guidance has the same effect on all three.
 
     Args:
-        denoiser: trained with label dropout, else what it says of `no_label` means nothing.
-        guidance: 0 or more; as an array it may change without a new compilation, and always costs twice.
-        no_label: the label that means none.
+        denoiser: trained with label dropout; otherwise its prediction for `no_label` is meaningless.
+        guidance: at least 0; 0 ignores the label, and for the number 1 `denoiser` itself is returned. An array may
+            change without recompilation, but always doubles the batch.
+        no_label: the label that means "no label".
     """
     if isinstance(guidance, int | float) and guidance == 1:
         return denoiser
@@ -26,7 +27,7 @@ def guided(denoiser: Denoiser, *, guidance: float | jax.Array, no_label: int) ->
         twice = {name: jnp.concatenate([value, value]) for name, value in cond.items()}
         twice["label"] = jnp.concatenate([cond["label"], jnp.full_like(cond["label"], no_label)])
         both = denoiser(jnp.concatenate([y_t, y_t]), jnp.concatenate([gamma, gamma]), twice)
-        labelled, unlabelled = jnp.split(both, 2)
-        return unlabelled + guidance * (labelled - unlabelled)
+        with_label, without_label = jnp.split(both, 2)
+        return without_label + guidance * (with_label - without_label)
 
     return call

@@ -18,10 +18,10 @@ Weighting = Callable[[NoiseLevel, Prediction], jax.Array]
 
 
 def min_snr(clamp: float = 5.0) -> Weighting:
-    """Weights that keep the easy, low-noise levels from ruling the gradient (Hang et al. 2023).
+    """Min-SNR weighting (Hang et al. 2023): keeps low noise levels from dominating the gradient.
 
-    With S = gamma / (1 - gamma): min(S, clamp) on the squared y0 error, hence over S for eps and over S + 1 for v.
-    The three are the same loss under 'l2' alone.
+    With S = gamma / (1 - gamma), the weight is min(S, clamp) for y0, divided by S for eps and by S + 1 for v. With
+    norm 'l2' the three are the same loss.
     """
 
     def weight(gamma: NoiseLevel, prediction: Prediction) -> jax.Array:
@@ -44,18 +44,24 @@ def denoising_loss(
     weighting: Weighting | None = None,
     space: Space = image(),
 ) -> jax.Array:
-    """E |f(x, y_t, gamma) - target|^p with p = 1 or 2, at one gamma and one eps an example (paper Eq. 6).
+    """|f(x, y_t, gamma) - target|^p with p = 1 or 2, for one gamma and one eps per example (paper Eq. 6).
 
     Args:
-        denoiser: the network; its dropout key, if any, is bound inside.
-        key: draws gamma and eps.
-        y0: [B,H,W,C] the high-resolution images, [-1,1].
-        cond: the condition, passed through.
-        norm: 'l1' (the paper's better FID) or 'l2' (more diverse samples, by the same group's later work).
-        weighting: weights by gamma, e.g. `min_snr()`; None weighs all levels alike, as the paper does.
+        denoiser: the network, with its dropout key, if any, already bound.
+        key: for gamma and eps.
+        y0: [B,H,W,C] the high-res images, [-1,1].
+        cond: the condition, passed through to the network.
+        schedule: the training schedule.
+        prediction: what the network predicts: 'eps', 'v' or 'y0'.
+        norm: 'l1', which gives a better FID in the paper, or 'l2', which gives more diverse samples (Palette).
+        weighting: weights by gamma, such as `min_snr()`; None weights all levels equally, as in the paper.
+        space: what is diffused.
 
     Returns:
-        [B] float32: the mean over the pixels and channels of each example.
+        [B] float32, the mean over pixels and channels.
+
+    Raises:
+        ValueError: `norm` is unknown, or the network's output has another shape than y0.
     """
     if norm not in ("l1", "l2"):
         raise ValueError(f"norm must be 'l1' or 'l2', got {norm!r}")
@@ -64,7 +70,7 @@ def denoising_loss(
     eps = jax.random.normal(eps_key, y0.shape)
     z0 = space.encode(y0, cond)
     output = denoiser(diffuse(z0, eps, gamma), gamma, cond)
-    if output.shape != z0.shape:  # [B,H,W,1] would broadcast without a word
+    if output.shape != z0.shape:  # [B,H,W,1] would broadcast silently
         raise ValueError(f"the denoiser must predict {z0.shape}, got {output.shape}")
     error = output - target(z0, eps, gamma, prediction)
     error = jnp.abs(error) if norm == "l1" else jnp.square(error)

@@ -1,8 +1,8 @@
-"""Reverse-time solvers: how to go from one noise level to the next cleaner one.
+"""Reverse-time solvers, which step from one noise level to the next lower one.
 
-A solver is a handful of pure functions that one `lax.scan` drives (`sampler.sample`). Everything that depends on the
-grid of noise levels only is computed in float64 before the scan (`Solver.coefficients`), so the compiled loop reads
-its coefficients from a table. In the notation of the grid: a = sqrt(gamma), s = sqrt(1 - gamma), l = ln(a / s), half
+A solver is a set of pure functions that one `lax.scan` calls (`sampler.sample`). Everything that depends only on the
+grid of noise levels is computed in float64 before the scan (`Solver.coefficients`), and the compiled loop reads it row
+by row. In the notation of the grid: a = sqrt(gamma), s = sqrt(1 - gamma), l = ln(a / s), half
 the log-SNR. Shape legend: N inference steps; y and y0 are [B,H,W,C].
 """
 
@@ -25,7 +25,7 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Carry(NamedTuple):
-    """State of the reverse loop: the current y, and what the solver remembers of earlier steps."""
+    """State of the reverse loop: the current y, and the solver's memory of earlier steps."""
 
     y: jax.Array
     memory: Any
@@ -52,9 +52,9 @@ class Solver:
 
     Attributes:
         coefficients: inference schedule -> a pytree of [N] arrays, one row per step, noisiest level first. Options
-            such as eta belong here and nowhere else: the compiled step must depend on them through its row only.
+            such as eta belong here only: the compiled step must depend on them through its row.
         compiled: the step that reads these rows.
-        spacing: the spacing of the grid on which it does best at few steps.
+        spacing: the grid spacing that works best for few steps.
         nfe: N -> network function evaluations.
     """
 
@@ -97,8 +97,8 @@ def ancestral(variance: float = 1.0) -> Solver:
     """The paper's sampler (Algorithm 2) on any grid.
 
     Args:
-        variance: v in [0,1]; sigma^2 = posterior^(1-v) * beta^v, between the exact posterior's variance for a
-            known y0 (v=0) and the paper's 1 - alpha_t (v=1). At few steps it matters. The last step adds none.
+        variance: v in [0,1]; sigma^2 = posterior^(1-v) * beta^v interpolates between the variance of the posterior
+            given y0 (v=0) and the paper's 1 - alpha_t (v=1). It matters for few steps. The last step adds no noise.
     """
     if not 0.0 <= variance <= 1.0:
         raise ValueError(f"variance must be in [0, 1], got {variance}")
@@ -124,7 +124,7 @@ def ddim(eta: float = 0.0) -> Solver:
     def coefficients(schedule: NoiseSchedule) -> LinearRow:
         gamma_t, gamma_s = _levels(schedule)
         noise = eta * np.sqrt((1 - gamma_t / gamma_s) * (1 - gamma_s) / (1 - gamma_t))
-        # y_s = a_s y0 + sqrt(1 - gamma_s - noise^2) eps, with eps derived from y_t and the clipped y0.
+        # y_s = a_s y0 + sqrt(1 - gamma_s - noise^2) eps, with eps from y_t and the clipped y0.
         from_y = np.sqrt(np.maximum(1 - gamma_s - noise**2, 0.0) / (1 - gamma_t))
         from_y0 = np.sqrt(gamma_s) - from_y * np.sqrt(gamma_t)
         return _rows(LinearRow, gamma_t, from_y0, from_y, noise)
@@ -149,7 +149,7 @@ def _multistep_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: Mu
 
 
 def dpmpp_2m() -> Solver:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, one network evaluation a step, deterministic."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order, deterministic, one network evaluation per step."""
 
     def coefficients(schedule: NoiseSchedule) -> MultistepRow:
         gamma_t, gamma_s = _levels(schedule)
@@ -157,7 +157,7 @@ def dpmpp_2m() -> Solver:
         width = half_s - half_t
         from_y = np.sqrt((1 - gamma_s) / (1 - gamma_t))  # 0 at the last step, which returns y0_hat
         from_y0 = -np.sqrt(gamma_s) * np.expm1(-width)
-        # The first step has no history, and the last one is infinitely wide: both are first order.
+        # The first step has no previous estimate, and the last one is infinitely wide: both are first order.
         extrapolate = np.zeros_like(width)
         extrapolate[1:-1] = width[1:-1] / (2 * width[:-2])
         return _rows(MultistepRow, gamma_t, from_y0, from_y, extrapolate)
@@ -166,7 +166,7 @@ def dpmpp_2m() -> Solver:
 
 
 class HeunRow(NamedTuple):
-    """y = a y0 + s eps at the two ends of a step, and what a change of eps over the step weighs."""
+    """Coefficients of y = a y0 + s eps at both ends of a step, and the weight of the change of eps over it."""
 
     gamma_t: jax.Array
     gamma_s: jax.Array
@@ -186,15 +186,16 @@ def _heun_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: HeunRow
         eps_s = (euler - row.a_s * denoise(euler, row.gamma_s)) / row.s_s
         return euler + row.half * (eps_s - eps)
 
-    # At s_s = 0 the new eps is 0/0, and the Euler step already lands on y0_hat.
+    # At s_s = 0 the new eps is 0/0, and the Euler step already gives y0_hat.
     return Carry(jax.lax.cond(row.s_s > 0, correct, lambda y: y, euler), carry.memory)
 
 
 def heun() -> Solver:
-    """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1 without churn): 2N - 1 evaluations.
+    """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1 without churn): 2N - 1 NFE.
 
-    The best grid for it is `respace(..., 'karras')`. Written as an Euler (DDIM) step plus a correction for the change
-    of eps over it: at sigma = s / a of 150, where sampling starts, x itself would lose float32's digits.
+    It works best on the grid of `respace(..., 'karras')`. It is computed as an Euler (DDIM) step plus a correction for
+    the change of eps over it: with sigma = s / a around 150, where sampling starts, x itself would lose precision in
+    float32.
     """
 
     def coefficients(schedule: NoiseSchedule) -> HeunRow:
@@ -221,7 +222,7 @@ SOLVERS: Mapping[str, Callable[..., Solver]] = {
 
 
 def make_solver(name: str, **options: float) -> Solver:
-    """The solver of a name, or of a user's own function given as 'MODULE:FUNCTION', with its options.
+    """Make a solver by its name, or by a user's own function as 'MODULE:FUNCTION'.
 
     Raises:
         ValueError: no such solver, an option that it does not have or a value out of its range; a user's function
@@ -239,7 +240,7 @@ def make_solver(name: str, **options: float) -> Solver:
 
 
 def solver_options(name: str) -> dict[str, float]:
-    """The options of a solver with their defaults. ValueError if there is no such solver."""
+    """The options of a solver with their defaults. Raises ValueError if there is no such solver."""
     return {option: one.default for option, one in inspect.signature(_factory(name)).parameters.items()}
 
 

@@ -1,7 +1,7 @@
-"""What is diffused: the image itself (SR3), or the scaled residual to the upsampled low-res image.
+"""The diffused variable: the image itself (SR3), or its scaled residual to the upsampled low-res image.
 
-The residual leaves the network only what the low-res image does not say. That is an easier target for small
-networks (SRDiff, Li et al. 2021); the paper diffuses the image.
+The residual is an easier target for small networks (SRDiff, Li et al. 2021), which then predict only the detail that
+the low-res image lacks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Space:
         encode: (image, cond) -> z.
         decode: (z, cond) -> image, not clipped.
         clip: (z, cond) -> the nearest z whose image is in [-1,1]. The paper does not say whether y0 estimates are
-            clipped while sampling; every port clips, and without it eps-prediction drifts in colour.
+            clipped in sampling; other implementations do, and without it the colors drift with eps-prediction.
     """
 
     encode: Callable[[Image, Conditioning], jax.Array]
@@ -32,7 +32,7 @@ class Space:
 
 
 def image() -> Space:
-    """Diffuse the image itself, as the paper does."""
+    """Diffuse the image itself, as in the paper."""
     return Space(
         encode=lambda y, cond: y,
         decode=lambda z, cond: z,
@@ -44,8 +44,8 @@ def residual(scale: float) -> Space:
     """Diffuse z = scale * (image - cond['upsampled']).
 
     Args:
-        scale: brings z to about unit variance, which the noise schedules assume: the inverse of the standard
-            deviation of the residual in [-1,1] units (about 0.1 for photographs at 4x).
+        scale: the inverse of the residual's standard deviation in [-1,1] units, which is about 0.1 for photographs at
+            4x, so that z has about unit variance, as noise schedules assume.
     """
     if not scale > 0:
         raise ValueError(f"residual scale must be above 0, got {scale}")

@@ -1,7 +1,7 @@
-"""The start of a job of several processes: who belongs to it, a roll call, then JAX's own runtime.
+"""Start a job of several processes: find the group, check that all of it has started, then start JAX's own runtime.
 
-JAX ends a process whose peers do not come with an abort that names nobody. So the processes first report to the
-first one over a socket at the address that JAX's service takes next; if some are missing, all that came say which.
+When a process is missing, JAX aborts the others with an error that does not say which. So the processes first connect
+to process 0, over a socket at the address that JAX's coordinator uses next; if some are missing, all others name them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,31 @@ import jax
 from sr3_jax.errors import UserError
 
 DEFAULT_TIMEOUT = 300.0  # seconds
-_TPU_PORT = 8482  # what JAX itself takes; 8476 is the TPU runtime's
-_LEAVE_TIMEOUT = 7 * 24 * 3600  # a process that is done with its part of a folder waits for the others
-_NAMED = 8  # missing processes in a sentence
+_TPU_PORT = 8482  # JAX's default on TPUs; 8476 is the TPU runtime's
+_SHUTDOWN_TIMEOUT = (
+    7 * 24 * 3600
+)  # seconds: a process that has finished its part of a folder waits for the others
+_MAX_LISTED = 8  # missing processes listed in an error
+_REPLY_TIMEOUT = 5  # seconds for one message on an open connection
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TIMEOUT = "SR3_START_TIMEOUT"
 
 
 class MissingProcesses(UserError):
-    """Some processes of a group are missing: on a cluster, trying again may help."""
+    """Some processes of a group did not start. On a cluster, trying again may help."""
 
-    exit_code = 1  # which launchers try again
+    exit_code = 1  # launchers restart a job that exits with it
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a job: the address of the first as host:port, how many, and which one this is (from 0)."""
+    """The processes of a job.
+
+    Attributes:
+        address: HOST:PORT of process 0.
+        count: number of processes.
+        index: of this process, from 0.
+    """
 
     address: str
     count: int
@@ -43,13 +52,13 @@ class Group:
 
 
 def find_group(environment: Mapping[str, str]) -> Group | None:
-    """The group that the environment describes, None for a process on its own.
+    """The group that the environment variables describe; None for a single process.
 
-    Three ways: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; the first of them under Slurm, whose
-    srun gives the rest; what GKE tells a TPU host (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, MEGASCALE_*).
+    Three forms: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; under Slurm the first of them only, as
+    srun sets the rest; on GKE the variables of a TPU host (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, MEGASCALE_*).
 
     Raises:
-        UserError: only some of them are set, or their values do not fit together.
+        UserError: some of the variables are missing, or their values are inconsistent.
     """
     address, count, index = (environment.get(name, "") for name in (ADDRESS, COUNT, INDEX))
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
@@ -58,38 +67,36 @@ def find_group(environment: Mapping[str, str]) -> Group | None:
         count, index = environment.get("SLURM_NTASKS", ""), environment["SLURM_PROCID"]
     elif not address and not count and not index and (len(hosts) > 1 or slices != "1"):
         first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0] or hosts[0]
-        worker, its_slice = environment.get("TPU_WORKER_ID", ""), environment.get("MEGASCALE_SLICE_ID", "0")
-        if not all(text.isascii() and text.isdigit() for text in (slices, worker, its_slice)):
+        worker, slice_id = environment.get("TPU_WORKER_ID", ""), environment.get("MEGASCALE_SLICE_ID", "0")
+        if not all(text.isascii() and text.isdigit() for text in (slices, worker, slice_id)):
             raise UserError(
-                f"TPU_WORKER_ID={worker!r}, MEGASCALE_NUM_SLICES={slices!r} and MEGASCALE_SLICE_ID={its_slice!r} "
-                f"must be whole numbers; or set {ADDRESS}, {COUNT} and {INDEX}"
+                f"TPU_WORKER_ID={worker!r}, MEGASCALE_NUM_SLICES={slices!r} and MEGASCALE_SLICE_ID={slice_id!r} "
+                f"must be integers: correct them, or set {ADDRESS}, {COUNT} and {INDEX}"
             )
         address = f"{first}:{_TPU_PORT}"
-        count, index = str(len(hosts) * int(slices)), str(int(its_slice) * len(hosts) + int(worker))
+        count, index = str(len(hosts) * int(slices)), str(int(slice_id) * len(hosts) + int(worker))
     if not address and not count and not index:
         return None
     if not (address and count and index):
         given = ", ".join(name for name, text in ((ADDRESS, address), (COUNT, count), (INDEX, index)) if text)
-        raise UserError(
-            f"{given} is set, but a group of processes needs {ADDRESS}, {COUNT} and {INDEX}: set all three"
-        )
+        raise UserError(f"{given} is set without the others: set all of {ADDRESS}, {COUNT} and {INDEX}")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"{ADDRESS}={address!r} must be HOST:PORT, such as 10.0.0.1:8482")
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise UserError(f"{INDEX}={index!r} must be a whole number under {COUNT}={count!r}")
+        raise UserError(f"{INDEX}={index!r} must be an integer from 0 to below {COUNT}={count!r}")
     return Group(address, int(count), int(index))
 
 
 def start_processes(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Join the group of this process, if it has one; before anything else of JAX.
+    """Join this process to its group, if it has one. Call it before any other use of JAX.
 
     Returns:
-        The number of this process and how many there are: (0, 1) for one on its own.
+        The index of this process and the number of processes; (0, 1) for a single process.
 
     Raises:
-        MissingProcesses: some of its processes did not come within SR3_START_TIMEOUT seconds; the sentence says which.
-        UserError: what the environment says does not fit together.
+        MissingProcesses: some processes did not start within SR3_START_TIMEOUT seconds; the error lists them.
+        UserError: the environment variables are inconsistent.
     """
     group = find_group(environment)
     if group is None or group.count == 1:
@@ -101,30 +108,30 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> tuple[int, i
         seconds = -1.0
     if not 0 < seconds < 1e6:
         raise UserError(f"{TIMEOUT}={timeout!r} must be a number of seconds above 0")
-    roll_call(group, timeout=seconds)
+    check_all_started(group, timeout=seconds)
     jax.distributed.initialize(
         group.address,
         group.count,
         group.index,
         initialization_timeout=max(60, int(seconds)),
-        shutdown_timeout_seconds=_LEAVE_TIMEOUT,
+        shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
     )
     return group.index, group.count
 
 
 def wait_for_all() -> None:
-    """Wait until all processes of the group have come here; each is on its own from then on.
+    """Wait until all processes of the group have called this. JAX's collectives cannot be used afterwards.
 
-    JAX's way out is what all of them go through whatever happens, so one that fails before is noticed here too.
+    JAX's shutdown is the barrier, because it also notices processes that have died.
     """
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def abandon(code: int) -> None:
-    """End this process now if it has peers: they may wait for it in a step that it will never take.
+    """Exit immediately if this process has peers, which may wait for it in a step that it will never run.
 
-    JAX's own way out waits for all of them, which here would be forever; the launcher ends them by this exit code.
+    A normal exit would wait for them, here forever. The launcher ends the peers when it sees the exit code.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -132,84 +139,91 @@ def abandon(code: int) -> None:
         os._exit(code)
 
 
-def roll_call(group: Group, *, timeout: float) -> None:
-    """Return on every process once all have come.
+def check_all_started(group: Group, *, timeout: float) -> None:
+    """Return, on every process, once all processes of the group have called this.
+
+    Args:
+        timeout: in seconds.
 
     Raises:
-        MissingProcesses: some have not.
-        UserError: two go by one number, or their counts differ.
+        MissingProcesses: some have not called it in time.
+        UserError: two processes have the same index, or their counts differ.
     """
-    verdict = (_take if group.index == 0 else _report)(group, time.monotonic() + timeout, timeout)
-    if verdict:
-        raise (MissingProcesses if "waited" in verdict else UserError)(verdict)
+    run = _run_server if group.index == 0 else _run_client
+    error = run(group, time.monotonic() + timeout, timeout)
+    if error:
+        raise (MissingProcesses if "waited" in error else UserError)(error)
 
 
-def _take(group: Group, deadline: float, timeout: float) -> str:
-    """Process 0: hear the others until all are there, then tell them the verdict: '' to go on."""
-    came: dict[int, socket.socket] = {}
-    callers: list[socket.socket] = []
-    verdict = ""
+def _run_server(group: Group, deadline: float, timeout: float) -> str:
+    """Process 0: wait for the others and send all of them the outcome, '' or an error, which is also returned."""
+    started: dict[int, socket.socket] = {}
+    clients: list[socket.socket] = []
+    port = int(group.address.rpartition(":")[2])
+    error = ""
     with ExitStack() as stack:
         try:
-            server = stack.enter_context(_listen(int(group.address.rpartition(":")[2]), group.count))
-        except OSError as error:
-            return (
-                f"port {group.address.rpartition(':')[2]} cannot be listened on ({error.strerror}): "
-                f"give another in {ADDRESS}"
-            )
-        while len(came) < group.count - 1 and not verdict:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                missing = [index for index in range(1, group.count) if index not in came]
-                names = ", ".join(map(str, missing[:_NAMED]))
-                names += f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-                verdict = (
-                    f"waited {timeout:g} s for {group.count} processes, without {names}: start the same command "
-                    f"for each of them, or set {TIMEOUT} to wait longer"
-                )
+            server = stack.enter_context(_listen(port, group.count))
+        except OSError as failure:
+            return f"port {port} is not available ({failure.strerror}): set another one in {ADDRESS}"
+        while len(started) < group.count - 1 and not error:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                error = _missing(group, started, timeout)
                 break
-            server.settimeout(left)
+            server.settimeout(remaining)
             try:
-                caller, _ = server.accept()
+                client, _ = server.accept()
             except TimeoutError:
                 continue
-            stack.enter_context(caller)
-            index, count = _hear(caller)
+            stack.enter_context(client)
+            index, count = _receive_hello(client)
             if index is None:
-                continue  # a stranger: something that scans ports
+                continue  # not one of ours, such as a port scanner
             if count != group.count:
-                verdict = (
-                    f"process {index} was started as one of {count} and process 0 as one of {group.count}: "
-                    f"give all the same {COUNT}"
+                error = (
+                    f"{COUNT} is {count} on process {index} but {group.count} on process 0: "
+                    "set the same number on all"
                 )
-            elif (index in came and not _hung_up(came[index])) or not 0 < index < group.count:
-                verdict = f"two processes came as number {index} of {count}: give each its own {INDEX}"
-            came[index] = caller
-            callers.append(caller)
-        for caller in callers:
+            elif (index in started and not _is_closed(started[index])) or not 0 < index < group.count:
+                error = f"two processes have {INDEX}={index} (of {count}): give each its own"
+            started[index] = client
+            clients.append(client)
+        for client in clients:
             try:
-                caller.sendall(json.dumps({"verdict": verdict}).encode() + b"\n")
+                client.sendall(json.dumps({"verdict": error}).encode() + b"\n")
             except OSError:
-                continue  # it has left; JAX's own start will say so
-    return verdict
+                continue  # this client has exited, which jax.distributed will report
+    return error
 
 
-def _report(group: Group, deadline: float, timeout: float) -> str:
-    """The other processes: find process 0, tell it who this is, and wait for its verdict."""
+def _missing(group: Group, started: Mapping[int, socket.socket], timeout: float) -> str:
+    missing = [index for index in range(1, group.count) if index not in started]
+    names = ", ".join(map(str, missing[:_MAX_LISTED]))
+    names += f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
+    return (
+        f"waited {timeout:g} s for {group.count} processes, but {names} did not start: run the same command for each "
+        f"of them, or set {TIMEOUT} to wait longer"
+    )
+
+
+def _run_client(group: Group, deadline: float, timeout: float) -> str:
+    """The other processes: connect to process 0, say who this is, and return the outcome that it sends."""
     host, _, port = group.address.rpartition(":")
     while True:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as line:
-                # Process 0 may have come later than this one, and gives all the same time.
-                line.settimeout(timeout + 30)
-                line.sendall(json.dumps({"process": group.index, "of": group.count}).encode() + b"\n")
-                verdict = json.loads(_line(line))["verdict"]
-                return str(verdict)
+            with socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=_REPLY_TIMEOUT
+            ) as connection:
+                # Process 0 may have started later than this one, and gives all the same time.
+                connection.settimeout(timeout + 30)
+                connection.sendall(json.dumps({"process": group.index, "of": group.count}).encode() + b"\n")
+                return str(json.loads(_receive_line(connection))["verdict"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             if time.monotonic() > deadline:
                 return (
                     f"process {group.index} waited {timeout:g} s for process 0 at {group.address} "
-                    f"({getattr(error, 'strerror', None) or type(error).__name__}): start it, or mend {ADDRESS}"
+                    f"({getattr(error, 'strerror', None) or type(error).__name__}): start it, or correct {ADDRESS}"
                 )
             time.sleep(min(1.0, timeout / 20))
 
@@ -222,26 +236,27 @@ def _listen(port: int, count: int) -> socket.socket:
     return socket.create_server(("", port), backlog=count + 8)
 
 
-def _hear(caller: socket.socket) -> tuple[int | None, int]:
+def _receive_hello(client: socket.socket) -> tuple[int | None, int]:
+    """The index and the count that a client sends; (None, 0) if it sends anything else."""
     try:
-        caller.settimeout(5)
-        message = json.loads(_line(caller))
+        client.settimeout(_REPLY_TIMEOUT)
+        message = json.loads(_receive_line(client))
         return int(message["process"]), int(message["of"])
     except (OSError, ValueError, LookupError, TypeError):
         return None, 0
 
 
-def _line(connection: socket.socket) -> bytes:
+def _receive_line(connection: socket.socket) -> bytes:
     text = b""
     while not text.endswith(b"\n") and len(text) < 4096:
         part = connection.recv(512)
         if not part:
-            raise ConnectionResetError("the other side hung up")
+            raise ConnectionResetError("connection closed by the peer")
         text += part
     return text
 
 
-def _hung_up(connection: socket.socket) -> bool:
+def _is_closed(connection: socket.socket) -> bool:
     try:
         connection.setblocking(False)
         return connection.recv(1, socket.MSG_PEEK) == b""

@@ -1,4 +1,4 @@
-"""Asking a long job to stop: the signals of launchers and of Ctrl-C as a value to poll."""
+"""Stop a long job cleanly: SIGTERM and Ctrl-C as a value to poll."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within it SIGINT and SIGTERM only set what the yielded function gives; a second one acts at once.
+    """Catch the first SIGINT or SIGTERM in this context; a second one of the same kind acts immediately.
 
-    The function gives 0, or the exit code of the signal that came: 128 + its number, as shells have it (130, 143).
-    Launchers take 143 for "start me again". Outside the main thread, where Python takes no signals, it stays 0.
+    Yields:
+        A function that returns 0, or once a signal has arrived its exit code by the convention of shells: 130 for
+        SIGINT, 143 for SIGTERM. Launchers restart a job that exits with 143. Outside the main thread, where Python
+        cannot handle signals, it always returns 0.
     """
     code = 0
 
@@ -24,8 +26,10 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         code = 128 + number
         signal.signal(number, before[number])
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before: dict[int, Any] = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread
+    }
     try:
         yield lambda: code
     finally:
@@ -33,14 +37,15 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, old)
 
 
-def exit_if_stopped(
-    code: int, told: str = "Stopped. Run the same command again to go on from there."
-) -> None:
-    """End the command with the code that `stop_signals` gives, if it gives one; what is finished stays finished.
+def exit_if_stopped(code: int, message: str = "Stopped. Run the same command again to resume.") -> None:
+    """Exit with the code that the function of `stop_signals` returned, unless it is 0.
+
+    Args:
+        message: printed to stderr before exiting.
 
     Raises:
-        SystemExit: of that code.
+        SystemExit: with that code.
     """
     if code:
-        print(told, file=sys.stderr)
+        print(message, file=sys.stderr)
         raise SystemExit(code)

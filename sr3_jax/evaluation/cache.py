@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.errors import UserError
-from sr3_jax.files import from_json, sentence, sha256_hex, to_json
+from sr3_jax.files import append_jsonl, from_json, read_jsonl, sentence, sha256_hex, to_json
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 
@@ -116,7 +115,7 @@ class OutputCache:
                 line |= {"seconds": output.seconds}
                 line |= {"metrics": {key: to_json(values) for key, values in output.metrics.items()}}
                 lines.append(line)
-            append_lines(self._lines, lines)
+            append_jsonl(self._lines, lines)
         except OSError as error:
             raise UserError(f"{printable(self._lines)} {sentence(error)}") from error
 
@@ -138,7 +137,7 @@ class OutputCache:
         found[output.pixels] = replace(output, metrics=metrics)
 
     def _read_lines(self, path: Path) -> None:
-        for line in read_lines(path):
+        for line in read_jsonl(path):
             try:
                 if line["method"] == self._method:
                     metrics = {key: from_json(values) for key, values in line["metrics"].items()}
@@ -151,31 +150,6 @@ class OutputCache:
 def output_path(folder: Path, image: str, sample: int) -> Path:
     """The image file of a sample (0 is the first) in the folder of a method."""
     return folder / (f"{image}.png" if sample == 0 else f"{image}.{sample + 1}.png")
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines, without damaged lines; empty if there is no file."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return []
-    values = []
-    for line in lines:
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            continue
-    return values
-
-
-def append_lines(path: Path, values: Iterable[Any]) -> None:
-    """Append values to a file of JSON lines. OSError if that is not possible."""
-    text = b"".join(json.dumps(value).encode() + b"\n" for value in values)
-    with path.open("a+b") as file:
-        file.seek(max(0, file.tell() - 1))
-        # A killed run may have left a partial line, which must not swallow the next one.
-        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
-        file.write(start + text)
 
 
 def _file_hash(path: Path) -> str | None:

@@ -21,7 +21,6 @@ from sr3_jax import __version__
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.cache import append_lines, read_lines
 from sr3_jax.evaluation.metric_suite import (
     ImageMetrics,
     least_side,
@@ -33,7 +32,7 @@ from sr3_jax.evaluation.successive_halving import Objective, OutOfTime
 from sr3_jax.features.alexnet_features import AlexNetFeatures
 from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
 from sr3_jax.features.statistics import frechet_distance, statistics_of
-from sr3_jax.files import sha256_hex
+from sr3_jax.files import append_jsonl, read_jsonl, sha256_hex
 from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
 from sr3_jax.inference.model import Model
@@ -75,7 +74,7 @@ class CropEvaluator:
         self._metrics, self._features = metrics, features
         self._batch_size, self._seed = batch_size, seed
         self._on_batch = on_batch
-        self._cached = {line["key"]: line["values"] for line in read_lines(cache) if _is_entry(line)}
+        self._cached = {line["key"]: line["values"] for line in read_jsonl(cache) if _is_entry(line)}
         self._batches: dict[tuple[Sampling, int], Mapping[str, np.ndarray] | None] = {}
         self._low_res = low_res_of(crops.images, model.scale)
         self._truth_features: np.ndarray | None = None
@@ -135,7 +134,7 @@ class CropEvaluator:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         try:
-            append_lines(self._cache, [line])
+            append_jsonl(self._cache, [line])
         except OSError as error:
             raise UserError(
                 f"{printable(self._cache)} cannot be written ({reason(error)}): choose another folder with -o"

@@ -25,7 +25,7 @@ from sr3_jax.features.classifiers import Classifier, correct, load_classifier
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import Statistics, load_statistics
-from sr3_jax.image_ops import degrade, to_uint8, to_unit, upsample
+from sr3_jax.image_ops import degrade, pad_batch, to_uint8, to_unit, upsample
 
 REVISION = 1  # of the functions in sr3_jax.metrics; cached values of another revision are computed again
 MIN_CLASSES_TOP5 = 10  # with fewer classes top-5 accuracy says little
@@ -297,7 +297,7 @@ def bicubic_of(low_res: np.ndarray, scale: int) -> np.ndarray:
 
 def stack_padded(arrays: Sequence[np.ndarray | np.generic], batch_size: int) -> np.ndarray:
     """Arrays of one shape as [batch_size,...], padded with copies of the last: another shape would recompile."""
-    return np.stack([*arrays, *[arrays[-1]] * (batch_size - len(arrays))])
+    return pad_batch(np.stack(arrays), batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="scale")

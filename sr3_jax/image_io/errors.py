@@ -1,4 +1,4 @@
-"""One-line reasons for the errors of image files and disks, and printable paths. Opens no files."""
+"""Readable reasons for the exceptions that broken image files and full disks cause."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _REASONS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.ENOENT: "does not exist",
-    errno.ELOOP: "is a link that leads to itself",
-    errno.ENAMETOOLONG: "has a name that is too long",
-    errno.ENOSPC: "no space is left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.ELOOP: "is a symbolic link to itself",
+    errno.ENAMETOOLONG: "has too long a name",
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is exceeded",
     errno.EROFS: "the disk is read-only",
 }
 
 
 def sniff(head: bytes) -> str | None:
-    """The format that a file with these first 32 bytes claims to be: 'PNG', 'JPEG', ... or None."""
+    """The format that the first 32 bytes of a file claim: 'PNG', 'JPEG', ... or None."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
     if head.startswith(b"\xff\xd8\xff"):
@@ -31,24 +31,29 @@ def sniff(head: bytes) -> str | None:
         return "TIFF"
     if head.startswith((b"GIF87a", b"GIF89a")):
         return "GIF"
-    # 'BM' alone begins many a text: the length of BMP's second header must be one that exists.
+    # Many text files start with 'BM', so the size of BMP's second header must be a known one too.
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124):
         return "BMP"
     return None
 
 
 def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) -> str:
-    """One clause without the path for an error of reading or writing; `head` is the file's first bytes."""
+    """Why reading or writing failed, as a clause that follows the path.
+
+    Args:
+        head: the first bytes of the file, to tell a damaged image from a file of another type.
+        max_megapixels: the limit that a `DecompressionBombError` refers to.
+    """
     text = " ".join(str(error).split())[:120]
     claimed = sniff(head)
     if isinstance(error, MemoryError):
-        return "needs more memory than there is"
+        return "needs more memory than is available"
     if isinstance(error, Image.DecompressionBombError):
         count = re.search(r"(\d+) pixels", text)
         size = f"has {int(count[1]) / 1e6:.0f} megapixels" if count else "has too many pixels"
-        return f"{size}, over the limit of {max_megapixels:g}"
+        return f"{size}, above the limit of {max_megapixels:g}"
     if isinstance(error, UnidentifiedImageError):
-        return f"is a damaged {claimed} file" if claimed else "is not an image of a kind that we read"
+        return f"is a damaged {claimed} file" if claimed else "is not an image in a supported format"
     if isinstance(error, OSError) and error.errno is not None:
         return _REASONS.get(error.errno, (error.strerror or text).lower())
     if "truncated" in text.lower():
@@ -57,6 +62,6 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
 
 
 def printable(path: object) -> str:
-    """A path as one printable line: bytes that are not UTF-8, and control characters, are escaped."""
+    """A path as one line that any terminal can print: control characters and undecodable bytes are escaped."""
     text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Titled grids of images for people to look at. NumPy and Pillow, on the host."""
+"""Titled grids of images, to look at. Runs on the host, with NumPy and Pillow only."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ import numpy as np
 from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
-GUTTER = 2  # pixels between the cells of a grid
-FONT_SIZE = 12
+GUTTER = 2  # pixels between cells
+FONT_SIZE = 12  # pixels
 
 
 def image_grid(
     rows: Sequence[Sequence[np.ndarray]], *, column_titles: Sequence[str], row_titles: Sequence[str] = ()
 ) -> np.ndarray:
-    """Lay out uint8 cells [H,W,C] (C 1 or 3; sizes may differ) as one titled image uint8 [H,W,3] on white.
+    """Arrange images in a titled grid on a white background.
 
-    Within a row each cell is enlarged by nearest neighbour, keeping its aspect, until it touches the row's
-    largest height or width: a 16x16 low-res beside its 64x64 original shows its pixels. Titles are wrapped to
-    the width of their column, which grows where a word is wider; missing titles and short rows leave white.
+    Args:
+        rows: uint8 cells [H,W,C] with C = 1 or 3, of any sizes. Each cell is enlarged by nearest neighbor, with its
+            aspect ratio preserved, to the largest height or width in its row: a 16x16 low-res image next to its 64x64
+            ground truth shows its pixels. Short rows end in white.
+        column_titles: wrapped to the width of the column, which grows for longer words.
+        row_titles: shown on the left.
+
+    Returns:
+        uint8 [H,W,3].
+
+    Raises:
+        ValueError: a cell has another dtype or shape.
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     line = FONT_SIZE + 3
@@ -55,7 +64,7 @@ def image_grid(
 
 
 def _fit_row(row: Sequence[np.ndarray]) -> list[PillowImage.Image]:
-    """The cells of one row as RGB images, each enlarged to touch the largest height or width among them."""
+    """The cells of one row as RGB images, each enlarged to the largest height or width among them."""
     cells = [np.asarray(cell) for cell in row]
     for cell in cells:
         if cell.ndim != 3 or cell.shape[2] not in (1, 3) or cell.dtype != np.uint8 or cell.size == 0:
@@ -72,7 +81,7 @@ def _fit_row(row: Sequence[np.ndarray]) -> list[PillowImage.Image]:
 
 
 def _wrap(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break a title at spaces (and its own line breaks) into lines of `width` pixels where words allow."""
+    """Split a title at spaces and line breaks into lines of at most `width` pixels, or of one longer word."""
     lines: list[str] = []
     for paragraph in title.splitlines():
         current = ""

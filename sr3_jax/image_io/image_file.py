@@ -1,7 +1,7 @@
-"""Image files in and out: the only room that opens or writes them. Host side, Pillow and numpy.
+"""Read and write image files with Pillow.
 
-Shape legend: H height, W width. An image is a user's file; whatever is wrong with it becomes one
-ImageError whose message is the reason alone, so that a caller can put the path before it.
+Anything wrong with a user's file raises an `ImageError` whose message is the reason without the path, so that the
+caller can put the path in front. Shape legend: H height, W width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_MAX_MEGAPIXELS = 200.0
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")  # no others: Pillow would start Ghostscript for EPS
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")  # no others: for EPS, Pillow starts Ghostscript
 _WRITERS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -46,13 +46,13 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "WEBP": {"lossless": True, "exact": True},
     "TIFF": {"compression": "tiff_adobe_deflate"},
 }
-_MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # limits of the formats; libjpeg stops a little under 65535
+_MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's limit is slightly below 65535
 _MAX_JPEG_EXIF = 65533  # bytes in one JPEG segment
-SCRATCH_PREFIX = ".sr3-"  # of files that are being written
+SCRATCH_PREFIX = ".sr3-"  # names of files that are being written
 WRITABLE_SUFFIXES = frozenset(_WRITERS)
 IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".bmp"}
 
-# Pillow warns of odd tags and of large images; both are judged here, and a progress bar must stay whole.
+# Pillow warns about odd tags and large images. Both are handled here, and warnings would break up a progress bar.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _BOMB_LIMIT = threading.Lock()
 
@@ -63,15 +63,21 @@ class ImageError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """An image in memory, upright, with 8 bits a channel.
+    """An upright image in memory with 8 bits per channel.
 
-    rgb uint8 [H,W,3], three equal channels when `grey`; alpha uint8 [H,W] or None, 255 opaque. icc_profile
-    and exif are bytes as files hold them, the exif without orientation. `notes` tell what reading changed.
+    Attributes:
+        rgb: uint8 [H,W,3]; three equal channels if `gray`.
+        alpha: uint8 [H,W], 255 is opaque; None for an image without transparency.
+        gray: whether the image is grayscale.
+        icc_profile: the color profile, as stored in files.
+        exif: EXIF data without the orientation, as stored in files.
+        format: the file format that it was read from.
+        notes: what reading changed, one clause each.
     """
 
     rgb: np.ndarray
     alpha: np.ndarray | None = None
-    grey: bool = False
+    gray: bool = False
     icc_profile: bytes | None = None
     exif: bytes | None = None
     format: str = "PNG"
@@ -79,9 +85,9 @@ class DecodedImage:
 
 
 def sniff_file(path: Path) -> str | None:
-    """`sniff` of a regular file; None also for what cannot be opened."""
+    """`sniff` for a file; None also if it cannot be opened or is not a regular file."""
     try:
-        if not path.is_file():  # a pipe would block
+        if not path.is_file():  # opening a pipe would block
             return None
         with path.open("rb") as file:
             return sniff(file.read(32))
@@ -90,17 +96,24 @@ def sniff_file(path: Path) -> str | None:
 
 
 def read_image(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> DecodedImage:
-    """The image in a file or in bytes, turned upright by its EXIF orientation; an animation's first frame.
+    """Read an image file, or the bytes of one. EXIF orientation is applied; of an animation, the first frame is read.
 
-    Raises ImageError if it is not an image, is damaged or truncated, or has more than `max_megapixels`,
-    which is judged from the header, before memory is taken.
+    Args:
+        max_megapixels: larger images fail. Checked against the header, before memory is allocated.
+
+    Raises:
+        ImageError: not an image, damaged, truncated or too large.
     """
     with _opened(source, max_megapixels) as image:
         return _decode(image)
 
 
 def from_pillow(image: Image.Image) -> DecodedImage:
-    """A Pillow image of any mode as 8-bit arrays with its metadata. ImageError if its pixels cannot be shown."""
+    """Convert a Pillow image of any mode, with its metadata.
+
+    Raises:
+        ImageError: the pixels have no meaning as an 8-bit image.
+    """
     try:
         return _decode(image)
     except UnsupportedPixels as error:
@@ -108,7 +121,7 @@ def from_pillow(image: Image.Image) -> DecodedImage:
 
 
 def to_pillow(image: DecodedImage) -> Image.Image:
-    """A Pillow image in mode L, LA, RGB or RGBA, with the ICC profile and EXIF in its `info`."""
+    """Convert to a Pillow image in mode L, LA, RGB or RGBA, with the ICC profile and EXIF data in its `info`."""
     result = Image.fromarray(_channels(image))
     result.info |= {
         name: value for name, value in (("icc_profile", image.icc_profile), ("exif", image.exif)) if value
@@ -117,9 +130,9 @@ def to_pillow(image: DecodedImage) -> Image.Image:
 
 
 def with_pixels(image: DecodedImage, rgb: np.ndarray) -> DecodedImage:
-    """`image` at another size: its metadata with the pixels `rgb` uint8 [H',W',3], its alpha resized to these."""
+    """Replace the pixels of `image` by uint8 [H',W',3] and resize its alpha to match; metadata is kept."""
     height, width, _ = rgb.shape
-    if image.grey:
+    if image.gray:
         luma = np.asarray(Image.fromarray(rgb).convert("L"))  # BT.601
         rgb = np.broadcast_to(luma[..., None], rgb.shape)
     alpha = image.alpha
@@ -132,15 +145,15 @@ def _decode(image: Image.Image) -> DecodedImage:
     raw = raw_mode(image)
     image.load()
     pixels = to_pixels(image, raw)
-    # After loading: Pillow itself rotates TIFFs then, and some PNGs keep their EXIF after the pixels.
-    turn = metadata.orientation(image)
+    # After loading: that is when Pillow rotates TIFFs itself, and some PNGs store EXIF after the pixels.
+    orientation = metadata.orientation(image)
     exif, exif_notes = metadata.exif(image)
-    profile, profile_notes = metadata.profile(image, pixels.grey)
+    profile, profile_notes = metadata.profile(image, pixels.gray)
     file_format = image.format or ""
     return DecodedImage(
-        rgb=_upright(pixels.rgb, turn),
-        alpha=None if pixels.alpha is None else _upright(pixels.alpha, turn),
-        grey=pixels.grey,
+        rgb=_upright(pixels.rgb, orientation),
+        alpha=None if pixels.alpha is None else _upright(pixels.alpha, orientation),
+        gray=pixels.gray,
         icc_profile=profile,
         exif=exif,
         format="JPEG" if file_format == "MPO" else file_format,
@@ -149,8 +162,8 @@ def _decode(image: Image.Image) -> DecodedImage:
 
 
 def _channels(image: DecodedImage) -> np.ndarray:
-    """uint8 [H,W] for a gray image without alpha, else [H,W,2..4]."""
-    channels = [image.rgb[..., :1] if image.grey else image.rgb]
+    """uint8 [H,W] for a grayscale image without alpha, otherwise [H,W,2..4]."""
+    channels = [image.rgb[..., :1] if image.gray else image.rgb]
     if image.alpha is not None:
         channels.append(image.alpha[..., None])
     pixels = np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]
@@ -158,22 +171,22 @@ def _channels(image: DecodedImage) -> np.ndarray:
 
 
 def read_rgb(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> np.ndarray:
-    """`read_image`'s colours alone: uint8 [H,W,3]."""
+    """`read_image`, but only the colors: uint8 [H,W,3]."""
     return read_image(source, max_megapixels=max_megapixels).rgb
 
 
 def read_size(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> tuple[int, int]:
-    """(height, width) of the upright image, from the header alone: the pixels may still prove damaged."""
+    """(height, width) of the upright image. Only the header is read, so the pixels may still be damaged."""
     with _opened(source, max_megapixels) as image:
         width, height = image.size
-        # Where Pillow turns a TIFF on loading, its size is already that of the turned image.
-        turned = metadata.orientation(image) >= 5 and image.format != "TIFF"
-        return (width, height) if turned else (height, width)
+        # For TIFF, Pillow already reports the size of the upright image.
+        swapped = metadata.orientation(image) >= 5 and image.format != "TIFF"
+        return (width, height) if swapped else (height, width)
 
 
 @contextmanager
 def _opened(source: Path | bytes, max_megapixels: float) -> Iterator[Image.Image]:
-    """The Pillow image behind `source`, its header checked; every failure inside becomes a ImageError."""
+    """The Pillow image in `source`, with its header checked. Every exception inside becomes an `ImageError`."""
     head = b""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else _open_regular(source) as file:
@@ -187,14 +200,14 @@ def _opened(source: Path | bytes, max_megapixels: float) -> Iterator[Image.Image
                     raise ImageError("has no pixels")
                 if width * height > max_megapixels * 1e6:
                     raise ImageError(
-                        f"is {width}x{height} pixels, over the limit of {max_megapixels:g} megapixels"
+                        f"has {width}x{height} pixels, above the limit of {max_megapixels:g} megapixels"
                     )
                 yield image
     except ImageError:
         raise
     except UnsupportedPixels as error:
         raise ImageError(str(error)) from error
-    except Exception as error:  # decoders raise whatever broken bytes make of them: struct.error, KeyError
+    except Exception as error:  # broken bytes make decoders raise anything: struct.error, KeyError
         raise ImageError(reason(error, head=head, max_megapixels=max_megapixels)) from error
 
 
@@ -202,14 +215,14 @@ def _open_regular(path: Path) -> IO[bytes]:
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise ImageError("is a folder")
-    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(mode):  # opening a pipe would block
         raise ImageError("is not a regular file")
     return Path(path).open("rb")
 
 
 def _open_header(file: IO[bytes], max_megapixels: float) -> Image.Image:
-    # Pillow's own limit is one number for the process. It guards the tiles of a TIFF too, which may be larger
-    # than the image; it is raised or lowered to ours while a header is parsed, and others keep theirs.
+    # Pillow has one limit for the whole process, which also covers TIFF tiles, that may be larger than the image.
+    # Set it to ours while a header is parsed, and restore it for other users of Pillow.
     with _BOMB_LIMIT:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = max(1, int(max_megapixels * 1e6))
@@ -219,54 +232,65 @@ def _open_header(file: IO[bytes], max_megapixels: float) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _upright(array: np.ndarray, turn: int) -> np.ndarray:
-    """`array` [H,W,...] as EXIF orientation `turn` (1..8) says that it is to be looked at."""
-    if turn >= 5:
+def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply an EXIF orientation (1 to 8) to `array` [H,W,...]."""
+    if orientation >= 5:
         array = array.swapaxes(0, 1)
-    if turn in (3, 4, 7, 8):
+    if orientation in (3, 4, 7, 8):
         array = array[::-1]
-    if turn in (2, 3, 6, 7):
+    if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
     return np.ascontiguousarray(array)
 
 
 def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> None:
-    """ImageError if a file of this name cannot hold such an image. Cheap: ask before hours of work."""
-    kind = _WRITERS.get(path.suffix.lower())
-    if kind is None:
-        raise ImageError(f"cannot be written as '{path.suffix}': name it .png, .jpg, .webp or .tif")
-    if alpha and kind == "JPEG":
-        raise ImageError("has transparency, which JPEG cannot hold: name the output .png")
-    if max(height, width) > _MAX_SIDE.get(kind, 2**31 - 1):
-        raise ImageError(f"would be {width}x{height} pixels, more than {kind} can hold: name the output .png")
+    """Check that the format of this suffix can store such an image. Cheap, so call it before long work.
+
+    Raises:
+        ImageError: it cannot.
+    """
+    file_format = _WRITERS.get(path.suffix.lower())
+    if file_format is None:
+        raise ImageError(f"cannot be written as '{path.suffix}': use .png, .jpg, .webp or .tif")
+    if alpha and file_format == "JPEG":
+        raise ImageError("has transparency, which JPEG cannot store: write a .png instead")
+    if max(height, width) > _MAX_SIDE.get(file_format, 2**31 - 1):
+        raise ImageError(
+            f"would be {width}x{height} pixels, more than {file_format} can store: write a .png instead"
+        )
 
 
 def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> None:
-    """Write `image` in the format of the suffix: JPEG at quality 95 in full chroma, the others exactly.
+    """Write `image` in the format of the suffix: JPEG with quality 95 and full chroma, the others losslessly.
 
-    Whole or not at all: the bytes go to a hidden file beside `path`, which then takes its name. The folder
-    must exist. Not `durable`, a power cut may leave a damaged file, and writing is ten times as fast for small ones:
-    for those who check what they read. Raises ImageError.
+    The write is atomic: a hidden file in the same folder, which must exist, is renamed to `path` at the end.
+
+    Args:
+        durable: sync to disk before the rename. Without it small files are written ten times as fast, but a power cut
+            may leave a damaged one: for callers that check what they read.
+
+    Raises:
+        ImageError: the image cannot be written.
     """
     path = Path(path)
     height, width = image.rgb.shape[:2]
     require_writable(path, height=height, width=width, alpha=image.alpha is not None)
-    kind = _WRITERS[path.suffix.lower()]
-    options = dict(_SAVE_OPTIONS[kind])
+    file_format = _WRITERS[path.suffix.lower()]
+    options = dict(_SAVE_OPTIONS[file_format])
     if image.icc_profile:
         options["icc_profile"] = image.icc_profile
-    if image.exif and not (kind == "JPEG" and len(image.exif) > _MAX_JPEG_EXIF):
+    if image.exif and not (file_format == "JPEG" and len(image.exif) > _MAX_JPEG_EXIF):
         options["exif"] = image.exif
-        if kind == "TIFF":
-            options["compression"] = "raw"  # Pillow fails to write EXIF through libtiff, which compresses
-    # Its name is not made from the target's, which may be as long as names can be.
+        if file_format == "TIFF":
+            options["compression"] = "raw"  # Pillow cannot write EXIF through libtiff, which compresses
+    # Not derived from the target's name, which may already have the maximum length.
     scratch = path.parent / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp"
     try:
         with scratch.open("xb") as file:
-            Image.fromarray(_channels(image)).save(file, format=kind, **options)
+            Image.fromarray(_channels(image)).save(file, format=file_format, **options)
             file.flush()
             if durable:
-                os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
+                os.fsync(file.fileno())  # otherwise a power cut could leave the name without the bytes
         os.replace(scratch, path)
     except Exception as error:
         raise ImageError(f"could not be written: {reason(error)}") from error

@@ -1,4 +1,4 @@
-"""Find the images in files and folders, and the output file of each; reads only folders and first bytes."""
+"""Find the image files to process and name the output of each. Only folders and first bytes are read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, SCRATCH_PREFIX, WRITABLE_SUFFIXES, sniff_file
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
-_SUFFIX_OF = {"JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # .png for all others
-_MAX_NAME = 255  # bytes, on every file system in common use
+_SUFFIX_OF = {"JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # all others become .png
+_MAX_NAME = 255  # bytes, on all common file systems
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image file and the file that its output is written to."""
+    """An input image file and its output file."""
 
     source: Path
     target: Path
@@ -26,7 +26,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Found:
-    """Jobs sorted by name, the number of non-image files in folders, and (folder, reason) for unreadable ones."""
+    """The result of `find_images`.
+
+    Attributes:
+        jobs: sorted by name within each input.
+        ignored: the number of non-image files in folders.
+        failed: folders that cannot be read, with the reason.
+    """
 
     jobs: tuple[Job, ...]
     ignored: int = 0
@@ -34,20 +40,23 @@ class Found:
 
 
 def find_images(inputs: Iterable[Path], output: Path) -> Found:
-    """The jobs of upscaling `inputs` into `output`.
+    """Pair input images with output files.
 
-    Folders are searched recursively and mirrored under `output`; their files count as images by suffix or by first
-    bytes. A file named in `inputs` always counts. With a single input file, `output` may be an image file.
+    Args:
+        inputs: files, taken whatever they contain, and folders, searched recursively for files with the suffix or the
+            first bytes of an image.
+        output: a folder, in which the structure of input folders is repeated; for a single file also an image file.
 
     Raises:
-        UserError: a missing input, an output that cannot be written or is an input, or two images with one output.
+        UserError: an input is missing, the output cannot be written or is an input too, or two inputs have the same
+            output.
     """
     inputs, output = [Path(path) for path in inputs], Path(output)
     for path in inputs:
         if not os.path.lexists(path):
             raise UserError(f"input '{printable(path)}' does not exist: check the path")
     if not inputs:
-        raise UserError("no input was named: give at least one image or folder")
+        raise UserError("inputs must not be empty: give at least one image or folder")
     to_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
     _check_output(output, inputs, to_file)
     ignored = 0
@@ -65,18 +74,18 @@ def find_images(inputs: Iterable[Path], output: Path) -> Found:
             other = jobs.setdefault(os.path.abspath(job.target), job)
             if os.path.abspath(other.source) != os.path.abspath(source):
                 raise UserError(
-                    f"'{printable(other.source)}' and '{printable(source)}' would both become "
-                    f"'{printable(job.target)}': upscale them into different folders"
+                    f"'{printable(other.source)}' and '{printable(source)}' have the same output "
+                    f"'{printable(job.target)}': use different output folders"
                 )
     real_sources = {os.path.realpath(job.source) for job in jobs.values()}
     for job in jobs.values():
         if os.path.realpath(job.target) in real_sources:
-            raise UserError(f"output '{printable(job.target)}' is an input too: choose another output folder")
+            raise UserError(f"output '{printable(job.target)}' is also an input: use another output folder")
     return Found(tuple(jobs.values()), ignored, tuple(failed))
 
 
 def split_finished(jobs: Iterable[Job], *, overwrite: bool = False) -> tuple[list[Job], list[Job]]:
-    """(to do, finished): a target that exists is finished, since targets are written whole or not at all."""
+    """(to do, finished): a job is finished if its target exists, since targets are written atomically."""
     to_do: list[Job] = []
     finished: list[Job] = []
     for job in jobs:
@@ -87,7 +96,7 @@ def split_finished(jobs: Iterable[Job], *, overwrite: bool = False) -> tuple[lis
 def _check_output(output: Path, inputs: list[Path], to_file: bool) -> None:
     if to_file and (len(inputs) > 1 or inputs[0].is_dir()):
         raise UserError(
-            f"output '{printable(output)}' names one image, but the input is more than one: name a folder"
+            f"output '{printable(output)}' is an image file, but there is more than one input image: use a folder"
         )
     if to_file and output.suffix.lower() not in WRITABLE_SUFFIXES:
         raise UserError(
@@ -95,14 +104,14 @@ def _check_output(output: Path, inputs: list[Path], to_file: bool) -> None:
             "use .png, .jpg, .webp or .tif"
         )
     if not to_file and output.exists() and not output.is_dir():
-        raise UserError(f"output '{printable(output)}' is a file: name a folder that is or can be made")
+        raise UserError(f"output '{printable(output)}' is a file: use a folder")
     nearest = output.parent if to_file else output
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(
-            f"output '{printable(output)}' cannot be made, for '{printable(nearest)}' is not a folder "
-            "that you may write to: choose another"
+            f"output '{printable(output)}' cannot be created because '{printable(nearest)}' is not a writable "
+            "folder: use another"
         )
 
 
@@ -149,24 +158,22 @@ def walk(
 
 
 def _is_image(path: Path) -> bool:
-    if path.name.startswith(("._", SCRATCH_PREFIX)):  # macOS's notes beside a file; half-written files
+    if path.name.startswith(("._", SCRATCH_PREFIX)):  # macOS metadata files; incomplete outputs
         return False
     return path.suffix.lower() in IMAGE_SUFFIXES or sniff_file(path) is not None
 
 
 def _target_name(source: Path) -> str:
-    """The source's name; with a second suffix where its own cannot be written or would lose transparency.
+    """The source's name, with a second suffix if its own cannot be written or would lose transparency.
 
-    Appended, since 'a.gif' and 'a.png' may lie side by side.
+    The suffix is appended because 'a.gif' and 'a.png' may be in the same folder.
     """
     suffix = source.suffix.lower()
-    if suffix in WRITABLE_SUFFIXES:
-        if suffix not in _JPEG_SUFFIXES:
-            return source.name
-        kind = sniff_file(source)
-        if kind in (None, "JPEG"):
-            return source.name
-    else:
-        kind = sniff_file(source)
-    name = source.name + _SUFFIX_OF.get(kind or "", ".png")
-    return name if len(os.fsencode(name)) <= _MAX_NAME else source.stem + _SUFFIX_OF.get(kind or "", ".png")
+    if suffix in WRITABLE_SUFFIXES and suffix not in _JPEG_SUFFIXES:
+        return source.name
+    file_format = sniff_file(source)
+    if suffix in _JPEG_SUFFIXES and file_format in (None, "JPEG"):
+        return source.name
+    new_suffix = _SUFFIX_OF.get(file_format or "", ".png")
+    name = source.name + new_suffix
+    return name if len(os.fsencode(name)) <= _MAX_NAME else source.stem + new_suffix

@@ -1,7 +1,7 @@
-"""The pixels of a Pillow image of any mode as 8-bit arrays. Pillow and numpy alone; no files.
+"""The pixels of a Pillow image of any mode as 8-bit arrays.
 
-Shape legend: H height, W width. Pillow's own conversions clip deep pixels (65535 and 256 both become 255) and
-forget which grey level stands for transparent, so grey, deep and float modes are converted here.
+Pillow's own conversions clip pixels of more than 8 bits (65535 and 256 both become 255) and lose the gray level that
+means transparent, so gray, 16-bit and float modes are converted here. Shape legend: H height, W width.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import numpy as np
 from PIL import Image, ImageCms
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
-_DEEP_NOTE = "16 bits a channel reduced to 8"
+_DEEP_NOTE = "16 bits per channel reduced to 8"
 
 
 class UnsupportedPixels(ValueError):
-    """Pixels that have no meaning as an 8-bit image; the message is the whole reason."""
+    """Pixels that have no meaning as an 8-bit image; the message is the reason, without the path."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """rgb uint8 [H,W,3] (equal channels when grey), alpha uint8 [H,W] or None, and what was changed."""
+    """8-bit pixels: rgb [H,W,3] (equal channels if gray), alpha [H,W] or None, and notes about the conversion."""
 
     rgb: np.ndarray
     alpha: np.ndarray | None
-    grey: bool
+    gray: bool
     notes: tuple[str, ...]
 
 
 def raw_mode(image: Image.Image) -> str:
-    """How the file packs its pixels, as Pillow calls it ('RGB;16B', 'LA;16B', 'L;2', ...).
+    """Pillow's name for the pixel packing in the file ('RGB;16B', 'LA;16B', 'L;2', ...); '' if unknown.
 
-    To be asked before `load`, which forgets it; '' where the decoder does not say.
+    Call it before `load`, which discards it.
     """
     for tile in getattr(image, "tile", ()):
         args = tile[3]
@@ -44,28 +44,32 @@ def raw_mode(image: Image.Image) -> str:
 
 
 def to_pixels(image: Image.Image, raw: str) -> Pixels:
-    """The loaded `image` as 8-bit arrays; `raw` is its `raw_mode` from before loading.
+    """Convert a loaded image to 8-bit arrays.
 
-    Raises UnsupportedPixels where the values cannot be shown, and whatever Pillow raises.
+    Args:
+        raw: its `raw_mode`, from before loading.
+
+    Raises:
+        UnsupportedPixels: the values have no meaning as an 8-bit image. Pillow's own exceptions pass through.
     """
     mode = image.mode
     if mode == "I" or mode == "F" or mode.startswith("I;16"):
-        return _deep_grey(image)
+        return _deep_gray(image)
     deep = image.format in ("PNG", "TIFF") and ";16" in raw  # Pillow has already taken the high bytes
     notes = (_DEEP_NOTE,) if deep else ()
     if mode in ("1", "L"):
         level = np.asarray(image.convert("L"))
-        return Pixels(_three(level), _keyed_grey(level, image, raw), True, notes)
+        return Pixels(_to_rgb(level), _alpha_of_key(level, image, raw), True, notes)
     if mode in ("LA", "La") or raw.split(";")[0] == "LA":  # Pillow opens 16-bit LA as RGBA
         both = np.asarray(image.convert("LA" if mode != "La" else "RGBA"))
-        return Pixels(_three(both[..., 0]), both[..., -1].copy(), True, notes)
+        return Pixels(_to_rgb(both[..., 0]), both[..., -1].copy(), True, notes)
     if mode in ("CMYK", "LAB"):
-        rgb, how = _by_profile(image)
-        return Pixels(rgb, None, False, (*notes, how))
+        rgb, note = _by_profile(image)
+        return Pixels(rgb, None, False, (*notes, note))
     if mode == "RGB" and isinstance(image.info.get("transparency"), tuple):
         rgb = np.array(image)
-        colour = np.asarray(image.info["transparency"][:3], np.int64) >> (8 if deep else 0)
-        alpha = np.where((rgb == colour).all(axis=-1), 0, 255).astype(np.uint8)
+        key = np.asarray(image.info["transparency"][:3], np.int64) >> (8 if deep else 0)
+        alpha = np.where((rgb == key).all(axis=-1), 0, 255).astype(np.uint8)
         return Pixels(rgb, alpha, False, notes)
     if image.has_transparency_data:
         both = np.asarray(image.convert("RGBA"))
@@ -73,29 +77,29 @@ def to_pixels(image: Image.Image, raw: str) -> Pixels:
     return Pixels(np.array(image.convert("RGB")), None, False, notes)
 
 
-def _three(level: np.ndarray) -> np.ndarray:
+def _to_rgb(level: np.ndarray) -> np.ndarray:
     return np.repeat(level[..., None], 3, axis=-1)  # [H,W,3]
 
 
-def _keyed_grey(level: np.ndarray, image: Image.Image, raw: str) -> np.ndarray | None:
-    """Alpha of a grey image in which one level means transparent (PNG's tRNS), else None."""
+def _alpha_of_key(level: np.ndarray, image: Image.Image, raw: str) -> np.ndarray | None:
+    """Alpha [H,W] of a gray image in which one level means transparent (PNG's tRNS), else None."""
     key = image.info.get("transparency")
     if not isinstance(key, int):
         return None
-    # The key counts in the file's levels (except 1 bit in a recent Pillow), the pixels in 8 bits.
+    # The key is in the file's levels (except for 1 bit in a recent Pillow), the pixels are in 8 bits.
     key *= {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
     return np.where(level == min(key, 255), 0, 255).astype(np.uint8)
 
 
-def _deep_grey(image: Image.Image) -> Pixels:
-    """Grey of more than 8 bits, scaled by the white of its kind.
+def _deep_gray(image: Image.Image) -> Pixels:
+    """Convert gray pixels of more than 8 bits, scaled so that the white level becomes 255.
 
-    Integers of known depth by 2^bits - 1; 32-bit integers by 65535 if they fit there; floats by 1 if they lie
-    in [0,1], by 255 if they lie in [0,255]. What fits none of these has no known white: least to greatest.
+    White is 2^bits - 1 for integers of known depth; 65535 for 32-bit integers up to that; 1 for floats in [0,1] and 255
+    for floats in [0,255]. For anything else white is unknown, and the range of values is stretched to [0,255].
     """
     values = np.asarray(image).astype(np.float64)  # [H,W]
     if not np.isfinite(values).all():
-        raise UnsupportedPixels("holds pixels that are not finite numbers")
+        raise UnsupportedPixels("has pixels that are not finite numbers")
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))
     bits = bits[0] if isinstance(bits, tuple) else bits
@@ -112,25 +116,25 @@ def _deep_grey(image: Image.Image) -> Pixels:
         white, note = (1.0 if greatest <= 1 else 255.0), "floating-point pixels rounded to 8 bits"
     else:
         black, white = least, greatest
-        note = f"values {least:g} to {greatest:g} stretched over 8 bits"
+        note = f"values {least:g} to {greatest:g} stretched to 8 bits"
     unit = (values - black) / ((white - black) or 1.0)
-    if tags.get(_PHOTOMETRIC) == 0:  # TIFF's white-is-zero, which Pillow inverts for 8 bits alone
+    if tags.get(_PHOTOMETRIC) == 0:  # TIFF's white-is-zero, which Pillow inverts for 8 bits only
         unit = 1.0 - unit
     level = np.rint(np.clip(unit, 0.0, 1.0) * 255.0).astype(np.uint8)
-    return Pixels(_three(level), alpha, True, (note,))
+    return Pixels(_to_rgb(level), alpha, True, (note,))
 
 
 def _by_profile(image: Image.Image) -> tuple[np.ndarray, str]:
-    """Ink or Lab to RGB [H,W,3]: ink by the image's own colour profile where it has a usable one."""
+    """CMYK or Lab to RGB [H,W,3], and a note: CMYK by the image's own color profile if it has a usable one."""
     try:
         profile = image.info.get("icc_profile") or b""
         source = ImageCms.createProfile("LAB") if image.mode == "LAB" else io.BytesIO(profile)
         target = ImageCms.createProfile("sRGB")
         rgb = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-        return np.array(rgb), f"{image.mode} converted to RGB by its colour profile"
+        return np.array(rgb), f"{image.mode} converted to RGB by its color profile"
     except (ImportError, OSError, ValueError, TypeError, ImageCms.PyCMSError):
-        pass  # no profile, a broken one, or one that is not for ink
+        pass  # no profile, a broken one, or one that is not for CMYK
     try:
         return np.array(image.convert("RGB")), f"{image.mode} converted to RGB"
     except ValueError as error:
-        raise UnsupportedPixels(f"has {image.mode} colours, which cannot be turned into RGB here") from error
+        raise UnsupportedPixels(f"has {image.mode} colors, which cannot be converted to RGB") from error

@@ -35,9 +35,9 @@ from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import DecodedImage, from_pillow, read_image, to_pillow, with_pixels
 from sr3_jax.image_ops import pad_image
-from sr3_jax.inference.program import apply, bucket, generate_jit
+from sr3_jax.inference.program import bucket, generate_jit
 from sr3_jax.inference.sampling_file import find_sampling
-from sr3_jax.nn.unet import UNet
+from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.weights import load_weights, locate_model
 from sr3_jax.types import Denoiser, Key, Params
@@ -84,7 +84,7 @@ class Model:
 
     def denoiser(self) -> Denoiser:
         """The network with its weights bound, as `sr3_jax.diffusion.sample` takes it."""
-        return functools.partial(apply, self.network, self.params)
+        return functools.partial(apply_unet, self.network, self.params)
 
     @overload
     def upscale(

@@ -1,4 +1,4 @@
-"""The one compiled program that draws images: condition, guidance, tiles and the reverse loop, over a mesh.
+"""The jitted sampling program: condition, guidance, tiling and the reverse loop, over a mesh.
 
 Shape legend: B batch, H x W the images, h x w their low-res images, C channels.
 """
@@ -21,16 +21,11 @@ from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.image_ops import to_uint8, to_unit
 from sr3_jax.inference.tiling import tiled
-from sr3_jax.nn.unet import UNet
+from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.train.examples import Batch, condition
-from sr3_jax.types import Conditioning, Denoiser, Key, Params
+from sr3_jax.types import Denoiser, Key, Params
 
-TILE, OVERLAP = 1024, 64  # high-res pixels; about 1 GB of activations at the shipped model's width
-
-
-def apply(network: UNet, params: Params, y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
-    """The network with weights, as a denoiser once these two are bound."""
-    return network.apply({"params": params}, y_t, gamma, cond)
+TILE, OVERLAP = 1024, 64  # high-res pixels; about 1 GB of activations for the shipped model
 
 
 _STATIC = ("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation")
@@ -54,16 +49,22 @@ def generate_jit(
     scale: int,
     augmentation: ConditioningAugmentation | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Images uint8 of `shape` [B,H,W,C], and whether all values before rounding were finite.
+    """Sample a batch of images.
 
     Args:
-        batch: 'image', the low-res images uint8 [B,h,w,C], unless it is a base stage; 'label' [B] if it has labels.
-        key: one key, or [B].
-        coefficients: the table of `Sampling.coefficients`.
-        guidance: None for none.
-        strength: of the condition's augmentation; None for none.
-        mesh: the rows of the batch lie over all of it.
-        step: the compiled part of the solver, `Solver.compiled`.
+        batch: 'image', the low-res images uint8 [B,h,w,C], except for a base stage; 'label' [B], for a
+            class-conditional network.
+        key: one key, or [B] keys.
+        coefficients: `Sampling.coefficients`.
+        guidance: weight of classifier-free guidance; None for no guidance.
+        strength: of the conditioning augmentation; None for none.
+        shape: (B,H,W,C) of the output.
+        mesh: the batch is split over all of it.
+        step: `Solver.compiled`.
+        scale: H / h.
+
+    Returns:
+        uint8 [B,H,W,C], and whether all values were finite before rounding.
     """
     low_res = to_unit(batch["image"]) if "image" in batch else None
     levels = None
@@ -72,7 +73,7 @@ def generate_jit(
         key, augment_key = split(key)
         low_res = augmentation.apply(augment_key, low_res, levels)
     cond = condition(low_res, scale, batch.get("label"), levels)
-    denoiser: Denoiser = functools.partial(apply, network, params)
+    denoiser: Denoiser = functools.partial(apply_unet, network, params)
     if guidance is not None:
         denoiser = guided(denoiser, guidance=guidance, no_label=network.num_classes)
     denoiser = tiled(denoiser, tile=TILE, overlap=OVERLAP, stride=network.stride)
@@ -86,14 +87,18 @@ def generate_jit(
         prediction=prediction,
         space=space,
     )
-    # Each device works on its own rows: said of what comes out too, so that XLA cannot choose otherwise.
+    # Constrain the output too, so that XLA cannot choose another sharding than rows over devices.
     output = jax.lax.with_sharding_constraint(to_uint8(samples.image), sharding.batch_sharding(mesh))
     return output, jnp.all(jnp.isfinite(samples.image))
 
 
 def bucket(side: int, unit: int, *, exact: int = 0) -> int:
-    """The low-res side to pad to: a multiple of `unit`; above `exact` in steps of 8 or of an eighth of the side."""
-    # A network of whole small images knows where they end: padded, those of Fashion-MNIST lose 3 dB.
+    """The low-res side to pad to, a multiple of `unit`, so that images of many sizes need few compilations.
+
+    Args:
+        exact: up to this side, pad to a multiple of `unit` only; above it also to one of 8 or an eighth of the side.
+    """
+    # A network trained on whole small images depends on where they end: padding costs 3 dB on Fashion-MNIST.
     step = 1 if side <= exact else max(8, 1 << max(0, side.bit_length() - 4))
     step = -(-step // unit) * unit
     return -(-side // step) * step

@@ -1,7 +1,7 @@
-"""A denoiser for images larger than the network should see at once: overlapping tiles, blended at every step.
+"""Apply a denoiser to large images in overlapping tiles that are blended at every step.
 
-All tiles share one noise field and are blended before the solver moves on, so that no seam can grow: neighbours
-agree after every step rather than being cut and pasted at the end. Shape legend: B batch, H height, W width.
+All tiles share one noise image, and their predictions are blended before the next step of the solver. Neighboring tiles
+therefore agree at every step, and no seams can form. Shape legend: B batch, H height, W width.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from sr3_jax.types import Conditioning, Denoiser, NoiseLevel
 
 
 def tiled(denoiser: Denoiser, *, tile: int, overlap: int, stride: int = 1) -> Denoiser:
-    """The same denoiser, applied to squares of `tile` pixels one after the other.
+    """A denoiser that applies `denoiser` to one square tile after the other.
 
-    Memory is that of one tile plus a few images. Images that fit one tile go through unchanged.
+    It needs the memory of one tile plus a few images. An image that fits into one tile is passed through.
 
     Args:
-        tile: side of a square, a multiple of the stride.
-        overlap: least overlap of neighbours, over which one fades into the other.
-        stride: the network's, which must divide the image's sides. Tiles start at its multiples, so that a pixel
-            has the same place in the network's own grid of squares in each tile and in the whole image.
+        tile: side of a tile in pixels, a multiple of the stride.
+        overlap: minimum overlap of neighboring tiles in pixels, over which they are blended.
+        stride: of the network; it must divide H and W. Tiles start at its multiples, so that downsampling groups the
+            same pixels in a tile as in the whole image.
+
+    Raises:
+        ValueError: `tile` is not a multiple of the stride, or the overlap is out of range.
     """
     if tile % stride:
         raise ValueError(f"tile must be a multiple of the stride of {stride}, got {tile}")
@@ -41,13 +44,13 @@ def tiled(denoiser: Denoiser, *, tile: int, overlap: int, stride: int = 1) -> De
         window = np.outer(_fade(size[0], overlap), _fade(size[1], overlap)).astype(np.float32)
         weight = jnp.broadcast_to(jnp.asarray(window)[None, :, :, None], (batch, *size, 1))
 
-        def cut(field: jax.Array, corner: jax.Array) -> jax.Array:
+        def crop(x: jax.Array, corner: jax.Array) -> jax.Array:
             start = (0, corner[0], corner[1], 0)
-            return jax.lax.dynamic_slice(field, start, (batch, *size, field.shape[3]))
+            return jax.lax.dynamic_slice(x, start, (batch, *size, x.shape[3]))
 
         def add(total: jax.Array, corner: jax.Array) -> tuple[jax.Array, None]:
-            part = {name: cut(x, corner) if x.ndim == 4 else x for name, x in cond.items()}
-            out = denoiser(cut(y_t, corner), gamma, part)
+            tile_cond = {name: crop(x, corner) if x.ndim == 4 else x for name, x in cond.items()}
+            out = denoiser(crop(y_t, corner), gamma, tile_cond)
             return _add_at(total, jnp.concatenate([out * weight, weight], -1), corner), None
 
         total, _ = jax.lax.scan(add, jnp.zeros((batch, height, width, channels + 1)), corners)
@@ -58,20 +61,20 @@ def tiled(denoiser: Denoiser, *, tile: int, overlap: int, stride: int = 1) -> De
 
 def _add_at(total: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
     start = (0, corner[0], corner[1], 0)
-    there = jax.lax.dynamic_slice(total, start, part.shape)
-    return jax.lax.dynamic_update_slice(total, there + part, start)
+    before = jax.lax.dynamic_slice(total, start, part.shape)
+    return jax.lax.dynamic_update_slice(total, before + part, start)
 
 
 def _starts(side: int, length: int, overlap: int, stride: int) -> list[int]:
-    """Where the tiles of one axis start: evenly spread multiples of the stride, the last ending at the edge."""
+    """Starts of the tiles along one axis: evenly spaced multiples of the stride; the last tile ends at the edge."""
     if side == length:
         return [0]
-    way, step = (side - length) // stride, (length - overlap) // stride  # in strides
-    count = -(-way // step)
-    return [round(index * way / count) * stride for index in range(count + 1)]
+    last, step = (side - length) // stride, (length - overlap) // stride  # in strides
+    count = -(-last // step)
+    return [round(index * last / count) * stride for index in range(count + 1)]
 
 
 def _fade(length: int, overlap: int) -> np.ndarray:
-    """[length] weights that rise over `overlap` pixels at both ends; never 0, so that edges keep their one tile."""
+    """[length] blending weights that rise over `overlap` pixels at both ends; above 0, as edges have one tile only."""
     distance = np.minimum(np.arange(length) + 1, length - np.arange(length))
     return np.minimum(distance / (overlap + 1), 1.0)

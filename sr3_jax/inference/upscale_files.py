@@ -1,7 +1,7 @@
-"""Image files of any size through a model, and back to files.
+"""Upscale image files of any size.
 
-Shape legend: B images in a batch, H height, W width, s the model's scale. Reading and writing run in
-threads beside the device; what is in memory is bounded by a window of images and bytes, not by the folder.
+Threads read and write files while the device computes. Memory is bounded by a number of images and bytes, whatever the
+size of the folder. Shape legend: B batch, H height, W width, s the model's scale.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from sr3_jax.types import Key
 
 __all__ = ["Found", "Job", "UpscaleResult", "Upscaler", "find_images", "split_finished", "upscale_files"]
 
-DEFAULT_MAX_MEGAPIXELS = 64.0  # a 4x output of a gigapixel, 3 GB
+DEFAULT_MAX_MEGAPIXELS = 64.0  # at 4x the output has a gigapixel, 3 GB
 _THREADS = 4
 _WINDOW_BYTES = 512 * 2**20
 
 
 class Upscaler(Protocol):
-    """What `upscale_files` needs of a model: `sr3_jax.Model` is one."""
+    """The part of `sr3_jax.Model` that is used here."""
 
     @property
     def scale(self) -> int: ...
@@ -51,7 +51,14 @@ class Upscaler(Protocol):
 
 @dataclass(frozen=True)
 class UpscaleResult:
-    """What became of the jobs, each in the order of the jobs. `notes` tells what reading changed."""
+    """The outcome of `upscale_files`, in the order of the jobs.
+
+    Attributes:
+        done: outputs that were written.
+        skipped: outputs that existed.
+        failed: inputs, each with the reason.
+        notes: inputs that reading changed, each with the changes.
+    """
 
     done: tuple[Path, ...]
     skipped: tuple[Path, ...]
@@ -71,37 +78,42 @@ def upscale_files(
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     on_result: Callable[[Job, str | None], None] = lambda job, failure: None,
 ) -> UpscaleResult:
-    """Upscale every job's image into its target; one that fails is reported and the others go on.
+    """Upscale the image of each job into its target. An image that fails is recorded and does not stop the others.
 
-    A result depends on the image's pixels, the model, `steps`, `solver`, `seed` and `batch_size` alone:
-    each image gets the key of `seed` itself, and a batch that is not full is filled up with copies, since
-    another batch shape is another compiled program, which may round differently. So a `batch_size` above 1
-    pays for folders of images of one size. (Only a batch too large for the device is done one by one.)
+    An output depends only on the pixels, the model, `steps`, `solver`, `seed` and `batch_size`: each image gets the key
+    of `seed` itself, and an incomplete batch is filled with copies, since a program compiled for another batch shape
+    may round differently. Only a batch that does not fit into device memory is processed one image at a time.
 
-    Existing targets are skipped unless `overwrite`. `on_result(job, failure)` is called in this thread after
-    each image, failure None if it is written. Raises UserError for what would fail every image alike,
-    such as an unknown solver.
+    Args:
+        steps, solver: override the model's sampling settings.
+        batch_size: images of one size per batch; above 1 is faster for folders of images of equal size.
+        overwrite: otherwise existing targets are skipped.
+        max_megapixels: larger inputs fail.
+        on_result: called in this thread after each image, with the reason if it failed and None if it was written.
+
+    Raises:
+        UserError: something that would fail for all images, such as an unknown solver.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     jobs = list(jobs)
     to_do, finished = split_finished(jobs, overwrite=overwrite)
     failures: dict[Job, str] = {}
     notes: dict[Job, tuple[str, ...]] = {}
-    writes: dict[Future[None], tuple[Job, int]] = {}  # with their bytes
+    writes: dict[Future[None], tuple[Job, int]] = {}  # pending, with their bytes
 
-    def settle(job: Job, failure: str | None) -> None:
+    def finish(job: Job, failure: str | None) -> None:
         if failure is not None:
             failures[job] = failure
         on_result(job, failure)
 
-    def settle_writes(*, count: int, size: int) -> None:
-        """Settle what is written; wait until at most `count` writes of `size` bytes in all are under way."""
+    def finish_writes(*, max_count: int, max_bytes: int) -> None:
+        """Finish the jobs whose writes are done, and wait until few enough writes are pending."""
         while writes:
-            over = len(writes) > count or sum(held for _, held in writes.values()) > size
-            for future in wait(writes, None if over else 0, FIRST_COMPLETED).done:
-                settle(writes.pop(future)[0], _failure(future))
-            if not over:
+            too_many = len(writes) > max_count or sum(size for _, size in writes.values()) > max_bytes
+            for future in wait(writes, None if too_many else 0, FIRST_COMPLETED).done:
+                finish(writes.pop(future)[0], _failure(future))
+            if not too_many:
                 return
 
     def read(job: Job) -> DecodedImage:
@@ -117,16 +129,16 @@ def upscale_files(
     with ThreadPoolExecutor(_THREADS, "write") as writer:
         for group, unread in _groups(to_do, read, batch_size=batch_size):
             for job, failure in unread:
-                settle(job, failure)
+                finish(job, failure)
             outputs = _outputs(run, [image.rgb for _, image in group], batch_size)
             for (job, image), output in zip(group, outputs, strict=True):
                 if isinstance(output, str):
-                    settle(job, output)
+                    finish(job, output)
                     continue
                 notes[job] = image.notes
                 writes[writer.submit(_write, job.target, image, output)] = (job, output.nbytes)
-            settle_writes(count=2 * batch_size, size=_WINDOW_BYTES)
-        settle_writes(count=0, size=0)
+            finish_writes(max_count=2 * batch_size, max_bytes=_WINDOW_BYTES)
+        finish_writes(max_count=0, max_bytes=0)
     return UpscaleResult(
         done=tuple(job.target for job in to_do if job not in failures),
         skipped=tuple(job.target for job in finished),
@@ -138,45 +150,44 @@ def upscale_files(
 def _groups(
     jobs: Iterable[Job], read: Callable[[Job], DecodedImage], *, batch_size: int
 ) -> Iterator[tuple[list[tuple[Job, DecodedImage]], list[tuple[Job, str]]]]:
-    """Groups of up to `batch_size` images of one size, and what could not be read meanwhile.
+    """Yield groups of up to `batch_size` images of one size, each with the jobs whose images could not be read.
 
-    Reads ahead up to 4 batches or _WINDOW_BYTES, and a full group leaves at once; a smaller one only when the
-    window is full of other sizes or no more images come.
+    Reads ahead up to 4 batches or _WINDOW_BYTES. A full group is yielded at once; a smaller one when the window is full
+    or nothing is left to read.
     """
     queue = iter(jobs)
     reads: dict[Future[DecodedImage], Job] = {}
     ready: dict[tuple[int, ...], list[tuple[Job, DecodedImage]]] = {}  # by (H, W, 3)
     with ThreadPoolExecutor(_THREADS, "read") as reader:
         while True:
-            held = [image.rgb for group in ready.values() for _, image in group]
-            full = len(held) >= 4 * batch_size or sum(rgb.nbytes for rgb in held) > _WINDOW_BYTES
+            waiting = [image.rgb for group in ready.values() for _, image in group]
+            full = len(waiting) >= 4 * batch_size or sum(rgb.nbytes for rgb in waiting) > _WINDOW_BYTES
             while not full and len(reads) < _THREADS and (job := next(queue, None)) is not None:
                 reads[reader.submit(read, job)] = job
-            most = max(
-                ready.values(), key=lambda group: min(len(group), batch_size), default=[]
-            )  # oldest of equals
-            go = len(most) >= batch_size or full or not reads
+            # Of equally large groups, max returns the oldest.
+            largest = max(ready.values(), key=lambda group: min(len(group), batch_size), default=[])
+            leave = len(largest) >= batch_size or full or not reads
             unread = []
-            for future in wait(reads, 0 if go else None, FIRST_COMPLETED).done:
+            for future in wait(reads, 0 if leave else None, FIRST_COMPLETED).done:
                 job, failure = reads.pop(future), _failure(future)
                 if failure is not None:
                     unread.append((job, failure))
                 else:
                     ready.setdefault(future.result().rgb.shape, []).append((job, future.result()))
-            group = most[:batch_size] if go else []
+            group = largest[:batch_size] if leave else []
             if group:
-                ready[group[0][1].rgb.shape] = most[len(group) :]
+                ready[group[0][1].rgb.shape] = largest[len(group) :]
                 ready = {size: images for size, images in ready.items() if images}
             if group or unread:
                 yield group, unread
-            elif go and not reads and not ready:
+            elif leave and not reads and not ready:
                 return
 
 
 def _outputs(
     run: Callable[[np.ndarray], np.ndarray], images: list[np.ndarray], batch_size: int
 ) -> list[np.ndarray | str]:
-    """For each of `images` [H,W,3] its output [sH,sW,3], or the reason why there is none."""
+    """The output [sH,sW,3] of each image [H,W,3], or the reason why it failed."""
     if not images:
         return []
     try:
@@ -184,14 +195,14 @@ def _outputs(
         return list(run(batch)[: len(images)])
     except UserError:
         raise
-    except Exception as error:  # device, compiler and network each fail in their own way
+    except Exception as error:  # device, compiler and network raise many types
         text = " ".join(str(error).split())
         memory = (
             isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
         )
         if memory and batch_size > 1:
             return [output for image in images for output in _outputs(run, [image], 1)]
-        if not memory and len(images) > 1:  # one of them is to blame; the others keep their batch shape
+        if not memory and len(images) > 1:  # find the one that fails; the others keep their batch shape
             return [output for image in images for output in _outputs(run, [image], batch_size)]
         if memory:
             return ["needs more memory than the device has"]
@@ -201,7 +212,7 @@ def _outputs(
 
 
 def _write(target: Path, image: DecodedImage, rgb: np.ndarray) -> None:
-    """Write the upscaled `rgb` uint8 [sH,sW,3] with the alpha and metadata of `image`."""
+    """Write the upscaled pixels, uint8 [sH,sW,3], with the alpha and metadata of `image`."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -210,12 +221,12 @@ def _write(target: Path, image: DecodedImage, rgb: np.ndarray) -> None:
 
 
 def _failure(future: Future) -> str | None:
-    """None, or why the image of a finished read or write failed; what is no image's fault is raised."""
+    """Why a finished read or write failed, None if it did not; raises exceptions that are not about the image."""
     error = future.exception()
     if error is None:
         return None
     if isinstance(error, ImageError):
         return str(error)
     if isinstance(error, MemoryError):
-        return "needs more memory than there is"
+        return "needs more memory than is available"
     raise error

@@ -1,7 +1,7 @@
-"""The parts of the U-Net: residual block, attention, resampling, normalisation, embeddings.
+"""The layers of the U-Net: residual block, attention, resampling, normalization, embeddings.
 
-Shape legend: B batch, H height, W width, C channels, E width of the embedding. Activations are in the compute dtype;
-normalisation, softmax and everything in the embedding are float32.
+Activations have the compute dtype; normalization, softmax and the embedding are float32. Shape legend: B batch,
+H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 LOG_SNR_LIMIT = 20.0
-RESIDUAL_SCALE = 1.0 / math.sqrt(2.0)  # keeps the variance of x + h at that of x (paper section 2.3)
+RESIDUAL_SCALE = 1.0 / math.sqrt(2.0)  # so that x + h has the variance of x (paper section 2.3)
 zeros = nn.initializers.zeros_init()
 
 
 def space_to_depth(x: jax.Array, factor: int) -> jax.Array:
-    """[B,H,W,C] -> [B,H/factor,W/factor,factor^2 C]: no information is lost."""
+    """[B,H,W,C] -> [B,H/factor,W/factor,factor^2 C]; lossless."""
     if factor == 1:
         return x
     b, h, w, c = x.shape
@@ -38,41 +38,41 @@ def depth_to_space(x: jax.Array, factor: int) -> jax.Array:
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """[B,H,W,C] -> [B,H/2,W/2,C]: the mean of each 2x2 square."""
+    """[B,H,W,C] -> [B,H/2,W/2,C]: the mean of each 2x2 block."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
 def nearest_upsample(x: jax.Array) -> jax.Array:
-    """[B,H,W,C] -> [B,2H,2W,C]: each pixel becomes a 2x2 square."""
+    """[B,H,W,C] -> [B,2H,2W,C]: each pixel becomes a 2x2 block."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 def sinusoidal(value: jax.Array, width: int, low: float, high: float) -> jax.Array:
-    """[B] -> [B,width]: cosines and sines at width/2 frequencies from `low` to `high` radians a unit."""
+    """[B] -> [B,width]: cosines and sines at width/2 geometric frequencies from `low` to `high` radians per unit."""
     frequencies = jnp.asarray(np.geomspace(low, high, width // 2), jnp.float32)
     angle = value.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
 
 
 def log_snr_features(gamma: jax.Array, width: int) -> jax.Array:
-    """[B] gamma -> [B,width] features of the log-SNR ln(gamma / (1 - gamma)), clipped to [-20, 20].
+    """[B] gamma -> [B,width] sinusoids of the log-SNR ln(gamma / (1 - gamma)), clipped to [-20, 20].
 
-    The paper leaves the embedding of gamma open. gamma itself hardly moves at either end of the schedule, where its
-    sinusoids would be all alike; the log-SNR is monotone in gamma and moves evenly.
+    The paper does not say how gamma is embedded. gamma itself is almost constant at either end of the schedule, where
+    its sinusoids would be nearly equal; the log-SNR is monotone in gamma and changes evenly.
     """
-    log_snr = jnp.log(gamma) - jnp.log1p(-gamma)  # +inf at gamma = 1, which the clip takes care of
+    log_snr = jnp.log(gamma) - jnp.log1p(-gamma)  # +inf at gamma = 1; clipped below
     return sinusoidal(jnp.clip(log_snr, -LOG_SNR_LIMIT, LOG_SNR_LIMIT), width, 0.1, 20.0)
 
 
 class Norm(nn.Module):
-    """Normalises in float32, with a learned scale (and, for groups, offset); the dtype of x stays.
+    """Normalization in float32 with a learned scale (and offset, for groups); returns the dtype of x.
 
     Attributes:
-        kind: 'group', the paper's GroupNorm: statistics over the whole image, so an image's size and content
-            far away change a pixel's value. 'pixel': the root mean square over the channels of each pixel; what
-            the network does to a pixel then depends on its receptive field alone, at any image size.
+        kind: 'group' is the paper's GroupNorm. Its statistics are over the whole image, so the size of the image and
+            distant content change a pixel. 'pixel' is RMSNorm over the channels of each pixel: the output at a pixel
+            then depends only on its receptive field, for any image size.
     """
 
     kind: str
@@ -82,7 +82,7 @@ class Norm(nn.Module):
         if self.kind == "pixel":
             return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32)(x).astype(x.dtype)
         channels = x.shape[-1]
-        # 32 groups as in DDPM, of 4 channels or more: with fewer a group is too small to normalise.
+        # 32 groups as in DDPM, but of at least 4 channels: statistics of smaller groups are too noisy.
         groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
         return nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32)(x).astype(x.dtype)
 
@@ -95,9 +95,9 @@ def conv(
     name: str | None = None,
     precision: jax.lax.Precision | None = None,
 ) -> nn.Conv:
-    """A stride-1 convolution that keeps the size; float32 weights, computed in `dtype`.
+    """A stride-1 convolution with 'SAME' padding and float32 weights, computed in `dtype`.
 
-    With float32 and no `precision` a TPU still multiplies in bfloat16, and an NVIDIA card in TF32.
+    Even in float32, without `precision` a TPU multiplies in bfloat16 and an NVIDIA GPU in TF32.
     """
     return nn.Conv(
         channels,
@@ -110,12 +110,13 @@ def conv(
 
 
 class ResidualBlock(nn.Module):
-    """BigGAN's residual block under an embedding (paper section 2.3).
+    """BigGAN's residual block, conditioned on an embedding (paper section 2.3).
 
     Attributes:
         channels: of the output.
-        resample: 'up' or 'down' by 2 before the first convolution, on both branches; None keeps the size.
-        film: the embedding scales and shifts the second norm, rather than being added before it.
+        norm: 'group' or 'pixel'; see `Norm`.
+        resample: 'up' or 'down' by 2 before the first convolution, on both branches; None for no resampling.
+        film: the embedding scales and shifts the output of the second norm; otherwise it is added before the norm.
         dropout: rate before the second convolution, in training.
     """
 
@@ -150,10 +151,11 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, with a residual sum; softmax in float32.
+    """Self-attention over all pixels with a residual connection; softmax in float32.
 
     Attributes:
-        head_channels: channels of a head; 0 for a single head, as in DDPM.
+        norm: 'group' or 'pixel'; see `Norm`.
+        head_channels: channels per head; 0 for a single head, as in DDPM.
     """
 
     norm: str

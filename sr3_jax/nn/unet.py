@@ -1,11 +1,11 @@
-"""The U-Net of SR3 (paper section 2.3) and its faster relative: fields in, prediction out.
+"""The U-Net of SR3 (paper section 2.3) and a faster variant.
 
-Shape legend: B batch, H height, W width, C channels. Level i works at 1 / (patch * 2^i) of the image's size.
+Shape legend: B batch, H height, W width, C channels. Level i has 1 / (patch * 2^i) of the image's resolution.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -22,39 +22,55 @@ from sr3_jax.nn.blocks import (
     space_to_depth,
     zeros,
 )
-from sr3_jax.types import Conditioning, Image, NoiseLevel
+from sr3_jax.types import Conditioning, Image, Key, NoiseLevel, Params
 
 
-def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+def _is_matmul_or_conv(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive in (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
+
+
+def apply_unet(
+    network: UNet,
+    params: Params,
+    y_t: Image,
+    gamma: NoiseLevel,
+    cond: Conditioning,
+    *,
+    train: bool = False,
+    dropout_key: Key | None = None,
+) -> jax.Array:
+    """The prediction of a network with given weights; with the first two arguments bound it is a `Denoiser`."""
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return cast(jax.Array, network.apply({"params": params}, y_t, gamma, cond, train=train, rngs=rngs))
 
 
 class UNet(nn.Module):
     """Predicts eps, v or y0 from a noisy image, its noise level and the condition.
 
     Attributes:
-        channels: width of level 0; level i is `channels * multipliers[i]` wide.
-        num_blocks: residual blocks of each level on the way down, one number a level.
-        attention_levels: levels whose blocks are each followed by self-attention.
-        mid_attention: self-attention between the two blocks at the bottom.
-        head_channels: of an attention head; 0 for one head.
-        layout: 'biggan', the paper's: resampling inside residual blocks, a skip connection from every block, one
-            block more a level on the way up. 'efficient', after Imagen's Efficient U-Net: a 2x2 convolution
-            before the blocks of a level on the way down, its mirror after them on the way up, one skip a level;
-            put most blocks at the low levels.
+        channels: width of level 0.
+        multipliers: level i has `channels * multipliers[i]` channels.
+        num_blocks: number of residual blocks per level on the downsampling path.
+        attention_levels: levels with self-attention after each block.
+        mid_attention: self-attention between the two blocks at the lowest resolution.
+        head_channels: channels per attention head; 0 for a single head.
+        layout: 'biggan', the paper's: resampling inside residual blocks, a skip connection from every block, and one
+            more block per level on the upsampling path. 'efficient', after Imagen's Efficient U-Net: strided
+            convolutions between levels and one skip connection per level; put most blocks at the low resolutions.
         patch: space-to-depth factor of input and output, 1, 2 or 4; a factor of 4 makes level 0 16 times cheaper.
         norm: 'group' or 'pixel'; see `Norm`.
-        film: the embedding scales and shifts rather than being added (equal quality, paper section 2.3).
+        film: the embedding scales and shifts activations instead of being added (paper section 2.3: equal quality).
         dropout: rate in the residual blocks.
-        num_classes: 0, or the number of labels; label `num_classes` then means "no label".
-        augment: take cond['augment'], the strength [B] in [0,1] of the condition's augmentation.
-        remat: recompute each block's activations in the backward pass rather than keep them.
-        remat_keeps: then 'nothing' of a block is kept, or what its 'convs' and matrix products gave: more memory, and
-            no product is computed twice.
-        regression: the paper's baseline (section 4): the low-res image alone goes in, neither y_t nor gamma.
-        low_res: whether there is a low-res image at all; without one it is the base stage of a cascade.
-        dtype: 'float32' or 'bfloat16': of activations; weights, norms, softmax and last conv are float32.
-        out_channels: of the prediction.
+        num_classes: number of labels, 0 for none; label `num_classes` means "no label".
+        augment: take cond['augment'] as an input, the strength [B] in [0,1] of the conditioning augmentation.
+        remat: recompute the activations of each block in the backward pass to save memory.
+        remat_keeps: what `remat` stores of each block: 'nothing', or the outputs of its 'convs' and matrix products,
+            which takes more memory but recomputes none of them.
+        regression: the paper's regression baseline (section 4): the input is the low-res image only, without y_t and
+            gamma.
+        low_res: whether the network is conditioned on a low-res image; False for the base stage of a cascade.
+        dtype: of activations, 'float32' or 'bfloat16'; weights, norms, softmax and the last convolution are float32.
+        out_channels: channels of the prediction.
     """
 
     channels: int = 128
@@ -84,22 +100,28 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, y_t: Image, gamma: NoiseLevel, cond: Conditioning, train: bool = False) -> jax.Array:
-        """[B,H,W,C] float32 prediction from y_t [B,H,W,C], gamma [B] and cond; `train` turns dropout on.
+        """Predict [B,H,W,C] float32 from y_t [B,H,W,C], gamma [B] and cond.
 
-        cond['upsampled'] [B,H,W,C] is concatenated to y_t on the channels where the network takes a low-res image.
+        With `low_res`, cond['upsampled'] [B,H,W,C] is concatenated to y_t along the channels (paper section 2.3).
+
+        Args:
+            train: apply dropout, with the 'dropout' key of Flax.
+
+        Raises:
+            ValueError: H or W is not a multiple of `stride`; the label of a class-conditional network is missing.
         """
         if y_t.shape[1] % self.stride or y_t.shape[2] % self.stride:
             raise ValueError(
-                f"image height and width must be multiples of {self.stride}, got {y_t.shape[1]}x{y_t.shape[2]}; "
+                f"image height and width must be multiples of {self.stride}, got {y_t.shape[1]}x{y_t.shape[2]}: "
                 "pad the image or use fewer levels"
             )
         dtype = jnp.dtype(self.dtype)
         if self.regression:
-            fields, gamma = [cond["upsampled"]], jnp.ones_like(gamma)
+            inputs, gamma = [cond["upsampled"]], jnp.ones_like(gamma)
         else:
-            fields = [y_t, cond["upsampled"]] if self.low_res else [y_t]
+            inputs = [y_t, cond["upsampled"]] if self.low_res else [y_t]
         embedding = self._embed(gamma, cond)
-        x = jnp.concatenate([space_to_depth(field, self.patch) for field in fields], axis=-1)
+        x = jnp.concatenate([space_to_depth(part, self.patch) for part in inputs], axis=-1)
         x = conv(self.channels, 3, dtype, name="input")(x.astype(dtype))
 
         body = self._biggan if self.layout == "biggan" else self._efficient
@@ -111,15 +133,15 @@ class UNet(nn.Module):
         return depth_to_space(x, self.patch)
 
     def _embed(self, gamma: NoiseLevel, cond: Conditioning) -> jax.Array:
-        """[B,4*channels] from the noise level, the label and the strength of augmentation."""
+        """The embedding [B,4*channels] of noise level, label and augmentation strength."""
         width = 4 * self.channels
         x = nn.Dense(width, name="noise_in")(log_snr_features(gamma, self.channels))
         x = nn.Dense(width, name="noise_out")(nn.swish(x))
         if self.num_classes:
             if "label" not in cond:
                 raise ValueError(
-                    f"the network has num_classes={self.num_classes} but the condition has no label; give labels, "
-                    f"or {self.num_classes} for 'no label'"
+                    f"num_classes={self.num_classes} needs cond['label']: give labels, or {self.num_classes} for "
+                    "'no label'"
                 )
             x = x + nn.Embed(self.num_classes + 1, width, name="label")(cond["label"])
         if self.augment:
@@ -129,21 +151,21 @@ class UNet(nn.Module):
         return x
 
     def _block(self, channels: int, name: str, resample: str | None = None) -> Any:
-        module = self._rematerialised(ResidualBlock, static_argnums=(3,))
+        module = self._maybe_remat(ResidualBlock, static_argnums=(3,))
         return module(
             channels, self.norm, jnp.dtype(self.dtype), resample, self.film, self.dropout, name=name
         )
 
-    def _rematerialised(self, module: Any, **options: Any) -> Any:
-        policy = _is_product if self.remat_keeps == "convs" else None
+    def _maybe_remat(self, module: Any, **options: Any) -> Any:
+        policy = _is_matmul_or_conv if self.remat_keeps == "convs" else None
         return nn.remat(module, policy=policy, **options) if self.remat else module
 
     def _attention(self, name: str) -> Any:
-        module = self._rematerialised(Attention)
+        module = self._maybe_remat(Attention)
         return module(self.norm, jnp.dtype(self.dtype), self.head_channels, name=name)
 
     def _stage(self, x: jax.Array, embedding: jax.Array, train: bool, level: int, name: str) -> jax.Array:
-        """One residual block of a level, with attention where the level has it."""
+        """One residual block of a level, followed by attention if the level has it."""
         x = self._block(self.channels * self.multipliers[level], name)(x, embedding, train)
         return self._attention(f"{name}_attention")(x) if level in self.attention_levels else x
 

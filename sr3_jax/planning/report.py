@@ -1,8 +1,8 @@
-"""A plan as text, and plans as the table in docs/pods.md."""
+"""A plan as text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sr3_jax.planning.programs import PROGRAMS
@@ -64,26 +64,6 @@ def _suggestion(name: str, program: Mapping[str, Any]) -> str:
     more = "" if suggestion["enough"] else " and needs more chips as well"
     overrides = " ".join(suggestion["overrides"])
     return f"With {overrides} the {title} should need {gib(suggestion['bytes'])} per chip{more}.{error}"
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Plans, each with the 'name' of its preset, as a Markdown table."""
-    head = ("preset", "topology", "mesh", "program", "TFLOPs", "memory per chip", "", "compiled in")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        for name, program in row["programs"].items():
-            cells = (
-                row["name"],
-                row["topology"],
-                f"{row['mesh']['data']} x {row['mesh']['fsdp']}",
-                PROGRAMS[name],
-                f"{program['flops'] / 1e12:,.0f}",
-                f"{program['peak'] / GIB:.1f} of {row['capacity'] / GIB:.1f} GiB",
-                "FITS" if program["fits"] else "DOES NOT FIT",
-                f"{program['seconds_to_compile']:,.0f} s",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def gib(size: float) -> str:

@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: the only module that uses Orbax.
+"""Checkpoints of a training run; no other module uses Orbax.
 
-A workdir holds `config.json` and `checkpoints/STEP/`. A step directory holds two items: 'ema', the weights that
-sampling uses, and 'train', the rest of the state; a model is used without reading the second.
+A workdir has `config.json` and `checkpoints/STEP/`. A checkpoint has two items: 'ema', the weights for sampling, and
+'train', the rest of the training state, which sampling does not read.
 """
 
 from __future__ import annotations
@@ -46,20 +46,22 @@ def read_config(workdir: Path) -> dict[str, Any]:
         return complete_stored(json.loads(path.read_text(encoding="utf-8")), str(workdir))
     except FileNotFoundError:
         raise UserError(
-            f"{workdir} has no {CONFIG_FILE}, so it is not a run's workdir; give one that sr3 train made"
+            f"{workdir} has no {CONFIG_FILE}, so it is not a workdir: use one that sr3 train has written"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); restore it from a copy, or train in a new workdir"
+            f"{path} is damaged ({error}): restore it from a backup, or use a new workdir"
         ) from None
 
 
 class Checkpoints:
-    """The checkpoints of a workdir: a context manager, so that a save in flight is finished at the end.
+    """Saves and restores the checkpoints of a workdir. A context manager, which waits for a pending save at its end.
 
     Args:
-        workdir: the run's folder.
-        keep: how many of the latest are kept.
+        keep: the number of newest checkpoints to keep.
+
+    Raises:
+        UserError: the workdir cannot be written.
     """
 
     def __init__(self, workdir: Path, *, keep: int = 3) -> None:
@@ -72,7 +74,7 @@ class Checkpoints:
             )
         except OSError as error:
             raise UserError(
-                f"workdir {workdir} cannot be written ({error.strerror}): choose another"
+                f"workdir {workdir} cannot be written ({error.strerror}): use another one"
             ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -83,12 +85,16 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint; half-written ones are never among them."""
+        """The step of the newest complete checkpoint; None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
-        """Save under the state's own step; returns when the arrays have left the device unless `wait`."""
+        """Save a checkpoint, unless there is one of this step.
+
+        Args:
+            wait: return when it is on disk; otherwise when the arrays have been copied from the device.
+        """
         step = int(state.step)
         if self.latest_step == step:
             return
@@ -99,40 +105,41 @@ class Checkpoints:
             response.result()
 
     def restore(self, abstract: TrainState, *, allow_older: bool = False) -> TrainState:
-        """The newest state, onto the shardings of `abstract`, whatever mesh it was saved from.
+        """Restore the newest checkpoint.
 
         Args:
-            allow_older: go on from the newest that can be read; damaged ones are renamed to STEP.damaged and told.
+            abstract: shapes, dtypes and shardings (`abstract_state`), which may be on another mesh than at the save.
+            allow_older: if the newest is damaged, rename it to STEP.damaged, log a warning and restore the one before.
 
         Raises:
-            UserError: it is damaged or of another network. Training never starts afresh over it.
+            UserError: the checkpoint is damaged or of another network. It is never silently ignored.
         """
-        mesh = abstract.step.sharding.mesh
+        mesh = jax.tree.leaves(abstract)[0].sharding.mesh
         while True:
             step = self.latest_step
             error: Exception | None = None
             try:
                 state = self._load(step, abstract)
-            except Exception as caught:  # Orbax and TensorStore raise many prediction: it can't be read
+            except Exception as caught:  # Orbax and TensorStore raise many types for a damaged checkpoint
                 error = caught
-            # One process may meet a damaged part that no other one reads.
+            # A damaged part may be read by one process only.
             if not int(process_max(int(error is not None), mesh)):
                 return state
             folder = self._checkpointer.directory / str(step)
             reason = "another process failed" if error is None else first_line(error)
-            what = f"checkpoint {folder} cannot be restored ({reason})"
+            message = f"checkpoint {folder} cannot be restored ({reason})"
             older = [other.step for other in self._checkpointer.checkpoints if other.step != step]
             if not (allow_older and older):
-                way = (
-                    f"give --config.checkpoint.allow_older=true to go on from step {max(older)}, or a new workdir"
+                fix = (
+                    f"set --config.checkpoint.allow_older=true to resume from step {max(older)}, or use a new workdir"
                     if older
-                    else "there is no older one: give a new workdir to start anew"
+                    else "it is the only one, so use a new workdir"
                 )
-                raise UserError(f"{what}; {way}") from error
-            _log.warning("%s; going on from step %d, and keeping it as %s.damaged", what, max(older), step)
+                raise UserError(f"{message}: {fix}") from error
+            _log.warning("%s: resuming from step %d; renamed to %s.damaged", message, max(older), step)
             if jax.process_index() == 0:
                 os.rename(folder, _unused(Path(f"{folder}.damaged")))
-            int(process_max(0, mesh))  # all wait for the renaming
+            int(process_max(0, mesh))  # a barrier: all wait for the rename
             self._checkpointer.reload()
 
     def _load(self, step: int | None, abstract: TrainState) -> TrainState:
@@ -144,31 +151,31 @@ class Checkpoints:
 
 
 def _read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The items of a step, each process on its own: one that fails must not leave the others at Orbax's barrier."""
-    this = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    """Read the items of a checkpoint, with each process independent, as one that fails would block the others."""
+    index = jax.process_index()
+    independent = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
     )
-    with ocp.Context(multiprocessing_options=alone):
+    with ocp.Context(multiprocessing_options=independent):
         return ocp.load_checkpointables(folder, abstract)
 
 
 def newest_step(workdir: Path) -> int | None:
-    """The step of the newest checkpoint, None if there is none; nothing of it is read."""
+    """The step of the newest checkpoint by the folder's name, without reading it; None if there is none."""
     folder = workdir / CHECKPOINTS
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return max(steps, default=None)
 
 
 def load_ema(workdir: Path) -> tuple[Params, int]:
-    """The moving-average weights of the newest checkpoint, as float32 on the default device, and its step.
+    """The EMA weights of the newest checkpoint, float32 on the first local device, and its step.
 
     Raises:
         UserError: there is no checkpoint, or it cannot be read.
     """
     folder, step = (workdir / CHECKPOINTS).absolute(), newest_step(workdir)
     if step is None:
-        raise UserError(f"{workdir} has no checkpoint yet; train it first, or wait for its first one")
+        raise UserError(f"{workdir} has no checkpoint yet: train it first, or wait for the first one")
     try:
         metadata = ocp.checkpointables_metadata(folder / str(step)).metadata["ema"]
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -181,12 +188,12 @@ def load_ema(workdir: Path) -> tuple[Params, int]:
 
 
 def first_line(error: Exception) -> str:
-    """What is wrong, in one line; Orbax puts its reason last, after 'Error details:'."""
+    """The reason of an exception in one line; Orbax puts it last, after 'Error details:'."""
     text = str(error).rpartition("Error details:")[2].strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
 
 def _unused(path: Path) -> Path:
-    """The path, or with the first number that makes it new."""
+    """The path, with a number appended if it exists."""
     names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(2, 1000)))
     return next(name for name in names if not name.exists())

@@ -1,4 +1,4 @@
-"""From uint8 crops to what the network learns from: the target and the condition made from it, on the device.
+"""Make training examples on the device: from uint8 crops to the target image and its condition.
 
 Shape legend: B batch, H height, W width, C channels, s the scale.
 """
@@ -19,14 +19,15 @@ Batch = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Task:
-    """What a network is trained to make, and out of what. Fixed at trace time.
+    """How a target and its condition are made from a crop. Static at trace time.
 
     Attributes:
-        scale: s of the super-resolution; None: no low-res image at all, the base stage of a cascade.
-        shrink: the crops are shrunk by it first, by the one bicubic: stages of a cascade share one data set.
-        augmentation: of the low-res image in training.
-        num_classes, label_dropout: the share of examples whose label becomes `num_classes`, "no label", in training:
-            what guidance without a classifier (Ho and Salimans 2021) needs.
+        scale: s, the super-resolution factor; None for a base stage, which has no low-res image.
+        shrink: downsample the crops by this factor first, so that the stages of a cascade share one data set.
+        augmentation: of the low-res image in training; None for none.
+        num_classes: number of labels; label `num_classes` means "no label".
+        label_dropout: fraction of the training examples whose label becomes "no label", as classifier-free guidance
+            needs it (Ho and Salimans 2021).
     """
 
     scale: int | None
@@ -37,7 +38,7 @@ class Task:
 
     @property
     def random(self) -> bool:
-        """Whether an example in training is drawn, not only computed."""
+        """Whether making a training example needs a key."""
         return self.augmentation is not None or self.label_dropout > 0
 
     def target(self, batch: Batch) -> Image:
@@ -46,7 +47,7 @@ class Task:
         return image if self.shrink == 1 else degrade(image, self.shrink)
 
     def low_res(self, target: Image) -> Image | None:
-        """The low-res image of a target; None for a base stage."""
+        """The low-res image [B,H/s,W/s,C] of a target [B,H,W,C]; None for a base stage."""
         return None if self.scale is None else degrade(target, self.scale)
 
 
@@ -56,7 +57,13 @@ def condition(
     label: jax.Array | None = None,
     strength: jax.Array | None = None,
 ) -> Conditioning:
-    """What the network is told: low_res [B,h,w,C] in [-1,1] upsampled to [B,s*h,s*w,C], label [B], strength [B]."""
+    """The condition of the network.
+
+    Args:
+        low_res: [B,h,w,C] in [-1,1], which is upsampled to [B,s*h,s*w,C].
+        label: [B] int32.
+        strength: [B] of the conditioning augmentation.
+    """
     cond: dict[str, jax.Array] = {}
     if low_res is not None and scale is not None:
         cond["upsampled"] = upsample(low_res, scale)
@@ -68,11 +75,11 @@ def condition(
 
 
 def make_pair(batch: Batch, task: Task, key: Key | None = None) -> tuple[Image, Conditioning]:
-    """uint8 crops -> the target in [-1,1] and the condition made from it.
+    """The target [B,H/shrink,W/shrink,C] in [-1,1] of uint8 crops, and its condition.
 
     Args:
         batch: 'image' uint8 [B,H,W,C], and 'label' int32 [B] if there are labels.
-        key: draws the augmentation and the dropped labels; None: as when sampling, without either.
+        key: for augmentation and label dropout; None applies neither, as in evaluation.
     """
     target = task.target(batch)
     low_res, label, strength = task.low_res(target), batch.get("label"), None

@@ -5,9 +5,10 @@ Shape legend: B batch, H height, W width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,13 @@ from sr3_jax.distributed import sharding
 from sr3_jax.image_io.grid import image_grid
 from sr3_jax.image_ops import pad_batch, to_uint8, upsample
 from sr3_jax.metrics import consistency, psnr
+from sr3_jax.nn.unet import apply_unet
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.examples import Batch, condition
 from sr3_jax.train.metric_writer import MetricWriter, read_metrics
 from sr3_jax.train.step import Objective, batch_losses
 from sr3_jax.train.weights import export
-from sr3_jax.types import Conditioning, Key, Params
+from sr3_jax.types import Key, Params
 
 GRID_ROWS = 6
 GRID_COLUMNS = {
@@ -49,13 +51,9 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
         image = task.target(batch)
         low_res = task.low_res(image)
         cond = condition(low_res, task.scale, batch.get("label"))
-
-        def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
-            return cast(jax.Array, network.apply({"params": params}, y_t, gamma, cond))
-
         output = to_uint8(
             sample(
-                denoiser,
+                functools.partial(apply_unet, network, params),
                 sample_key,
                 cond,
                 shape=image.shape,

@@ -1,6 +1,6 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, sample PNGs and a progress bar.
+"""Logging of a training run: metrics.jsonl, TensorBoard, sample PNGs and a progress bar.
 
-Only process 0 of a run reports: the others pass `enabled=False`, and then nothing is created or printed.
+Only process 0 logs. The others pass `enabled=False`, which turns every method into a no-op.
 """
 
 from __future__ import annotations
@@ -22,17 +22,22 @@ from tqdm import tqdm
 from sr3_jax.errors import UserError
 from sr3_jax.files import atomic_write
 
-PLAIN_SECONDS = 30.0  # between two progress lines where stderr is a file or a pipe
-
+PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricWriter:
-    """The writer of one training run, kept in `workdir`; a context manager, or call `close`.
+    """Writes the logs of a training run into its workdir. Use it as a context manager, or call `close`.
 
-    On creation the lines of metrics.jsonl with `step` > first_step are dropped (the run writes those steps
-    again), and so is a last line that a kill has cut in half. With `minutes` the run also ends by the clock,
-    counted from creation, and the time left is the lesser of the two. UserError if workdir cannot be written.
+    Args:
+        total_steps: the number of steps of the run, for the progress bar.
+        first_step: the step that the run resumes from. Later lines of metrics.jsonl are dropped, since the run writes
+            these steps again, and so is an incomplete last line.
+        enabled: False on all processes but the first.
+        minutes: time limit of the run, counted from now; None for no limit. The progress shows the earlier end.
+
+    Raises:
+        UserError: the workdir cannot be written.
     """
 
     def __init__(
@@ -49,7 +54,7 @@ class MetricWriter:
         self.enabled = enabled
         self._minutes = minutes
         self._started = time.monotonic()
-        self._first: tuple[int, float] | None = None  # the step and time of the first progress
+        self._first: tuple[int, float] | None = None  # step and time of the first call of `progress`
         self._last_line = -math.inf
         self._bar: tqdm | None = None
         if not enabled:
@@ -57,28 +62,33 @@ class MetricWriter:
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             _drop_later_lines(self.workdir / METRICS_FILE, first_step)
-            # Open as long as the run: closed by `close`, and every line is flushed.
+            # Open for the whole run; `close` closes it, and every line is flushed.
             self._lines = open(self.workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise UserError(
-                f"workdir {workdir} cannot be written ({error.strerror}): choose another"
+                f"workdir {workdir} cannot be written ({error.strerror}): use another one"
             ) from error
-        from tensorboardX import SummaryWriter  # here, because only process 0 needs it
+        from tensorboardX import SummaryWriter  # a slow import that only process 0 needs
 
-        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # else a NaN is a warning at every step
-        # TensorBoard hides what an earlier run wrote at purge_step and after.
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # otherwise it warns about every NaN
+        # TensorBoard hides earlier events at and after purge_step.
         purge = first_step + 1 if first_step else None
         self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=purge, flush_secs=30)
         if sys.stderr.isatty():
             width = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 in some containers
-            form = "{desc} {percentage:3.0f}% {bar}{postfix}"
-            fit = {"dynamic_ncols": True} if width else {"ncols": 80}
-            self._bar = tqdm(total=1.0, bar_format=form, miniters=0, file=sys.stderr, **fit)
+            self._bar = tqdm(
+                total=1.0,
+                bar_format="{desc} {percentage:3.0f}% {bar}{postfix}",
+                miniters=0,
+                file=sys.stderr,
+                dynamic_ncols=width > 0,
+                ncols=None if width else 80,
+            )
 
     def write_scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """One line {"step": step, name: value, ...} in metrics.jsonl, flushed, and the same in TensorBoard.
+        """Append {"step": step, name: value, ...} to metrics.jsonl, flush it, and write the values to TensorBoard.
 
-        JSON has no NaN or infinity: they are written as null. TensorBoard gets them as they are.
+        JSON has no NaN and infinity, so metrics.jsonl has null instead.
         """
         if not self.enabled:
             return
@@ -90,7 +100,7 @@ class MetricWriter:
             self._board.add_scalar(name, value, int(step))
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """uint8 [H,W,3] as WORKDIR/samples/NAME_0001000.png (whole or not at all) and in TensorBoard."""
+        """Write uint8 [H,W,3] atomically to WORKDIR/samples/NAME_STEP.png, and to TensorBoard."""
         if not self.enabled:
             return
         folder = self.workdir / "samples"
@@ -103,7 +113,7 @@ class MetricWriter:
     def progress(
         self, step: int, *, loss: float | None = None, images_per_second: float | None = None
     ) -> None:
-        """Show that `step` steps are done: a bar in a terminal, else a line every 30 s and at the last."""
+        """Show that `step` steps are done: a bar in a terminal, otherwise a line every 30 s and at the last step."""
         if not self.enabled:
             return
         now = time.monotonic()
@@ -116,13 +126,13 @@ class MetricWriter:
         if self._bar is not None:
             self._bar.set_description_str(title, refresh=False)
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
-            self._bar.update(self._share_done(step, now) - self._bar.n)
+            self._bar.update(self._fraction_done(step, now) - self._bar.n)
         elif now - self._last_line >= PLAIN_SECONDS or step >= self.total_steps:
             self._last_line = now
             print(", ".join([title, *parts]), file=sys.stderr, flush=True)
 
     def message(self, text: str) -> None:
-        """A line on stderr, above the bar where there is one."""
+        """Print a line to stderr, above the progress bar if there is one."""
         if not self.enabled:
             return
         if self._bar is not None:
@@ -131,7 +141,7 @@ class MetricWriter:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flush and close everything; a second call does nothing."""
+        """Flush and close all logs; a second call does nothing."""
         if not self.enabled:
             return
         if self._bar is not None:
@@ -146,30 +156,33 @@ class MetricWriter:
         self.close()
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """By the clock and by the mean pace since the first progress (which compilation has not slowed)."""
-        ends = [] if self._minutes is None else [self._started + 60 * self._minutes - now]
-        if self._first is not None and step > self._first[0]:
-            ends.append((self.total_steps - step) * (now - self._first[1]) / (step - self._first[0]))
-        return max(0.0, min(ends)) if ends else None
+        """Until the time limit or the last step, whichever is earlier; None if unknown.
 
-    def _share_done(self, step: int, now: float) -> float:
-        by_clock = (now - self._started) / (60 * self._minutes) if self._minutes else 0.0
-        return min(1.0, max(by_clock, step / max(self.total_steps, 1)))
+        The speed is measured from the first call of `progress` on, which excludes compilation.
+        """
+        estimates = [] if self._minutes is None else [self._started + 60 * self._minutes - now]
+        if self._first is not None and step > self._first[0]:
+            estimates.append((self.total_steps - step) * (now - self._first[1]) / (step - self._first[0]))
+        return max(0.0, min(estimates)) if estimates else None
+
+    def _fraction_done(self, step: int, now: float) -> float:
+        of_time = (now - self._started) / (60 * self._minutes) if self._minutes else 0.0
+        return min(1.0, max(of_time, step / max(self.total_steps, 1)))
 
 
 def _drop_later_lines(path: Path, first_step: int) -> None:
-    """Keep, byte for byte, the whole lines of a metrics.jsonl that belong to steps <= first_step."""
+    """Remove incomplete lines, and those of steps after first_step; the others keep their bytes."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= first_step]
-    if len(kept) < len(lines):
+    valid = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= first_step]
+    if len(valid) < len(lines):
         with atomic_write(path) as partial:
-            partial.write_bytes(b"".join(kept))
+            partial.write_bytes(b"".join(valid))
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinity for what is not such a line."""
+    """The step of a line of metrics.jsonl; infinity if the line is invalid."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -177,7 +190,7 @@ def _step_of(line: bytes) -> float:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, as far as they are whole; none if there is no such file."""
+    """The valid rows of a run's metrics.jsonl; [] if there is no such file."""
     log = workdir / METRICS_FILE
     lines = log.read_bytes().splitlines() if log.is_file() else []
     return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]

@@ -1,4 +1,4 @@
-"""What training carries from step to step, where it is kept, and the moving average of the weights."""
+"""The training state: creation, sharding, and the exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sr3_jax.types import Key, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint holds; nothing random is among it.
+    """Everything in a checkpoint. It has no random state: step k derives its keys from the seed and k.
 
     Attributes:
-        step: int32 scalar, the number of updates made.
+        step: int32 scalar, the number of updates so far.
         params: float32 weights.
-        ema_params: their moving average, which is what sampling uses.
-        opt_state: the optimiser's.
+        ema_params: float32 moving average of the weights, used for sampling.
+        opt_state: state of the optimizer.
     """
 
     step: jax.Array
@@ -35,7 +35,7 @@ class TrainState:
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update; the moving average starts at the weights."""
-    # Its own copy: `params` and `ema_params` are both donated, and a buffer can be donated once.
+    # A copy, since `params` and `ema_params` are both donated and a buffer can be donated only once.
     ema_params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
@@ -43,7 +43,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def abstract_state(
     init_params: Callable[[Key], Params], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without making an array."""
+    """Shapes, dtypes and shardings of the state, without allocating arrays."""
     shapes = jax.eval_shape(lambda key: init_state(init_params(key), optimizer), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -55,24 +55,24 @@ def abstract_state(
 def create_state(
     init_params: Callable[[Key], Params], optimizer: optax.GradientTransformation, key: Key, mesh: Mesh
 ) -> TrainState:
-    """A fresh state, each array made where it will stay: no device ever holds the whole of a sharded one."""
+    """Initialize the state with its arrays already sharded, so that no device ever holds a whole sharded array."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init_params, optimizer, mesh))
     return jax.jit(lambda key: init_state(init_params(key), optimizer), out_shardings=shardings)(key)
 
 
 def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first update of given weights (of the host, or of any device)."""
+    """The state before the first update, from given weights (on the host or on any device)."""
     shardings = state_shardings(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
-    # As an argument: a closed-over array would be a constant in the compiled program.
+    # Passed as an argument, since a closed-over array would become a constant in the compiled program.
     placed = jax.device_put(jax.device_get(params), shardings.params)
     return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(placed)
 
 
 def update_ema(ema_params: Params, params: Params, step: jax.Array, decay: float) -> Params:
-    """One step of the moving average, with warm-up: the decay of update `step` is at most (1+step)/(10+step).
+    """Update the moving average with min(decay, (1 + step) / (10 + step)).
 
-    Without the warm-up the first 1/(1-decay) steps would average mostly the random initial weights. The paper does
-    not mention a moving average; Palette, by the same group, uses 0.9999.
+    Without this warm-up, the average of the first 1 / (1 - decay) steps would consist mostly of the random initial
+    weights. The paper does not mention a moving average; Palette, by the same group, uses 0.9999.
     """
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda ema, new: ema + (1.0 - decay) * (new - ema), ema_params, params)
+    warm_decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda ema, new: ema + (1.0 - warm_decay) * (new - ema), ema_params, params)

@@ -1,10 +1,11 @@
-"""One training step and one held-out loss: degrade on the device, loss, gradients, update, moving average.
+"""The training step: low-res images are made on the device, then loss, gradients, update and moving average.
 
-Shape legend: B batch, A accumulation, H height, W width, C channels.
+Shape legend: B batch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,18 +20,24 @@ from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed.sharding import replicated
-from sr3_jax.nn.unet import UNet
+from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.train.examples import Batch, Task, make_pair
 from sr3_jax.train.state import TrainState, update_ema
-from sr3_jax.types import Conditioning, Key, Params
+from sr3_jax.types import Key, Params
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What the network is trained to do; all of it fixed at trace time.
+    """What the network is trained for. Static at trace time.
 
     Attributes:
-        task: what a training example is.
+        network: the U-Net.
+        schedule: the training schedule.
+        space: what is diffused.
+        prediction: what the network predicts: 'eps', 'v' or 'y0'.
+        norm: 'l1' or 'l2'.
+        weighting: of the loss by gamma; None for equal weights.
+        task: how a training example is made from a crop.
     """
 
     network: UNet
@@ -43,20 +50,18 @@ class Objective:
 
 
 def batch_losses(params: Params, batch: Batch, key: Key, *, objective: Objective, train: bool) -> jax.Array:
-    """[B] the denoising loss of each example; dropout, of labels too, and augmentation are on when `train`."""
+    """The denoising loss of each example, [B] float32.
+
+    Args:
+        train: apply dropout, label dropout and augmentation.
+    """
     pair_key = None
     if train and objective.task.random:
         key, pair_key = jax.random.split(key)
     image, cond = make_pair(batch, objective.task, pair_key)
     loss_key, dropout_key = jax.random.split(key)
-
-    def denoiser(y_t: jax.Array, gamma: jax.Array, cond: Conditioning) -> jax.Array:
-        return objective.network.apply(
-            {"params": params}, y_t, gamma, cond, train=train, rngs={"dropout": dropout_key}
-        )
-
     return denoising_loss(
-        denoiser,
+        functools.partial(apply_unet, objective.network, params, train=train, dropout_key=dropout_key),
         loss_key,
         image,
         cond,
@@ -75,10 +80,13 @@ def make_train_step(
     ema_decay: float,
     accumulation: int = 1,
 ) -> Callable[[TrainState, Batch, Key], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, batch of uint8 crops, the run's key) -> (state, {'loss', 'grad_norm'}).
+    """Make the function (state, batch of uint8 crops, key of the run) -> (state, {'loss', 'grad_norm'}).
 
-    Step k draws from fold_in(key, k), so it is a pure function of the state, the batch and the run's seed.
-    With accumulation A the batch is worked through in A parts, whose gradients are averaged: memory of B/A.
+    Step k uses fold_in(key, k), so it is a pure function of the state, the batch and the seed of the run.
+
+    Args:
+        ema_decay: of the moving average of the weights.
+        accumulation: process the batch in this many parts and average their gradients, to save memory.
     """
 
     def gradients(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Params]:
@@ -91,7 +99,7 @@ def make_train_step(
         def add(total: Any, part: tuple[Batch, Key]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradients(params, *part)), None
 
-        # Part a takes every A-th row: contiguous parts would each lie on a few of the devices alone.
+        # Each part takes every `accumulation`-th row, since contiguous parts would be on a few of the devices only.
         parts = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1),
             batch,
@@ -101,8 +109,8 @@ def make_train_step(
         return jax.tree.map(lambda x: x / accumulation, total)
 
     def train_step(state: TrainState, batch: Batch, key: Key) -> tuple[TrainState, dict[str, jax.Array]]:
-        whole = gradients if accumulation == 1 else accumulated
-        loss, grads = whole(state.params, batch, jax.random.fold_in(key, state.step))
+        loss_and_grads = gradients if accumulation == 1 else accumulated
+        loss, grads = loss_and_grads(state.params, batch, jax.random.fold_in(key, state.step))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = update_ema(state.ema_params, params, state.step, ema_decay)
@@ -117,10 +125,10 @@ def jit_train_step(
     state: TrainState,
     mesh: Mesh,
 ) -> Any:
-    """The step as every machine runs it: the new state where the old one was, the metrics on every device.
+    """Compile the training step: the state keeps its shardings and is donated, the metrics are replicated.
 
     Args:
-        state: arrays, or shapes with shardings (`abstract_state`); its buffers are given to the new one.
+        state: arrays, or shapes with shardings (`abstract_state`).
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(train_step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Weights of a trained model, wherever they are: a workdir, an exported .safetensors file, a shipped model's name."""
+"""Load the weights of a trained model from a workdir, an exported .safetensors file or a shipped model; export them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ SHIPPED = Path(__file__).parent.parent / "models"
 
 
 class Weights(NamedTuple):
-    """float32 weights (the EMA of training), the config that they were trained with, and a name for messages."""
+    """Weights of a trained model.
+
+    Attributes:
+        params: float32, the EMA of training.
+        config: the config of the training run.
+        name: for messages.
+    """
 
     params: Params
     config: dict[str, Any]
@@ -34,27 +40,27 @@ class Weights(NamedTuple):
 
 
 def locate_model(path_or_name: str | Path) -> Path:
-    """The workdir or .safetensors file of a model given by its path or its shipped name.
+    """The workdir or .safetensors file of a model, given its path or the name of a shipped model.
 
     Raises:
         UserError: there is no such model.
     """
     for path in (Path(path_or_name), SHIPPED / f"{path_or_name}.safetensors"):
-        if os.path.isdir(path) or os.path.isfile(path):  # Path.is_dir() raises for a name that is too long
+        if os.path.isdir(path) or os.path.isfile(path):  # Path.is_dir() raises if the name is too long
             return path
     names = ", ".join(shipped_models()) or "none"
     raise UserError(
-        f"no model {str(path_or_name)!r}: give a workdir, a .safetensors file, or a shipped name ({names})"
+        f"no model {str(path_or_name)!r}: give a workdir, a .safetensors file or the name of a shipped model ({names})"
     )
 
 
 def shipped_models() -> list[str]:
-    """Names of the models that come with the package."""
+    """Names of the models in this package."""
     return sorted(file.stem for file in SHIPPED.glob("*.safetensors"))
 
 
 def load_weights(path_or_name: str | Path) -> Weights:
-    """Load the weights of a workdir's newest checkpoint, of an exported file or of a shipped model.
+    """Load the newest checkpoint of a workdir, an exported file or a shipped model.
 
     Raises:
         UserError: there is no such model, or it cannot be read.
@@ -64,17 +70,20 @@ def load_weights(path_or_name: str | Path) -> Weights:
         params, config = read_export(path)
         return Weights(params, config, path.name if os.path.isfile(path_or_name) else str(path_or_name))
     if not (path / CONFIG_FILE).is_file():
-        raise UserError(f"model folder {path} has no {CONFIG_FILE}: give a workdir of sr3 train")
+        raise UserError(f"model {path} has no {CONFIG_FILE}: give a workdir that sr3 train has written")
     config = read_config(path)
     params, step = load_ema(path)
     return Weights(params, config, f"{path} at step {step}")
 
 
 def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str = "float32") -> None:
-    """Write weights and config as one safetensors file, atomically.
+    """Write weights and config to one safetensors file, atomically.
 
     Args:
         dtype: 'float32', or 'bfloat16' for half the size and about three significant digits.
+
+    Raises:
+        UserError: the file cannot be written, or `dtype` is unknown.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
@@ -88,14 +97,14 @@ def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str 
         with atomic_write(path) as partial:
             partial.write_bytes(save(flat, metadata))  # save_file would leave it unreadable to others
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be written ({first_line(error)}); choose another place") from error
+        raise UserError(f"{path} cannot be written ({first_line(error)}): use another path") from error
 
 
 def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
-    """The float32 weights and the config of an exported file.
+    """The float32 weights and the config in an exported file.
 
     Raises:
-        UserError: it is not a safetensors file, or not one of ours.
+        UserError: the file cannot be read, or was not written by `export`.
     """
     with _opened(path) as (file, config):
         names = file.keys()  # a list: the file itself is not iterable
@@ -104,7 +113,7 @@ def read_export(path: Path) -> tuple[Params, dict[str, Any]]:
 
 
 def read_export_config(path: Path) -> dict[str, Any]:
-    """The config of an exported file, without its weights. UserError as `read_export`."""
+    """The config in an exported file, without reading the weights. Raises UserError like `read_export`."""
     with _opened(path) as (_, config):
         return config
 
@@ -116,12 +125,14 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(
-                    f"{path} is a safetensors file but not an sr3_jax model; make one with sr3 export"
+                    f"{path} is a safetensors file but not an sr3_jax model: use one written by sr3 export"
                 )
             if "config" not in metadata:
-                raise UserError(f"{path} carries no config; make it again with sr3 export")
+                raise UserError(f"{path} has no config: export the model again with sr3 export")
             yield file, complete_stored(json.loads(metadata["config"]), f"model {path}")
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"{path} cannot be read as a model ({first_line(error)})") from None
+        raise UserError(
+            f"model {path} cannot be read ({first_line(error)}): use a file written by sr3 export"
+        ) from None

@@ -132,8 +132,8 @@ def test_labels_out_of_range_are_errors():
 
 
 def test_every_image_comes_once_per_epoch():
-    drawn = training.order(10, 4, seed=3)
-    epochs = np.concatenate([next(drawn) for _ in range(5)]).reshape(2, 10)
+    batches = training.order(10, 4, seed=3)
+    epochs = np.concatenate([next(batches) for _ in range(5)]).reshape(2, 10)
     assert (np.sort(epochs, axis=1) == np.arange(10)[None]).all()
     assert (epochs[0] != epochs[1]).any()
     assert len(next(training.order(3, 8, seed=0))) == 8  # more than there are
@@ -151,9 +151,9 @@ def test_augmentation_stays_within_its_limits():
     noise = np.random.default_rng(0).uniform(0.2, 1, (64, 9, 8, 3)).astype(np.float32)
     np.testing.assert_allclose(changed(noise), noise, atol=1e-5)
     mirrored = changed(noise, mirror=True)
-    kept = np.abs(mirrored - noise).max(axis=(1, 2, 3)) < 1e-5
+    unchanged = np.abs(mirrored - noise).max(axis=(1, 2, 3)) < 1e-5
     flipped = np.abs(mirrored - noise[:, :, ::-1]).max(axis=(1, 2, 3)) < 1e-5
-    assert (kept ^ flipped).all() and kept.any() and flipped.any()
+    assert (unchanged ^ flipped).all() and unchanged.any() and flipped.any()
     gains = changed(noise, contrast=0.5) / noise
     still = np.abs(gains - 1).max(axis=(1, 2, 3)) < 1e-5
     assert 16 < still.sum() < 48
