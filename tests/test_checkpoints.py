@@ -18,6 +18,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from sr3_jax.config.load import complete
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.train import checkpoints, weights
@@ -239,7 +240,7 @@ def test_unwritable_workdir_fails(tmp_path):
 def test_config_round_trip(tmp_path):
     config = tiny.config("a folder")
     checkpoints.write_config(tmp_path / "new", config)
-    assert json.loads(json.dumps(config)) == checkpoints.read_config(tmp_path / "new")
+    assert checkpoints.read_config(tmp_path / "new") == complete(config)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.json"]
 
 
@@ -266,16 +267,16 @@ WEIGHTS = {
 
 def test_float32_export_is_exact(tmp_path):
     path = tmp_path / "new" / "model.safetensors"
-    weights.export(path, jax.tree.map(jnp.asarray, WEIGHTS), {"model": {"multipliers": (1, 2)}})
+    weights.export(path, jax.tree.map(jnp.asarray, WEIGHTS), tiny.config())
     params, config = weights.read_export(path)
     assert same_bits(params, WEIGHTS)
-    assert config == {"model": {"multipliers": [1, 2]}}
+    assert config == complete(tiny.config())
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
 
 
 def test_bfloat16_export_is_rounded_and_read_as_float32(tmp_path):
     path = tmp_path / "model.safetensors"
-    weights.export(path, WEIGHTS, {}, dtype="bfloat16")
+    weights.export(path, WEIGHTS, tiny.config(), dtype="bfloat16")
     with safe_open(path, framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
     params, _ = weights.read_export(path)
@@ -294,7 +295,7 @@ def test_unknown_export_dtype_fails(tmp_path):
 
 def test_failed_export_preserves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    weights.export(path, WEIGHTS, {"old": 1})
+    weights.export(path, WEIGHTS, tiny.config("old"))
 
     def half(file, data):
         with open(file, "wb") as opened:
@@ -303,9 +304,9 @@ def test_failed_export_preserves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(UserError, match=r"model\.safetensors .*No space left"):
-        weights.export(path, WEIGHTS, {"new": 1})
+        weights.export(path, WEIGHTS, tiny.config("new"))
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    assert weights.read_export(path)[1] == {"old": 1}
+    assert weights.read_export(path)[1] == complete(tiny.config("old"))
 
 
 def test_export_is_readable_by_other_users(tmp_path):
@@ -325,9 +326,9 @@ def test_export_into_a_file_fails(tmp_path):
 
 def hostile(path: Path, kind: str) -> None:
     whole = path.with_name("whole.safetensors")
-    weights.export(whole, WEIGHTS, {})
+    weights.export(whole, WEIGHTS, tiny.config())
     content = whole.read_bytes()
-    good = {"format": weights.FORMAT, "config": "{}"}
+    good = {"format": weights.FORMAT, "config": json.dumps(tiny.config())}
     if kind == "foreign":
         return save_file({"w": np.ones(3, np.float32)}, path, metadata={"format": "pt"})
     if kind == "bare":

@@ -151,22 +151,24 @@ def check_all_started(group: Group, *, timeout: float) -> None:
     """
     run = _run_server if group.index == 0 else _run_client
     error = run(group, time.monotonic() + timeout, timeout)
-    if error:
-        raise (MissingProcesses if "waited" in error else UserError)(error)
+    if error is not None:
+        raise error
 
 
-def _run_server(group: Group, deadline: float, timeout: float) -> str:
-    """Process 0: wait for the others and send all of them the outcome, '' or an error, which is also returned."""
+def _run_server(group: Group, deadline: float, timeout: float) -> UserError | None:
+    """Process 0: wait for the others and send all of them the outcome, which is also returned; None for success."""
     started: dict[int, socket.socket] = {}
     clients: list[socket.socket] = []
     port = int(group.address.rpartition(":")[2])
-    error = ""
+    error: UserError | None = None
     with ExitStack() as stack:
         try:
             server = stack.enter_context(_listen(port, group.count))
         except OSError as failure:
-            return f"port {port} is not available ({failure.strerror}): set another one in {ADDRESS}"
-        while len(started) < group.count - 1 and not error:
+            return UserError(
+                f"port {port} is not available ({failure.strerror}): set another one in {ADDRESS}"
+            )
+        while len(started) < group.count - 1 and error is None:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 error = _missing(group, started, timeout)
@@ -181,34 +183,35 @@ def _run_server(group: Group, deadline: float, timeout: float) -> str:
             if index is None:
                 continue  # not one of ours, such as a port scanner
             if count != group.count:
-                error = (
+                error = UserError(
                     f"{COUNT} is {count} on process {index} but {group.count} on process 0: "
                     "set the same number on all"
                 )
             elif (index in started and not _is_closed(started[index])) or not 0 < index < group.count:
-                error = f"two processes have {INDEX}={index} (of {count}): give each its own"
+                error = UserError(f"two processes have {INDEX}={index} (of {count}): give each its own")
             started[index] = client
             clients.append(client)
+        outcome = {"error": str(error or ""), "missing": isinstance(error, MissingProcesses)}
         for client in clients:
             try:
-                client.sendall(json.dumps({"verdict": error}).encode() + b"\n")
+                client.sendall(json.dumps(outcome).encode() + b"\n")
             except OSError:
                 continue  # this client has exited, which jax.distributed will report
     return error
 
 
-def _missing(group: Group, started: Mapping[int, socket.socket], timeout: float) -> str:
+def _missing(group: Group, started: Mapping[int, socket.socket], timeout: float) -> MissingProcesses:
     missing = [index for index in range(1, group.count) if index not in started]
     names = ", ".join(map(str, missing[:_MAX_LISTED]))
     names += f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
-    return (
+    return MissingProcesses(
         f"waited {timeout:g} s for {group.count} processes, but {names} did not start: run the same command for each "
         f"of them, or set {TIMEOUT} to wait longer"
     )
 
 
-def _run_client(group: Group, deadline: float, timeout: float) -> str:
-    """The other processes: connect to process 0, say who this is, and return the outcome that it sends."""
+def _run_client(group: Group, deadline: float, timeout: float) -> UserError | None:
+    """The other processes: connect to process 0, send it this index, and return the outcome that it sends."""
     host, _, port = group.address.rpartition(":")
     while True:
         try:
@@ -218,10 +221,12 @@ def _run_client(group: Group, deadline: float, timeout: float) -> str:
                 # Process 0 may have started later than this one, and gives all the same time.
                 connection.settimeout(timeout + 30)
                 connection.sendall(json.dumps({"process": group.index, "of": group.count}).encode() + b"\n")
-                return str(json.loads(_receive_line(connection))["verdict"])
+                outcome = json.loads(_receive_line(connection))
+                kind = MissingProcesses if outcome["missing"] else UserError
+                return kind(str(outcome["error"])) if outcome["error"] else None
         except (OSError, ValueError, LookupError, TypeError) as error:
             if time.monotonic() > deadline:
-                return (
+                return MissingProcesses(
                     f"process {group.index} waited {timeout:g} s for process 0 at {group.address} "
                     f"({getattr(error, 'strerror', None) or type(error).__name__}): start it, or correct {ADDRESS}"
                 )
