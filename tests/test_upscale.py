@@ -49,7 +49,7 @@ def test_folder_structure_is_repeated(tmp_path, monkeypatch):
         "in/deep/er/c.tif": "out/deep/er/c.tif",
         "in/.hidden/d.webp": "out/.hidden/d.webp",
     }
-    assert (found.ignored, found.failed) == (2, ())
+    assert (len(found.ignored), found.failed) == (2, ())
     assert not Path("out").exists()
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from sr3_jax.cli._options import count, positive, seed
 
+_NAMED = 5  # skipped files in the summary
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file or a folder")
@@ -102,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
         others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         print(f"note: {printable(paths[0])}{others}: {note}")
     if found.ignored and mine == 0:
-        print(f"skipped {found.ignored} non-image files")
+        names = ", ".join(printable(path.name) for path in found.ignored[:_NAMED])
+        more = ", ..." if len(found.ignored) > _NAMED else ""
+        print(f"skipped {len(found.ignored)} non-image files: {names}{more}")
     failed = len(result.failed) + len(unusable)
     who = f"process {mine} of {of}: " if of > 1 else ""
     print(f"{who}{len(result.done)} done, {len(result.skipped)} skipped (output exists), {failed} failed")

@@ -30,12 +30,12 @@ class Found:
 
     Attributes:
         jobs: sorted by name within each input.
-        ignored: the number of non-image files in folders.
+        ignored: non-image files in folders.
         failed: folders that cannot be read, with the reason.
     """
 
     jobs: tuple[Job, ...]
-    ignored: int = 0
+    ignored: tuple[Path, ...] = ()
     failed: tuple[tuple[Path, str], ...] = ()
 
 
@@ -59,7 +59,7 @@ def find_images(inputs: Iterable[Path], output: Path) -> Found:
         raise UserError("inputs must not be empty: give at least one image or folder")
     to_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
     _check_output(output, inputs, to_file)
-    ignored = 0
+    ignored: list[Path] = []
     failed: list[tuple[Path, str]] = []
     jobs: dict[str, Job] = {}  # by the target's absolute path
     for path in inputs:
@@ -67,7 +67,8 @@ def find_images(inputs: Iterable[Path], output: Path) -> Found:
         if path.is_dir():
             files, failures = walk(path, exclude=output, hidden=True)
             images = [file for file in files if _is_image(file)]
-            ignored, failed = ignored + len(files) - len(images), failed + failures
+            ignored += sorted({*files} - {*images})
+            failed += failures
             sources = ((file, output / file.relative_to(path).parent) for file in images)
         for source, folder in sources:
             job = Job(source, output if to_file else folder / _target_name(source))
@@ -81,7 +82,7 @@ def find_images(inputs: Iterable[Path], output: Path) -> Found:
     for job in jobs.values():
         if os.path.realpath(job.target) in real_sources:
             raise UserError(f"output '{printable(job.target)}' is also an input: use another output folder")
-    return Found(tuple(jobs.values()), ignored, tuple(failed))
+    return Found(tuple(jobs.values()), tuple(ignored), tuple(failed))
 
 
 def split_finished(jobs: Iterable[Job], *, overwrite: bool = False) -> tuple[list[Job], list[Job]]:
