@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sr3_jax.config.build import init_params
-from sr3_jax.nn.unet import UNet
+from sr3_jax.nn.unet import UNet, apply_unet
 from tests import tiny
 
 SIDE = 8
@@ -26,6 +26,9 @@ NETWORKS = {
         **TWO_LEVELS, layout="efficient", patch=2, norm="pixel", film=True, num_classes=3, augment=True
     ),
 }
+SKIP = UNet(
+    **TWO_LEVELS, layout="efficient", patch=2, stem_channels=12, output_skip=0.5, num_classes=3, augment=True
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,9 +114,8 @@ def test_untrained_network_predicts_zero():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_all_weights_and_inputs_have_gradients(name):
-    network = NETWORKS[name]
+@pytest.mark.parametrize("network", [*NETWORKS.values(), SKIP], ids=[*NETWORKS, "output_skip"])
+def test_all_weights_and_inputs_have_gradients(network):
     y_t, gamma, cond = inputs(network)
     _, (params, *by_input) = gradients(network)(weights(network), y_t, gamma, cond)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -300,6 +302,21 @@ def test_receptive_field_is_local_with_pixel_norm_and_global_with_group_norm():
 
 
 # ---- Errors
+
+
+def test_output_skip_is_the_posterior_mean_of_a_gaussian():
+    """An untrained network predicts mean 0 and deviation d everywhere: the exact posterior mean of N(0, d^2)."""
+    network = UNet(**TWO_LEVELS, layout="efficient", patch=2, output_skip=0.1, stem_channels=12)
+    y_t = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+    gamma = jnp.array([1e-4, 0.5, 1.0 - 1e-6])
+    cond = {"upsampled": jnp.zeros_like(y_t)}
+    params = network.init(jax.random.key(1), y_t, gamma, cond)["params"]
+    a, s = (np.sqrt(np.asarray(x, np.float64))[:, None, None, None] for x in (gamma, 1 - gamma))
+    wanted = 0.1**2 * a * np.asarray(y_t) / (0.1**2 * a**2 + s**2)
+    np.testing.assert_allclose(apply_unet(network, params, y_t, gamma, cond), wanted, rtol=1e-3, atol=1e-6)
+    assert params["input"]["kernel"].shape[-1] == 12
+    clean = apply_unet(network, params, y_t, jnp.ones(3), cond)  # gamma = 1: y_t is y0
+    np.testing.assert_allclose(clean, y_t, rtol=1e-6)
 
 
 def test_size_that_is_not_a_multiple_of_the_stride_fails():

@@ -134,6 +134,9 @@ def check_config(config: Config) -> None:
         rule = f"be a multiple of {multiple} (for config.data.shrink, config.data.scale and the network's levels)"
         invalid("data", "crop", data["crop"], rule)
     _check_stage(config)
+    prediction = config["diffusion"]["prediction"]
+    if config["model"]["output_skip"] and prediction != "y0":
+        invalid("diffusion", "prediction", prediction, "be y0 if config.model.output_skip is above 0")
     try:
         make_solver(config["sampling"]["solver"])
     except ValueError as error:

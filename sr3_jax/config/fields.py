@@ -170,6 +170,19 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     fixed=True,
                     help="Train the paper's regression baseline instead of a diffusion model; sets what it implies.",
                 ),
+                "stem_channels": Field(
+                    default=0,
+                    least=0,
+                    fixed=True,
+                    help="Width of the input convolution; 0 for `channels`.",
+                ),
+                "output_skip": Field(
+                    default=0.0,
+                    least=0,
+                    fixed=True,
+                    help="Initial strength of a learned skip connection from y_t to the output, for y0 prediction; "
+                    "0 for none.",
+                ),
                 "dtype": Field(
                     default="float32",
                     choices=("float32", "bfloat16"),
@@ -420,6 +433,7 @@ RENAMED = {
 # What a regression is: the diffusion without noise, one pass that predicts the image under the squared error.
 REGRESSION: Mapping[tuple[str, str], Any] = MappingProxyType(
     {
+        ("model", "output_skip"): 0.0,
         ("diffusion", "prediction"): "y0",
         ("diffusion", "norm"): "l2",
         ("diffusion", "weighting"): "none",

@@ -5,6 +5,7 @@ Shape legend: B batch, H height, W width, C channels. Level i has 1 / (patch * 2
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import flax.linen as nn
@@ -69,6 +70,13 @@ class UNet(nn.Module):
         regression: the paper's regression baseline (section 4): the input is the low-res image only, without y_t and
             gamma.
         low_res: whether the network is conditioned on a low-res image; False for the base stage of a cascade.
+        stem_channels: width of the input convolution; 0 for `channels`. With `patch` above 1 a stem narrower than its
+            input, 2 * 3 * patch^2 values per position, loses detail of y_t before the first block.
+        output_skip: 0, or the initial value of a learned skip connection from y_t to the output, for y0 prediction.
+            The network then predicts mean m and standard deviation d of y0 per pixel, and returns the posterior mean
+            of y0 given y_t = a y0 + s eps: c y_t / a + (1 - c) m with c = d^2 / (d^2 + (s/a)^2). At low noise y_t
+            itself is the best estimate, which a network can hardly copy (Karras et al. 2022, section 5, with d
+            constant). d starts at `output_skip`.
         dtype: of activations, 'float32' or 'bfloat16'; weights, norms, softmax and the last convolution are float32.
         out_channels: channels of the prediction.
     """
@@ -90,6 +98,8 @@ class UNet(nn.Module):
     remat_keeps: str = "nothing"
     regression: bool = False
     low_res: bool = True
+    stem_channels: int = 0
+    output_skip: float = 0.0
     dtype: str = "float32"
     out_channels: int = 3
 
@@ -122,15 +132,22 @@ class UNet(nn.Module):
             inputs = [y_t, cond["upsampled"]] if self.low_res else [y_t]
         embedding = self._embed(gamma, cond)
         x = jnp.concatenate([space_to_depth(part, self.patch) for part in inputs], axis=-1)
-        x = conv(self.channels, 3, dtype, name="input")(x.astype(dtype))
+        x = conv(self.stem_channels or self.channels, 3, dtype, name="input")(x.astype(dtype))
 
         body = self._biggan if self.layout == "biggan" else self._efficient
         x = body(x, embedding, train)
 
         x = nn.swish(Norm(self.norm, name="output_norm")(x.astype(jnp.float32)))
-        channels, highest = self.out_channels * self.patch**2, jax.lax.Precision.HIGHEST
+        maps = 2 if self.output_skip else 1
+        channels, highest = maps * self.out_channels * self.patch**2, jax.lax.Precision.HIGHEST
         x = conv(channels, 3, jnp.float32, zeros, name="output", precision=highest)(x)
-        return depth_to_space(x, self.patch)
+        if not self.output_skip:
+            return depth_to_space(x, self.patch)
+        mean, log_deviation = (depth_to_space(part, self.patch) for part in jnp.split(x, 2, axis=-1))
+        gamma = gamma[:, None, None, None]
+        log_snr = jnp.log(gamma) - jnp.log1p(-gamma)  # ln(a^2 / s^2), +inf at gamma = 1
+        c = nn.sigmoid(2.0 * (log_deviation + math.log(self.output_skip)) + log_snr)
+        return c * y_t / jnp.sqrt(gamma) + (1.0 - c) * mean
 
     def _embed(self, gamma: NoiseLevel, cond: Conditioning) -> jax.Array:
         """The embedding [B,4*channels] of noise level, label and augmentation strength."""
