@@ -293,10 +293,11 @@ def test_sampling_augments_with_the_given_strength():
         make().upscale(images, keys(0, 1), sampling=Sampling("ddim", 2, augment=0.5))
 
 
-def test_non_finite_output_fails():
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_output_fails(value):
     values = config()
     params = params_of(values)
-    params["output"]["bias"][0] = np.nan
+    params["output"]["bias"][0] = value
     ill = models.from_config(values, params, name="ill")
     with pytest.raises(FloatingPointError, match=r"model ill .*not finite"):
         ill.upscale(random_images(1, 8, 8), jax.random.key(0))

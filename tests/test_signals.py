@@ -10,7 +10,9 @@ import pytest
 from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_first_signal_sets_the_exit_code(number, code):
     before = signal.getsignal(number)
     with stop_signals() as stopped:
@@ -26,6 +28,14 @@ def test_second_signal_acts_immediately():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with stop_signals() as stopped:
+        signal.raise_signal(signal.SIGHUP)
+        assert stopped() == 0
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_no_effect_outside_the_main_thread():

@@ -197,6 +197,20 @@ def test_evaluation_covers_all_images_once_and_is_reproducible(folder, whole, mo
         assert row[2].shape == (16, 16, 3) and np.any(row[2] != row[1])
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_held_out_metrics_do_not_depend_on_the_number_of_devices(folder, whole, rows):
+    objective = experiment.read(tiny.config(folder, **REAL)).objective
+    crops = np.random.default_rng(0).integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8)
+    params = restored(whole).ema_params
+    found = []
+    for count in (1, 8):
+        mesh = sharding.make_mesh(devices=jax.devices()[:count])
+        options = {"steps": 2, "solver": "ancestral", "seed": 0}
+        found.append(held_out.HeldOutEvaluation(objective, {"image": crops}, mesh, **options)(params)[0])
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-4), name
+
+
 # ---- The order of events, with a stand-in for the step
 
 

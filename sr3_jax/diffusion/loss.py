@@ -43,6 +43,8 @@ def denoising_loss(
     norm: LossNorm = "l1",
     weighting: Weighting | None = None,
     space: Space = image(),
+    gamma: NoiseLevel | None = None,
+    eps: jax.Array | None = None,
 ) -> jax.Array:
     """|f(x, y_t, gamma) - target|^p with p = 1 or 2, for one gamma and one eps per example (paper Eq. 6).
 
@@ -56,6 +58,8 @@ def denoising_loss(
         norm: 'l1', which gives a better FID in the paper, or 'l2', which gives more diverse samples (Palette).
         weighting: weights by gamma, such as `min_snr()`; None weights all levels equally, as in the paper.
         space: what is diffused.
+        gamma: [B] noise levels; None to sample them by `sample_gamma`.
+        eps: [B,H,W,C] unit noise; None to sample it.
 
     Returns:
         [B] float32, the mean over pixels and channels.
@@ -66,8 +70,10 @@ def denoising_loss(
     if norm not in ("l1", "l2"):
         raise ValueError(f"norm must be 'l1' or 'l2', got {norm!r}")
     gamma_key, eps_key = jax.random.split(key)
-    gamma = sample_gamma(gamma_key, schedule, y0.shape[0])  # [B]
-    eps = jax.random.normal(eps_key, y0.shape)
+    if gamma is None:
+        gamma = sample_gamma(gamma_key, schedule, y0.shape[0])  # [B]
+    if eps is None:
+        eps = jax.random.normal(eps_key, y0.shape)
     z0 = space.encode(y0, cond)
     output = denoiser(diffuse(z0, eps, gamma), gamma, cond)
     if output.shape != z0.shape:  # [B,H,W,1] would broadcast silently

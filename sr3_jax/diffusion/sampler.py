@@ -53,6 +53,9 @@ def sample(
         space: what is diffused: the image, or its residual to the upsampled low-res image.
         snapshots: keep y_t after every `snapshots` steps; 0 keeps none. Only these are held in memory.
 
+    Returns:
+        The images. Where the network's output is not finite, infinite included, they are NaN.
+
     Raises:
         ValueError: `key` is neither one key nor one per example; `snapshots` is negative or above N.
     """
@@ -95,6 +98,8 @@ def sample_with_coefficients(
     def denoise(y: jax.Array, gamma: jax.Array) -> jax.Array:
         level = jnp.full((batch_size,), gamma)
         y0_hat = to_y0(denoiser(y, level, cond), y, level, prediction)
+        # Clipping would turn an infinite output into a valid image; NaN survives it, and callers can check for it.
+        y0_hat = jnp.where(jnp.isfinite(y0_hat), y0_hat, jnp.nan)
         # Inside Heun's method gamma is 1 only in the branch that is not taken.
         return space.clip(y0_hat, cond)
 

@@ -1,4 +1,4 @@
-"""Stop a long job cleanly: SIGTERM and Ctrl-C as a value to poll."""
+"""Stop a long job cleanly: SIGTERM, SIGHUP and Ctrl-C as a value to poll."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Catch the first SIGINT or SIGTERM in this context; a second one of the same kind acts immediately.
+    """Catch the first SIGINT, SIGTERM or SIGHUP in this context; a second one of the same kind acts immediately.
+
+    SIGHUP, which a terminal sends when it closes, stays ignored where it was: under `nohup` the job goes on.
 
     Yields:
         A function that returns 0, or once a signal has arrived its exit code by the convention of shells: 130 for
-        SIGINT, 143 for SIGTERM. Launchers restart a job that exits with 143. Outside the main thread, where Python
-        cannot handle signals, it always returns 0.
+        SIGINT, 143 for SIGTERM, 129 for SIGHUP. Launchers restart a job that exits with 143. Outside the main thread,
+        where Python cannot handle signals, it always returns 0.
     """
     code = 0
 
@@ -27,9 +29,10 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         signal.signal(number, before[number])
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before: dict[int, Any] = {
-        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread
-    }
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    before: dict[int, Any] = {number: signal.signal(number, handler) for number in caught if in_main_thread}
     try:
         yield lambda: code
     finally:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sr3_jax.diffusion.sampler import sample
+from sr3_jax.diffusion.schedule import sample_gamma
 from sr3_jax.distributed import sharding
 from sr3_jax.image_io.grid import image_grid
 from sr3_jax.image_ops import pad_batch, to_uint8, upsample
@@ -29,6 +30,7 @@ from sr3_jax.train.weights import export
 from sr3_jax.types import Key, Params
 
 GRID_ROWS = 6
+LOSS_LEVELS = 32  # least number of noise levels that the held-out loss is averaged over
 GRID_COLUMNS = {
     "low_res": "low-res",
     "bicubic": "bicubic",
@@ -41,20 +43,47 @@ BEST_FILE = "best.safetensors"
 def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, solver: str) -> Any:
     """The jitted evaluation: (params, batch of uint8 crops, key) -> (metrics, images).
 
-    Metrics are means over the first `rows` crops; images are uint8 [B,H,W,3], of the whole batch, by name.
+    Metrics are means over the first `rows` crops, which the rest of the batch repeats; images are uint8 [B,H,W,3], of
+    the whole batch, by name. All noise is generated for `rows` crops, so that the metrics do not depend on how far the
+    batch is filled up for the devices.
     """
     sampling = Sampling(solver, steps)
     network, task = objective.network, objective.task
 
+    passes = -(-LOSS_LEVELS // rows)
+
+    def loss(params: Params, batch: Batch, key: Key, repeated: jax.Array) -> jax.Array:
+        """[B] mean loss over `passes` stratified noise levels per crop."""
+        gamma_key, passes_key = jax.random.split(key)
+        levels = sample_gamma(gamma_key, objective.schedule, passes * rows).reshape(passes, rows)
+        shape = jax.eval_shape(task.target, batch).shape[1:]
+
+        def one_pass(levels_and_key: tuple[jax.Array, Key]) -> jax.Array:
+            level, key = levels_and_key
+            eps_key, key = jax.random.split(key)
+            eps = jax.random.normal(eps_key, (rows, *shape))
+            return batch_losses(
+                params,
+                batch,
+                key,
+                objective=objective,
+                train=False,
+                gamma=level[repeated],
+                eps=eps[repeated],
+            )
+
+        return jnp.mean(jax.lax.map(one_pass, (levels, jax.random.split(passes_key, passes))), axis=0)
+
     def metrics(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Batch]:
         loss_key, sample_key = jax.random.split(key)
         image = task.target(batch)
+        repeated = jnp.arange(len(image)) % rows
         low_res = task.low_res(image)
         cond = condition(low_res, task.scale, batch.get("label"))
         output = to_uint8(
             sample(
                 functools.partial(apply_unet, network, params),
-                sample_key,
+                jax.random.split(sample_key, rows)[repeated],
                 cond,
                 shape=image.shape,
                 schedule=sampling.grid(objective.schedule),
@@ -64,7 +93,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
             ).image
         )
         truth = to_uint8(image)
-        values = {"eval_loss": batch_losses(params, batch, loss_key, objective=objective, train=False)}
+        values = {"eval_loss": loss(params, batch, loss_key, repeated)}
         images = {"output": output, "ground_truth": truth}
         if low_res is not None and task.scale is not None:
             bicubic, small = to_uint8(upsample(low_res, task.scale)), to_uint8(low_res)
@@ -151,14 +180,18 @@ def evaluate_and_log(
     step: int,
     ema_params: Params,
 ) -> None:
-    """Evaluate the weights of a step; write metrics, samples and, if they are the best so far, the weights."""
+    """Evaluate the weights of a step; write samples, the weights if they are the best so far, and metrics.
+
+    The metrics come last: a line in the log means that everything else of this evaluation is on disk, so a run that is
+    killed in between evaluates the step again.
+    """
     values, grid = evaluation(ema_params)
-    writer.write_scalars(step, values)
     writer.write_image(step, "samples", grid)
-    numbers = (f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
-    writer.message(f"step {step}: held out: {', '.join(numbers)}")
     if best is not None:
         best(values["eval_psnr"], ema_params)
+    writer.write_scalars(step, values)
+    numbers = (f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
+    writer.message(f"step {step}: held out: {', '.join(numbers)}")
 
 
 def evaluation_is_missing(workdir: Path, step: int, config: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from sr3_jax.distributed.sharding import replicated
 from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.train.examples import Batch, Task, make_pair
 from sr3_jax.train.state import TrainState, update_ema
-from sr3_jax.types import Key, Params
+from sr3_jax.types import Key, NoiseLevel, Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +49,21 @@ class Objective:
     task: Task
 
 
-def batch_losses(params: Params, batch: Batch, key: Key, *, objective: Objective, train: bool) -> jax.Array:
+def batch_losses(
+    params: Params,
+    batch: Batch,
+    key: Key,
+    *,
+    objective: Objective,
+    train: bool,
+    gamma: NoiseLevel | None = None,
+    eps: jax.Array | None = None,
+) -> jax.Array:
     """The denoising loss of each example, [B] float32.
 
     Args:
         train: apply dropout, label dropout and augmentation.
+        gamma, eps: as for `denoising_loss`.
     """
     pair_key = None
     if train and objective.task.random:
@@ -70,6 +80,8 @@ def batch_losses(params: Params, batch: Batch, key: Key, *, objective: Objective
         norm=objective.norm,
         weighting=objective.weighting,
         space=objective.space,
+        gamma=gamma,
+        eps=eps,
     )
 
 
