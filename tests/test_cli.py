@@ -302,3 +302,26 @@ def test_stop_signal_finishes_the_image_and_the_next_run_resumes(
     assert len(first) >= 1
     assert main(command) == 0
     assert counts(capsys.readouterr().out) == [2 - len(first), len(first), 0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config=photos_4x_small", "--workdir=gs://bucket/run"],
+        ["upscale", "a.png", "-o", "s3://bucket/out"],
+        ["evaluate", "-o", "gs://bucket/scores"],
+        ["search-schedule", "--model=photo_4x", "--data=photos:test", "-o", "gs://bucket/search"],
+        ["export", "photo_4x", "-o", "gs://bucket/model.safetensors"],
+        ["generate", "--model=fashion_base_8", "-o", "gs://bucket/out"],
+        ["cascade", "--stages", "fashion_base_8", "-o", "gs://bucket/out"],
+        ["prepare", "gs://bucket/images", "--name=mine"],
+        ["train-classifier", "--data=photos:train", "-o", "gs://bucket/probe.safetensors"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_bucket_urls_fail_and_create_no_folder(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "://bucket" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sr3_jax.cli._options import by_stage, listed, number, whole
+from sr3_jax.cli._options import by_stage, listed, local_path, number, whole
 
 if TYPE_CHECKING:
     from sr3_jax.inference.stages import StageInfo
@@ -27,7 +27,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         "--labels", metavar="L,L",
         help="class labels, repeated in order, or 'none' (default: all classes of the model, if it has any)",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="output folder")
+    parser.add_argument("-o", "--output", required=True, type=local_path, metavar="OUT", help="output folder")
     parser.add_argument(
         "--steps",
         metavar="N,N",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -50,6 +51,15 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is out of range: a seed is from 0 to {2**32 - 1}")
     return value
+
+
+def local_path(text: str) -> Path:
+    """A path on this machine; URLs such as gs://BUCKET would become a folder called 'gs:'."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL: buckets are not supported yet, mount the bucket and give the local path"
+        )
+    return Path(text)
 
 
 def positive(text: str) -> float:

@@ -7,9 +7,9 @@ resume after the last finished stage. `--stages DIR` uses all stages of a cascad
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from sr3_jax.cli._generation import add_shared, generate_images
+from sr3_jax.cli._options import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="workdirs, .safetensors files or shipped names, the base model first; or the folder of a whole cascade",
     )  # fmt: skip
     parser.add_argument(
-        "--low-res", nargs="+", type=Path, metavar="IMAGE",
+        "--low-res", nargs="+", type=local_path, metavar="IMAGE",
         help="start from these images (or folders of images) instead of a base model",
     )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="keep the images of all stages in OUT/stages")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from sr3_jax.cli._options import count, counts, names, seed
+from sr3_jax.cli._options import count, counts, local_path, names, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="DIR", help="folder for the results"
+        "-o", "--output", required=True, type=local_path, metavar="DIR", help="folder for the results"
     )
     parser.add_argument(
         "--steps", type=counts, default=[], metavar="N,N", help="sampling steps (default: the model's)"
@@ -64,11 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare features of patches of P x P pixels instead of downsampled whole images",
     )  # fmt: skip
     parser.add_argument(
-        "--reference", type=Path, metavar="FILE",
+        "--reference", type=local_path, metavar="FILE",
         help="compare with these statistics instead of those of the ground truth",
     )  # fmt: skip
     parser.add_argument(
-        "--save-reference", type=Path, metavar="FILE", help="write the statistics of the ground truth"
+        "--save-reference", type=local_path, metavar="FILE", help="write the statistics of the ground truth"
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from sr3_jax.cli._options import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model to export and the file to write."""
     parser.add_argument("model", help="a workdir of sr3 train, an exported file or a shipped name")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="the .safetensors file to write")
+    parser.add_argument(
+        "-o", "--output", required=True, type=local_path, help="the .safetensors file to write"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sr3_jax.cli._options import add_config_argument
+from sr3_jax.cli._options import add_config_argument, local_path
 
 PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
 LINE_EVERY = 30.0  # seconds between progress lines where stderr is not a terminal
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile with less effort: takes half the time and overestimates memory",
     )
     parser.add_argument("--refresh", action="store_true", help="ignore cached results")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan to FILE")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the plan to FILE")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,14 +9,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from sr3_jax.cli._options import local_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder of images; subfolders become classes")
+    parser.add_argument(
+        "path", type=local_path, metavar="PATH", help="a folder of images; subfolders become classes"
+    )
     parser.add_argument(
         "--name", required=True, help="name of the data set: lowercase letters, digits, underscores"
     )
     parser.add_argument(
         "--data-dir",
+        type=local_path,
         metavar="DIR",
         help="where to write it (default: $SR3_DATA_DIR, or a folder in ~/.cache)",
     )

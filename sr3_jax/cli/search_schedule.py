@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from sr3_jax.cli._options import count, counts, names, positive, seed
+from sr3_jax.cli._options import count, counts, local_path, names, positive, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images to check the result on (default: every other image of --data)",
     )  # fmt: skip
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="DIR",
+        "-o", "--output", required=True, type=local_path, metavar="DIR",
         help="folder for search.md, search.json and search.jsonl, the cache of metrics",
     )  # fmt: skip
     parser.add_argument(

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from sr3_jax.cli._options import add_config_argument
+from sr3_jax.cli._options import add_config_argument, local_path
 
 PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to config.load
 
@@ -19,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The config and the workdir; the help lists the fields of a config."""
     add_config_argument(parser)
     parser.add_argument(
-        "--workdir", required=True, type=Path, help="folder for config, checkpoints, metrics and samples"
+        "--workdir",
+        required=True,
+        type=local_path,
+        help="folder for config, checkpoints, metrics and samples",
     )
 
 

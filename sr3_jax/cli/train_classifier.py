@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sr3_jax.cli._options import local_path
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eval-data", metavar="SOURCE", help="labeled images to measure its accuracy on")
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="FILE", help="a .safetensors file"
+        "-o", "--output", required=True, type=local_path, metavar="FILE", help="a .safetensors file"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     for name in REMOVED:

@@ -11,15 +11,17 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from sr3_jax.cli._options import count, positive, seed
+from sr3_jax.cli._options import count, local_path, positive, seed
 
 _NAMED = 5  # skipped files in the summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file or a folder")
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="OUT",
+        "inputs", nargs="+", type=local_path, metavar="INPUT", help="an image file or a folder"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=local_path, metavar="OUT",
         help="output folder; for a single image also the output file",
     )  # fmt: skip
     parser.add_argument(
