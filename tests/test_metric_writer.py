@@ -208,3 +208,30 @@ def test_no_heavy_imports_and_close_is_idempotent(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "[]\n" and done.stderr == ""
+
+
+def test_full_disk_gives_one_warning_and_later_lines_are_valid(tmp_path):
+    """With a limit on the size of files, writes fail as on a full disk; when it is lifted, logging resumes."""
+    code = (
+        "import resource, signal, sys; import numpy as np\n"
+        "from sr3_jax.train.metric_writer import MetricWriter\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "writer = MetricWriter(sys.argv[1], total_steps=10)\n"
+        "writer.write_scalars(1, {'loss': 1.0})\n"
+        "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))\n"
+        "image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)\n"
+        "for step in range(2, 40):\n"
+        "    writer.write_scalars(step, {'loss': 1.0})\n"
+        "    writer.write_image(step, 'samples', image)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
+        "writer.write_scalars(40, {'loss': 2.0})\n"
+        "writer.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == 3 and all("cannot be written" in line for line in warnings)
+    assert [row["step"] for row in metric_writer.read_metrics(tmp_path)] == [1, 40]
+    assert not list((tmp_path / "samples").iterdir())

@@ -1,6 +1,7 @@
 """Logging of a training run: metrics.jsonl, TensorBoard, sample PNGs and a progress bar.
 
-Only process 0 logs. The others pass `enabled=False`, which turns every method into a no-op.
+Only process 0 logs. The others pass `enabled=False`, which turns every method into a no-op. Logging never stops
+training: if a log cannot be written (disk full, lost network storage), one warning says so, and training goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -57,23 +59,20 @@ class MetricWriter:
         self._first: tuple[int, float] | None = None  # step and time of the first call of `progress`
         self._last_line = -math.inf
         self._bar: tqdm | None = None
+        self._line_is_cut = False  # by a failed write
+        self._failed: set[str] = set()
         if not enabled:
             return
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             _drop_later_lines(self.workdir / METRICS_FILE, first_step)
-            # Open for the whole run; `close` closes it, and every line is flushed.
-            self._lines = open(self.workdir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+            # Open for the whole run and unbuffered: a line is in the file when `write_scalars` returns.
+            self._lines = open(self.workdir / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115
+            self._board = _TensorBoard(self.workdir / "tensorboard", first_step)
         except OSError as error:
             raise UserError(
                 f"workdir {workdir} cannot be written ({error.strerror}): use another one"
             ) from error
-        from tensorboardX import SummaryWriter  # a slow import that only process 0 needs
-
-        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # otherwise it warns about every NaN
-        # TensorBoard hides earlier events at and after purge_step.
-        purge = first_step + 1 if first_step else None
-        self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=purge, flush_secs=30)
         if sys.stderr.isatty():
             width = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 in some containers
             self._bar = tqdm(
@@ -94,21 +93,24 @@ class MetricWriter:
             return
         numbers = {name: float(value) for name, value in values.items()}
         line = {"step": int(step)} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, int(step))
+        with self._non_fatal(METRICS_FILE):
+            data = b"\n" * self._line_is_cut + json.dumps(line).encode() + b"\n"
+            self._line_is_cut = True
+            self._line_is_cut = self._lines.write(data) != len(data)
+        with self._non_fatal("TensorBoard"):
+            self._board.write_scalars(int(step), numbers)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write uint8 [H,W,3] atomically to WORKDIR/samples/NAME_STEP.png, and to TensorBoard."""
         if not self.enabled:
             return
-        folder = self.workdir / "samples"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{name}_{int(step):07d}.png"
-        with atomic_write(path) as partial:
-            PillowImage.fromarray(np.asarray(image)).save(partial, format="PNG")
-        self._board.add_image(name, np.asarray(image), int(step), dataformats="HWC")
+        with self._non_fatal("samples"):
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            with atomic_write(folder / f"{name}_{int(step):07d}.png") as partial:
+                PillowImage.fromarray(np.asarray(image)).save(partial, format="PNG")
+        with self._non_fatal("TensorBoard"):
+            self._board.write_image(int(step), name, np.asarray(image))
 
     def progress(
         self, step: int, *, loss: float | None = None, images_per_second: float | None = None
@@ -142,18 +144,32 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flush and close all logs; a second call does nothing."""
-        if not self.enabled:
+        if not self.enabled or self._lines.closed:
             return
         if self._bar is not None:
             self._bar.close()
-        self._lines.close()
-        self._board.close()
+        for log in (self._lines, self._board):
+            with suppress(OSError):
+                log.close()
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @contextmanager
+    def _non_fatal(self, log: str) -> Iterator[None]:
+        """Turn an error of the file system into one warning per log."""
+        try:
+            yield
+        except OSError as error:
+            if log not in self._failed:
+                self._failed.add(log)
+                reason = error.strerror or type(error).__name__
+                self.message(
+                    f"{log} of {self.workdir} cannot be written ({reason}): training goes on without it"
+                )
 
     def _seconds_left(self, step: int, now: float) -> float | None:
         """Until the time limit or the last step, whichever is earlier; None if unknown.
@@ -168,6 +184,42 @@ class MetricWriter:
     def _fraction_done(self, step: int, now: float) -> float:
         of_time = (now - self._started) / (60 * self._minutes) if self._minutes else 0.0
         return min(1.0, max(of_time, step / max(self.total_steps, 1)))
+
+
+class _TensorBoard:
+    """A TensorBoard event file, written by the calling thread.
+
+    Not tensorboardX's SummaryWriter: once its thread has failed, on a full disk for example, every further call blocks.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # Slow imports that only process 0 needs
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # otherwise it warns about every NaN
+        self._summary, self._event = summary, Event
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        if first_step:  # TensorBoard hides earlier events of this and later steps
+            self._write(first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._file.flush()
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step, summary=self._summary.scalar(name, value))
+        self._file.flush()
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._write(step, summary=self._summary.image(name, image, dataformats="HWC"))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
 
 
 def _drop_later_lines(path: Path, first_step: int) -> None:
