@@ -23,7 +23,7 @@ from PIL import Image
 from sr3_jax.errors import UserError
 from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason, sniff
-from sr3_jax.image_io.pixels import UnsupportedPixels, raw_mode, to_pixels
+from sr3_jax.image_io.pixels import UnsupportedPixels, fill_transparent, raw_mode, to_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,13 +145,14 @@ def _decode(image: Image.Image) -> DecodedImage:
     raw = raw_mode(image)
     image.load()
     pixels = to_pixels(image, raw)
+    rgb = pixels.rgb if pixels.alpha is None else fill_transparent(pixels.rgb, pixels.alpha)
     # After loading: that is when Pillow rotates TIFFs itself, and some PNGs store EXIF after the pixels.
     orientation = metadata.orientation(image)
     exif, exif_notes = metadata.exif(image)
     profile, profile_notes = metadata.profile(image, pixels.gray)
     file_format = image.format or ""
     return DecodedImage(
-        rgb=_upright(pixels.rgb, orientation),
+        rgb=_upright(rgb, orientation),
         alpha=None if pixels.alpha is None else _upright(pixels.alpha, orientation),
         gray=pixels.gray,
         icc_profile=profile,

@@ -138,3 +138,36 @@ def _by_profile(image: Image.Image) -> tuple[np.ndarray, str]:
         return np.array(image.convert("RGB")), f"{image.mode} converted to RGB"
     except ValueError as error:
         raise UnsupportedPixels(f"has {image.mode} colors, which cannot be converted to RGB") from error
+
+
+def fill_transparent(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Replace the hidden colors of fully transparent pixels by those of the visible pixels around them.
+
+    Resampling mixes colors across the edge of an object, so black under alpha 0 would become a dark fringe. Colors
+    spread outward from coarse to fine averages ("push-pull"); visible pixels keep theirs.
+
+    Args:
+        rgb: uint8 [H,W,3].
+        alpha: uint8 [H,W].
+    """
+    visible = alpha > 0
+    if visible.all() or not visible.any():
+        return rgb
+    colors, weights = [rgb * visible[..., None].astype(np.float32)], [visible.astype(np.float32)[..., None]]
+    while max(weights[-1].shape[:2]) > 1:  # push: sums over 2x2 pixels, and how many of them are visible
+        colors.append(_halve(colors[-1]))
+        weights.append(_halve(weights[-1]))
+    filled = colors[-1] / weights[-1]
+    for color, weight in zip(
+        colors[-2::-1], weights[-2::-1], strict=True
+    ):  # pull: fill from the next coarser level
+        height, width = weight.shape[:2]
+        coarse = filled.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+        filled = np.where(weight > 0, color / np.maximum(weight, 1.0), coarse)
+    return np.where(visible[..., None], rgb, np.rint(filled).astype(np.uint8))
+
+
+def _halve(x: np.ndarray) -> np.ndarray:
+    """[H,W,C] -> [ceil(H/2),ceil(W/2),C]: the sum of each 2x2 square."""
+    x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2), (0, 0)))
+    return x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]
