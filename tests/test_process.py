@@ -24,7 +24,7 @@ def pair(seed: int = 0) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(generator.uniform(-1, 1, SHAPE)), jnp.asarray(generator.normal(size=SHAPE))
 
 
-def test_diffuse_is_equation_4_with_each_examples_own_gamma():
+def test_diffuse_is_equation_3_with_each_examples_own_gamma():
     y0, eps = pair()
     y = diffuse(y0, eps, jnp.asarray(GAMMAS))
     for example, gamma in enumerate(GAMMAS):

@@ -33,7 +33,7 @@ _log = logging.getLogger("sr3_jax")
 PRESETS = "sr3_jax.configs"  # the package of presets
 # Fields that a stored config of any version has; a default in their place would sample noise without a word.
 _ALWAYS_STORED = (("model", "channels"), ("diffusion", "prediction"), ("data", "scale"))
-# Paper section 3: 1e-4 for SR3, 1e-5 for the regression. A config that sets its own rate keeps it.
+# Paper section 4: 1e-4 for SR3, 1e-5 for the regression. A config that sets its own rate keeps it.
 _REGRESSION_RATE = 1e-5
 
 

@@ -14,7 +14,7 @@ PARAMETERS = 609_802_371
 
 
 def get_config() -> ConfigDict:
-    """Table 1 of the paper, with its optimisation (section 3); defaults where the paper gives no value."""
+    """The paper's network (Table A.1) and optimization (section 4); defaults where the paper gives no value."""
     config = faces_16_128.get_config()
     config.model.update(
         channels=64,

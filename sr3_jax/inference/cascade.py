@@ -1,4 +1,4 @@
-"""Cascades (paper section 4.4): stages that were trained separately, chained through 8-bit images.
+"""Cascades (paper section 4.3): stages that were trained separately, chained through 8-bit images.
 
 An unconditional base model generates small images from noise; each super-resolution stage upscales them.
 
