@@ -1,7 +1,7 @@
 """Image metrics as pure functions, and the one registry of every metric that this package reports.
 
 The functions compare an output with its ground truth (PSNR, SSIM) or with its low-res image (consistency, mean
-colour error). Shape legend: B batch, H height, W width, C channels. They take uint8 images [B,H,W,C] (quantize
+color error). Shape legend: B batch, H height, W width, C channels. They take uint8 images [B,H,W,C] (quantize
 first, as an image file does) and return float32 [B], one value per image. Average over a data set in the metric's
 own unit, e.g. PSNR in dB. Wrong dtypes and shapes raise ValueError.
 

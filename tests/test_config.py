@@ -156,11 +156,11 @@ def test_a_file_can_change_lines_of_a_preset_and_take_an_argument(tmp_path):
     assert package.load_config(f"{path}:9")["sampling"]["steps"] == 9
 
 
-def test_a_file_can_import_its_neighbours(tmp_path):
-    write(tmp_path, "BATCH = 3\n", name="neighbour_of_config.py")
+def test_a_file_can_import_its_neighbors(tmp_path):
+    write(tmp_path, "BATCH = 3\n", name="neighbor_of_config.py")
     path = write(
         tmp_path,
-        "import neighbour_of_config as other\ndef get_config():\n    return {'train': {'batch_size': other.BATCH}}\n",
+        "import neighbor_of_config as other\ndef get_config():\n    return {'train': {'batch_size': other.BATCH}}\n",
     )
     assert load_config(path)["train"]["batch_size"] == 3
     assert str(tmp_path) not in sys.path

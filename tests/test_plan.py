@@ -395,7 +395,7 @@ def test_results_are_cached_and_refreshed(tmp_path):
     first = planning.plan(read(), CPU8, cache=tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 2  # one per program
-    for file in files:  # a recognisable value, to see which results are reused
+    for file in files:  # a recognizable value, to see which results are reused
         file.write_text(json.dumps(json.loads(file.read_text()) | {"flops": 7.0}))
     assert planning.plan(read(), CPU8, cache=tmp_path)["programs"]["train"]["flops"] == 7.0
     only = planning.plan(read(), CPU8, cache=tmp_path, programs=("train",), refresh=True)

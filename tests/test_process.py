@@ -144,9 +144,9 @@ def test_posterior_undoes_diffuse_in_distribution():
     """Averaged over y_t ~ q(y_t | y0), y_s ~ posterior must be q(y_s | y0)."""
     gamma_t, gamma_s = jnp.asarray(0.2), jnp.asarray(0.6)
     one, zero = jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1))
-    centre, variance = posterior(one, diffuse(one, zero, gamma_t), gamma_t, gamma_s)
+    center, variance = posterior(one, diffuse(one, zero, gamma_t), gamma_t, gamma_s)
     spread, _ = posterior(zero, diffuse(zero, one, gamma_t), gamma_t, gamma_s)
-    np.testing.assert_allclose(centre.item(), 0.6**0.5, rtol=1e-12)
+    np.testing.assert_allclose(center.item(), 0.6**0.5, rtol=1e-12)
     np.testing.assert_allclose(spread.item() ** 2 + variance.item(), 1 - 0.6, rtol=1e-12)
 
 

@@ -173,7 +173,7 @@ def test_patches_of_one_image_are_resampled_together():
     )
 
 
-def test_patches_tile_the_centre():
+def test_patches_tile_the_center():
     image = np.arange(7 * 11 * 3).reshape(7, 11, 3)
     network = Network(PROTOCOL, lambda images: images).in_patches(3)
     found = network.patches(image)

@@ -127,7 +127,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default="group",
                     choices=("group", "pixel"),
                     fixed=True,
-                    help="Normalisation over groups of channels and all pixels, or over the channels of a pixel.",
+                    help="Normalization over groups of channels and all pixels, or over the channels of a pixel.",
                 ),
                 "film": Field(
                     default=False,

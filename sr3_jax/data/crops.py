@@ -75,9 +75,9 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
         raise UserError(
             f"{source.name} has no image of {crop}x{crop} pixels or more{failure}: use a smaller --crop or other data"
         )
-    labelled = all(label is not None for _, label in found)
+    labeled = all(label is not None for _, label in found)
     return Crops(
         np.stack([image for image, _ in found]),
-        np.array([label for _, label in found], np.int32) if labelled else None,
+        np.array([label for _, label in found], np.int32) if labeled else None,
         sum(bool(places) for _, places in items),
     )

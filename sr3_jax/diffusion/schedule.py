@@ -20,7 +20,7 @@ SPACINGS: tuple[Spacing, ...] = ("log_snr", "uniform", "karras", "linear")
 # Noisier levels carry no signal worth a step: `linear` ends at -10.03 but `cosine` at -21, and a few steps spread
 # evenly over its whole range would mostly be spent there.
 LEAST_LOG_SNR = -10.1
-KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: how strongly the grid leans towards low noise
+KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: how strongly the grid leans toward low noise
 
 
 @dataclass(frozen=True, eq=False)

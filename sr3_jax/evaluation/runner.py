@@ -107,7 +107,7 @@ def evaluate(
         samples: outputs of each image and model.
         batch_size: outputs sampled at once; images of one size share a batch.
         limit: only the first images.
-        crop: only the centre of each image, this many pixels squared.
+        crop: only the center of each image, this many pixels squared.
         unsearched: next to a sampler that a schedule search found, also evaluate its solver and steps without it.
         use_labels: class-conditional models receive the labels of the images, if these have any.
         classifier: for accuracy: a .safetensors or .onnx file, or MODULE:FUNCTION.

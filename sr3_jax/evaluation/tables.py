@@ -102,7 +102,7 @@ def protocol(report: Mapping[str, Any], *, source: str | None = None) -> list[st
     """How the metrics were computed, one sentence per line. `source` replaces the name of the data set."""
     settings = report["protocol"]
     count, samples = settings["images"], settings["samples"]
-    crop = f", the centre {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
+    crop = f", the center {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
     per_image = f"{samples} outputs each" if samples > 1 else "one output each"
     lines = [
         f"{count} image{'s' * (count != 1)} of {source or settings['source']}{crop}, {per_image}, seed "

@@ -175,7 +175,7 @@ def _with_interval(
 
 
 def _inception_score_interval(logits: np.ndarray) -> Interval:
-    """In random order: data sets are often sorted by class, and a split is a run of neighbours."""
+    """In random order: data sets are often sorted by class, and a split is a run of similar images."""
     order = np.random.default_rng(0).permutation(len(logits))
     spread = inception_score(logits[order], splits=SPLITS)
     half = NORMAL * (spread.deviation or 0.0) / SPLITS**0.5

@@ -1,7 +1,7 @@
 """Statistics of features of image sets: mean and covariance, Frechet distance, KID, Inception score.
 
 Shape legend: N images, D features, K classes. Everything is float64 NumPy on the host. All metrics depend on N (the
-Frechet distance is biased upwards unless N is far larger than D), so report N with them.
+Frechet distance is biased upward unless N is far larger than D), so report N with them.
 """
 
 from __future__ import annotations

@@ -143,11 +143,11 @@ def check_chain(
             )
         made = {(high * scale, wide * scale) for high, wide in made}
         before = stage.title
-    labelled = [stage for stage in stages if stage.classes]
-    for stage in labelled[1:]:
-        if stage.classes != labelled[0].classes:
+    labeled = [stage for stage in stages if stage.classes]
+    for stage in labeled[1:]:
+        if stage.classes != labeled[0].classes:
             raise UserError(
-                f"stage {stage.title} has {stage.classes} classes, but {labelled[0].title} has {labelled[0].classes}"
+                f"stage {stage.title} has {stage.classes} classes, but {labeled[0].title} has {labeled[0].classes}"
             )
     for stage in stages:
         if stage.progress is not None and stage.progress[0] < stage.progress[1] and not unfinished:

@@ -164,7 +164,7 @@ def test_kernel_distances_of_a_resample_leave_out_pairs_of_one_image():
     assert value == pytest.approx(1e3 * (mean(a, a) - 2 * mean(a, b)))
 
 
-def test_a_training_run_is_summarised_from_its_log(tmp_path):
+def test_a_training_run_is_summarized_from_its_log(tmp_path):
     training_folder(tmp_path / "sr3")
     found = collect.training(tmp_path / "sr3")
     assert (found["seconds"], found["steps"]) == (15, 120)

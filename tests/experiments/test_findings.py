@@ -88,7 +88,7 @@ def test_the_l1_model_is_judged_only_against_l2():
     assert verdict({"evaluation": run(rows, *pairs)}, "perception") == "reproduced"
 
 
-def test_the_regression_does_not_decide_whether_sr3_is_recognised():
+def test_the_regression_does_not_decide_whether_sr3_is_recognized():
     rows = [row("bicubic", steps=None, own=False), row("sr3"), row("regression", steps=None)]
     pairs = [(1, 0, "model - bicubic", {"top1": HIGHER}), (2, 0, "model - bicubic", {"top1": LOWER})]
     assert verdict({"recognition": run(rows, *pairs)}, "recognition_bicubic_alexnet") == "reproduced"
