@@ -28,7 +28,7 @@ from sr3_jax.image_io.image_file import read_rgb
 from sr3_jax.inference import model
 from sr3_jax.train.weights import export
 
-# image_file ignores these warnings on import, which pytest resets.
+# image_file ignores these warnings on import, but pytest resets the filters.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 ROOT = Path(__file__).resolve().parent.parent
 

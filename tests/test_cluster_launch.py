@@ -66,7 +66,7 @@ def test_a_dry_run_prints_the_commands(tmp_path: Path):
 
 
 def test_the_options_are_read_by_slurm():
-    """They must come before the first command of the script, each on a line of its own."""
+    """They must come before the first command of the script, one per line."""
     lines = Path(SBATCH).read_text().splitlines()
     first = next(index for index, line in enumerate(lines) if line and not line.startswith("#"))
     options = [index for index, line in enumerate(lines) if line.startswith("#SBATCH ")]
@@ -130,7 +130,9 @@ def test_the_venv_of_the_repository_is_used(cluster: Path):
         (["--dry-run", "sr3"], {"SR3_MAX_RESTARTS": "many"}, "'many'"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(tmp_path: Path, arguments: list[str], environment: dict, word: str):
+def test_wrong_arguments_fail_with_one_sentence(
+    tmp_path: Path, arguments: list[str], environment: dict, word: str
+):
     result = _sbatch(tmp_path, *arguments, **environment)
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and word in result.stderr

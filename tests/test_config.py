@@ -363,7 +363,7 @@ def test_a_stored_config_that_does_not_fit_names_its_owner_and_the_field(section
 
 
 @pytest.mark.parametrize("stored", [[], None, {}])
-def test_a_stored_value_that_is_no_config_names_its_owner(stored):
+def test_a_stored_value_that_is_not_a_config_names_its_owner(stored):
     assert "out/run" in error_of(complete_stored, stored, "out/run")
 
 

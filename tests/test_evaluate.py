@@ -1,4 +1,4 @@
-"""`sr3 evaluate` end to end with a tiny model, and what it is made of."""
+"""`sr3 evaluate` end to end with a tiny model, and its building blocks."""
 
 from __future__ import annotations
 

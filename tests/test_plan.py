@@ -1,4 +1,4 @@
-"""sr3 plan: arguments to the byte, FLOPs by hand, the verdict and its suggestions, the cache, the command, libtpu."""
+"""sr3 plan: exact argument sizes, FLOPs, the verdict and its suggestions, the cache, the command, libtpu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward process and its posterior against laws computed another way, in float64."""
+"""The forward process and its posterior against independent computations in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def test_to_y0_inverts_target(prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_kind_leads_to_the_noise(prediction):
+def test_the_noise_can_be_computed_from_every_prediction(prediction):
     y0, eps = pair()
     gamma = jnp.asarray(GAMMAS)
     y = diffuse(y0, eps, gamma)
@@ -150,7 +150,7 @@ def test_posterior_undoes_diffuse_in_distribution():
     np.testing.assert_allclose(spread.item() ** 2 + variance.item(), 1 - 0.6, rtol=1e-12)
 
 
-def test_an_unknown_kind_is_named():
+def test_an_unknown_prediction_is_named_in_the_error():
     y0, eps = pair()
     gamma = jnp.asarray(0.5)
     with pytest.raises(ValueError, match="one of eps, v, y0, got 'score'"):
