@@ -137,13 +137,13 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
     found = read_json(folder / "evaluation.json")
     group_of = groups(name, [image["name"] for image in found["images"]])
     rows = found["rows"]
-    draws = resample.set_metrics(folder, found, rows, group_of)
+    resamples = resample.set_metrics(folder, found, rows, group_of)
     pairs = []
     for a, b, contrast in contrasts(rows):
         columns = differences(rows[a], rows[b], group_of)
-        for key in (key for key in draws[a] if key in draws[b]):
+        for key in (key for key in resamples[a] if key in resamples[b]):
             mean = rows[a]["summary"][key]["mean"] - rows[b]["summary"][key]["mean"]
-            half = NORMAL * float(np.std(np.subtract(draws[a][key], draws[b][key]), ddof=1))
+            half = NORMAL * float(np.std(np.subtract(resamples[a][key], resamples[b][key]), ddof=1))
             columns[key] = {"mean": mean, "low": mean - half, "high": mean + half}
         pairs.append({"contrast": contrast, "a": a, "b": b, "columns": columns})
     kept = ("command", "seconds", "outputs_reused", "date", "hardware", "versions")
@@ -208,8 +208,8 @@ def paired(difference: np.ndarray, group_of: np.ndarray) -> dict[str, float]:
     count = group_of.max() + 1
     sums = np.bincount(group_of, weights=difference, minlength=count)
     sizes = np.bincount(group_of, minlength=count).astype(np.float64)
-    draw = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    means = sums[draw].sum(axis=1) / sizes[draw].sum(axis=1)
+    chosen = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    means = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     share = float((difference > 0).mean())
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high), "share": share}

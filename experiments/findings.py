@@ -184,7 +184,7 @@ def _lines(finding: Finding, run: Mapping[str, Any] | None) -> list[dict[str, An
                 shared | {"metric": metric, "mean": mean, "low": low, "high": high, "agrees": agrees}
             )
     if finding.key == "searched" and any(line["metric"] == "lpips" for line in lines):
-        lines = [line for line in lines if line["metric"] == "lpips"]  # what the search optimized
+        lines = [line for line in lines if line["metric"] == "lpips"]  # the metric that the search optimized
     if not any(line["decides"] for line in lines):  # no row has a default sampler: all of them count
         lines = [line | {"decides": True} for line in lines]
     return lines

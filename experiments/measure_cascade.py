@@ -109,7 +109,7 @@ def training(workdir: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are measured against.
+    """The real images that generated images are compared with.
 
     Attributes:
         classifier: of real images at 32x32.
@@ -164,9 +164,9 @@ def upscaled_twice(stages: Stages, small: np.ndarray, strength: float) -> tuple[
     return middle, upscaled(stages["sr_32"], middle, 2, strength)
 
 
-def best(rows: Sequence[Mapping[str, Any]], fact: str) -> float:
-    """The fact of the 32x32 row with the smallest distance to training images."""
-    return min((row for row in rows if row["size"] == SIZE), key=lambda row: row["frechet_choice"])[fact]
+def best(rows: Sequence[Mapping[str, Any]], column: str) -> float:
+    """A column's value in the 32x32 row with the smallest distance to training images."""
+    return min((row for row in rows if row["size"] == SIZE), key=lambda row: row["frechet_choice"])[column]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -369,18 +369,18 @@ def test_a_program_that_is_out_of_memory_does_not_fit(message, peak, monkeypatch
     found = compile_failing(message)
     assert found["memory"]["peak"] == peak and found["flops"] == 2 * 4**3
     monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
-    judged = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
-    assert not judged["fits"]
-    assert judged["programs"]["train"]["suggestion"]["overrides"][0] == "--config.model.dtype=bfloat16"
-    assert "RESOURCE_EXHAUSTED" in report(judged)
+    result = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
+    assert not result["fits"]
+    assert result["programs"]["train"]["suggestion"]["overrides"][0] == "--config.model.dtype=bfloat16"
+    assert "RESOURCE_EXHAUSTED" in report(result)
 
 
 def test_a_program_that_exhausts_another_memory_does_not_fit_either(monkeypatch):
     found = compile_failing("RESOURCE_EXHAUSTED: Ran out. Used 20.0M of 16.0M vmem.")
     monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
-    judged = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
-    assert not judged["fits"] and judged["programs"]["train"]["peak"] < V6E.memory
-    assert "vmem" in report(judged)
+    result = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
+    assert not result["fits"] and result["programs"]["train"]["peak"] < V6E.memory
+    assert "vmem" in report(result)
 
 
 def test_other_compiler_errors_propagate():

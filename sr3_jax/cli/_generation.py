@@ -125,7 +125,7 @@ def generate_images(
 def _settings(
     args: argparse.Namespace, stage_list: Sequence[StageInfo]
 ) -> list[Callable[[Sampling], Sampling]]:
-    """For each stage a function from its own sampling settings to the requested ones."""
+    """For each stage, a function that replaces the requested ones of its default sampling settings."""
     count, every = len(stage_list), [True] * len(stage_list)
     guided, augmented = [one.guided for one in stage_list], [one.augmented for one in stage_list]
     steps = by_stage("--steps", args.steps, stages=count, read=whole, takes=every)

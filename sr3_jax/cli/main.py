@@ -125,7 +125,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _abandon(code: int) -> None:
-    """Leave a distributed run without waiting for its other processes; a command that never used jax is not in one."""
+    """Leave a distributed run without waiting for its other processes. Without jax there is no distributed run."""
     if "jax" in sys.modules:
         from sr3_jax.distributed.processes import abandon
 

@@ -1,8 +1,8 @@
-"""Find how a model is best sampled at a fixed NFE, and store that as the model's default.
+"""Find the best sampling schedule of a model at a fixed NFE, and store it as the model's default.
 
 For each solver, the grid of noise levels (spacing and end points) and the noise of each step are searched on crops of
-held-out images, as in the paper. Half of the images (or --eval-data) is not searched on: the result is stored next to
-the model only if it beats the model's default there. The same command continues an interrupted search.
+held-out images, as in the paper. Half of the images (or --eval-data) is left out of the search: the result is stored
+next to the model only if it beats the model's default on them. The same command continues an interrupted search.
 """
 
 from __future__ import annotations

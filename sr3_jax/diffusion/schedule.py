@@ -17,8 +17,8 @@ from sr3_jax.types import Key, NoiseLevel
 
 Spacing = Literal["log_snr", "uniform", "karras", "linear"]
 SPACINGS: tuple[Spacing, ...] = ("log_snr", "uniform", "karras", "linear")
-# Noisier levels carry no signal worth a step: `linear` ends at -10.03 but `cosine` at -21, and a few steps spread
-# evenly over its whole range would mostly be spent there.
+# Noisier levels contain too little signal: `linear` ends at -10.03 but `cosine` at -21, and a few steps spread evenly
+# over its whole range would mostly be spent on levels below this.
 LEAST_LOG_SNR = -10.1
 KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: how strongly the grid leans toward low noise
 
@@ -91,7 +91,7 @@ def quadratic(num_steps: int = 2000, beta_start: float = 1e-6, beta_end: float =
 
 
 def cosine(num_steps: int = 2000, offset: float = 0.008, beta_max: float = 0.999) -> NoiseSchedule:
-    """sqrt(gamma) a quarter of a cosine (Nichol and Dhariwal 2021, Eq. 17), betas kept under `beta_max`."""
+    """sqrt(gamma) is a quarter of a cosine (Nichol and Dhariwal 2021, Eq. 17), betas kept under `beta_max`."""
     angle = (np.arange(num_steps + 1) / num_steps + offset) / (1.0 + offset) * np.pi / 2
     squared = np.cos(angle) ** 2
     return from_beta(np.minimum(1.0 - squared[1:] / squared[:-1], beta_max))

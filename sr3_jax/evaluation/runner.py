@@ -2,7 +2,7 @@
 
 Images of one size are processed in batches, each by all methods. Finished outputs and their metrics are cached, so
 that an interrupted evaluation continues where it stopped. Several processes divide the images; the first one merges
-what all of them found. Shape legend: P images, S samples.
+their results. Shape legend: P images, S samples.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The samplings to search.
+    """The sampling settings to search.
 
     Attributes:
         schedule: the training schedule.

@@ -183,7 +183,7 @@ def _network(description: Mapping[str, Any]) -> str:
 
 
 def search_markdown(report: Mapping[str, Any]) -> str:
-    """search.md: how the search was done, its table, and what was chosen."""
+    """search.md: the protocol of the search, its table, and the choice."""
     metric = search_metric(report["metric"])
     shown = reported_metrics([{"summary": row["check"]} for row in report["rows"]])
     shown = [other for other in shown if other.key in {*_SEARCH_COLUMNS, metric.key}]
@@ -196,7 +196,7 @@ def search_markdown(report: Mapping[str, Any]) -> str:
         "",
         f"By {metric.heading} on {report['search_crops']} crops of {report['crop']} pixels of {report['data']}, "
         f"{report['tried']} candidates, seed {report['seed']}. The columns after the searched one are computed on "
-        f"{report['check_crops']} crops of {where}, which the search has not seen. Gain: how much better than the "
+        f"{report['check_crops']} crops of {where}, which the search did not use. Gain: how much better than the "
         f"solver's default there, with a {LEVEL:.0%} interval over the crops.",
         "",
         table(headings, body),

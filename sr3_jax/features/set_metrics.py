@@ -2,7 +2,7 @@
 
 Shape legend: N images or patches of images, D features, K logits. Row i of the outputs and row i of the ground
 truth belong to the same image. Every value is {'mean', 'low', 'high'}: the value over all images, and 1.96 standard
-deviations on either side. (Percentiles of resamples would be biased: an image that is drawn twice reduces the
+deviations on either side. (Percentiles of resamples would be biased: an image that is sampled twice reduces the
 spread of the set, which shifts these distances.)
 """
 

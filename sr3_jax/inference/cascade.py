@@ -37,13 +37,13 @@ class CascadeJob:
 
     Attributes:
         stages: in order, checked by `check_chain`.
-        samplings: for each stage a function from its own sampling settings to the ones to use.
+        samplings: for each stage, a function from its default sampling settings to those to use.
         count: n.
         labels: [n] class labels; None for none.
         low_res: the images uint8 [H,W,3] to start from; None if the first stage is a base model.
-        seed: of all noise.
-        batch_size: images per batch; None for as many as the image size allows. It never depends on n, so that neither
-            does the rounding within a batch.
+        seed: determines all noise.
+        batch_size: images per batch; None for as many as the image size allows. It does not depend on n, because
+            rounding depends on the size of the batch.
     """
 
     stages: tuple[StageInfo, ...]

@@ -52,7 +52,7 @@ class Model:
         network: the U-Net.
         params: float32 weights (the exponential moving average of training).
         schedule: the training noise schedule.
-        space: what is diffused.
+        space: the diffused variable.
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
         scale: s, the super-resolution factor; 1 for an unconditional model.
         sampling: the settings used where none are given: those stored next to the model, else its config's.

@@ -1,4 +1,4 @@
-"""The file that keeps the sampling settings found for a model: `sampling.json`.
+"""The file that stores the sampling settings found for a model: `sampling.json`.
 
 `sr3 search-schedule` writes it into a workdir, or as NAME.sampling.json next to NAME.safetensors; `load` uses it.
 """
@@ -52,7 +52,7 @@ def params_fingerprint(params: Params) -> str:
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """SHA-256 of the parts of a config that fix the network and its noise: the same for all steps of a run."""
+    """SHA-256 of the config fields that determine the network and its noise: the same for all steps of a run."""
     return sha256_hex(
         {name: config[name] for name in ("model", "diffusion")} | {"scale": config["data"]["scale"]}
     )
@@ -77,7 +77,7 @@ def write_sampling(path: Path, stored: StoredSampling) -> None:
 
 
 def read_sampling(path: Path) -> StoredSampling:
-    """Read what `write_sampling` wrote. UserError for anything else."""
+    """Read a file of `write_sampling`. UserError for any other file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:

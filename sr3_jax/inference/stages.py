@@ -1,6 +1,6 @@
 """Stages of a cascade on disk, and whether they fit together: checked before any weights are read.
 
-A stage is a model whose config says its name, image size and scale (`config.stage`, `config.data.scale`).
+A stage is a model whose config has its name, image size and scale (`config.stage`, `config.data.scale`).
 """
 
 from __future__ import annotations
