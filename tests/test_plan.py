@@ -99,7 +99,7 @@ def test_flops_of_a_convolutions_gradient_agree_with_xla():
 # ---- The estimate.
 
 
-def test_arguments_are_the_bytes_of_the_real_state_on_one_device(wide, estimated):
+def test_argument_bytes_match_the_real_state_on_one_device(wide, estimated):
     mesh = make_mesh(**wide.config["mesh"])
     state = create_state(wide.init_params, wide.optimizer(), jax.random.key(0), mesh)
     first = jax.devices()[0]
@@ -245,7 +245,7 @@ def test_a_large_state_is_sharded_no_more_than_needed():
     assert not change["enough"] and change["overrides"][0] == "--config.mesh.fsdp=16"
 
 
-def test_activations_get_bfloat16_then_recomputation_then_accumulation():
+def test_suggestions_for_activations_are_bfloat16_then_remat_then_accumulation():
     given = {"state": GIB, "train": {"batch_size": 256}}
     float32, remat = {"dtype": "float32"}, {"dtype": "bfloat16", "remat": True}
     assert suggest(temporaries=40 * GIB, model=float32, **given)["overrides"] == [
@@ -268,7 +268,7 @@ def test_no_suggestion_where_no_setting_helps():
     assert change == {"overrides": [], "bytes": 41 * GIB, "enough": False}
 
 
-def test_sampling_gets_fewer_images_and_leaves_training_unchanged():
+def test_the_suggestion_for_sampling_is_fewer_images_and_no_change_of_training():
     change = suggest(
         state=GIB,
         temporaries=60 * GIB,

@@ -167,7 +167,7 @@ def euler() -> solvers.Solver:
     return solvers.ddim()
 
 
-def test_a_users_own_solver_samples_by_its_import_path(tmp_path):
+def test_a_users_solver_is_found_by_its_import_path(tmp_path):
     model = exported(tmp_path / "m.safetensors")
     output = model.upscale(images(), 0, solver=f"{__name__}:euler", steps=3)
     np.testing.assert_array_equal(output, model.upscale(images(), 0, solver="ddim", steps=3))

@@ -75,7 +75,7 @@ def generate_images(
     stages.check_chain(stage_list, low_res=sizes, unfinished=args.unfinished)
     count = (16 if starts is None else len(starts)) if args.count is None else whole("--count", args.count)
     if starts is not None and count > len(starts):
-        raise UserError(f"--count={count} is more than the {len(starts)} images of --low-res: omit it")
+        raise UserError(f"--count={count} is more than the {len(starts)} images of --low-res: omit --count")
     job = cascade.CascadeJob(
         stages=tuple(stage_list),
         samplings=tuple(_settings(args, stage_list)),

@@ -20,7 +20,7 @@ import sr3_jax.cli
 from sr3_jax import __version__
 from sr3_jax.image_io.errors import printable
 
-_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells have it
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as in shells
 
 
 class _Parser(argparse.ArgumentParser):

@@ -55,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="crops to search on, and as many to check on (default: 32; frechet: 128)",
     )  # fmt: skip
     parser.add_argument(
-        "--candidates", type=count, default=24, metavar="N", help="samplings in the first round (default: 24)"
+        "--candidates", type=count, default=24, metavar="N", help="number of candidates (default: 24)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default: 0)")
     parser.add_argument("--no-store", action="store_true", help="do not change the model's default")
     parser.add_argument(
         "--no-guard", action="store_true",
-        help="also accept samplings that agree much less with the low-res images than the default does",
+        help="also accept candidates that are much less consistent with the low-res images than the default",
     )  # fmt: skip
 
 

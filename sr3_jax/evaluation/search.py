@@ -106,9 +106,9 @@ def search_schedule(
         limit: only the first images of `data`.
         crop: side of a crop in pixels; None for that of training.
         crops: crops of each set; None for the metric's default.
-        candidates: samplings in the first round.
+        candidates: how many settings are evaluated in the first round.
         store: store the result if it beats the default on the check.
-        guarded: exclude samplings that agree much less with the low-res image than the default does.
+        guarded: exclude candidates that are much less consistent with the low-res image than the default.
         command: the command line, for search.json.
         on_batch: called after each batch with the name of the search in progress.
 
@@ -321,7 +321,7 @@ def _value(values: Mapping[str, float | None], metric: str) -> float:
 def provenance(
     report: Mapping[str, Any], best: Mapping[str, Any], default: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """How a sampling was found, for the file next to the model."""
+    """How the sampling settings were found, for the file next to the model."""
     names = [
         "metric",
         "data",

@@ -115,10 +115,10 @@ def copy_sampling(source: Path, target: Path, sampling: Sampling, *, params: Par
 def find_sampling(
     path: Path, *, own: Sampling, params: Params, config: Mapping[str, Any], name: str
 ) -> Sampling:
-    """The settings stored for the model at `path`, or its `own` if there are none for it.
+    """The settings stored for the model at `path`, or `own` if none are stored for it.
 
-    Settings found for other weights are ignored with a warning. A workdir's weights change as training goes on while
-    its file stays: there the file is used for later steps of the same run too, with a warning, since the best noise
+    Settings found for other weights are ignored with a warning. An exception is a workdir, whose weights change as
+    training continues: its file is also used for later steps of the same run, with a warning, since the best noise
     levels change little. Settings for another network or noise schedule are never used.
 
     Raises:
