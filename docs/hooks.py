@@ -32,7 +32,7 @@ REPOSITORY = "https://github.com/sr3-jax/sr3_jax"
 SOURCES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LINK = re.compile(r"(\]\(|src=\"|href=\")([^)\s\"]+)")
 
-# Title: what the page is for, and the modules (or packages, with all their public modules) on it.
+# Title: the purpose of the page, and the modules (or packages, with all their public modules) on it.
 API: dict[str, tuple[str, tuple[str, ...]]] = {
     "sr3_jax": (
         "Load a model, upscale and generate.",

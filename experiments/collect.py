@@ -268,7 +268,7 @@ def commit() -> str:
 def store_schedule(search: Path, model: Path) -> None:
     """Store the best sampling of a search next to a model, even where it does not beat the default.
 
-    `sr3 search-schedule` itself stores only what does; an experiment compares both on other images.
+    `sr3 search-schedule` itself stores only a sampling that does; an experiment compares both on other images.
     """
     best = next((row for row in read_json(search)["rows"] if row["which"] == "best"), None)
     if best is None:

@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     stages = {name: load(args.out / "cascade" / name) for name in ("base", "sr_16", "sr_32")}
     plain = {name: load(args.out / "plain" / name) for name in ("sr_16", "sr_32")}
 
-    rows = [reference.row("real", downscaled(train, factor)) for factor in (4, 2, 1)]  # what can be expected
+    rows = [reference.row("real", downscaled(train, factor)) for factor in (4, 2, 1)]  # for comparison
     base = {level: generated(stages["base"], labels, level) for level in args.guidance}
     rows += [reference.row("base", images, guidance=level) for level, images in base.items()]
     chains = chain_rows(reference, stages, plain, "generated", base[1.0], args.strengths)

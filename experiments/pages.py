@@ -78,7 +78,7 @@ def _write_csv(frame: pd.DataFrame, path: Path, *, first: str) -> None:
 def _experiment(
     key: str, entry: Mapping[str, Any], results: Mapping[str, Any], docs: Path
 ) -> dict[str, Any] | None:
-    """What the template says about one experiment; None if its main evaluation is missing."""
+    """The template's values for one experiment; None if its main evaluation is missing."""
     result, prefix = results.get(entry["result"]), entry["prefix"]
     if result is None or f"{prefix}evaluation" not in result["runs"]:
         return None

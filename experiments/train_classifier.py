@@ -207,7 +207,7 @@ def _step(
 def save_classifier(
     path: Path, network: ClassifierNetwork, params: Params, *, size: tuple[int, int], info: Mapping[str, Any]
 ) -> NetworkClassifier:
-    """Write the classifier's file atomically and return what `load_network` reads from it.
+    """Write the classifier's file atomically and return the classifier that `load_network` reads from it.
 
     Args:
         size: (height, width) of the training images.

@@ -39,14 +39,14 @@ Group = Literal["image", "classifier", "set", "samples", "time"]
 
 @dataclass(frozen=True)
 class Metric:
-    """What tables and searches need to know about a metric.
+    """The properties of a metric that tables and searches use.
 
     Attributes:
         key: its name in JSON and CSV files and on the command line.
         heading: its name in tables.
         digits: digits after the decimal point; None: three significant digits.
         higher_is_better: None if neither direction is better, as for diversity.
-        group: what it is computed from: 'image' (each output), 'classifier' (the classes of the outputs), 'set' (all
+        group: its input: 'image' (each output), 'classifier' (the classes of the outputs), 'set' (all
             outputs together, by their features), 'samples' (all samples of one input) or 'time'.
         protocol: how it is computed, one clause without a final period.
     """

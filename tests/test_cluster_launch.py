@@ -202,7 +202,7 @@ def test_user_errors_end_the_jobset_and_other_failures_restart_it(jobset, job, c
     # One pod that failed in any other way fails the job as well, for another reason: backoffLimit.
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
     policy = jobset["spec"]["failurePolicy"]
-    (rule,) = policy["rules"]  # what matches none restarts
+    (rule,) = policy["rules"]  # other failures restart
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert "targetReplicatedJobs" not in rule and policy["maxRestarts"] >= 20
 

@@ -1,4 +1,4 @@
-"""What a sampling run costs: traces, network calls, memory, and each device's part of the batch."""
+"""The cost of sampling: traces, network calls, memory, and each device's part of the batch."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Builds the components of a model from a complete config, and checks what involves several fields or the network."""
+"""Builds the components of a model from a complete config; checks that involve several fields or the network."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Section:
     """A named group of fields.
 
     Attributes:
-        help: what the fields are about, in one sentence.
+        help: the topic of the fields, in one sentence.
     """
 
     help: str
@@ -158,7 +158,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default="nothing",
                     choices=("nothing", "convs"),
                     fixed=True,
-                    help="With `remat`, what is stored of each block: nothing, or the outputs of convolutions.",
+                    help="With `remat`, the activations to store: nothing, or the outputs of convolutions.",
                 ),
                 "low_res": Field(
                     default=True,

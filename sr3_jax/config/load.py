@@ -1,7 +1,7 @@
 """Loads a preset, a config file or a stored config as complete, checked, plain values.
 
-A config is a nested dict, {section: {field: value}}, with every field of `fields.SECTIONS`; it is what `config.json`
-holds. Checks that need the network, or several fields at once, are in `build.check_config`.
+A config is a nested dict, {section: {field: value}}, with every field of `fields.SECTIONS`, as in `config.json`. Checks
+that need the network, or several fields at once, are in `build.check_config`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def complete_stored(given: Any, owner: str) -> dict[str, Any]:
     Fields that are newer than the file take their defaults; renamed fields are migrated, and a log line says so.
 
     Args:
-        given: what `config.json` or the metadata of an exported file holds.
+        given: the content of `config.json` or of the metadata of an exported file.
         owner: the model or workdir, for messages.
 
     Raises:
@@ -145,7 +145,7 @@ def migrate(given: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str,
 
 
 def _get_config(source: str) -> tuple[dict[str, Any], Path]:
-    """What `get_config()` of a preset or file returns, as plain values, and the folder that it lies in."""
+    """The result of a preset's or file's `get_config()` as plain values, and the folder of that file."""
     text, argument = _split_argument(source)
     is_path = text.endswith(".py") or Path(text).name != text or Path(text).suffix != ""
     if not is_path and text not in preset_names():

@@ -51,7 +51,7 @@ def lookup(section: str, name: str) -> Field:
     """The field of that name.
 
     Raises:
-        UserError: there is no such section or field; the sentence gives the nearest name, or the new one.
+        UserError: the section or field does not exist; the message gives the nearest name, or the new one.
     """
     if (section, name) in RENAMED:
         new = ".".join(RENAMED[section, name])

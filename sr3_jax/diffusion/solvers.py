@@ -240,7 +240,7 @@ def make_solver(name: str, **options: float) -> Solver:
 
 
 def solver_options(name: str) -> dict[str, float]:
-    """The options of a solver with their defaults. Raises ValueError if there is no such solver."""
+    """The options of a solver with their defaults. Raises ValueError if the solver does not exist."""
     return {option: one.default for option, one in inspect.signature(_factory(name)).parameters.items()}
 
 

@@ -196,7 +196,7 @@ def make_report(
 
     Args:
         models: by `describe_model`.
-        protocol: source, images, samples, seed, crop and what `summarize` says of the networks.
+        protocol: source, images, samples, seed, crop and the networks' part from `summarize`.
         seconds: wall time of the evaluation.
     """
     report: dict[str, Any] = {

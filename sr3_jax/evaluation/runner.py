@@ -55,7 +55,7 @@ class Evaluation:
 
     Attributes:
         report: the content of evaluation.json as plain values; report['rows'] are `Row`s.
-        files: what was written: evaluation.json, .md and .csv, then the image grids.
+        files: the written files: evaluation.json, .md and .csv, then the image grids.
         failed: 'NAME: reason' of images that could not be used.
         reused: how many outputs came from the cache.
     """
@@ -331,7 +331,7 @@ def _has_labels(source: Source) -> bool:
 
 
 def _check_classes(source: Source, models: Sequence[Model], classifier: Classifier | None) -> None:
-    """UserError if a network knows fewer classes than the data set has, before hours of sampling."""
+    """Raise UserError if a network has fewer classes than the data set, before hours of sampling."""
     count = source.num_classes or 0
     for model in models:
         if 0 < model.network.num_classes < count:

@@ -58,7 +58,7 @@ class ScheduleSearch:
 
     Attributes:
         report: the content of search.json as plain values.
-        files: what was written: search.md, search.json, and the file of cached metrics.
+        files: the written files: search.md, search.json, and the file of cached metrics.
         stored: the file next to the model that now holds its default sampling; None if nothing was stored.
     """
 

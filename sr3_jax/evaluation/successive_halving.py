@@ -172,7 +172,7 @@ def _even_points(dimensions: int, count: int, *, seed: int) -> Iterator[list[flo
 
 
 def _refine(space: SearchSpace, winner: Sampling, evaluate: Callable[[Sampling], float]) -> None:
-    """Move one setting at a time while that helps; `evaluate` records what it finds."""
+    """Move one setting at a time while that helps; `evaluate` records the results."""
     low, high = space.log_snr_range
     ends = _log_snr_ends(space, winner)
     current = winner

@@ -33,7 +33,7 @@ BATCH, PIXELS = 64, 64 * 256**2  # largest batch, in images and in pixels
 
 @dataclass(frozen=True, eq=False)
 class CascadeJob:
-    """What to generate.
+    """The images to generate, and the stages and settings to use.
 
     Attributes:
         stages: in order, checked by `check_chain`.

@@ -398,7 +398,7 @@ def load(path_or_name: str | os.PathLike[str]) -> Model:
         path_or_name: for example 'photo_4x', 'runs/mine' or 'mine.safetensors'.
 
     Raises:
-        UserError: there is no such model, or it cannot be read.
+        UserError: the model does not exist or cannot be read.
     """
     weights = load_weights(Path(path_or_name))
     model = from_config(weights.config, weights.params, name=weights.name)

@@ -108,7 +108,7 @@ def stage_from_config(
 def check_chain(
     stages: Sequence[StageInfo], *, low_res: Sequence[tuple[int, int]] = (), unfinished: bool = False
 ) -> None:
-    """Check that each stage takes what the stage before it generates.
+    """Check that each stage accepts the output of the stage before it.
 
     Args:
         low_res: (height, width) of the images to start from instead of a base model.

@@ -65,7 +65,7 @@ class UNet(nn.Module):
         num_classes: number of labels, 0 for none; label `num_classes` means "no label".
         augment: take cond['augment'] as an input, the strength [B] in [0,1] of the conditioning augmentation.
         remat: recompute the activations of each block in the backward pass to save memory.
-        remat_keeps: what `remat` stores of each block: 'nothing', or the outputs of its 'convs' and matrix products,
+        remat_keeps: what `remat` stores from each block: 'nothing', or the outputs of its 'convs' and matrix products,
             which takes more memory but recomputes none of them.
         regression: the paper's regression baseline (section 4): the input is the low-res image only, without y_t and
             gamma.

@@ -1,4 +1,4 @@
-"""Whether a training job fits a topology, before paying for it, and what to change if it does not."""
+"""Checks whether a training job fits a topology, before paying for it, and suggests changes if it does not."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def suggest(
     temporaries: int,
     program: str = "train",
 ) -> dict[str, Any]:
-    """What to change in a config that needs more memory than a chip has, the cheapest change first.
+    """Changes to a config that needs more memory than a chip has, the cheapest first.
 
     Args:
         fsdp: current size of the mesh's 'fsdp' axis.
@@ -257,7 +257,7 @@ def cache_folder() -> Path:
 
 
 def cache_key(config: Mapping[str, Mapping[str, Any]], **more: Any) -> str:
-    """A hash of what a program depends on: config fields, `more`, library versions and this package's source."""
+    """A hash of everything that a program depends on: config fields, `more`, library versions and source code."""
     fields = {
         section: {name: value for name, value in config[section].items() if not names or name in names}
         for section, names in FIELDS.items()

@@ -96,7 +96,7 @@ def compile_program(
     Returns:
         'flops'; 'memory' per chip: 'arguments', 'outputs', 'aliased', 'temporaries', 'code' and 'peak';
         'compiler_options'; 'seconds_to_compile'. If the compiler runs out of the chip's memory, 'compiler_error' is
-        its message and 'memory' what the message says.
+        its message and 'memory' is read from it.
     """
     jitted, arguments = program
     start = time.monotonic()

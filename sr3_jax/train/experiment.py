@@ -88,7 +88,7 @@ def check_batch(config: Mapping[str, Any], *, devices: int, processes: int) -> N
     """Check that the batch divides over devices, processes and accumulation.
 
     Raises:
-        UserError: it does not; the sentence gives the nearest batch size that does.
+        UserError: it does not; the message gives the nearest batch size that does.
     """
     train = config["train"]
     multiple = math.lcm(devices * train["accumulation"], processes)
