@@ -64,7 +64,7 @@ def test_the_reference_lists_every_field_with_its_default_and_help():
     assert "ancestral, ddim, dpmpp_2m, heun" in page  # the choices of a field
 
 
-# ---- What is accepted
+# ---- Valid configs
 
 
 @pytest.mark.parametrize("kind", [dict, ConfigDict, FrozenConfigDict])
@@ -184,7 +184,7 @@ def test_a_cascade_may_name_files_next_to_it(tmp_path):
     assert "config.stage.name" in error_of(load_cascade, path)  # two stages of one name
 
 
-# ---- What fails, field by field
+# ---- Invalid fields
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_values_outside_their_range_fail_with_the_field_and_the_value(config_fil
     assert f"config.{section}.{name} " in text and repr(value) in text
 
 
-# ---- What fails, file by file
+# ---- Invalid files
 
 
 @pytest.mark.parametrize(

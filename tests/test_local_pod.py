@@ -1,4 +1,4 @@
-"""launch/local_pod.sh: the environment of each process, exit codes, signals, and that no process is left behind."""
+"""launch/local_pod.sh: the environment of each process, exit codes, signals, and no process left behind."""
 
 from __future__ import annotations
 

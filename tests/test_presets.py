@@ -1,4 +1,4 @@
-"""The presets: the paper's networks by their size, the paper's hyperparameters, and that each of them is valid."""
+"""The presets: the paper's parameter counts and hyperparameters, and the validity of every preset."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ def test_an_image_that_is_truncated_is_an_error_when_read(tmp_path):
         source[0]
 
 
-# -- what all sources share
+# -- all sources
 
 
 def test_decoded_images_are_cached_up_to_a_limit():

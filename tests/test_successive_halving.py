@@ -1,4 +1,4 @@
-"""Successive halving on an oracle whose samplings are known in closed form."""
+"""Successive halving on a toy problem whose objective is known in closed form."""
 
 from __future__ import annotations
 
