@@ -185,7 +185,7 @@ def test_given_end_points_are_reached_and_gamma_decreases_from_one(log_snr_min, 
 @pytest.mark.parametrize(
     ("steps", "beta_end"), [(1000, 0.0199), (250, 0.0781), (100, 0.188), (25, 0.610), (10, 0.970)]
 )
-def test_linear_spacing_has_the_papers_betas(steps, beta_end):
+def test_linear_spacing_has_linear_betas(steps, beta_end):
     short = respace(linear(), steps, "linear")
     np.testing.assert_allclose(short.beta[[0, -1]], [1e-6, beta_end], rtol=3e-3)
     np.testing.assert_allclose(np.diff(short.beta, 2), np.zeros(steps - 2), atol=1e-7)

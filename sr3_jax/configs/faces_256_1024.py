@@ -3,7 +3,7 @@ r"""Faces 256x256 -> 1024x1024 with the paper's 150 M-parameter network: the las
 sr3 train --config=faces_256_1024 --workdir=out/faces_256_1024 \
     --config.data.source=tfds:ffhq:train --config.data.eval_source=tfds:celeb_a_hq/1024:train
 
-The paper gives images and the FID of the cascade for this task, and no PSNR.
+The paper shows images of the cascade for this task, but gives no metrics.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@ r"""Faces 64x64 -> 512x512 with the paper's 625 M-parameter network.
 sr3 train --config=faces_64_512 --workdir=out/faces_64_512 \
     --config.data.source=tfds:ffhq:train --config.data.eval_source=tfds:celeb_a_hq/512:train
 
-The paper gives images and human fool rates for this task, and no PSNR.
+The paper shows images for this task, but gives no metrics.
 """
 
 from ml_collections import ConfigDict

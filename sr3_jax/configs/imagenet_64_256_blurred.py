@@ -16,8 +16,8 @@ PARAMETERS = 617_447_171
 def get_config() -> ConfigDict:
     """The network of `imagenet_64_256`, which takes the strength of the blur as an input.
 
-    Half of the low-res images are blurred, as in the paper, which does not say how much; up to 0.6 pixels is what
-    Ho et al. 2021 ("Cascaded Diffusion Models") use for 64 -> 256.
+    The paper blurs by varying amounts, which it does not give. As in Ho et al. 2021 ("Cascaded Diffusion Models"), half
+    of the low-res images are blurred, with a standard deviation of up to 0.6 pixels.
     """
     config = imagenet_64_256.get_config()
     config.model.augment = True
