@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code.
 
     0: done. 1: done in part (3 with several processes, since launchers restart on 1). 2: invalid input, with one line
-    on stderr. 130, 143: stopped by SIGINT or SIGTERM; the same command resumes.
+    on stderr. 130, 143, 129: stopped by SIGINT, SIGTERM or SIGHUP; the same command resumes.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
