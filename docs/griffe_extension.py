@@ -1,6 +1,6 @@
 """Lets a docstring describe several arguments at once, as in `height, width: size in pixels`.
 
-The API reference's parser reads one name a line. With the names split, each is checked against the signature, so that
+The API reference's parser reads one name per line. With the names split, each is checked against the signature, so that
 the description of an argument that does not exist fails the build.
 """
 

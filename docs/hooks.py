@@ -32,7 +32,7 @@ REPOSITORY = "https://github.com/sr3-jax/sr3_jax"
 SOURCES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LINK = re.compile(r"(\]\(|src=\"|href=\")([^)\s\"]+)")
 
-# Title: what the page is for, and the modules (or packages, with all their public modules) on it.
+# Title: the purpose of the page, and the modules (or packages, with all their public modules) on it.
 API: dict[str, tuple[str, tuple[str, ...]]] = {
     "sr3_jax": (
         "Load a model, upscale and generate.",
@@ -55,7 +55,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "features": ("Networks and statistics that metrics need.", ("sr3_jax.features",)),
     "distributed": ("Meshes, sharding, processes and signals.", ("sr3_jax.distributed",)),
-    "planning": ("Memory and FLOPs of a job before it runs.", ("sr3_jax.plan", "sr3_jax.planning")),
+    "planning": ("Memory and FLOPs of a job before it runs.", ("sr3_jax.planning",)),
 }
 
 
@@ -156,7 +156,7 @@ def api_path(title: str) -> str:
 
 
 def api_modules(title: str) -> list[str]:
-    """The modules on an API page; a module that has an entry of its own is on that page only."""
+    """The modules on an API page; a module with its own entry is only on that page."""
     entries = {name for other, (_, names) in API.items() if other != title for name in names}
     return [m for name in API[title][1] for m in public_modules(name) if m not in entries]
 
@@ -170,13 +170,13 @@ def options(module: str) -> str:
 
 
 def public_modules(name: str) -> list[str]:
-    """A module, or a package followed by its public modules; empty if there is none of that name."""
+    """A module, or a package followed by its public modules; empty if it does not exist."""
     path = ROOT / name.replace(".", "/")
     if path.with_suffix(".py").is_file():
         return [name]
     if not (path / "__init__.py").is_file():
         return []
-    if name == "sr3_jax":  # its subpackages have pages of their own
+    if name == "sr3_jax":  # its subpackages have their own pages
         return [name]
     return [name, *(f"{name}.{file.stem}" for file in sorted(path.glob("[!_]*.py")))]
 

@@ -56,7 +56,7 @@ IMAGES_PER_PERSON = 5  # consecutive images of one person in the probe split of 
 MAX_BYTES = 600_000  # of an image in docs/images
 
 
-def catalogue() -> dict[str, dict[str, Any]]:
+def catalog() -> dict[str, dict[str, Any]]:
     """The experiments of experiments.toml: {key: title, description, result, prefix, notes}."""
     text = (ROOT / "experiments" / "experiments.toml").read_text(encoding="utf-8")
     return {key: {"prefix": "", **entry} for key, entry in tomllib.loads(text).items()}
@@ -73,7 +73,7 @@ def collect_results(name: str, out: Path, docs: Path, *, credits: Path | None = 
     Raises:
         UserError: the folder has no evaluation.
     """
-    entries = [entry for entry in catalogue().values() if entry["result"] == name]
+    entries = [entry for entry in catalog().values() if entry["result"] == name]
     prefixes = [entry["prefix"] for entry in entries]
     runs = {
         prefix + run: compact(name, out / prefix / run)
@@ -104,7 +104,7 @@ def collect_results(name: str, out: Path, docs: Path, *, credits: Path | None = 
         },
         "credits": image_credits(out / prefixes[0] / RUNS[0], credits) if credits else [],
     }
-    for key, entry in catalogue().items():
+    for key, entry in catalog().items():
         grid = out / entry["prefix"] / RUNS[0] / "grid.png"
         if entry["result"] == name and grid.is_file():
             copy_image(grid, docs / "images" / f"results_{key}")
@@ -137,13 +137,13 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
     found = read_json(folder / "evaluation.json")
     group_of = groups(name, [image["name"] for image in found["images"]])
     rows = found["rows"]
-    draws = resample.set_metrics(folder, found, rows, group_of)
+    resamples = resample.set_metrics(folder, found, rows, group_of)
     pairs = []
     for a, b, contrast in contrasts(rows):
         columns = differences(rows[a], rows[b], group_of)
-        for key in (key for key in draws[a] if key in draws[b]):
+        for key in (key for key in resamples[a] if key in resamples[b]):
             mean = rows[a]["summary"][key]["mean"] - rows[b]["summary"][key]["mean"]
-            half = NORMAL * float(np.std(np.subtract(draws[a][key], draws[b][key]), ddof=1))
+            half = NORMAL * float(np.std(np.subtract(resamples[a][key], resamples[b][key]), ddof=1))
             columns[key] = {"mean": mean, "low": mean - half, "high": mean + half}
         pairs.append({"contrast": contrast, "a": a, "b": b, "columns": columns})
     kept = ("command", "seconds", "outputs_reused", "date", "hardware", "versions")
@@ -153,12 +153,12 @@ def compact(name: str, folder: Path) -> dict[str, Any]:
         "protocol": protocol,
         "groups": len(np.unique(group_of)),
         "models": [{key: value for key, value in one.items() if key != "config"} for one in found["models"]],
-        "rows": [summarised(row) for row in rows],
+        "rows": [summarized(row) for row in rows],
         "pairs": pairs,
     }
 
 
-def summarised(row: Mapping[str, Any], *, keep_time: bool = False) -> dict[str, Any]:
+def summarized(row: Mapping[str, Any], *, keep_time: bool = False) -> dict[str, Any]:
     """A row without its images, and without the time, which holds only for an otherwise idle machine."""
     kept = ("method", "scale", "solver", "steps", "detail", "nfe", "own")
     dropped = () if keep_time else ("seconds",)
@@ -208,8 +208,8 @@ def paired(difference: np.ndarray, group_of: np.ndarray) -> dict[str, float]:
     count = group_of.max() + 1
     sums = np.bincount(group_of, weights=difference, minlength=count)
     sizes = np.bincount(group_of, minlength=count).astype(np.float64)
-    draw = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    means = sums[draw].sum(axis=1) / sizes[draw].sum(axis=1)
+    chosen = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    means = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     share = float((difference > 0).mean())
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high), "share": share}
@@ -268,7 +268,7 @@ def commit() -> str:
 def store_schedule(search: Path, model: Path) -> None:
     """Store the best sampling of a search next to a model, even where it does not beat the default.
 
-    `sr3 search-schedule` itself stores only what does; an experiment compares both on other images.
+    `sr3 search-schedule` itself stores only a sampling that does; an experiment compares both on other images.
     """
     best = next((row for row in read_json(search)["rows"] if row["which"] == "best"), None)
     if best is None:
@@ -291,7 +291,7 @@ def collect_model(name: str, sets: Mapping[str, Path], docs: Path) -> Path:
     for title, folder in sets.items():
         found = read_json(folder / "evaluation.json")
         kept = ("command", "date", "hardware", "versions", "models")
-        rows = [summarised(row, keep_time=True) for row in found["rows"]]
+        rows = [summarized(row, keep_time=True) for row in found["rows"]]
         evaluations[title] = {key: found[key] for key in kept} | {
             "images": found["protocol"]["images"],
             "rows": rows,
@@ -309,7 +309,7 @@ def collect_model(name: str, sets: Mapping[str, Path], docs: Path) -> Path:
 
 
 def image_credits(folder: Path, credits: Path) -> list[str]:
-    """Author and licence of each photograph that an evaluation's grid shows, one line each."""
+    """Author and license of each photograph that an evaluation's grid shows, one line each."""
     found = read_json(folder / "evaluation.json")
     rows = [row for row in found["rows"] if row["method"] == found["models"][0]["label"]]
     row = max(rows, key=lambda row: (row["own"], row["steps"] or 0))  # the row that selected the images
@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     results = actions.add_parser("results", help="an experiment of experiments/run.sh")
-    results.add_argument("name", choices=sorted({entry["result"] for entry in catalogue().values()}))
+    results.add_argument("name", choices=sorted({entry["result"] for entry in catalog().values()}))
     results.add_argument("out", type=Path)
     results.add_argument("--credits", type=Path, metavar="CSV", help="authors of the photographs")
     model = actions.add_parser("model", help="evaluations of a shipped model")

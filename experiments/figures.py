@@ -33,10 +33,10 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
         for solver, line in sampled.groupby("solver", sort=True):
             line = line.sort_values("nfe")
             axes.plot(line["nfe"].astype(float), line[key], marker="o", markersize=3, label=f"SR3, {solver}")
-        for method, colour in BASELINES.items():
+        for method, color in BASELINES.items():
             level = frame.loc[frame["method"] == method, key]
             if level.notna().any():
-                axes.axhline(float(level.iloc[0]), color=colour, linestyle="--", label=method)
+                axes.axhline(float(level.iloc[0]), color=color, linestyle="--", label=method)
         axes.set(xscale="log", xlabel="NFE", title=METRICS[key].heading)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()

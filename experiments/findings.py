@@ -81,7 +81,7 @@ FINDINGS = (
     ),
     Finding(
         "recognition_alexnet",
-        "A linear probe on AlexNet recognises SR3's outputs better than the regression's",
+        "A linear probe on AlexNet recognizes SR3's outputs better than the regression's",
         "SR3 - regression",
         "recognition",
         "regression - sr3",
@@ -90,7 +90,7 @@ FINDINGS = (
     ),
     Finding(
         "recognition_bicubic_alexnet",
-        "A linear probe on AlexNet recognises SR3's outputs better than bicubic's",
+        "A linear probe on AlexNet recognizes SR3's outputs better than bicubic's",
         "SR3 - bicubic",
         "recognition",
         "model - bicubic",
@@ -99,7 +99,7 @@ FINDINGS = (
     ),
     Finding(
         "recognition",
-        "A small classifier recognises SR3's outputs better than the regression's",
+        "A small classifier recognizes SR3's outputs better than the regression's",
         "SR3 - regression",
         "evaluation",
         "regression - sr3",
@@ -108,7 +108,7 @@ FINDINGS = (
     ),
     Finding(
         "recognition_bicubic",
-        "A small classifier recognises SR3's outputs better than bicubic's",
+        "A small classifier recognizes SR3's outputs better than bicubic's",
         "SR3 - bicubic",
         "evaluation",
         "model - bicubic",
@@ -169,7 +169,7 @@ def _lines(finding: Finding, run: Mapping[str, Any] | None) -> list[dict[str, An
         row = run["rows"][pair["b" if finding.contrast == "regression - sr3" else "a"]]
         if row["method"] in finding.skip:
             continue
-        # Each model is judged by its default sampler, and the L1 variant only against L2.
+        # Each model is evaluated with its default sampler, and the L1 variant only against L2.
         default = row["own"] and (row["method"] != "sr3_l1" or finding.contrast == "l1 - l2")
         shared = {key: row.get(key) for key in SAMPLER} | {"finding": finding.key}
         shared["decides"] = default or finding.contrast == "searched - default"
@@ -184,7 +184,7 @@ def _lines(finding: Finding, run: Mapping[str, Any] | None) -> list[dict[str, An
                 shared | {"metric": metric, "mean": mean, "low": low, "high": high, "agrees": agrees}
             )
     if finding.key == "searched" and any(line["metric"] == "lpips" for line in lines):
-        lines = [line for line in lines if line["metric"] == "lpips"]  # what the search optimised
+        lines = [line for line in lines if line["metric"] == "lpips"]  # the metric that the search optimized
     if not any(line["decides"] for line in lines):  # no row has a default sampler: all of them count
         lines = [line | {"decides": True} for line in lines]
     return lines

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Prepares public labelled images as TFDS data sets, which `sr3 train` opens as tfds:NAME:SPLIT.
+"""Prepares public labeled images as TFDS data sets, which `sr3 train` opens as tfds:NAME:SPLIT.
 
     python experiments/make_dataset.py fashion_mnist       # train 60,000 and test 10,000, 28x28, 10 classes
     python experiments/make_dataset.py fashion_mnist_32    # the same with a black border of 2 pixels: 32x32
     python experiments/make_dataset.py orl_faces           # 400 faces of 40 people, 88x112
 
-fashion_mnist: Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT licence, Zalando SE), from the Debian package
+fashion_mnist: Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT license, Zalando SE), from the Debian package
 dataset-fashion-mnist. Name, version, features and splits match TFDS's own fashion_mnist, so either can be used; only
 the order of the records differs (here it is that of the files).
 
@@ -193,7 +193,7 @@ def builder_class(name: str, version: str, splits: dict[str, Split], description
             example = {"image": file.getvalue(), "label": int(label)}
             yield index, example | ({"file_name": split.file_names[index]} if split.file_names else {})
 
-    class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class LabeledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
         code_path = tfds.core.Path(__file__)
 
@@ -213,16 +213,16 @@ def builder_class(name: str, version: str, splits: dict[str, Split], description
         def _generate_examples(self) -> Iterator[Any]:  # abstract in TFDS, but not called
             raise NotImplementedError
 
-    LabelledImages.name = name
-    return LabelledImages
+    LabeledImages.name = name
+    return LabeledImages
 
 
 NAMES = {
     "fashion_mnist": (
         "3.0.1",
-        "Fashion-MNIST (MIT licence, Zalando SE), from the Debian package " + DEBIAN + ".",
+        "Fashion-MNIST (MIT license, Zalando SE), from the Debian package " + DEBIAN + ".",
     ),
-    "fashion_mnist_32": ("1.0.0", "Fashion-MNIST (MIT licence, Zalando SE) with a black border of 2 pixels."),
+    "fashion_mnist_32": ("1.0.0", "Fashion-MNIST (MIT license, Zalando SE) with a black border of 2 pixels."),
     "orl_faces": (
         "1.0.0",
         "The ORL Database of Faces; credit: AT&T Laboratories Cambridge. Columns 3-90 of 92.",

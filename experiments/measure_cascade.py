@@ -109,7 +109,7 @@ def training(workdir: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are measured against.
+    """The real images that generated images are compared with.
 
     Attributes:
         classifier: of real images at 32x32.
@@ -164,9 +164,9 @@ def upscaled_twice(stages: Stages, small: np.ndarray, strength: float) -> tuple[
     return middle, upscaled(stages["sr_32"], middle, 2, strength)
 
 
-def best(rows: Sequence[Mapping[str, Any]], fact: str) -> float:
-    """The fact of the 32x32 row with the smallest distance to training images."""
-    return min((row for row in rows if row["size"] == SIZE), key=lambda row: row["frechet_choice"])[fact]
+def best(rows: Sequence[Mapping[str, Any]], column: str) -> float:
+    """A column's value in the 32x32 row with the smallest distance to training images."""
+    return min((row for row in rows if row["size"] == SIZE), key=lambda row: row["frechet_choice"])[column]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     stages = {name: load(args.out / "cascade" / name) for name in ("base", "sr_16", "sr_32")}
     plain = {name: load(args.out / "plain" / name) for name in ("sr_16", "sr_32")}
 
-    rows = [reference.row("real", downscaled(train, factor)) for factor in (4, 2, 1)]  # what can be expected
+    rows = [reference.row("real", downscaled(train, factor)) for factor in (4, 2, 1)]  # for comparison
     base = {level: generated(stages["base"], labels, level) for level in args.guidance}
     rows += [reference.row("base", images, guidance=level) for level, images in base.items()]
     chains = chain_rows(reference, stages, plain, "generated", base[1.0], args.strengths)

@@ -18,7 +18,7 @@ import jinja2
 import pandas as pd
 
 from experiments import figures, findings, plans, tables
-from experiments.collect import catalogue
+from experiments.collect import catalog
 from experiments.tables import DOCS, ROOT, read_json
 from sr3_jax.errors import UserError
 from sr3_jax.files import write_text
@@ -52,12 +52,12 @@ def render(template: str, **values: Any) -> str:
 def write_results(docs: Path) -> None:
     """docs/results.md with a CSV file of all rows and one of all differences, and a figure, for each experiment."""
     results = {}
-    for path in sorted({docs / "results" / f"{entry['result']}.json" for entry in catalogue().values()}):
+    for path in sorted({docs / "results" / f"{entry['result']}.json" for entry in catalog().values()}):
         if path.is_file():
             results[path.stem] = read_json(path)
     if not results:
         raise UserError(f"{docs / 'results'} has no results: run experiments/run.sh first")
-    entries = [_experiment(key, entry, results, docs) for key, entry in catalogue().items()]
+    entries = [_experiment(key, entry, results, docs) for key, entry in catalog().items()]
     experiments = [entry for entry in entries if entry is not None]
     for name, result in results.items():
         runs = [tables.rows_frame(run["rows"]).assign(run=key) for key, run in result["runs"].items()]
@@ -78,7 +78,7 @@ def _write_csv(frame: pd.DataFrame, path: Path, *, first: str) -> None:
 def _experiment(
     key: str, entry: Mapping[str, Any], results: Mapping[str, Any], docs: Path
 ) -> dict[str, Any] | None:
-    """What the template says about one experiment; None if its main evaluation is missing."""
+    """The template's values for one experiment; None if its main evaluation is missing."""
     result, prefix = results.get(entry["result"]), entry["prefix"]
     if result is None or f"{prefix}evaluation" not in result["runs"]:
         return None
@@ -218,7 +218,7 @@ def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, 
     frames = {title: tables.rows_frame(one["rows"]) for title, one in evaluations.items()}
     all_rows = pd.concat([frame.assign(set=title) for title, frame in frames.items()])
     _write_csv(all_rows, docs / "models" / f"{name}.csv", first="set")
-    data = pd.DataFrame(facts["data"])[["name", "licence", "images"]]
+    data = pd.DataFrame(facts["data"])[["name", "licence", "images"]].rename(columns={"licence": "license"})
     some = next(iter(evaluations.values()))
     return {
         **facts,

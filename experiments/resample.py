@@ -49,8 +49,8 @@ def set_metrics(
     names = [image["name"] for image in found["images"]]
     group_of = np.repeat(group_of, patches)
     members = [np.flatnonzero(group_of == group) for group in range(group_of.max() + 1)]
-    draw = np.random.default_rng(0).integers(0, len(members), (RESAMPLES, len(members)))
-    resamples = [np.concatenate([members[group] for group in drawn]) for drawn in draw]
+    chosen_groups = np.random.default_rng(0).integers(0, len(members), (RESAMPLES, len(members)))
+    resamples = [np.concatenate([members[group] for group in row]) for row in chosen_groups]
     frechet, kid, _ = package.metric_keys(protocol)
     truth: list[Any] = []
     for row, into in zip(rows, values, strict=True):
@@ -58,18 +58,18 @@ def set_metrics(
         if row["method"] != "ground truth":
             hashes = _output_hashes(_folder(folder / "outputs", row), names)
         try:
-            outputs, originals = (
+            outputs, ground_truth = (
                 cache.get([key for name in names for key in _keys(hashes[name][place], patches)])
                 for place in (0, 1)
             )
         except KeyError:
             continue
-        truth = truth or [statistics_of(originals[chosen], protocol) for chosen in resamples]
+        truth = truth or [statistics_of(ground_truth[chosen], protocol) for chosen in resamples]
         into[frechet] = [
             frechet_distance(statistics_of(outputs[chosen], protocol), statistics)
             for chosen, statistics in zip(resamples, truth, strict=True)
         ]
-        into[kid] = kernel_distances(outputs, originals, resamples)
+        into[kid] = kernel_distances(outputs, ground_truth, resamples)
     return values
 
 

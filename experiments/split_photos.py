@@ -5,7 +5,7 @@
     python experiments/split_photos.py FOLDER OUT --hold-out 10 --tiles 4 --side 96
 
 The SHA-256 of the file names decides which photographs are held out, so the split is the same everywhere. Held-out
-photographs are downscaled by 2 (area) where they are large enough, so that compression artefacts do not affect scores.
+photographs are downscaled by 2 (area) where they are large enough, so that compression artifacts do not affect scores.
 
 For recognition, each held-out photograph is a class. Its squares of half a tile's side are divided like a chessboard:
 black ones go to OUT/gallery/NAME to train a classifier, white ones to OUT/probe/NAME to test it, up to 40 each.
@@ -123,9 +123,9 @@ def main() -> int:
             write_image(args.out / "tiles" / f"{path.stem}-{number}.png", DecodedImage(tile))
             count += 1
         fields = squares(image, args.side // 2)
-        for colour, name in enumerate(FIELDS):
+        for color, name in enumerate(FIELDS):
             (args.out / name / path.stem).mkdir(parents=True)
-            for number, patch in enumerate(spread([one for of, one in fields if of == colour], PATCHES)):
+            for number, patch in enumerate(spread([one for of, one in fields if of == color], PATCHES)):
                 write_image(args.out / name / path.stem / f"{path.stem}-{number}.png", DecodedImage(patch))
     print(
         f"{args.out}: {len(queue) - args.hold_out} training photographs, {count} tiles of {args.hold_out} held-out ones"

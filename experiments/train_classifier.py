@@ -4,7 +4,7 @@
         -o fashion_mnist.safetensors
 
 `sr3 evaluate --classifier FILE` measures top-1 and top-5 accuracy with it, and `--features classifier` a Frechet
-distance in its features, which is not comparable with published figures. Images of other sizes are resized to that of
+distance in its features, which is not comparable with published numbers. Images of other sizes are resized to that of
 the training. For few images, or classes that differ in texture, use `sr3 train-classifier`, a linear probe on
 AlexNet.
 
@@ -49,7 +49,7 @@ WARMUP = (
 
 @dataclass(frozen=True)
 class ClassifierAugmentation:
-    """The largest changes of a training image, each drawn uniformly and independently.
+    """The largest changes of a training image, each sampled uniformly and independently.
 
     Half of the images are only mirrored, since resampling blurs slightly and the evaluated images are not blurred.
 
@@ -81,7 +81,7 @@ class Progress:
 
 
 def patch_for(height: int, width: int) -> int:
-    """The network's `patch` for images of this size, which makes its first resolution about 14 to 32 a side."""
+    """The network's `patch` for images of this size: the sides of its first resolution are then about 14 to 32."""
     side = max(height, width)
     return next((patch for most, patch in ((24, 1), (48, 2), (128, 4)) if side <= most), 8)
 
@@ -207,7 +207,7 @@ def _step(
 def save_classifier(
     path: Path, network: ClassifierNetwork, params: Params, *, size: tuple[int, int], info: Mapping[str, Any]
 ) -> NetworkClassifier:
-    """Write the classifier's file atomically and return what `load_network` reads from it.
+    """Write the classifier's file atomically and return the classifier that `load_network` reads from it.
 
     Args:
         size: (height, width) of the training images.

@@ -135,7 +135,7 @@ class Supervisor:
     def __init__(self, command: list[str], *, logs: str | None, grace: float, mask: set[signal.Signals]):
         self.command, self.logs, self.grace, self.mask = command, logs, grace, mask
         self.running: dict[int, int] = {}  # pid, which is also the process group -> index
-        self.signalled: set[int] = set()  # process groups that were sent SIGTERM or SIGINT
+        self.signaled: set[int] = set()  # process groups that were sent SIGTERM or SIGINT
         self.pipes = selectors.DefaultSelector()
         self.code = 0  # of the first that failed
         self.terminate_at = self.kill_at = NEVER
@@ -212,7 +212,7 @@ class Supervisor:
         """Send a signal to every process and its children. Also a signal handler: may be called at any time."""
         self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
         for pid in list(self.running):
-            self.signalled.add(pid)
+            self.signaled.add(pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, number)
 
@@ -242,10 +242,10 @@ class Supervisor:
             if index is not None:
                 self.ended(index, os.waitstatus_to_exitcode(status))
         if had and not self.running:
-            # Only descendants are left. Those in a signalled group are stopping; the others are signalled now.
+            # Only descendants are left. Those in a signaled group are stopping; the others are signaled now.
             self.kill_at = min(self.kill_at, time.monotonic() + self.grace)
             for pid, group in descendants().items():
-                if group not in self.signalled:
+                if group not in self.signaled:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGTERM)
         return True
@@ -257,7 +257,7 @@ class Supervisor:
         self.code = code
         # A second signal makes sr3 stop without saving, so each process gets only one. The others get theirs after
         # a moment in which processes that fail for the same reason can report it.
-        if self.running and not self.signalled:
+        if self.running and not self.signaled:
             log(f"process {index} ended with exit code {code}: stopping the others.")
             self.terminate_at = time.monotonic() + min(2.0, self.grace)
 

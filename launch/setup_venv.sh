@@ -27,7 +27,7 @@ find_python() {
                 return
             fi
         fi
-        if [[ -n ${SR3_PYTHON:-} ]]; then break; fi # no other one than the requested
+        if [[ -n ${SR3_PYTHON:-} ]]; then break; fi # only the requested one
     done
     if [[ -n $found ]]; then
         fail "$found has no venv module: install it (Debian and Ubuntu: package python3-venv), or set SR3_PYTHON to another Python."

@@ -2,8 +2,8 @@
 # Manages a Cloud TPU VM pod with gcloud: bash launch/tpu_pod.sh ACTION [OPTIONS] [-- COMMAND...]
 #   create   create the TPU, unless it exists, and wait until it is ready
 #   copy     copy the files tracked by git (their working-tree versions) to every worker, install, mount the bucket
-#   run      run COMMAND (such as: sr3 train ...) on every worker, in ~/sr3_jax, and print worker 0. Ctrl-C does not
-#            stop it; `run` with the same --job follows it again
+#   run      run COMMAND (such as: sr3 train ...) on every worker, in ~/sr3_jax, and print the output of worker 0. Ctrl-C
+#            does not stop it; `run` with the same --job follows it again
 #   stop     send SIGTERM to running jobs: sr3 saves and exits with 143
 #   logs     download the output of a job (default: the newest) from every worker to out/tpu/NAME
 #   status   print the TPU's state and the jobs of each worker

@@ -1,6 +1,6 @@
 """Conditioning augmentation: a model trained on degraded low-res images tolerates the errors of the stage before it.
 
-The paper blurs the low-res images of a cascade's stage in training, but not in sampling (section 4.4). Ho et al. 2021
+The paper blurs the low-res images of a cascade's stage in training, but not in sampling (section 4.3). Ho et al. 2021
 ("Cascaded Diffusion Models") blur half of the examples and find noise better at low resolutions. Saharia et al. 2022
 (Imagen) condition the network on the strength. Here a fraction of the examples is blurred or noised by a random
 strength in [0,1], which the network may take as an input.

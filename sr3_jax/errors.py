@@ -1,4 +1,4 @@
-"""The one exception that is the user's to fix."""
+"""The exception for all errors that the user can fix."""
 
 
 class UserError(ValueError):

@@ -1,7 +1,7 @@
 """Image metrics as pure functions, and the one registry of every metric that this package reports.
 
 The functions compare an output with its ground truth (PSNR, SSIM) or with its low-res image (consistency, mean
-colour error). Shape legend: B batch, H height, W width, C channels. They take uint8 images [B,H,W,C] (quantize
+color error). Shape legend: B batch, H height, W width, C channels. They take uint8 images [B,H,W,C] (quantize
 first, as an image file does) and return float32 [B], one value per image. Average over a data set in the metric's
 own unit, e.g. PSNR in dB. Wrong dtypes and shapes raise ValueError.
 
@@ -39,14 +39,14 @@ Group = Literal["image", "classifier", "set", "samples", "time"]
 
 @dataclass(frozen=True)
 class Metric:
-    """What tables and searches need to know about a metric.
+    """The properties of a metric that tables and searches use.
 
     Attributes:
         key: its name in JSON and CSV files and on the command line.
         heading: its name in tables.
         digits: digits after the decimal point; None: three significant digits.
         higher_is_better: None if neither direction is better, as for diversity.
-        group: what it is computed from: 'image' (each output), 'classifier' (the classes of the outputs), 'set' (all
+        group: its input: 'image' (each output), 'classifier' (the classes of the outputs), 'set' (all
             outputs together, by their features), 'samples' (all samples of one input) or 'time'.
         protocol: how it is computed, one clause without a final period.
     """

@@ -1,7 +1,7 @@
 """Sampling settings as plain values: solver, number of steps, noise grid, solver options, guidance.
 
-A model has settings of its own, from `config.sampling` or found by `sr3 search-schedule`; every function and command
-that samples takes others in their place.
+A model has default settings, from `config.sampling` or found by `sr3 search-schedule`; every function and command that
+samples can override them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sr3_jax.errors import UserError
 __all__ = ["SOLVERS", "Sampling"]
 
 _RANGES = {"variance": (0, 1), "eta": (0, 1), "augment": (0, 1), "guidance": (0, math.inf)}
-_NEUTRAL = {"variance": 1.0, "eta": 0.0}  # options of solvers: the value that says nothing
+_NEUTRAL = {"variance": 1.0, "eta": 0.0}  # options of some solvers: the value that all solvers accept
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Sampling:
     def override(self, *, steps: int | None = None, solver: str | None = None) -> Sampling:
         """These settings with another number of steps or another solver.
 
-        A grid and solver options are found for one solver and number of steps and are worth nothing for others: if
-        either changes, sampling uses the new solver's default grid and options. Guidance and augment stay.
+        A grid and solver options are valid only for the solver and number of steps that they were found for: if either
+        changes, sampling uses the new solver's default grid and options. Guidance and augment do not change.
         """
         steps, solver = self.steps if steps is None else steps, self.solver if solver is None else solver
         if (steps, solver) == (self.steps, self.solver):

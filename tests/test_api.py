@@ -1,4 +1,4 @@
-"""What a user imports: `sr3_jax.load(...).upscale(...)` on every kind of input, and the package's public names."""
+"""The public API: `sr3_jax.load(...).upscale(...)` on every kind of input, and the package's public names."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_crops_are_parts_of_the_image_and_half_of_them_flipped():
         for left in range(12 - CROP + 1)
     }
     assert corners <= possible
-    assert len(corners) > 0.75 * len(possible)  # 332 corners, 640 draws: 1 - e^-1.9
+    assert len(corners) > 0.75 * len(possible)  # 332 corners, 640 samples: 1 - e^-1.9
     assert {top for index, top, _ in corners if index == 2} == set(range(7))  # both edges reached
     assert {left for _, _, left in corners} == set(range(8))
 

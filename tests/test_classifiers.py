@@ -161,9 +161,9 @@ def test_preprocessing_of_an_onnx_file(tmp_path, noise):
             noise
         )  # batches of 2, the last one padded
         np.testing.assert_allclose(found, pixels.reshape(5, -1), rtol=1e-5, atol=1e-5)
-    grey = onnx_file(tmp_path / "grey.onnx", ["batch", 1, 12, 8])
+    gray = onnx_file(tmp_path / "gray.onnx", ["batch", 1, 12, 8])
     luma = noise @ np.array([0.299, 0.587, 0.114])
-    np.testing.assert_allclose(load_classifier(str(grey)).logits(noise), luma.reshape(5, -1) / 255, atol=1e-5)
+    np.testing.assert_allclose(load_classifier(str(gray)).logits(noise), luma.reshape(5, -1) / 255, atol=1e-5)
     levels = onnx_file(tmp_path / "levels.onnx", ["batch", 12, 8, 3], kind=UINT8)
     np.testing.assert_array_equal(load_classifier(str(levels)).logits(noise), noise.reshape(5, -1))
 
@@ -200,7 +200,7 @@ def test_invalid_onnx_files_and_options_are_errors(tmp_path, noise, monkeypatch)
         f"{good}?crop=0": "crop=0",
         f"{good}?crop": "crop=",
         f"{good}?size=224": "size=224",
-        f"{onnx_file(tmp_path / 'grey.onnx', ['batch', 1, 12, 8])}?normalise=imagenet": "normalise=imagenet",
+        f"{onnx_file(tmp_path / 'gray.onnx', ['batch', 1, 12, 8])}?normalise=imagenet": "normalise=imagenet",
     }
     for spec, words in expected.items():
         with pytest.raises(UserError, match=words) as caught:

@@ -28,7 +28,7 @@ from sr3_jax.image_io.image_file import read_rgb
 from sr3_jax.inference import model
 from sr3_jax.train.weights import export
 
-# image_file ignores these warnings on import, which pytest resets.
+# image_file ignores these warnings on import, but pytest resets the filters.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -288,12 +288,12 @@ def test_stop_signal_finishes_the_image_and_the_next_run_resumes(
     real = stand_in.upscale
 
     def upscale(images, key, **options):
-        if not signalled:
-            signalled.append(number)
+        if not signaled:
+            signaled.append(number)
             signal.raise_signal(number)
         return real(images, key, **options)
 
-    signalled: list[int] = []
+    signaled: list[int] = []
     monkeypatch.setattr(stand_in, "upscale", upscale)
     command = ["upscale", str(folder / "in"), "-o", str(folder / "out"), "--batch-size=1"]
     assert main(command) == code

@@ -66,7 +66,7 @@ def test_a_dry_run_prints_the_commands(tmp_path: Path):
 
 
 def test_the_options_are_read_by_slurm():
-    """They must come before the first command of the script, each on a line of its own."""
+    """They must come before the first command of the script, one per line."""
     lines = Path(SBATCH).read_text().splitlines()
     first = next(index for index, line in enumerate(lines) if line and not line.startswith("#"))
     options = [index for index, line in enumerate(lines) if line.startswith("#SBATCH ")]
@@ -130,7 +130,9 @@ def test_the_venv_of_the_repository_is_used(cluster: Path):
         (["--dry-run", "sr3"], {"SR3_MAX_RESTARTS": "many"}, "'many'"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(tmp_path: Path, arguments: list[str], environment: dict, word: str):
+def test_wrong_arguments_fail_with_one_sentence(
+    tmp_path: Path, arguments: list[str], environment: dict, word: str
+):
     result = _sbatch(tmp_path, *arguments, **environment)
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and word in result.stderr
@@ -200,7 +202,7 @@ def test_user_errors_end_the_jobset_and_other_failures_restart_it(jobset, job, c
     # One pod that failed in any other way fails the job as well, for another reason: backoffLimit.
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
     policy = jobset["spec"]["failurePolicy"]
-    (rule,) = policy["rules"]  # what matches none restarts
+    (rule,) = policy["rules"]  # other failures restart
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert "targetReplicatedJobs" not in rule and policy["maxRestarts"] >= 20
 

@@ -64,7 +64,7 @@ def test_the_reference_lists_every_field_with_its_default_and_help():
     assert "ancestral, ddim, dpmpp_2m, heun" in page  # the choices of a field
 
 
-# ---- What is accepted
+# ---- Valid configs
 
 
 @pytest.mark.parametrize("kind", [dict, ConfigDict, FrozenConfigDict])
@@ -156,11 +156,11 @@ def test_a_file_can_change_lines_of_a_preset_and_take_an_argument(tmp_path):
     assert package.load_config(f"{path}:9")["sampling"]["steps"] == 9
 
 
-def test_a_file_can_import_its_neighbours(tmp_path):
-    write(tmp_path, "BATCH = 3\n", name="neighbour_of_config.py")
+def test_a_file_can_import_its_neighbors(tmp_path):
+    write(tmp_path, "BATCH = 3\n", name="neighbor_of_config.py")
     path = write(
         tmp_path,
-        "import neighbour_of_config as other\ndef get_config():\n    return {'train': {'batch_size': other.BATCH}}\n",
+        "import neighbor_of_config as other\ndef get_config():\n    return {'train': {'batch_size': other.BATCH}}\n",
     )
     assert load_config(path)["train"]["batch_size"] == 3
     assert str(tmp_path) not in sys.path
@@ -184,7 +184,7 @@ def test_a_cascade_may_name_files_next_to_it(tmp_path):
     assert "config.stage.name" in error_of(load_cascade, path)  # two stages of one name
 
 
-# ---- What fails, field by field
+# ---- Invalid fields
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_values_outside_their_range_fail_with_the_field_and_the_value(config_fil
     assert f"config.{section}.{name} " in text and repr(value) in text
 
 
-# ---- What fails, file by file
+# ---- Invalid files
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_a_stored_config_that_does_not_fit_names_its_owner_and_the_field(section
 
 
 @pytest.mark.parametrize("stored", [[], None, {}])
-def test_a_stored_value_that_is_no_config_names_its_owner(stored):
+def test_a_stored_value_that_is_not_a_config_names_its_owner(stored):
     assert "out/run" in error_of(complete_stored, stored, "out/run")
 
 

@@ -1,4 +1,4 @@
-"""The documentation: the code in it runs, and what leaves the repository still points into it."""
+"""The documentation: its code runs, and links in the package's long description are absolute."""
 
 from __future__ import annotations
 

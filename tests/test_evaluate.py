@@ -1,4 +1,4 @@
-"""`sr3 evaluate` end to end with a tiny model, and what it is made of."""
+"""`sr3 evaluate` end to end with a tiny model, and its building blocks."""
 
 from __future__ import annotations
 
@@ -216,10 +216,10 @@ def test_each_scale_has_its_own_bicubic(workspace, tmp_path, capsys):
     for folder in ("one/ddim-1", "double/ddim-1", "bicubic/2x"):
         assert read_rgb(tmp_path / "outputs" / folder / "a-tall.png").shape == (32, 32, 3)
     out = capsys.readouterr().out
-    assert "| double  |    2x |" in out and "centre 32x32" in out
-    centre = read_rgb(workspace / "in" / "a-tall.png")[11:43, 3:35]
+    assert "| double  |    2x |" in out and "center 32x32" in out
+    center = read_rgb(workspace / "in" / "a-tall.png")[11:43, 3:35]
     assert np.array_equal(
-        metric_suite.crop_ground_truth(read_rgb(workspace / "in" / "a-tall.png"), 4, 32), centre
+        metric_suite.crop_ground_truth(read_rgb(workspace / "in" / "a-tall.png"), 4, 32), center
     )
 
 
@@ -308,13 +308,13 @@ def test_outputs_that_are_not_finite_fail(workspace, tmp_path, monkeypatch, caps
 def test_stopped_run_continues_from_its_outputs(workspace, tmp_path, monkeypatch, capsys):
     upscale, calls = type(build()).upscale, []
 
-    def signalled(self, images, key, **options):
+    def signaled(self, images, key, **options):
         calls.append(images.shape)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGTERM)
         return upscale(self, images, key, **options)
 
-    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", signalled)
+    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", signaled)
     assert run(workspace, "--steps", "2", out=tmp_path) == 143
     assert not (tmp_path / "evaluation.json").exists() and len(calls) == 2
     capsys.readouterr()

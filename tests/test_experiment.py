@@ -1,4 +1,4 @@
-"""A config as a whole: what it builds, fields that do not fit each other, and the same on the command line."""
+"""A config as a whole: the experiment that it describes, incompatible fields, and both on the command line."""
 
 from __future__ import annotations
 

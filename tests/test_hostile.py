@@ -16,7 +16,7 @@ from sr3_jax.image_io.image_file import read_image
 from sr3_jax.inference import model
 from sr3_jax.inference.upscale_files import find_images
 
-# image_file ignores these warnings on import, which pytest resets.
+# image_file ignores these warnings on import, but pytest resets the filters.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 

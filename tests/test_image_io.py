@@ -29,7 +29,7 @@ from sr3_jax.image_io.image_file import (
     write_image,
 )
 
-# image_file ignores these warnings on import, which pytest resets.
+# image_file ignores these warnings on import, but pytest resets the filters.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 

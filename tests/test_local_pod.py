@@ -1,4 +1,4 @@
-"""launch/local_pod.sh: the environment of each process, exit codes, signals, and that no process is left behind."""
+"""launch/local_pod.sh: the environment of each process, exit codes, signals, and no process left behind."""
 
 from __future__ import annotations
 
@@ -176,19 +176,19 @@ def test_the_exit_code_is_that_of_the_first_failed_process(pod, script: str, cod
         (["--logs", "/dev/null/x", "1", "1", "true"], ["/dev/null/x"]),
     ],
 )
-def test_wrong_arguments_are_one_sentence(pod, arguments: list[str], words: list[str]):
+def test_wrong_arguments_fail_with_one_sentence(pod, arguments: list[str], words: list[str]):
     code, out, err = pod(*arguments).finish()
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1 and err.startswith("local_pod.sh: ")
     assert all(word in err for word in words), err
 
 
-def test_an_invalid_grace_is_one_sentence(pod):
+def test_an_invalid_grace_period_fails_with_one_sentence(pod):
     code, _, err = pod("1", "1", "true", SR3_GRACE="soon").finish()
     assert code == 2 and "'soon'" in err and len(err.splitlines()) == 1
 
 
-def test_a_program_that_cannot_start_is_one_sentence(pod, tmp_path: Path):
+def test_a_program_that_cannot_start_fails_with_one_sentence(pod, tmp_path: Path):
     (tmp_path / "run").write_bytes(b"#!/no/such/interpreter\n")
     (tmp_path / "run").chmod(0o755)
     code, _, err = pod("2", "1", str(tmp_path / "run")).finish()

@@ -1,4 +1,4 @@
-"""The loss of networks with a known loss, its weightings, and the inputs of the network."""
+"""The loss of networks for which it is known, its weightings, and the inputs of the network."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Metrics by networks and of all samples of one input, against explicit sums; which of them are available."""
+"""Metrics that need networks or several samples, against explicit sums; which metrics are available."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_another_classifier_has_another_cache_key():
     assert len({metric_suite.accuracy(one).key for one in two}) == 2
 
 
-# ---- What the options open
+# ---- Networks by their options
 
 
 class AlexNet:

@@ -97,8 +97,8 @@ def test_luma_metrics_use_bt601_without_the_border():
     ssims = [ssim64(x, y, channel_axis=None) for x, y in lumas]
     np.testing.assert_allclose(metrics.ssim_luma(a, b, crop=4), ssims, atol=1e-4)
     # The known values of the standard: black 16, white 235, pure green 144.55.
-    colours = np.array([[[[0, 0, 0], [255, 255, 255], [0, 255, 0]]]], np.uint8)
-    np.testing.assert_allclose(metrics._luma(colours, 0)[0, 0, :, 0], [16, 235, 144.553], atol=1e-3)
+    colors = np.array([[[[0, 0, 0], [255, 255, 255], [0, 255, 0]]]], np.uint8)
+    np.testing.assert_allclose(metrics._luma(colors, 0)[0, 0, :, 0], [16, 235, 144.553], atol=1e-3)
 
 
 def test_consistency_is_the_error_after_bicubic_downsampling():

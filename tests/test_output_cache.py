@@ -1,4 +1,4 @@
-"""The cache of outputs: what is found again, and what is not."""
+"""The cache of outputs: which outputs are reused, and which are not."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def test_the_latest_output_counts_and_samples_have_their_own_files(folder):
 def test_infinite_values_are_valid_json(tmp_path):
     add(OutputCache(tmp_path, SETTINGS), "flat", 0, "o", image(), {"psnr": math.inf, "ssim": 1.0})
 
-    def refuse(name):
+    def fail(name):
         raise AssertionError(f"{name} is not JSON")
 
-    json.loads((tmp_path / "scores.jsonl").read_text(), parse_constant=refuse)
+    json.loads((tmp_path / "scores.jsonl").read_text(), parse_constant=fail)
     assert find(OutputCache(tmp_path, SETTINGS), "flat", 0, "o") == {"psnr": math.inf, "ssim": 1.0}
 
 
@@ -138,7 +138,7 @@ def test_unwritable_folders_fail_with_their_path(tmp_path):
 
 
 def test_metrics_accumulate_over_runs_and_processes(folder):
-    """Each process writes a file of its own and reads all."""
+    """Each process writes its own file and reads all of them."""
     first, second = (OutputCache(folder, SETTINGS, process=process) for process in (1, 2))
     before = first.find("crab", 0, "orig")
     assert before.seconds == 0.5 and before.file is not None

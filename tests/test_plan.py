@@ -1,4 +1,4 @@
-"""sr3 plan: arguments to the byte, FLOPs by hand, the verdict and its suggestions, the cache, the command, libtpu."""
+"""sr3 plan: exact argument sizes, FLOPs, the verdict and its suggestions, the cache, the command, libtpu."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_flops_of_a_convolutions_gradient_agree_with_xla():
 # ---- The estimate.
 
 
-def test_arguments_are_the_bytes_of_the_real_state_on_one_device(wide, estimated):
+def test_argument_bytes_match_the_real_state_on_one_device(wide, estimated):
     mesh = make_mesh(**wide.config["mesh"])
     state = create_state(wide.init_params, wide.optimizer(), jax.random.key(0), mesh)
     first = jax.devices()[0]
@@ -245,7 +245,7 @@ def test_a_large_state_is_sharded_no_more_than_needed():
     assert not change["enough"] and change["overrides"][0] == "--config.mesh.fsdp=16"
 
 
-def test_activations_get_bfloat16_then_recomputation_then_accumulation():
+def test_suggestions_for_activations_are_bfloat16_then_remat_then_accumulation():
     given = {"state": GIB, "train": {"batch_size": 256}}
     float32, remat = {"dtype": "float32"}, {"dtype": "bfloat16", "remat": True}
     assert suggest(temporaries=40 * GIB, model=float32, **given)["overrides"] == [
@@ -268,7 +268,7 @@ def test_no_suggestion_where_no_setting_helps():
     assert change == {"overrides": [], "bytes": 41 * GIB, "enough": False}
 
 
-def test_sampling_gets_fewer_images_and_leaves_training_unchanged():
+def test_the_suggestion_for_sampling_is_fewer_images_and_no_change_of_training():
     change = suggest(
         state=GIB,
         temporaries=60 * GIB,
@@ -369,18 +369,18 @@ def test_a_program_that_is_out_of_memory_does_not_fit(message, peak, monkeypatch
     found = compile_failing(message)
     assert found["memory"]["peak"] == peak and found["flops"] == 2 * 4**3
     monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
-    judged = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
-    assert not judged["fits"]
-    assert judged["programs"]["train"]["suggestion"]["overrides"][0] == "--config.model.dtype=bfloat16"
-    assert "RESOURCE_EXHAUSTED" in report(judged)
+    result = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
+    assert not result["fits"]
+    assert result["programs"]["train"]["suggestion"]["overrides"][0] == "--config.model.dtype=bfloat16"
+    assert "RESOURCE_EXHAUSTED" in report(result)
 
 
 def test_a_program_that_exhausts_another_memory_does_not_fit_either(monkeypatch):
     found = compile_failing("RESOURCE_EXHAUSTED: Ran out. Used 20.0M of 16.0M vmem.")
     monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
-    judged = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
-    assert not judged["fits"] and judged["programs"]["train"]["peak"] < V6E.memory
-    assert "vmem" in report(judged)
+    result = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
+    assert not result["fits"] and result["programs"]["train"]["peak"] < V6E.memory
+    assert "vmem" in report(result)
 
 
 def test_other_compiler_errors_propagate():
@@ -395,7 +395,7 @@ def test_results_are_cached_and_refreshed(tmp_path):
     first = planning.plan(read(), CPU8, cache=tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 2  # one per program
-    for file in files:  # a recognisable value, to see which results are reused
+    for file in files:  # a recognizable value, to see which results are reused
         file.write_text(json.dumps(json.loads(file.read_text()) | {"flops": 7.0}))
     assert planning.plan(read(), CPU8, cache=tmp_path)["programs"]["train"]["flops"] == 7.0
     only = planning.plan(read(), CPU8, cache=tmp_path, programs=("train",), refresh=True)

@@ -112,8 +112,8 @@ def test_plain_files_are_stored_unchanged_and_others_as_png(tmp_path):
         save(folder / "wrong_suffix.jpg", format="PNG"),
     ]
     changed = [
-        save(folder / "grey.jpg", mode="L"),
-        save(folder / "grey.png", mode="L"),
+        save(folder / "gray.jpg", mode="L"),
+        save(folder / "gray.png", mode="L"),
         save(folder / "palette.png", mode="P"),
         save(folder / "alpha.png", mode="RGBA"),
         save(folder / "cmyk.jpg", mode="CMYK"),

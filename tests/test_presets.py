@@ -1,4 +1,4 @@
-"""The presets: the paper's networks by their size, the paper's hyperparameters, and that each of them is valid."""
+"""The presets: the paper's parameter counts and hyperparameters, and the validity of every preset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sr3_jax.train.experiment import check_batch, read
 
 CASCADES = [name for name in preset_names() if name.startswith("cascade_")]
 SINGLE = [name for name in preset_names() if name not in CASCADES]
-# Table 1 and section 3 of the paper; the last column is the number of parameters that the paper gives, in millions.
+# Table A.1 and section 4 of the paper; the last column is the number of parameters that the paper gives, in millions.
 #                     channels, multipliers, blocks, dropout, low, high, M parameters
 PAPER = {
     "faces_16_128": (128, (1, 2, 4, 8, 8), 3, 0.2, 16, 128, 550),

@@ -1,4 +1,4 @@
-"""The forward process and its posterior against laws computed another way, in float64."""
+"""The forward process and its posterior against independent computations in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def pair(seed: int = 0) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(generator.uniform(-1, 1, SHAPE)), jnp.asarray(generator.normal(size=SHAPE))
 
 
-def test_diffuse_is_equation_4_with_each_examples_own_gamma():
+def test_diffuse_is_equation_3_with_each_examples_own_gamma():
     y0, eps = pair()
     y = diffuse(y0, eps, jnp.asarray(GAMMAS))
     for example, gamma in enumerate(GAMMAS):
@@ -64,7 +64,7 @@ def test_to_y0_inverts_target(prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_kind_leads_to_the_noise(prediction):
+def test_the_noise_can_be_computed_from_every_prediction(prediction):
     y0, eps = pair()
     gamma = jnp.asarray(GAMMAS)
     y = diffuse(y0, eps, gamma)
@@ -144,13 +144,13 @@ def test_posterior_undoes_diffuse_in_distribution():
     """Averaged over y_t ~ q(y_t | y0), y_s ~ posterior must be q(y_s | y0)."""
     gamma_t, gamma_s = jnp.asarray(0.2), jnp.asarray(0.6)
     one, zero = jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1))
-    centre, variance = posterior(one, diffuse(one, zero, gamma_t), gamma_t, gamma_s)
+    center, variance = posterior(one, diffuse(one, zero, gamma_t), gamma_t, gamma_s)
     spread, _ = posterior(zero, diffuse(zero, one, gamma_t), gamma_t, gamma_s)
-    np.testing.assert_allclose(centre.item(), 0.6**0.5, rtol=1e-12)
+    np.testing.assert_allclose(center.item(), 0.6**0.5, rtol=1e-12)
     np.testing.assert_allclose(spread.item() ** 2 + variance.item(), 1 - 0.6, rtol=1e-12)
 
 
-def test_an_unknown_kind_is_named():
+def test_an_unknown_prediction_is_named_in_the_error():
     y0, eps = pair()
     gamma = jnp.asarray(0.5)
     with pytest.raises(ValueError, match="one of eps, v, y0, got 'score'"):

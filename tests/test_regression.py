@@ -1,4 +1,4 @@
-"""The paper's regression baseline: only the low-res image goes in, one pass, and the best parameters are saved."""
+"""The paper's regression baseline: only the low-res image as input, one pass, and the best weights saved."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def params(regression):
     return tiny.perturbed(jax.device_get(regression.init_params(jax.random.key(0))))
 
 
-def test_the_network_sees_the_low_res_image_alone(regression, params):
+def test_the_networks_input_is_only_the_low_res_image(regression, params):
     network = regression.objective.network
     generator = np.random.default_rng(0)
     noisy, other, low = (generator.standard_normal((2, 16, 16, 3)).astype(np.float32) for _ in range(3))
@@ -69,7 +69,7 @@ def test_its_loss_is_the_squared_error(regression, params):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_it_upscales_in_one_pass_whatever_the_key(regression, params):
+def test_it_upscales_in_one_pass_for_any_key(regression, params):
     model = models.from_config(json.loads(json.dumps(regression.config)), params, name="tiny")
     images = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     outputs = [model.upscale(images, jax.random.key(seed)) for seed in (0, 1)]
@@ -121,7 +121,7 @@ def test_the_switch_changes_only_what_a_regression_needs(name):
     assert experiment.read(found).objective.norm == "l2"
 
 
-def test_explicit_fields_that_a_regression_allows_stay():
+def test_explicit_fields_that_a_regression_allows_are_not_replaced():
     overrides = ["--config.model.regression", "--config.checkpoint.best=false"]
     config = load_config("faces_16_128", [*overrides, "--config.optim.learning_rate=3e-5"])
     assert config["checkpoint"]["best"] is False and config["optim"]["learning_rate"] == 3e-5
@@ -131,7 +131,7 @@ def test_explicit_fields_that_a_regression_allows_stay():
 # ---- The best parameters
 
 
-def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):
+def test_the_weights_with_the_highest_psnr_are_saved(regression, params, tmp_path):
     mesh = sharding.make_mesh()
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 5, "eval_psnr": 20.0}\n{"step": 9, "eval_psnr": 30.0}\nhalf'
@@ -147,7 +147,7 @@ def test_the_weights_of_the_highest_psnr_are_kept(regression, params, tmp_path):
     assert all(map(np.array_equal, jax.tree.leaves(found.params), jax.tree.leaves(wanted)))
 
 
-def test_a_run_keeps_its_best(tmp_path):
+def test_a_run_saves_its_best_weights(tmp_path):
     folder = tiny.images(tmp_path / "images")
     sections = SWITCH | {"checkpoint": {"best": True, "every": 4}, "eval": {"every": 2}}
     config = tiny.config(folder, **sections)

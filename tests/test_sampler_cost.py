@@ -1,4 +1,4 @@
-"""What a sampling run costs: traces, network calls, memory, and each device's part of the batch."""
+"""The cost of sampling: traces, network calls, memory, and each device's part of the batch."""
 
 import functools
 import re
@@ -26,11 +26,11 @@ each_solver = pytest.mark.parametrize("solver", ALL.values(), ids=ALL.keys())
 
 
 def network(y, gamma, cond):
-    """Estimates y0 in a bent way, so that a wrong y, gamma or order shows in the image."""
+    """A nonlinear estimate of y0, so that a wrong y, gamma or order of steps changes the image."""
     return 0.8 * jnp.tanh(2.0 * y) * gamma.reshape(-1, 1, 1, 1) ** 0.25
 
 
-def draw(
+def sampled(
     steps=5, *, denoiser=network, key=None, cond=None, shape=SHAPE, prediction="y0", **settings
 ) -> Samples:
     key = jax.random.key(0) if key is None else key
@@ -41,7 +41,7 @@ def draw(
 
 
 @each_solver
-def test_the_network_is_traced_as_often_whatever_the_number_of_steps(solver):
+def test_the_number_of_traces_does_not_depend_on_the_number_of_steps(solver):
     traces = []
 
     def counted(y, gamma, cond):
@@ -51,7 +51,7 @@ def test_the_network_is_traced_as_often_whatever_the_number_of_steps(solver):
     counts = []
     for steps in (3, 40):
         traces.clear()
-        run = jax.jit(lambda key, steps=steps: draw(steps, denoiser=counted, key=key, solver=solver).image)
+        run = jax.jit(lambda key, steps=steps: sampled(steps, denoiser=counted, key=key, solver=solver).image)
         run(jax.random.key(0))
         run(jax.random.key(1))  # no second trace
         counts.append(len(traces))
@@ -60,7 +60,7 @@ def test_the_network_is_traced_as_often_whatever_the_number_of_steps(solver):
 
 
 @pytest.mark.parametrize("name", ["ancestral", "dpmpp_2m", "heun"])
-def test_the_network_runs_once_a_step_and_heun_twice_but_for_the_last(name):
+def test_the_network_runs_once_per_step_and_twice_in_heun_except_the_last(name):
     seen = []
 
     def counted(y, gamma, cond):
@@ -68,10 +68,10 @@ def test_the_network_runs_once_a_step_and_heun_twice_but_for_the_last(name):
         return network(y, gamma, cond)
 
     steps = 6
-    draw(steps, denoiser=counted, solver=ALL[name])
+    sampled(steps, denoiser=counted, solver=ALL[name])
     jax.effects_barrier()
     levels = respace(TRAINING, steps).gamma[1:]  # clean to noise, as sorted below
-    if name == "heun":  # every level but the log_snr_min ends one step and starts the next
+    if name == "heun":  # every level but the noisiest ends one step and starts the next
         levels = np.append(np.repeat(levels[:-1], 2), levels[-1])
     assert len(seen) == (2 * steps - 1 if name == "heun" else steps)
     assert all(np.ptp(level) == 0 for level in seen)
@@ -93,16 +93,16 @@ def arrays_in(jaxpr) -> list[tuple[int, ...]]:
 
 
 @each_solver
-@pytest.mark.parametrize("snapshots, kept", [(0, 0), (20, 2)])
-def test_memory_holds_the_snapshots_and_never_the_trajectory(solver, snapshots, kept):
+@pytest.mark.parametrize("snapshots, count", [(0, 0), (20, 2)])
+def test_memory_holds_the_snapshots_and_never_the_trajectory(solver, snapshots, count):
     steps = 50
-    run = functools.partial(draw, steps, solver=solver, snapshots=snapshots)
+    run = functools.partial(sampled, steps, solver=solver, snapshots=snapshots)
     shapes = arrays_in(jax.make_jaxpr(lambda key: run(key=key))(jax.random.key(0)).jaxpr)
     assert SHAPE in shapes
     images = [shape for shape in shapes if shape[-len(SHAPE) :] == SHAPE and len(shape) > len(SHAPE)]
-    assert all(shape[0] <= max(kept, 1) for shape in images)
-    assert ((kept, *SHAPE) in images) == bool(kept)
-    assert max(int(np.prod(shape)) for shape in shapes) <= max(kept, 1) * np.prod(SHAPE)
+    assert all(shape[0] <= max(count, 1) for shape in images)
+    assert ((count, *SHAPE) in images) == bool(count)
+    assert max(int(np.prod(shape)) for shape in shapes) <= max(count, 1) * np.prod(SHAPE)
 
 
 def convolution(kernel, y, gamma, cond):
@@ -116,10 +116,10 @@ def convolution(kernel, y, gamma, cond):
     return jnp.tanh(y0)
 
 
-@pytest.mark.parametrize("keyed", [False, True], ids=["one_key", "key_an_example"])
+@pytest.mark.parametrize("keyed", [False, True], ids=["one_key", "key_per_example"])
 @pytest.mark.parametrize("name", ["ancestral", "dpmpp_2m", "heun"])
-def test_each_device_computes_its_part_of_the_batch_alone(name, keyed):
-    """No array of the whole batch, 24, anywhere in what a device runs: not the noise, not the network."""
+def test_each_device_computes_only_its_part_of_the_batch(name, keyed):
+    """No array in the program of a device, neither noise nor activations, has the size of the whole batch, 24."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shape = (24, 4, 4, 2)
     kernel = 0.3 * jax.random.normal(jax.random.key(9), (3, 3, 4, 2))
@@ -128,7 +128,7 @@ def test_each_device_computes_its_part_of_the_batch_alone(name, keyed):
 
     def run(key, cond, kernel):
         denoiser = functools.partial(convolution, kernel)
-        return draw(4, denoiser=denoiser, key=key, cond=cond, shape=shape, solver=ALL[name], snapshots=2)
+        return sampled(4, denoiser=denoiser, key=key, cond=cond, shape=shape, solver=ALL[name], snapshots=2)
 
     def compiled(batch: PartitionSpec):
         shardings = Samples(NamedSharding(mesh, batch), NamedSharding(mesh, PartitionSpec(None, *batch)))
@@ -141,10 +141,10 @@ def test_each_device_computes_its_part_of_the_batch_alone(name, keyed):
     assert compiled(PartitionSpec())[1] >= {
         "f32[24,4,4,2]",
         "f32[24,4,4,4]",
-    }  # the search finds what is there
+    }  # the same search finds the arrays of an unsharded program
     with jax.debug_key_reuse(False):
         arguments = jax.device_put((keys, cond, kernel), split.input_shardings[0])
-        got, alone = split(*arguments), run(keys, cond, kernel)
+        got, single = split(*arguments), run(keys, cond, kernel)
     assert {shard.data.shape for shard in got.image.addressable_shards} == {(3, 4, 4, 2)}
     assert {shard.data.shape for shard in got.snapshots.addressable_shards} == {(2, 3, 4, 4, 2)}
-    np.testing.assert_allclose(got.image, alone.image, atol=1e-4)
+    np.testing.assert_allclose(got.image, single.image, atol=1e-4)

@@ -1,4 +1,4 @@
-"""How a model is sampled: settings that cannot work, what builds on which schedule, and the file beside the model."""
+"""Sampling settings: invalid values, the grids and solvers that they build, and the file next to a model."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def images(count: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_without_end_points_it_is_the_solvers_own_grid(solver):
+def test_without_end_points_the_grid_is_the_solvers_default(solver):
     grid = Sampling(solver, 7).grid(TRAINING)
     spacing = Sampling(solver).make_solver().spacing
     np.testing.assert_array_equal(grid.gamma64, respace(TRAINING, 7, spacing).gamma64)
 
 
-def test_end_points_and_spacing_are_those_of_the_grid():
+def test_the_grid_has_the_given_end_points_and_spacing():
     grid = SEARCHED.grid(TRAINING)
     np.testing.assert_allclose(grid.log_snr[[1, -1]], [6.0, 0.8], rtol=1e-6)
     np.testing.assert_allclose(np.diff(grid.beta, 2), [0.0], atol=1e-7)
 
 
-def test_the_variances_are_the_solvers():
+def test_variance_and_eta_are_passed_to_the_solver():
     def noise_of(chosen: Sampling) -> np.ndarray:
         return chosen.coefficients(TRAINING).noise
 
@@ -167,7 +167,7 @@ def euler() -> solvers.Solver:
     return solvers.ddim()
 
 
-def test_a_users_own_solver_samples_by_its_import_path(tmp_path):
+def test_a_users_solver_is_found_by_its_import_path(tmp_path):
     model = exported(tmp_path / "m.safetensors")
     output = model.upscale(images(), 0, solver=f"{__name__}:euler", steps=3)
     np.testing.assert_array_equal(output, model.upscale(images(), 0, solver="ddim", steps=3))
@@ -192,7 +192,7 @@ def test_nfe_of_each_solver():
     assert [Sampling(solver, 5).nfe for solver in SOLVERS] == [5, 5, 5, 9]
 
 
-def test_what_is_asked_by_name_does_not_inherit_a_grid_found_for_another():
+def test_another_solver_or_number_of_steps_does_not_inherit_the_grid():
     base = dataclasses.replace(SEARCHED, guidance=2.0, augment=0.5)
     assert (
         base.override() is base
@@ -208,7 +208,7 @@ def test_what_is_asked_by_name_does_not_inherit_a_grid_found_for_another():
 # ---- The sampling file of a model
 
 
-def test_a_stored_sampling_is_the_models_own(tmp_path):
+def test_stored_settings_are_the_models_default(tmp_path):
     path = tmp_path / "m.safetensors"
     model = exported(path)
     plain = model.upscale(images(), jax.random.key(0))
@@ -226,13 +226,13 @@ def test_a_stored_sampling_is_the_models_own(tmp_path):
     assert np.any(own != untuned)
 
 
-def test_what_is_stored_reads_back(tmp_path):
+def test_stored_settings_are_read_back(tmp_path):
     stored = StoredSampling(SEARCHED, "a", "b", "c", {"metric": "lpips", "score": 0.25})
     sampling_file.write_sampling(tmp_path / "x.json", stored)
     assert sampling_file.read_sampling(tmp_path / "x.json") == stored
 
 
-def test_a_file_for_other_weights_is_not_used_and_said(tmp_path, caplog, monkeypatch):
+def test_a_file_for_other_weights_is_ignored_with_a_warning(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(sampling_file._log, "propagate", True)
     other = exported(tmp_path / "other.safetensors", seed=1)
     exported(tmp_path / "m.safetensors")
@@ -243,7 +243,7 @@ def test_a_file_for_other_weights_is_not_used_and_said(tmp_path, caplog, monkeyp
 
 
 @pytest.mark.parametrize("noise", [100, 90], ids=["same_schedule", "other_schedule"])
-def test_in_a_workdir_later_steps_of_the_same_run_use_it_with_a_word(noise, tmp_path, caplog, monkeypatch):
+def test_later_steps_of_the_same_run_use_the_file_with_a_warning(noise, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(sampling_file._log, "propagate", True)
     model = exported(tmp_path / "m.safetensors")
     later = dataclasses.replace(
@@ -261,7 +261,7 @@ def test_in_a_workdir_later_steps_of_the_same_run_use_it_with_a_word(noise, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_carries_it_along(dtype, tmp_path, capsys):
+def test_an_export_includes_the_stored_settings(dtype, tmp_path, capsys):
     model = exported(tmp_path / "m.safetensors")
     sampling_file.write_sampling(tmp_path / "m.sampling.json", stored_for(model))
     target = tmp_path / "out" / "new.safetensors"
@@ -297,7 +297,7 @@ def test_a_damaged_file_fails_with_the_fix(text, reason, tmp_path):
     assert "sr3 search-schedule" in str(error.value)
 
 
-def test_the_fingerprint_is_of_every_weight():
+def test_the_fingerprint_depends_on_every_weight():
     params = params_of(config())
     before = sampling_file.params_fingerprint(params)
     assert before == sampling_file.params_fingerprint(jax.tree.map(jax.numpy.asarray, params))

@@ -1,4 +1,4 @@
-"""The noise tables against 50-digit arithmetic, re-gridding by its laws, and p(gamma) by its histogram."""
+"""Noise schedules against 50-digit arithmetic, the properties of respacing, and the histogram of p(gamma)."""
 
 from decimal import Decimal, localcontext
 from itertools import pairwise
@@ -23,7 +23,7 @@ SPACINGS = ("log_snr", "uniform", "karras", "linear")
 
 
 def exact_betas(name: str, steps: int) -> list[Decimal]:
-    """The paper-level formulas for beta_1..beta_T, again, in the current decimal precision."""
+    """The formulas for beta_1..beta_T in the current decimal precision."""
     low, high = Decimal("1e-6"), Decimal("1e-2")
     share = [Decimal(t) / (steps - 1) for t in range(steps)]
     if name == "linear":
@@ -53,7 +53,7 @@ def test_every_float32_table_is_the_rounded_exact_one(name):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_gamma_falls_from_one_and_float32_keeps_it_strict(name):
+def test_gamma_decreases_strictly_from_one_in_float32(name):
     gamma = BUILDERS[name]().gamma
     assert gamma[0] == 1.0
     assert np.all(np.diff(gamma) < 0)
@@ -84,13 +84,13 @@ def test_cosine_is_a_quarter_of_a_cosine_with_bounded_betas():
     np.testing.assert_allclose(schedule.beta.max(), 0.999, rtol=1e-6)
 
 
-def test_a_schedule_is_one_from_its_own_levels_or_betas():
+def test_a_schedule_can_be_made_from_its_levels_or_betas():
     schedule = quadratic(50)
     np.testing.assert_array_equal(from_gamma(schedule.gamma64).gamma64, schedule.gamma64)
     np.testing.assert_allclose(from_beta(schedule.beta).gamma64, schedule.gamma64, rtol=1e-6)
 
 
-def test_a_schedule_cannot_change_and_leaves_its_source_alone():
+def test_a_schedule_is_immutable_and_copies_its_source():
     levels = np.array([1.0, 0.5, 0.1])
     schedule = from_gamma(levels)
     levels[1] = 0.9
@@ -112,13 +112,13 @@ def test_a_schedule_cannot_change_and_leaves_its_source_alone():
         ([[1.0, 0.5]], "vector"),
     ],
 )
-def test_levels_that_are_no_schedule_are_refused(gamma, message):
+def test_invalid_levels_fail(gamma, message):
     with pytest.raises(ValueError, match=message):
         from_gamma(np.array(gamma))
 
 
 @pytest.mark.parametrize("beta", [[0.0, 0.1], [0.1, 1.0], [0.1, -0.1], [0.5, 1.5]])
-def test_betas_outside_0_to_1_are_refused(beta):
+def test_betas_outside_0_to_1_fail(beta):
     with pytest.raises(ValueError, match="strictly decreasing"):
         from_beta(np.array(beta))
 
@@ -126,7 +126,7 @@ def test_betas_outside_0_to_1_are_refused(beta):
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 77, 999, 1000])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_respacing_keeps_both_ends_and_falls_strictly(name, steps, spacing):
+def test_respacing_preserves_both_ends_and_decreases_strictly(name, steps, spacing):
     training = BUILDERS[name](1000)
     short = respace(training, steps, spacing)
     assert short.num_steps == steps
@@ -170,7 +170,7 @@ def test_karras_spacing_is_equation_5():
 @pytest.mark.parametrize(
     ("log_snr_min", "log_snr_max"), [(-8.0, 7.0), (-2.5, 4.0), (-10.0, None), (None, 3.0)]
 )
-def test_other_end_points_are_hit_and_gamma_falls_from_one(log_snr_min, log_snr_max, steps, spacing):
+def test_given_end_points_are_reached_and_gamma_decreases_from_one(log_snr_min, log_snr_max, steps, spacing):
     training = linear()
     short = respace(training, steps, spacing, log_snr_min=log_snr_min, log_snr_max=log_snr_max)
     assert short.num_steps == steps
@@ -185,7 +185,7 @@ def test_other_end_points_are_hit_and_gamma_falls_from_one(log_snr_min, log_snr_
 @pytest.mark.parametrize(
     ("steps", "beta_end"), [(1000, 0.0199), (250, 0.0781), (100, 0.188), (25, 0.610), (10, 0.970)]
 )
-def test_linear_spacing_has_the_papers_betas(steps, beta_end):
+def test_linear_spacing_has_linear_betas(steps, beta_end):
     short = respace(linear(), steps, "linear")
     np.testing.assert_allclose(short.beta[[0, -1]], [1e-6, beta_end], rtol=3e-3)
     np.testing.assert_allclose(np.diff(short.beta, 2), np.zeros(steps - 2), atol=1e-7)
@@ -210,12 +210,12 @@ def test_uniform_spacing_between_end_points_is_even_in_the_training_step():
         ({"log_snr_min": -1.0, "log_snr_max": -0.9}, "0.711 .*log_snr_min"),
     ],
 )
-def test_end_points_that_make_no_grid_are_refused(ends, message):
+def test_invalid_end_points_fail(ends, message):
     with pytest.raises(ValueError, match=message):
         respace(linear(), 5, "linear", **ends)
 
 
-def test_respacing_says_what_is_wrong():
+def test_respacing_errors_name_the_value():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         respace(linear(), 0)
     with pytest.raises(ValueError, match="at most the 2000 training steps, got num_steps=2001"):
@@ -224,17 +224,17 @@ def test_respacing_says_what_is_wrong():
         respace(linear(), 10, "even")
 
 
-# Steps of very different widths, so that a uniform gamma or a skipped step shows.
+# Steps of very different widths, so that the tests detect a uniform gamma or a skipped step.
 UNEVEN = from_gamma(np.array([1.0, 0.98, 0.9, 0.55, 0.5, 0.05, 0.02]))
 
 
 def position(gamma: jax.Array, schedule) -> np.ndarray:
-    """Where each gamma lies on the t axis, in [0, T]: p(gamma) is U[0, T] there."""
+    """The position of each gamma on the t axis, in [0, T], where p(gamma) is uniform."""
     levels = schedule.gamma64[::-1]
     return np.interp(np.asarray(gamma, np.float64), levels, np.arange(len(levels))[::-1])
 
 
-def test_one_gamma_follows_the_piecewise_uniform_law():
+def test_one_gamma_has_the_piecewise_uniform_distribution():
     keys = jax.random.split(jax.random.key(1), 60_000)
     gamma = jax.vmap(lambda key: sample_gamma(key, UNEVEN, 1))(keys)
     assert gamma.dtype == np.float32
@@ -244,7 +244,7 @@ def test_one_gamma_follows_the_piecewise_uniform_law():
 
 
 @pytest.mark.parametrize("batch_size", [4, 9])
-def test_a_stratified_batch_follows_the_same_law(batch_size):
+def test_a_stratified_batch_has_the_same_distribution(batch_size):
     keys = jax.random.split(jax.random.key(2), 8000)
     gamma = jax.vmap(lambda key: sample_gamma(key, UNEVEN, batch_size))(keys)
     counts, _ = np.histogram(position(gamma, UNEVEN), bins=36, range=(0, 6))
@@ -253,13 +253,13 @@ def test_a_stratified_batch_follows_the_same_law(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
-def test_every_slice_of_the_noise_levels_is_hit_once(batch_size):
+def test_every_slice_of_the_noise_levels_is_sampled_once(batch_size):
     schedule = linear()
     for seed in range(3):
         gamma = sample_gamma(jax.random.key(seed), schedule, batch_size)
         assert gamma.shape == (batch_size,)
         assert np.all((gamma <= 1) & (gamma >= schedule.gamma[-1]))
-        # Near 1 a float32 gamma says where it lies on the t axis to within 0.1 only.
+        # Near 1 a float32 gamma determines its position on the t axis only to within 0.1.
         slices = np.floor(position(gamma, schedule) * batch_size / 2000).astype(int)
         if batch_size <= 16:
             np.testing.assert_array_equal(np.sort(slices), np.arange(batch_size))
@@ -267,7 +267,7 @@ def test_every_slice_of_the_noise_levels_is_hit_once(batch_size):
             assert np.abs(np.sort(slices) - np.arange(batch_size)).max() <= 1
 
 
-def test_the_interval_next_to_clean_is_drawn_from():
+def test_the_cleanest_interval_is_sampled():
     keys = jax.random.split(jax.random.key(3), 4000)
     gamma = jax.vmap(lambda key: sample_gamma(key, UNEVEN, 1))(keys)
     np.testing.assert_allclose(np.mean(gamma > UNEVEN.gamma[1]), 1 / 6, atol=0.025)

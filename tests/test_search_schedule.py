@@ -364,7 +364,7 @@ def test_guard_excludes_samplings_that_are_not_consistent():
 
 
 class _Means:
-    """Features [B,3]: the mean of each colour."""
+    """Features [B,3]: the mean of each color."""
 
     class protocol:
         weights_sha256 = "none"

@@ -78,19 +78,19 @@ def test_inception_score_uses_the_logits_only():
 
 
 def test_intervals_are_as_wide_as_the_metric_varies():
-    """Compared with the spread over new draws of both sets."""
+    """Compared with the spread over new samples of both sets."""
 
-    def draw(seed):
+    def sampled(seed):
         common = features(seed, 300)
         return common + features(seed + 1000, 300, mean=0.2), common
 
-    found = [set_metrics.output_metrics(*draw(seed), PROTOCOL) for seed in range(12)]
+    found = [set_metrics.output_metrics(*sampled(seed), PROTOCOL) for seed in range(12)]
     for key in ("frechet_alexnet", "kid_alexnet"):
         widths = [(of[key]["high"] - of[key]["low"]) / 2 / 1.96 for of in found]
         assert 0.6 < np.mean(widths) / np.std([of[key]["mean"] for of in found], ddof=1) < 1.7
 
 
-def test_a_reference_takes_the_place_of_the_originals():
+def test_a_reference_replaces_the_ground_truth():
     a, b, other = features(0), features(1), features(2, 500, mean=1.0)
     found = set_metrics.output_metrics(a, b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
     assert set(found) == {"frechet_alexnet"}  # KID needs every image of it
@@ -173,7 +173,7 @@ def test_patches_of_one_image_are_resampled_together():
     )
 
 
-def test_patches_tile_the_centre():
+def test_patches_tile_the_center():
     image = np.arange(7 * 11 * 3).reshape(7, 11, 3)
     network = Network(PROTOCOL, lambda images: images).in_patches(3)
     found = network.patches(image)

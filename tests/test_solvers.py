@@ -1,4 +1,4 @@
-"""The solvers against their formulas in float64, and against data whose perfect denoiser is known.
+"""The solvers against their formulas in float64, and on data whose optimal denoiser is known.
 
 For y0 ~ N(0.3, 0.2^2) the mean of y0 given y_t, the flow from y_T to y0 and all moments have closed forms.
 """
@@ -25,7 +25,7 @@ UNCLIPPED = Space(encode=lambda y, cond: y, decode=lambda z, cond: z, clip=lambd
 
 
 def bent(y, gamma):
-    """A network that is neither linear nor in range, so that order, history and clipping show."""
+    """A nonlinear network with outputs beyond [-1,1], so that order, history and clipping have an effect."""
     return 1.3 * np.sin(2.0 * np.asarray(y, np.float64)) * float(gamma) ** 0.25 + 0.2
 
 
@@ -107,7 +107,7 @@ def gap_to_reference(name, schedule) -> float:
     noises = generator.normal(size=(steps, 2, 5, 5, 1))
     start, table = jnp.asarray(y, jnp.float32), solver.coefficients(schedule)
     carry = solvers.Carry(start, solver.compiled.init(start))
-    with jax.disable_jit():  # so that Heun's branch hands numpy a value
+    with jax.disable_jit():  # so that `denoise` gets concrete values inside Heun's branch
         for step in range(steps):
             row = jax.tree.map(lambda column, step=step: column[step], table)
             z = jnp.asarray(noises[step], jnp.float32) if solver.compiled.stochastic else None
@@ -122,17 +122,17 @@ MODEST = linear(60, beta_start=1e-3, beta_end=0.08)
 @pytest.mark.parametrize("spacing", ["log_snr", "uniform", "karras"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("name", CASES)
-def test_each_step_is_the_formula(name, steps, spacing):
+def test_each_step_matches_its_formula(name, steps, spacing):
     assert gap_to_reference(name, respace(MODEST, steps, spacing)) < 2e-5
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_few_wide_steps_keep_to_the_formula_in_float32(name):
+def test_few_wide_steps_match_the_formula_in_float32(name):
     """Steps over several powers of ten in sigma: in x = y / sqrt(gamma) Heun would round to nonsense."""
     assert gap_to_reference(name, respace(TRAINING, 5)) < 1e-2
 
 
-def test_ddim_with_all_the_noise_is_ancestral_with_the_exact_variance():
+def test_ddim_with_eta_1_is_ancestral_with_the_posterior_variance():
     schedule = respace(TRAINING, 9)
     for ours, theirs in zip(
         solvers.ddim(1.0).coefficients(schedule), solvers.ancestral(0.0).coefficients(schedule), strict=True
@@ -153,7 +153,7 @@ def test_tables_keep_their_digits_at_the_clean_end():
 
 @pytest.mark.parametrize("build", [solvers.ancestral, solvers.ddim])
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_of_noise_outside_0_to_1_is_refused(build, share):
+def test_variance_and_eta_outside_0_to_1_fail(build, share):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\], got"):
         build(share)
 
@@ -170,7 +170,7 @@ def gaussian(y, gamma, cond):
 
 def images(solver, steps: int, spacing: str, network=gaussian) -> np.ndarray:
     schedule = respace(TRAINING, steps, spacing)
-    drawn = sample(
+    samples = sample(
         network,
         jax.random.key(0),
         {},
@@ -180,13 +180,13 @@ def images(solver, steps: int, spacing: str, network=gaussian) -> np.ndarray:
         prediction="y0",
         space=UNCLIPPED,
     )
-    return np.asarray(drawn.image)
+    return np.asarray(samples.image)
 
 
 @pytest.fixture(scope="module")
 def flow() -> np.ndarray:
-    """The exact ODE map of the sampler's y_T: pixels keep their distance from the mean in deviations."""
-    # One step returns the network's word; outputs are clipped to [-1,1], so y_T comes out shrunk.
+    """The exact solution of the ODE from y_T: a pixel's distance from the mean, in standard deviations, is constant."""
+    # y_T: a single step returns the network's estimate. It is y_T / 16, so that clipping to [-1,1] has no effect.
     y = 16 * images(solvers.ddim(), 1, "log_snr", lambda y, gamma, cond: y / 16).astype(np.float64)
     gamma = TRAINING.gamma64[-1]
     deviations = (y - gamma**0.5 * MEAN) / (gamma * STD**2 + 1 - gamma) ** 0.5
@@ -222,7 +222,7 @@ def test_every_solver_converges_to_the_right_mean_and_variance(solver, spacing):
     image = images(solver, 500, spacing)
     pixels = image.size
     np.testing.assert_allclose(image.mean(), MEAN, atol=4 * STD / pixels**0.5)
-    # Sampling error of a standard deviation, 4 sigma of it, and 2 % for the steps.
+    # 4 sigma of the sampling error of a standard deviation, and 2% for the number of steps.
     np.testing.assert_allclose(image.std(), STD, rtol=0.02 + 4 / (2 * pixels) ** 0.5)
 
 
@@ -232,7 +232,7 @@ def test_the_two_variances_bracket_the_truth_at_few_steps():
     assert spread[0] < spread[1] < spread[2]
 
 
-# RMSE to the exact flow at 10 and 25 steps (paper.md section 6 for the same data).
+# RMSE to the exact flow at 10 and 25 steps.
 KNOWN = {
     "ddim_uniform": (solvers.ddim(), "uniform", 0.100, 0.046),
     "ddim_log_snr": (solvers.ddim(), "log_snr", 0.056, 0.023),
@@ -242,13 +242,13 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_distance_to_the_flow_is_as_known(name, flow):
+def test_the_distance_to_the_flow_has_not_changed(name, flow):
     solver, spacing, *expected = KNOWN[name]
     got = [error(images(solver, steps, spacing), flow) for steps in (10, 25)]
     np.testing.assert_allclose(got, expected, rtol=0.08)
 
 
-def test_2m_on_the_log_snr_grid_is_ten_times_nearer_than_ddim_on_the_uniform_one(flow):
+def test_2m_on_the_log_snr_grid_is_ten_times_as_accurate_as_ddim_on_the_uniform_one(flow):
     ours = error(images(solvers.dpmpp_2m(), 10, "log_snr"), flow)
     assert 10 * ours < error(images(solvers.ddim(), 10, "uniform"), flow)
 

@@ -173,19 +173,19 @@ def test_tfds_image_and_label(data_dir, tmp_path):
     assert len(open_source("tfds:pets:1.0.0:train")) == 3
 
 
-def test_tfds_grey_and_raw_arrays_become_three_channels(data_dir, tmp_path):
+def test_tfds_gray_and_raw_arrays_become_three_channels(data_dir, tmp_path):
     import tensorflow_datasets as tfds
 
-    grey = image(tmp_path / "grey.png", mode="L")
+    gray = image(tmp_path / "gray.png", mode="L")
     write_tfds(
         data_dir,
-        "grey",
+        "gray",
         {"image": tfds.features.Image(shape=(None, None, 1)), "label": tfds.features.Text()},
-        [{"image": (tmp_path / "grey.png").read_bytes(), "label": "a word"}],
+        [{"image": (tmp_path / "gray.png").read_bytes(), "label": "a word"}],
     )
-    item = open_source("tfds:grey:train")[0]
+    item = open_source("tfds:gray:train")[0]
     assert set(item) == {"image"}  # labels must be integers
-    np.testing.assert_array_equal(item["image"], grey)
+    np.testing.assert_array_equal(item["image"], gray)
     for name, channels in (("raw1", 1), ("raw3", 3), ("raw4", 4)):
         array = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
         feature = tfds.features.Tensor(shape=(5, 7, channels), dtype=np.uint8)
@@ -312,7 +312,7 @@ def test_an_image_that_is_truncated_is_an_error_when_read(tmp_path):
         source[0]
 
 
-# -- what all sources share
+# -- all sources
 
 
 def test_decoded_images_are_cached_up_to_a_limit():

@@ -28,7 +28,7 @@ def test_encode_and_decode_are_inverse(name):
     np.testing.assert_allclose(space.encode(space.decode(z, cond), cond), z, atol=1e-5)
 
 
-def test_image_space_is_the_identity():
+def test_image_space_maps_images_to_themselves():
     y = values(0, 1.0)
     np.testing.assert_array_equal(image().encode(y, {}), y)
 

@@ -1,7 +1,7 @@
 """The training step: inputs of the network, learning, and equality on any mesh and with accumulation.
 
 Shape legend: B batch, A accumulation. The optimizer has a large eps, so that its updates are smooth in the gradient
-and rounding stays rounding.
+and rounding errors are not amplified.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Successive halving on an oracle whose samplings are known in closed form."""
+"""Successive halving on a toy problem whose objective is known in closed form."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def search_space(solver: str = "ancestral", steps: int = 5, **settings) -> Searc
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("steps", [4, 10])
 @pytest.mark.parametrize("solver", ["ancestral", "ddim"])
-def test_result_beats_the_default_and_the_papers_spacing(solver, steps, seed):
+def test_result_beats_the_default_and_linear_spacing(solver, steps, seed):
     found, count = minimize(search_space(solver, steps), noisy, candidates=24, rounds=ROUNDS, seed=seed)
     assert count == 32 and found.steps == steps and found.solver == solver
-    default, papers = Sampling(solver, steps), Sampling(solver, steps, "linear")
+    default, linear_spacing = Sampling(solver, steps), Sampling(solver, steps, "linear")
     assert exact(found) < 0.35 * exact(default)
-    assert exact(found) < 0.35 * exact(papers)
-    assert exact(papers) > 1e-4  # there is something to find
+    assert exact(found) < 0.35 * exact(linear_spacing)
+    assert exact(linear_spacing) > 1e-4  # there is something to find
 
 
 def recorded(objective=noisy):

@@ -85,7 +85,7 @@ def test_page_describes_the_protocol():
     text = tables.markdown(evaluation([row()], samples=2, crop=64))
     wanted = [
         "3 images of photos:test",
-        "centre 64x64",
+        "center 64x64",
         "2 outputs each",
         "seed 7",
         "some CPU",

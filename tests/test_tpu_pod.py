@@ -193,7 +193,7 @@ def test_dry_runs_of_the_other_actions():
         (["run", *TPU, "--job", "a b", "--", "x"], ["'a b'"]),
     ],
 )
-def test_wrong_arguments_are_one_sentence(pod: Pod, arguments: list[str], words: list[str]):
+def test_wrong_arguments_fail_with_one_sentence(pod: Pod, arguments: list[str], words: list[str]):
     _fails(pod.run(*arguments), *words)
     assert not (pod.fake / "calls").exists()
 

@@ -75,7 +75,7 @@ def generate_images(
     stages.check_chain(stage_list, low_res=sizes, unfinished=args.unfinished)
     count = (16 if starts is None else len(starts)) if args.count is None else whole("--count", args.count)
     if starts is not None and count > len(starts):
-        raise UserError(f"--count={count} is more than the {len(starts)} images of --low-res: omit it")
+        raise UserError(f"--count={count} is more than the {len(starts)} images of --low-res: omit --count")
     job = cascade.CascadeJob(
         stages=tuple(stage_list),
         samplings=tuple(_settings(args, stage_list)),
@@ -125,7 +125,7 @@ def generate_images(
 def _settings(
     args: argparse.Namespace, stage_list: Sequence[StageInfo]
 ) -> list[Callable[[Sampling], Sampling]]:
-    """For each stage a function from its own sampling settings to the requested ones."""
+    """For each stage, a function that replaces the requested ones of its default sampling settings."""
     count, every = len(stage_list), [True] * len(stage_list)
     guided, augmented = [one.guided for one in stage_list], [one.augmented for one in stage_list]
     steps = by_stage("--steps", args.steps, stages=count, read=whole, takes=every)

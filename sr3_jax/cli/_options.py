@@ -23,7 +23,7 @@ def add_config_argument(parser: argparse.ArgumentParser, *, help_of: str = "") -
         "--config",
         required=True,
         metavar="NAME_OR_FILE",
-        help="a preset (`sr3 configs` lists them) or a Python file with get_config(), either perhaps with :ARGUMENT",
+        help="a preset (`sr3 configs` lists them) or a Python file with get_config(); may end in :ARGUMENT",
     )
     if help_of:
         parser.epilog = f"Override fields with --config.SECTION.FIELD=VALUE; `{help_of} --help` lists them."

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to config.load
+PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0."""
+    """Exit code 0."""
     from sr3_jax.errors import UserError
 
     if args.config is None:
@@ -65,7 +65,7 @@ def _listing() -> str:
 
 
 def _fields(config: Mapping[str, Mapping[str, Any]]) -> str:
-    """A config by sections, one field a line."""
+    """A config by sections, one field per line."""
     from sr3_jax.config.fields import SECTIONS
 
     lines = []

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default: 0)")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")
-    parser.add_argument("--crop", type=count, metavar="C", help="only the centre of each image, C x C pixels")
+    parser.add_argument("--crop", type=count, metavar="C", help="only the center of each image, C x C pixels")
     parser.add_argument(
         "--batch", type=count, default=1, metavar="B",
         help="outputs sampled at once, for many small images of one size (default: 1)",

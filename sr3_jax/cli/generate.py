@@ -21,5 +21,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0. A cascade of one stage."""
+    """Generate as a cascade of one stage; exit code 0."""
     return generate_images(args, [args.model], None, keep=False)

@@ -20,7 +20,7 @@ import sr3_jax.cli
 from sr3_jax import __version__
 from sr3_jax.image_io.errors import printable
 
-_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as shells have it
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as in shells
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code.
 
     0: done. 1: done in part (3 with several processes, since launchers restart on 1). 2: invalid input, with one line
-    on stderr. 130, 143: stopped by SIGINT or SIGTERM; the same command resumes.
+    on stderr. 130, 143, 129: stopped by SIGINT, SIGTERM or SIGHUP; the same command resumes.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -125,7 +125,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _abandon(code: int) -> None:
-    """Leave a distributed run without waiting for its other processes; a command that never used jax is not in one."""
+    """Leave a distributed run without waiting for its other processes. Without jax there is no distributed run."""
     if "jax" in sys.modules:
         from sr3_jax.distributed.processes import abandon
 

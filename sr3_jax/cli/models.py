@@ -14,11 +14,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "models"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """The command has no options."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """0."""
+    """Exit code 0."""
     rows: list[tuple[str, ...]] = [("NAME", "SCALE", "PARAMETERS", "PRESET", "SAMPLING", "SIZE")]
     rows += [_row(path) for path in sorted(FOLDER.glob("*.safetensors"))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

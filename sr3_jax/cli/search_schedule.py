@@ -1,8 +1,8 @@
-"""Find how a model is best sampled at a fixed NFE, and store that as the model's default.
+"""Find the best sampling schedule of a model at a fixed NFE, and store it as the model's default.
 
 For each solver, the grid of noise levels (spacing and end points) and the noise of each step are searched on crops of
-held-out images, as in the paper. Half of the images (or --eval-data) is not searched on: the result is stored next to
-the model only if it beats the model's default there. The same command continues an interrupted search.
+held-out images, as in the paper. Half of the images (or --eval-data) is left out of the search: the result is stored
+next to the model only if it beats the model's default on them. The same command continues an interrupted search.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="crops to search on, and as many to check on (default: 32; frechet: 128)",
     )  # fmt: skip
     parser.add_argument(
-        "--candidates", type=count, default=24, metavar="N", help="samplings in the first round (default: 24)"
+        "--candidates", type=count, default=24, metavar="N", help="number of candidates (default: 24)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default: 0)")
     parser.add_argument("--no-store", action="store_true", help="do not change the model's default")
     parser.add_argument(
         "--no-guard", action="store_true",
-        help="also accept samplings that agree much less with the low-res images than the default does",
+        help="also accept candidates that are much less consistent with the low-res images than the default",
     )  # fmt: skip
 
 

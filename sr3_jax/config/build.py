@@ -1,4 +1,4 @@
-"""From a complete config to the parts of a model, and the checks that involve several fields or the network."""
+"""Builds the components of a model from a complete config; checks that involve several fields or the network."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def build_space(section: Mapping[str, Any]) -> Space:
 
 
 def build_augmentation(section: Mapping[str, Any]) -> ConditioningAugmentation | None:
-    """The augmentation of the low-res image in a `data` section; None if there is none."""
+    """The augmentation of the low-res image in a `data` section; None for no augmentation."""
     if section["augment"] == "none":
         return None
     return ConditioningAugmentation(section["augment"], section["augment_largest"], section["augment_share"])

@@ -71,7 +71,7 @@ class Section:
     """A named group of fields.
 
     Attributes:
-        help: what the fields are about, in one sentence.
+        help: the topic of the fields, in one sentence.
     """
 
     help: str
@@ -100,7 +100,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                 "num_blocks": Field(
                     default=(3, 3, 3, 3, 3),
                     fixed=True,
-                    help="Residual blocks of each level on the way down.",
+                    help="Residual blocks per level on the downsampling path.",
                 ),
                 "attention_levels": Field(
                     default=(), fixed=True, help="Levels with self-attention after each residual block."
@@ -115,7 +115,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default="biggan",
                     choices=("biggan", "efficient"),
                     fixed=True,
-                    help="Residual blocks as in the paper (biggan), or a faster U-Net after Imagen (efficient).",
+                    help="Residual blocks as in the paper (biggan), or a faster U-Net, as in Imagen (efficient).",
                 ),
                 "patch": Field(
                     default=1,
@@ -127,7 +127,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default="group",
                     choices=("group", "pixel"),
                     fixed=True,
-                    help="Normalisation over groups of channels and all pixels, or over the channels of a pixel.",
+                    help="Normalization over groups of channels and all pixels, or over the channels of a pixel.",
                 ),
                 "film": Field(
                     default=False,
@@ -142,7 +142,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     help="Dropout rate in the residual blocks during training.",
                 ),
                 "num_classes": Field(
-                    default=0, least=0, fixed=True, help="Number of class labels; 0 for a model without."
+                    default=0, least=0, fixed=True, help="Number of class labels; 0 for none."
                 ),
                 "augment": Field(
                     default=False,
@@ -158,7 +158,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default="nothing",
                     choices=("nothing", "convs"),
                     fixed=True,
-                    help="With `remat`, what is stored of each block: nothing, or the outputs of convolutions.",
+                    help="With `remat`, the activations to store: nothing, or the outputs of convolutions.",
                 ),
                 "low_res": Field(
                     default=True,
@@ -168,7 +168,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                 "regression": Field(
                     default=False,
                     fixed=True,
-                    help="Train the paper's regression baseline instead of a diffusion model; sets what it implies.",
+                    help="Train the paper's regression baseline instead of a diffusion model; sets related fields.",
                 ),
                 "stem_channels": Field(
                     default=0,
@@ -430,7 +430,7 @@ RENAMED = {
     ("eval", "solver"): ("sampling", "solver"),
 }
 
-# What a regression is: the diffusion without noise, one pass that predicts the image under the squared error.
+# What `model.regression` sets: one pass without noise that predicts the image, trained with the squared error.
 REGRESSION: Mapping[tuple[str, str], Any] = MappingProxyType(
     {
         ("model", "output_skip"): 0.0,

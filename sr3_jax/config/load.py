@@ -1,7 +1,7 @@
-"""From a preset's name, a config file or a stored config to complete, checked, plain values.
+"""Loads a preset, a config file or a stored config as complete, checked, plain values.
 
-A config is a nested dict, {section: {field: value}}, with every field of `fields.SECTIONS`; it is what `config.json`
-holds. Checks that need the network, or several fields at once, are in `build.check_config`.
+A config is a nested dict, {section: {field: value}}, with every field of `fields.SECTIONS`, as in `config.json`. Checks
+that need the network, or several fields at once, are in `build.check_config`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sr3_jax.errors import UserError
 
 _log = logging.getLogger("sr3_jax")
 PRESETS = "sr3_jax.configs"  # the package of presets
-# Fields that a stored config of any version has; a default in their place would sample noise without a word.
+# Fields that a stored config of any version has; with a default in their place the model would silently sample noise.
 _ALWAYS_STORED = (("model", "channels"), ("diffusion", "prediction"), ("data", "scale"))
-# Paper section 3: 1e-4 for SR3, 1e-5 for the regression. A config that sets its own rate keeps it.
+# Paper section 4: 1e-4 for SR3, 1e-5 for the regression. A config that sets its own rate keeps it.
 _REGRESSION_RATE = 1e-5
 
 
@@ -110,7 +110,7 @@ def complete_stored(given: Any, owner: str) -> dict[str, Any]:
     Fields that are newer than the file take their defaults; renamed fields are migrated, and a log line says so.
 
     Args:
-        given: what `config.json` or the metadata of an exported file holds.
+        given: the content of `config.json` or of the metadata of an exported file.
         owner: the model or workdir, for messages.
 
     Raises:
@@ -145,7 +145,7 @@ def migrate(given: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str,
 
 
 def _get_config(source: str) -> tuple[dict[str, Any], Path]:
-    """What `get_config()` of a preset or file returns, as plain values, and the folder that it lies in."""
+    """The result of a preset's or file's `get_config()` as plain values, and the folder of that file."""
     text, argument = _split_argument(source)
     is_path = text.endswith(".py") or Path(text).name != text or Path(text).suffix != ""
     if not is_path and text not in preset_names():
@@ -183,10 +183,12 @@ def _no_such_preset(name: str) -> str:
     names = preset_names()
     base = name.removesuffix("_regression")
     if base != name and base in names:
-        return f"--config={name} is no preset; use --config={base} --config.model.regression"
+        return f"--config={name} is not a preset; use --config={base} --config.model.regression"
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"--config={name} is no preset; {hint}`sr3 configs` lists the presets, and a path must end in .py"
+    return (
+        f"--config={name} is not a preset; {hint}`sr3 configs` lists the presets, and a path must end in .py"
+    )
 
 
 def _run_file(path: Path) -> Any:
@@ -244,8 +246,8 @@ def _imply_regression(
 ) -> None:
     """Set what `model.regression` implies, in place.
 
-    A file's settings of the diffusion are replaced, since a preset has them for its diffusion model; options of the
-    command line stay, and fail later if they are no regression's.
+    A file's diffusion settings are replaced, since a preset has them for its diffusion model. Command-line options are
+    not replaced, and fail later if a regression does not allow them.
     """
     for (section, name), value in REGRESSION.items():
         if (section, name) not in explicit:

@@ -1,4 +1,4 @@
-"""What the table of fields means: look-up, types, ranges, values given as text, and the reference.
+"""Operations on the table of fields: look-up, checks of types and ranges, parsing of text, and the reference.
 
 `python -m sr3_jax.config.schema` prints the reference as Markdown.
 """
@@ -42,7 +42,7 @@ def defaults() -> dict[str, dict[str, Any]]:
 
 
 def check_section(section: str) -> None:
-    """UserError if there is no such section."""
+    """Raise UserError if the section does not exist."""
     if section not in SECTIONS:
         raise UserError(f"config has no section {section!r}; {_suggestion(section, SECTIONS)}")
 
@@ -51,7 +51,7 @@ def lookup(section: str, name: str) -> Field:
     """The field of that name.
 
     Raises:
-        UserError: there is no such section or field; the sentence gives the nearest name, or the new one.
+        UserError: the section or field does not exist; the message gives the nearest name, or the new one.
     """
     if (section, name) in RENAMED:
         new = ".".join(RENAMED[section, name])
@@ -148,7 +148,7 @@ def render_text(*, width: int = 110) -> str:
 
 
 def markdown() -> str:
-    """The config reference of the documentation: one table a section."""
+    """The config reference of the documentation: one table per section."""
     lines = [
         "# Config reference",
         "",

@@ -1,4 +1,4 @@
-"""Presets, each a module with `get_config()`: `sr3 train --config=NAME`, or a start for a config of your own.
+"""Presets, each a module with `get_config()`: `sr3 train --config=NAME`, or a basis for your own config.
 
     # my_config.py, anywhere: sr3 train --config=my_config.py --workdir=out/mine
     from sr3_jax.configs import photos_4x

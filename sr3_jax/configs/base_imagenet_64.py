@@ -3,7 +3,7 @@ r"""ImageNet 64x64 from noise and a class label: the base model of the paper's 2
 sr3 train --config=base_imagenet_64 --workdir=out/base_imagenet_64 \
     --config.data.source=tfds:imagenet2012:train --config.data.eval_source=tfds:imagenet2012:validation
 
-The paper reports FID 11.3 for the two-stage cascade at 256x256 (section 4.4), and no result for this stage.
+The paper reports FID 11.3 for the two-stage cascade at 256x256 (section 4.3), and no result for this stage.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ PARAMETERS = 282_168_771
 def get_config() -> ConfigDict:
     """The recipe of `base_faces_64` with labels; the paper does not give the size of its base models.
 
-    Widths, depths and attention are those of the 64x64 network of Dhariwal and Nichol (2021, Table 4). A tenth of the
+    Widths, depths and attention are those of the 64x64 network of Dhariwal and Nichol (2021, Table 11). A tenth of the
     labels is dropped for classifier-free guidance (Ho and Salimans 2021).
     """
     config = base_faces_64.get_config()

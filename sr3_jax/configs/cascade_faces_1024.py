@@ -1,4 +1,4 @@
-"""The paper's face cascade, 64 -> 256 -> 1024 (section 4.4).
+"""The paper's face cascade, 64 -> 256 -> 1024 (section 4.3).
 
 sr3 train --config=cascade_faces_1024 --workdir=out/cascade
 sr3 cascade --stages out/cascade -n 16 -o out/images

@@ -1,4 +1,4 @@
-"""The paper's class-conditional ImageNet cascade, 64 -> 256 (section 4.4).
+"""The paper's class-conditional ImageNet cascade, 64 -> 256 (section 4.3).
 
 sr3 train --config=cascade_imagenet_256 --workdir=out/cascade
 sr3 cascade --stages out/cascade -n 16 --labels 207,388 --guidance 1.5 -o out/images

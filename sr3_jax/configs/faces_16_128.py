@@ -15,7 +15,7 @@ PARAMETERS = 560_719_107
 
 
 def get_config() -> ConfigDict:
-    """Table 1 of the paper, with its optimisation (section 3); defaults where the paper gives no value."""
+    """The paper's network (Table A.1) and optimization (section 4); defaults where the paper gives no value."""
     return make_config(
         model={
             "channels": 128,

@@ -3,7 +3,7 @@ r"""Faces 256x256 -> 1024x1024 with the paper's 150 M-parameter network: the las
 sr3 train --config=faces_256_1024 --workdir=out/faces_256_1024 \
     --config.data.source=tfds:ffhq:train --config.data.eval_source=tfds:celeb_a_hq/1024:train
 
-The paper gives images and the FID of the cascade for this task, and no PSNR.
+The paper shows images of the cascade for this task, but gives no metrics.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ PARAMETERS = 148_746_931
 
 
 def get_config() -> ConfigDict:
-    """Table 1 of the paper, with its optimisation (section 3); defaults where the paper gives no value."""
+    """The paper's network (Table A.1) and optimization (section 4); defaults where the paper gives no value."""
     config = faces_16_128.get_config()
     config.model.update(
         channels=16,

@@ -14,7 +14,7 @@ PARAMETERS = 617_447_171
 
 
 def get_config() -> ConfigDict:
-    """The paper's 64 -> 256 network (Table 1) on faces, with the blur of `imagenet_64_256_blurred`."""
+    """The paper's 64 -> 256 network (Table A.1) on faces, with the blur of `imagenet_64_256_blurred`."""
     config = imagenet_64_256_blurred.get_config()
     config.data.update(source="tfds:ffhq:train", eval_source="tfds:celeb_a_hq/256:train")
     return config

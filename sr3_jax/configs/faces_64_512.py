@@ -3,7 +3,7 @@ r"""Faces 64x64 -> 512x512 with the paper's 625 M-parameter network.
 sr3 train --config=faces_64_512 --workdir=out/faces_64_512 \
     --config.data.source=tfds:ffhq:train --config.data.eval_source=tfds:celeb_a_hq/512:train
 
-The paper gives images and human fool rates for this task, and no PSNR.
+The paper shows images for this task, but gives no metrics.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ PARAMETERS = 609_802_371
 
 
 def get_config() -> ConfigDict:
-    """Table 1 of the paper, with its optimisation (section 3); defaults where the paper gives no value."""
+    """The paper's network (Table A.1) and optimization (section 4); defaults where the paper gives no value."""
     config = faces_16_128.get_config()
     config.model.update(
         channels=64,

@@ -1,4 +1,4 @@
-"""Fashion-MNIST 7x7 -> 28x28: images with class labels, so that a classifier can judge the outputs.
+"""Fashion-MNIST 7x7 -> 28x28: images with class labels, so that a classifier can evaluate the outputs.
 
 sr3 train --config=fashion_4x --workdir=out/fashion_4x
 """

@@ -14,7 +14,7 @@ PARAMETERS = 617_118_467
 
 
 def get_config() -> ConfigDict:
-    """Table 1 of the paper, with its optimisation (section 3); defaults where the paper gives no value."""
+    """The paper's network (Table A.1) and optimization (section 4); defaults where the paper gives no value."""
     config = faces_16_128.get_config()
     config.model.update(
         multipliers=(1, 2, 4, 4, 8, 8),

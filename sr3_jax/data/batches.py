@@ -70,7 +70,7 @@ def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarr
     `count` usable images the batch is smaller, with a warning.
 
     Raises:
-      UserError: there is no usable image.
+      UserError: no image is usable.
     """
     count_here = min(count, len(source))
     taken: dict[int, dict[str, Any]] = {}

@@ -32,7 +32,7 @@ class Crops:
 
 
 def halves(count: int) -> tuple[list[int], list[int]]:
-    """The indices below `count`, alternately in two parts: one to search on, one to validate on."""
+    """The indices below `count`, alternately in two sets: one to search on, one to validate on."""
     return list(range(0, count, 2)), list(range(1, count, 2))
 
 
@@ -44,7 +44,7 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
         seed: determines the order of the crops of an image.
 
     Raises:
-        UserError: there is no usable image.
+        UserError: no image is usable.
     """
     chosen = (
         [numbers[place * len(numbers) // count] for place in range(count)]
@@ -75,9 +75,9 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
         raise UserError(
             f"{source.name} has no image of {crop}x{crop} pixels or more{failure}: use a smaller --crop or other data"
         )
-    labelled = all(label is not None for _, label in found)
+    labeled = all(label is not None for _, label in found)
     return Crops(
         np.stack([image for image, _ in found]),
-        np.array([label for _, label in found], np.int32) if labelled else None,
+        np.array([label for _, label in found], np.int32) if labeled else None,
         sum(bool(places) for _, places in items),
     )

@@ -70,7 +70,7 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._count:
-            raise IndexError(f"{self.name} has {self._count} images; there is no image {index}")
+            raise IndexError(f"{self.name} has {self._count} images, so image {index} does not exist")
         cached = self._cache.get(index)
         if cached is not None:
             return dict(cached)

@@ -6,7 +6,7 @@ Any callable `(y_t, gamma, cond) -> prediction` can be trained with `denoising_l
     loss = denoising_loss(denoiser, key, y0, cond, schedule=schedule)         # [B], paper Eq. 6
     samples = sample(denoiser, key, cond, shape=y0.shape, schedule=respace(schedule, 25), solver=dpmpp_2m())
 
-Modules: `schedule` (noise levels gamma), `process` (forward process and posterior), `space` (what is diffused),
+Modules: `schedule` (noise levels gamma), `process` (forward process and posterior), `space` (the diffused variable),
 `loss`, `solvers`, `sampler`, `guidance`.
 """
 

@@ -57,7 +57,7 @@ def denoising_loss(
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
         norm: 'l1', which gives a better FID in the paper, or 'l2', which gives more diverse samples (Palette).
         weighting: weights by gamma, such as `min_snr()`; None weights all levels equally, as in the paper.
-        space: what is diffused.
+        space: the diffused variable.
         gamma: [B] noise levels; None to sample them by `sample_gamma`.
         eps: [B,H,W,C] unit noise; None to sample it.
 

@@ -23,7 +23,7 @@ def expand(level: NoiseLevel, y: jax.Array) -> jax.Array:
 
 
 def diffuse(y0: jax.Array, eps: jax.Array, gamma: NoiseLevel) -> jax.Array:
-    """y_t = sqrt(gamma) y0 + sqrt(1 - gamma) eps (paper Eq. 4), [B,H,W,C]."""
+    """y_t = sqrt(gamma) y0 + sqrt(1 - gamma) eps (paper Eq. 3), [B,H,W,C]."""
     gamma = expand(gamma, y0)
     return jnp.sqrt(gamma) * y0 + jnp.sqrt(1.0 - gamma) * eps
 
@@ -64,7 +64,7 @@ def to_eps(y0: jax.Array, y_t: jax.Array, gamma: NoiseLevel) -> jax.Array:
 def posterior(
     y0: jax.Array, y_t: jax.Array, gamma_t: NoiseLevel, gamma_s: NoiseLevel
 ) -> tuple[jax.Array, jax.Array]:
-    """q(y_s | y0, y_t) for any cleaner level s < t (paper Eq. 5, with alpha_t = gamma_t / gamma_s).
+    """q(y_s | y0, y_t) for any cleaner level s < t (paper Eq. 4, with alpha_t = gamma_t / gamma_s).
 
     Returns:
         mean [B,H,W,C], and variance, [B,1,1,1] (or with all axes of size 1 for scalar gammas).

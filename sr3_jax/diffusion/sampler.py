@@ -50,7 +50,7 @@ def sample(
         schedule: the inference schedule, usually `respace(training_schedule, N)`.
         solver: one of `ancestral`, `ddim`, `dpmpp_2m`, `heun`, or your own.
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
-        space: what is diffused: the image, or its residual to the upsampled low-res image.
+        space: the diffused variable: the image, or its residual to the upsampled low-res image.
         snapshots: keep y_t after every `snapshots` steps; 0 keeps none. Only these are held in memory.
 
     Returns:

@@ -17,10 +17,10 @@ from sr3_jax.types import Key, NoiseLevel
 
 Spacing = Literal["log_snr", "uniform", "karras", "linear"]
 SPACINGS: tuple[Spacing, ...] = ("log_snr", "uniform", "karras", "linear")
-# Noisier levels carry no signal worth a step: `linear` ends at -10.03 but `cosine` at -21, and a few steps spread
-# evenly over its whole range would mostly be spent there.
+# Noisier levels contain too little signal: `linear` ends at -10.03 but `cosine` at -21, and a few steps spread evenly
+# over its whole range would mostly be spent on levels below this.
 LEAST_LOG_SNR = -10.1
-KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: how strongly the grid leans towards low noise
+KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: how strongly the grid leans toward low noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ def quadratic(num_steps: int = 2000, beta_start: float = 1e-6, beta_end: float =
 
 
 def cosine(num_steps: int = 2000, offset: float = 0.008, beta_max: float = 0.999) -> NoiseSchedule:
-    """sqrt(gamma) a quarter of a cosine (Nichol and Dhariwal 2021, Eq. 17), betas kept under `beta_max`."""
+    """sqrt(gamma) is a quarter of a cosine (Nichol and Dhariwal 2021, Eq. 17), betas limited to `beta_max`."""
     angle = (np.arange(num_steps + 1) / num_steps + offset) / (1.0 + offset) * np.pi / 2
     squared = np.cos(angle) ** 2
     return from_beta(np.minimum(1.0 - squared[1:] / squared[:-1], beta_max))
@@ -115,9 +115,9 @@ def respace(
         num_steps: N >= 1; for 'uniform' at most T.
         spacing: 'log_snr' even in log-SNR; 'uniform' every (T/N)-th training step; 'karras' even in
             sigma^(1/7), sigma = sqrt((1-gamma)/gamma) (Karras et al. 2022, Eq. 5); 'linear' betas linear in the step,
-            as in the paper, the last one chosen to reach gamma_N.
+            as in Palette, the last one chosen to reach gamma_N.
         log_snr_min: log-SNR of gamma_N, where sampling starts, within the range of the training schedule; None for its
-            end. The paper searched for these end points.
+            end.
         log_snr_max: log-SNR of gamma_1, the last level before the clean image; not used with one step.
 
     Raises:

@@ -191,7 +191,7 @@ def _heun_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: HeunRow
 
 
 def heun() -> Solver:
-    """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1 without churn): 2N - 1 NFE.
+    """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1): 2N - 1 NFE.
 
     It works best on the grid of `respace(..., 'karras')`. It is computed as an Euler (DDIM) step plus a correction for
     the change of eps over it: with sigma = s / a around 150, where sampling starts, x itself would lose precision in
@@ -240,7 +240,7 @@ def make_solver(name: str, **options: float) -> Solver:
 
 
 def solver_options(name: str) -> dict[str, float]:
-    """The options of a solver with their defaults. Raises ValueError if there is no such solver."""
+    """The options of a solver with their defaults. Raises ValueError if the solver does not exist."""
     return {option: one.default for option, one in inspect.signature(_factory(name)).parameters.items()}
 
 

@@ -1,5 +1,5 @@
 """Several devices and several processes.
 
 `sharding`: `make_mesh`, the rule that shards the state, and batches between host and devices. `processes`:
-`start_processes`, which joins the processes of a job. `signals`: `stop_signals`, SIGTERM and Ctrl-C as a value to poll.
+`start_processes`, which joins the processes of a job. `signals`: `stop_signals`, stop requests as a value to poll.
 """

@@ -131,7 +131,7 @@ def wait_for_all() -> None:
 def abandon(code: int) -> None:
     """Exit immediately if this process has peers, which may wait for it in a step that it will never run.
 
-    A normal exit would wait for them, here forever. The launcher ends the peers when it sees the exit code.
+    A normal exit would wait for them forever. The launcher stops the peers because of the exit code.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from typing import Any
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Catch the first SIGINT, SIGTERM or SIGHUP in this context; a second one of the same kind acts immediately.
 
-    SIGHUP, which a terminal sends when it closes, stays ignored where it was: under `nohup` the job goes on.
+    SIGHUP, which a terminal sends when it closes, is not caught if it is already ignored, as under `nohup`.
 
     Yields:
         A function that returns 0, or once a signal has arrived its exit code by the convention of shells: 130 for

@@ -4,7 +4,7 @@ Public functions and types, loaded on first use:
   evaluate(models, data, output_dir, *, steps, solvers, samples, seed, ...) -> Evaluation
   search_schedule(model, data, output_dir, *, metric, solvers, nfe, ...) -> ScheduleSearch
 
-The modules behind them: `runner` (the evaluation), `methods` (what is compared), `metric_suite` (what is computed),
+The modules behind them: `runner` (the evaluation), `methods` (the rows of the table), `metric_suite` (its metrics),
 `method_runner` and `cache` (outputs and their metrics, sampled once), `results` (rows and evaluation.json), `tables`
 (Markdown and CSV), `grids` (images); `search`, `crop_evaluator` and `successive_halving` (the schedule search). The
 metrics themselves and their registry are in `sr3_jax.metrics`.

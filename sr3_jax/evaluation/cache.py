@@ -1,7 +1,7 @@
 """The cache of an evaluation: the outputs of one method as image files, with their metrics as JSON lines.
 
 The folder of a method holds NAME.png for each image (NAME.2.png for its second sample) and scores.jsonl, with a line
-for each output. Several processes may work in one folder: each appends to a file of its own, and all files are read.
+for each output. Several processes may work in one folder: each appends to its own file, and all files are read.
 An output is only reused if its method, ground truth and seed are the same and its image file is unchanged.
 """
 

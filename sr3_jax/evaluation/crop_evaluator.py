@@ -1,4 +1,4 @@
-"""What a schedule search computes: metrics of samplings on crops of held-out images, with a cache of every batch.
+"""The metrics of a schedule search: sampling settings evaluated on crops of held-out images, batch by batch, cached.
 
 Shape legend: N crops of C x C pixels, B of them in a batch, D features. Images are uint8.
 """
@@ -48,7 +48,7 @@ CONSISTENCY_FACTOR, CONSISTENCY_SLACK = 1.5, 0.5  # of the consistency guard; th
 
 
 class CropEvaluator:
-    """Metrics of samplings on the first crops of a set. All samplings see the same crops and the same noise.
+    """Metrics of sampling settings on the first crops of a set, with the same noise for all settings.
 
     Args:
         cache: a file of JSON lines with the metrics of every batch that was sampled.
@@ -171,7 +171,7 @@ class CropEvaluator:
 
 
 def objective(evaluator: CropEvaluator, metric: str, *, default: Sampling, guarded: bool) -> Objective:
-    """What a search minimizes: one of SEARCH_METRICS, negated if higher is better.
+    """The objective that a search minimizes: one of SEARCH_METRICS, negated if higher is better.
 
     LPIPS and Frechet distance tolerate an output that no longer agrees with its low-res image. If `guarded`, a
     candidate that is much less consistent than the default (by CONSISTENCY_FACTOR, plus CONSISTENCY_SLACK, about
@@ -288,7 +288,7 @@ def _six_digits(value: float) -> float | None:
 
 
 def _decode(values: Mapping[str, Any]) -> Mapping[str, np.ndarray] | None:
-    """What `_sample` gave, as arrays; None if an output was not finite."""
+    """The result of `_sample` as arrays; None if an output was not finite."""
     if not values:
         return None
     columns = {

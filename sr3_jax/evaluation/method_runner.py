@@ -128,7 +128,7 @@ class MethodRunner:
             yield places[start : start + self._batch_size]
 
     def _input_hash(self, truth: GroundTruth) -> str:
-        """What an output depends on besides the method's settings."""
+        """A hash of everything that an output depends on besides the method's settings."""
         return f"{truth.hash} label {truth.label}" if self.method.uses_labels else truth.hash
 
     def _read(self, truth: GroundTruth, sample: int) -> np.ndarray:

@@ -35,7 +35,7 @@ class Method:
 
     Attributes:
         name: 'ground truth', 'bicubic' or the model's label.
-        upscale: None for the ground truth, whose row shows what a perfect method would reach.
+        upscale: None for the ground truth, whose row has the metrics of a perfect method.
         settings: plain values that determine the outputs; outputs of other settings are not reused.
         compile: compiles `upscale` ahead of time, so that compilation is not timed.
         solver, steps: None without a sampler.

@@ -148,7 +148,7 @@ def open_suite(
 
 
 def standard_metrics() -> ImageMetrics:
-    """The metrics that need no network: PSNR, SSIM, both in luma too, consistency and mean colour error."""
+    """The metrics that need no network: PSNR, SSIM, both in luma too, consistency and mean color error."""
 
     def compute(
         outputs: np.ndarray, ground_truth: np.ndarray, low_res: np.ndarray, labels: np.ndarray
@@ -276,7 +276,7 @@ def least_side(scales: Sequence[int]) -> int:
 
 
 def crop_ground_truth(image: np.ndarray, scale: int, crop: int | None) -> np.ndarray:
-    """The ground truth of an image [H,W,3]: its centre of `crop` x `crop`, cut to a multiple of the scale."""
+    """The ground truth of an image [H,W,3]: its center of `crop` x `crop`, cut to a multiple of the scale."""
     height, width = image.shape[:2]
     if crop is not None:
         top, left = (height - crop) // 2, (width - crop) // 2

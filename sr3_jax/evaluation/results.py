@@ -47,7 +47,7 @@ class EvaluatedImage:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process found, or all of them together, as plain values.
+    """The results of one process, or of all processes, as plain values.
 
     Attributes:
         images: in the order of `results`.
@@ -82,13 +82,13 @@ class Row:
 
 
 def write_part(folder: Path, part: Part, *, process: int) -> None:
-    """Write what one process found. UserError if it cannot be written."""
+    """Write the results of one process. UserError if they cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(_part_path(folder, process), json.dumps(dataclasses.asdict(part)))
 
 
 def read_part(folder: Path, *, process: int) -> Part:
-    """What `write_part` wrote."""
+    """Read the results that `write_part` wrote."""
     values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
     return Part(
         [EvaluatedImage(**image) for image in values["images"]],
@@ -98,7 +98,7 @@ def read_part(folder: Path, *, process: int) -> Part:
 
 
 def merge(parts: Sequence[Part], source: str) -> Part:
-    """The parts of all processes as one, images in the order of the source. UserError if there is no image."""
+    """The results of all processes as one, images in the order of the source. UserError if no image is usable."""
     failed = sorted(pair for part in parts for pair in part.failed)
     images = [image for part in parts for image in part.images]
     if not images:
@@ -196,7 +196,7 @@ def make_report(
 
     Args:
         models: by `describe_model`.
-        protocol: source, images, samples, seed, crop and what `summarize` says of the networks.
+        protocol: source, images, samples, seed, crop and the networks' part from `summarize`.
         seconds: wall time of the evaluation.
     """
     report: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 Images of one size are processed in batches, each by all methods. Finished outputs and their metrics are cached, so
 that an interrupted evaluation continues where it stopped. Several processes divide the images; the first one merges
-what all of them found. Shape legend: P images, S samples.
+their results. Shape legend: P images, S samples.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Evaluation:
 
     Attributes:
         report: the content of evaluation.json as plain values; report['rows'] are `Row`s.
-        files: what was written: evaluation.json, .md and .csv, then the image grids.
+        files: the written files: evaluation.json, .md and .csv, then the image grids.
         failed: 'NAME: reason' of images that could not be used.
         reused: how many outputs came from the cache.
     """
@@ -107,7 +107,7 @@ def evaluate(
         samples: outputs of each image and model.
         batch_size: outputs sampled at once; images of one size share a batch.
         limit: only the first images.
-        crop: only the centre of each image, this many pixels squared.
+        crop: only the center of each image, this many pixels squared.
         unsearched: next to a sampler that a schedule search found, also evaluate its solver and steps without it.
         use_labels: class-conditional models receive the labels of the images, if these have any.
         classifier: for accuracy: a .safetensors or .onnx file, or MODULE:FUNCTION.
@@ -331,7 +331,7 @@ def _has_labels(source: Source) -> bool:
 
 
 def _check_classes(source: Source, models: Sequence[Model], classifier: Classifier | None) -> None:
-    """UserError if a network knows fewer classes than the data set has, before hours of sampling."""
+    """Raise UserError if a network has fewer classes than the data set, before hours of sampling."""
     count = source.num_classes or 0
     for model in models:
         if 0 < model.network.num_classes < count:

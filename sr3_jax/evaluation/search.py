@@ -1,7 +1,7 @@
-"""The schedule search: finds how a model is best sampled at a fixed NFE, and stores it with the model.
+"""The schedule search: finds the best sampling settings of a model at a fixed NFE, and stores them with the model.
 
-For each solver and budget, `successive_halving.minimize` searches crops of held-out images by one metric. What it
-finds is then checked on crops of other images, and stored only if it beats the model's default there.
+For each solver and budget, `successive_halving.minimize` optimizes one metric on crops of held-out images. The result
+is then checked on crops of other images, and stored only if it beats the model's default there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ScheduleSearch:
 
     Attributes:
         report: the content of search.json as plain values.
-        files: what was written: search.md, search.json, and the file of cached metrics.
+        files: the written files: search.md, search.json, and the file of cached metrics.
         stored: the file next to the model that now holds its default sampling; None if nothing was stored.
     """
 
@@ -101,16 +101,16 @@ def search_schedule(
             used for the check.
         metric: one of SEARCH_METRICS.
         solvers: the solvers to search; empty for all.
-        nfe: the budgets to search; what is stored is for the first. Empty for that of the model's default.
+        nfe: the budgets to search; the result for the first one is stored. Empty for that of the model's default.
         minutes: the search ends after this time.
         limit: only the first images of `data`.
         crop: side of a crop in pixels; None for that of training.
         crops: crops of each set; None for the metric's default.
-        candidates: samplings in the first round.
+        candidates: how many settings are evaluated in the first round.
         store: store the result if it beats the default on the check.
-        guarded: exclude samplings that agree much less with the low-res image than the default does.
+        guarded: exclude candidates that are much less consistent with the low-res image than the default.
         command: the command line, for search.json.
-        on_batch: called with what is being searched after each batch.
+        on_batch: called after each batch with the name of the search in progress.
 
     Raises:
         UserError: an argument is invalid, there are too few images, or a file cannot be written.
@@ -321,7 +321,7 @@ def _value(values: Mapping[str, float | None], metric: str) -> float:
 def provenance(
     report: Mapping[str, Any], best: Mapping[str, Any], default: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """How a sampling was found, for the file next to the model."""
+    """How the sampling settings were found, for the file next to the model."""
     names = [
         "metric",
         "data",
@@ -347,13 +347,13 @@ def describe_choice(
     """The choice as a sentence."""
     if chosen is None:
         return (
-            "The model's default is kept: on crops that the search has not seen, no sampling is better than it by "
-            "more than chance."
+            "The model's default is kept: on crops that the search did not use, no candidate is better by more than "
+            "chance."
         )
     metric, sampling = search_metric(report["metric"]), Sampling(**chosen["sampling"])
     value = metric.format(chosen["check"][metric.key])
     usual = metric.format(default["check"][metric.key]) if default and default["check"] else "no finite value"
     return (
         f"Chosen: {sampling.solver} in {sampling.steps} steps (NFE {chosen['nfe']}), {metric.heading} {value}; the "
-        f"model's default has {usual}, on crops that the search has not seen."
+        f"model's default has {usual}, on crops that the search did not use."
     )

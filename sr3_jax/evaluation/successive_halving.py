@@ -1,11 +1,11 @@
 """The search for a sampling schedule: successive halving over candidates, then local refinement. Pure.
 
-The paper found its inference schedules by a search on held-out data (section 4 and appendix) and does not describe it.
+The paper searches its inference schedules by FID on held-out data (section 2.4) and does not describe the search.
 Here each solver is searched at a fixed budget of network function evaluations (NFE). The candidates are the solver's
 defaults and points that cover end points, spacing and variance evenly. In the first round all are evaluated on a few
 images; the better half goes on to a round with more images, and so on. The winner is then moved along one setting at
 a time, by smaller and smaller steps, while that helps. Every candidate sees the same images and the same noise, so
-that few images suffice to tell candidates apart.
+that few images suffice to distinguish candidates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The samplings to search.
+    """The sampling settings to search.
 
     Attributes:
         schedule: the training schedule.
@@ -172,7 +172,7 @@ def _even_points(dimensions: int, count: int, *, seed: int) -> Iterator[list[flo
 
 
 def _refine(space: SearchSpace, winner: Sampling, evaluate: Callable[[Sampling], float]) -> None:
-    """Move one setting at a time while that helps; `evaluate` records what it finds."""
+    """Move one setting at a time while that helps; `evaluate` records the results."""
     low, high = space.log_snr_range
     ends = _log_snr_ends(space, winner)
     current = winner

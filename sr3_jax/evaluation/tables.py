@@ -102,7 +102,7 @@ def protocol(report: Mapping[str, Any], *, source: str | None = None) -> list[st
     """How the metrics were computed, one sentence per line. `source` replaces the name of the data set."""
     settings = report["protocol"]
     count, samples = settings["images"], settings["samples"]
-    crop = f", the centre {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
+    crop = f", the center {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
     per_image = f"{samples} outputs each" if samples > 1 else "one output each"
     lines = [
         f"{count} image{'s' * (count != 1)} of {source or settings['source']}{crop}, {per_image}, seed "
@@ -183,7 +183,7 @@ def _network(description: Mapping[str, Any]) -> str:
 
 
 def search_markdown(report: Mapping[str, Any]) -> str:
-    """search.md: how the search was done, its table, and what was chosen."""
+    """search.md: the protocol of the search, its table, and the choice."""
     metric = search_metric(report["metric"])
     shown = reported_metrics([{"summary": row["check"]} for row in report["rows"]])
     shown = [other for other in shown if other.key in {*_SEARCH_COLUMNS, metric.key}]
@@ -196,7 +196,7 @@ def search_markdown(report: Mapping[str, Any]) -> str:
         "",
         f"By {metric.heading} on {report['search_crops']} crops of {report['crop']} pixels of {report['data']}, "
         f"{report['tried']} candidates, seed {report['seed']}. The columns after the searched one are computed on "
-        f"{report['check_crops']} crops of {where}, which the search has not seen. Gain: how much better than the "
+        f"{report['check_crops']} crops of {where}, which the search did not use. Gain: how much better than the "
         f"solver's default there, with a {LEVEL:.0%} interval over the crops.",
         "",
         table(headings, body),

@@ -1,4 +1,4 @@
-"""Safetensors files of classifiers, and what their networks have in common.
+"""Safetensors files of classifiers, and functions that all classifier networks share.
 
 Shape legend: B batch, N images, D features, K classes.
 """

@@ -153,7 +153,7 @@ def load_classifier(spec: str) -> Classifier:
     A function gets uint8 images [B,H,W,3] and returns logits [B,K]; its module may be in the working directory.
 
     Raises:
-        UserError: there is no such classifier.
+        UserError: the classifier does not exist or cannot be read.
     """
     path, _, options = spec.partition("?")
     if path.endswith(".onnx"):

@@ -53,7 +53,7 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A head on AlexNet. `sha256` is that of the head's file; `info` says how it was trained, as stored there."""
+    """A head on AlexNet. `sha256` is that of the head's file; `info` describes its training, as stored there."""
 
     name: str
     sha256: str

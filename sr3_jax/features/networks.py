@@ -68,7 +68,7 @@ def open_network(spec: str | None, *, lpips: Lpips | None, classifier: Any = Non
         classifier: a classifier with `features` and `protocol`.
 
     Raises:
-        UserError: there is no such network, or its weights are missing.
+        UserError: the network does not exist, or its weights are missing.
     """
     name, _, path = (spec or "alexnet").partition(":")
     if spec == "none" or (spec is None and lpips is None):

@@ -4,7 +4,7 @@ PATH.onnx?OPTIONS defines the preprocessing, as far as the file's input does not
 
     resnet.onnx                                            [0,1], resized to the input size of the file
     resnet.onnx?resize=256&crop=224&normalise=imagenet     the usual protocol of ImageNet classifiers
-    resnet.onnx?crop=224&normalise=imagenet                the same for 256x256 outputs, as in the paper's Table 4
+    resnet.onnx?crop=224&normalise=imagenet                the same without resizing, for 256x256 outputs
 
 resize=N resizes to N x N by anti-aliased bicubic, then crop=N takes the center of N x N. If the file has a fixed
 input size, images of another size are then resized to it. normalise is unit for [0,1] (the default), signed for

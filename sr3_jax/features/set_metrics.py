@@ -2,7 +2,7 @@
 
 Shape legend: N images or patches of images, D features, K logits. Row i of the outputs and row i of the ground
 truth belong to the same image. Every value is {'mean', 'low', 'high'}: the value over all images, and 1.96 standard
-deviations on either side. (Percentiles of resamples would be biased: an image that is drawn twice reduces the
+deviations on either side. (Percentiles of resamples would be biased: an image that is sampled twice reduces the
 spread of the set, which shifts these distances.)
 """
 
@@ -175,7 +175,7 @@ def _with_interval(
 
 
 def _inception_score_interval(logits: np.ndarray) -> Interval:
-    """In random order: data sets are often sorted by class, and a split is a run of neighbours."""
+    """In random order: data sets are often sorted by class, and a split is a run of similar images."""
     order = np.random.default_rng(0).permutation(len(logits))
     spread = inception_score(logits[order], splits=SPLITS)
     half = NORMAL * (spread.deviation or 0.0) / SPLITS**0.5

@@ -1,7 +1,7 @@
 """Statistics of features of image sets: mean and covariance, Frechet distance, KID, Inception score.
 
 Shape legend: N images, D features, K classes. Everything is float64 NumPy on the host. All metrics depend on N (the
-Frechet distance is biased upwards unless N is far larger than D), so report N with them.
+Frechet distance is biased upward unless N is far larger than D), so report N with them.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _discrepancy(a: np.ndarray, b: np.ndarray) -> float:
 def inception_score(logits: np.ndarray, *, splits: int = 10) -> Spread:
     """IS (Salimans et al. 2016) of logits [N,K], from 1 to K: exp E KL(p(class|image) || p(class)) in each split.
 
-    Splits are contiguous, as in the paper's code, so shuffle images that are sorted by class.
+    Splits are contiguous, as in the code of Salimans et al., so shuffle images that are sorted by class.
 
     Raises:
         UserError: fewer than 2 images per split.

@@ -77,7 +77,7 @@ def read_arrays(content: bytes, name: str) -> dict[str, np.ndarray]:
 
 
 class _Unsupported(Exception):
-    """What is wrong with the file; the message follows its name."""
+    """A file that cannot be read; the message is the reason, which follows the file's name."""
 
 
 class _Array:

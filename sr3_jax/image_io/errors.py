@@ -41,7 +41,7 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
     """Why reading or writing failed, as a clause that follows the path.
 
     Args:
-        head: the first bytes of the file, to tell a damaged image from a file of another type.
+        head: the first bytes of the file, to distinguish a damaged image from other files.
         max_megapixels: the limit that a `DecompressionBombError` refers to.
     """
     text = " ".join(str(error).split())[:120]

@@ -72,7 +72,7 @@ class DecodedImage:
         icc_profile: the color profile, as stored in files.
         exif: EXIF data without the orientation, as stored in files.
         format: the file format that it was read from.
-        notes: what reading changed, one clause each.
+        notes: changes made by reading, one clause each.
     """
 
     rgb: np.ndarray

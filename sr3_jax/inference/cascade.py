@@ -1,4 +1,4 @@
-"""Cascades (paper section 4.4): stages that were trained separately, chained through 8-bit images.
+"""Cascades (paper section 4.3): stages that were trained separately, chained through 8-bit images.
 
 An unconditional base model generates small images from noise; each super-resolution stage upscales them.
 
@@ -33,17 +33,17 @@ BATCH, PIXELS = 64, 64 * 256**2  # largest batch, in images and in pixels
 
 @dataclass(frozen=True, eq=False)
 class CascadeJob:
-    """What to generate.
+    """The images to generate, and the stages and settings to use.
 
     Attributes:
         stages: in order, checked by `check_chain`.
-        samplings: for each stage a function from its own sampling settings to the ones to use.
+        samplings: for each stage, a function from its default sampling settings to those to use.
         count: n.
         labels: [n] class labels; None for none.
         low_res: the images uint8 [H,W,3] to start from; None if the first stage is a base model.
-        seed: of all noise.
-        batch_size: images per batch; None for as many as the image size allows. It never depends on n, so that neither
-            does the rounding within a batch.
+        seed: determines all noise.
+        batch_size: images per batch; None for as many as the image size allows. It does not depend on n, because
+            rounding depends on the size of the batch.
     """
 
     stages: tuple[StageInfo, ...]

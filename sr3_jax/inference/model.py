@@ -52,7 +52,7 @@ class Model:
         network: the U-Net.
         params: float32 weights (the exponential moving average of training).
         schedule: the training noise schedule.
-        space: what is diffused.
+        space: the diffused variable.
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
         scale: s, the super-resolution factor; 1 for an unconditional model.
         sampling: the settings used where none are given: those stored next to the model, else its config's.
@@ -398,7 +398,7 @@ def load(path_or_name: str | os.PathLike[str]) -> Model:
         path_or_name: for example 'photo_4x', 'runs/mine' or 'mine.safetensors'.
 
     Raises:
-        UserError: there is no such model, or it cannot be read.
+        UserError: the model does not exist or cannot be read.
     """
     weights = load_weights(Path(path_or_name))
     model = from_config(weights.config, weights.params, name=weights.name)

@@ -1,4 +1,4 @@
-"""The file that keeps the sampling settings found for a model: `sampling.json`.
+"""The file that stores the sampling settings found for a model: `sampling.json`.
 
 `sr3 search-schedule` writes it into a workdir, or as NAME.sampling.json next to NAME.safetensors; `load` uses it.
 """
@@ -52,7 +52,7 @@ def params_fingerprint(params: Params) -> str:
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """SHA-256 of the parts of a config that fix the network and its noise: the same for all steps of a run."""
+    """SHA-256 of the config fields that determine the network and its noise: the same for all steps of a run."""
     return sha256_hex(
         {name: config[name] for name in ("model", "diffusion")} | {"scale": config["data"]["scale"]}
     )
@@ -77,7 +77,7 @@ def write_sampling(path: Path, stored: StoredSampling) -> None:
 
 
 def read_sampling(path: Path) -> StoredSampling:
-    """Read what `write_sampling` wrote. UserError for anything else."""
+    """Read a file of `write_sampling`. UserError for any other file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
@@ -115,10 +115,10 @@ def copy_sampling(source: Path, target: Path, sampling: Sampling, *, params: Par
 def find_sampling(
     path: Path, *, own: Sampling, params: Params, config: Mapping[str, Any], name: str
 ) -> Sampling:
-    """The settings stored for the model at `path`, or its `own` if there are none for it.
+    """The settings stored for the model at `path`, or `own` if none are stored for it.
 
-    Settings found for other weights are ignored with a warning. A workdir's weights change as training goes on while
-    its file stays: there the file is used for later steps of the same run too, with a warning, since the best noise
+    Settings found for other weights are ignored with a warning. An exception is a workdir, whose weights change as
+    training continues: its file is also used for later steps of the same run, with a warning, since the best noise
     levels change little. Settings for another network or noise schedule are never used.
 
     Raises:

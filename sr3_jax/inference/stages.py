@@ -1,6 +1,6 @@
 """Stages of a cascade on disk, and whether they fit together: checked before any weights are read.
 
-A stage is a model whose config says its name, image size and scale (`config.stage`, `config.data.scale`).
+A stage is a model whose config has its name, image size and scale (`config.stage`, `config.data.scale`).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def stage_from_config(
 def check_chain(
     stages: Sequence[StageInfo], *, low_res: Sequence[tuple[int, int]] = (), unfinished: bool = False
 ) -> None:
-    """Check that each stage takes what the stage before it generates.
+    """Check that each stage accepts the output of the stage before it.
 
     Args:
         low_res: (height, width) of the images to start from instead of a base model.
@@ -143,11 +143,11 @@ def check_chain(
             )
         made = {(high * scale, wide * scale) for high, wide in made}
         before = stage.title
-    labelled = [stage for stage in stages if stage.classes]
-    for stage in labelled[1:]:
-        if stage.classes != labelled[0].classes:
+    labeled = [stage for stage in stages if stage.classes]
+    for stage in labeled[1:]:
+        if stage.classes != labeled[0].classes:
             raise UserError(
-                f"stage {stage.title} has {stage.classes} classes, but {labelled[0].title} has {labelled[0].classes}"
+                f"stage {stage.title} has {stage.classes} classes, but {labeled[0].title} has {labeled[0].classes}"
             )
     for stage in stages:
         if stage.progress is not None and stage.progress[0] < stage.progress[1] and not unfinished:

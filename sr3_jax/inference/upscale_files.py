@@ -37,7 +37,7 @@ _WINDOW_BYTES = 512 * 2**20
 
 
 class Upscaler(Protocol):
-    """The part of `sr3_jax.Model` that is used here."""
+    """The interface of `sr3_jax.Model` that this module uses."""
 
     @property
     def scale(self) -> int: ...

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LOG_SNR_LIMIT = 20.0
-RESIDUAL_SCALE = 1.0 / math.sqrt(2.0)  # so that x + h has the variance of x (paper section 2.3)
+RESIDUAL_SCALE = 1.0 / math.sqrt(2.0)  # so that x + h has the variance of x (paper section 2.4)
 zeros = nn.initializers.zeros_init()
 
 
@@ -110,7 +110,7 @@ def conv(
 
 
 class ResidualBlock(nn.Module):
-    """BigGAN's residual block, conditioned on an embedding (paper section 2.3).
+    """BigGAN's residual block, conditioned on an embedding (paper section 2.4).
 
     Attributes:
         channels: of the output.

@@ -1,4 +1,4 @@
-"""The U-Net of SR3 (paper section 2.3) and a faster variant.
+"""The U-Net of SR3 (paper section 2.4) and a faster variant.
 
 Shape legend: B batch, H height, W width, C channels. Level i has 1 / (patch * 2^i) of the image's resolution.
 """
@@ -60,12 +60,12 @@ class UNet(nn.Module):
             convolutions between levels and one skip connection per level; put most blocks at the low resolutions.
         patch: space-to-depth factor of input and output, 1, 2 or 4; a factor of 4 makes level 0 16 times cheaper.
         norm: 'group' or 'pixel'; see `Norm`.
-        film: the embedding scales and shifts activations instead of being added (paper section 2.3: equal quality).
+        film: the embedding scales and shifts activations instead of being added.
         dropout: rate in the residual blocks.
         num_classes: number of labels, 0 for none; label `num_classes` means "no label".
         augment: take cond['augment'] as an input, the strength [B] in [0,1] of the conditioning augmentation.
         remat: recompute the activations of each block in the backward pass to save memory.
-        remat_keeps: what `remat` stores of each block: 'nothing', or the outputs of its 'convs' and matrix products,
+        remat_keeps: what `remat` stores from each block: 'nothing', or the outputs of its 'convs' and matrix products,
             which takes more memory but recomputes none of them.
         regression: the paper's regression baseline (section 4): the input is the low-res image only, without y_t and
             gamma.
@@ -112,7 +112,7 @@ class UNet(nn.Module):
     def __call__(self, y_t: Image, gamma: NoiseLevel, cond: Conditioning, train: bool = False) -> jax.Array:
         """Predict [B,H,W,C] float32 from y_t [B,H,W,C], gamma [B] and cond.
 
-        With `low_res`, cond['upsampled'] [B,H,W,C] is concatenated to y_t along the channels (paper section 2.3).
+        With `low_res`, cond['upsampled'] [B,H,W,C] is concatenated to y_t along the channels (paper section 2.4).
 
         Args:
             train: apply dropout, with the 'dropout' key of Flax.

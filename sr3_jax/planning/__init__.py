@@ -1,1 +1,1 @@
-"""Plan a training job on a topology: does it fit, and what to change if it does not."""
+"""Plans of training jobs on a topology: memory, FLOPs, and changes that make a job fit."""

@@ -1,4 +1,4 @@
-"""Whether a training job fits a topology, before paying for it, and what to change if it does not."""
+"""Checks whether a training job fits a topology, before paying for it, and suggests changes if it does not."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def plan(
     sizes = mesh_sizes(config["mesh"], topology.count)
     check_batch(config, devices=topology.count, processes=1)
     state = costs.abstract_state_on(experiment, sizes)
-    judged: dict[str, Any] = {}
+    verdicts: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         mesh: Mesh | None = None
         for program in programs:
@@ -106,7 +106,7 @@ def plan(
                 found |= provenance()
                 if file is not None:
                     _save(file, found)
-            judged[program] = _judge(found, program, config, topology, state, sizes)
+            verdicts[program] = _verdict(found, program, config, topology, state, sizes)
     return {
         "topology": topology.name,
         "chips": topology.count,
@@ -116,8 +116,8 @@ def plan(
         "mesh": dict(zip(AXES, sizes, strict=True)),
         "batch_size": config["train"]["batch_size"],
         "eval_images": config["eval"]["num_images"],
-        "programs": judged,
-        "fits": all(result["fits"] for result in judged.values()),
+        "programs": verdicts,
+        "fits": all(result["fits"] for result in verdicts.values()),
     }
 
 
@@ -143,7 +143,7 @@ def mesh_sizes(section: Mapping[str, int], count: int) -> tuple[int, int]:
 # ---- The verdict.
 
 
-def _judge(
+def _verdict(
     found: Mapping[str, Any],
     program: str,
     config: Mapping[str, Any],
@@ -182,7 +182,7 @@ def suggest(
     temporaries: int,
     program: str = "train",
 ) -> dict[str, Any]:
-    """What to change in a config that needs more memory than a chip has, the cheapest change first.
+    """Changes to a config that needs more memory than a chip has, the cheapest first.
 
     Args:
         fsdp: current size of the mesh's 'fsdp' axis.
@@ -221,10 +221,10 @@ def suggest(
         batch, accumulation = config["train"]["batch_size"], config["train"]["accumulation"]
         rows = batch // (topology.count * accumulation)
         if need() > limit and rows > 1:
-            room = max(limit - resident(fsdp), 1.0)
-            parts = [size for size in range(2, rows + 1) if rows % size == 0]
-            part = next((size for size in parts if left / size <= room), parts[-1])
-            change("train.accumulation", accumulation * part, 1 / part)
+            available = max(limit - resident(fsdp), 1.0)
+            factors = [size for size in range(2, rows + 1) if rows % size == 0]
+            factor = next((size for size in factors if left / size <= available), factors[-1])
+            change("train.accumulation", accumulation * factor, 1 / factor)
     elif need() > limit:
         rows = -(-config["eval"]["num_images"] // topology.count)
         fewer = max(1, min(rows - 1, int(rows * max(limit - resident(fsdp), 0.0) / left)))
@@ -257,7 +257,7 @@ def cache_folder() -> Path:
 
 
 def cache_key(config: Mapping[str, Mapping[str, Any]], **more: Any) -> str:
-    """A hash of what a program depends on: config fields, `more`, library versions and this package's source."""
+    """A hash of everything that a program depends on: config fields, `more`, library versions and source code."""
     fields = {
         section: {name: value for name, value in config[section].items() if not names or name in names}
         for section, names in FIELDS.items()

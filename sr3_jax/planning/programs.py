@@ -96,7 +96,7 @@ def compile_program(
     Returns:
         'flops'; 'memory' per chip: 'arguments', 'outputs', 'aliased', 'temporaries', 'code' and 'peak';
         'compiler_options'; 'seconds_to_compile'. If the compiler runs out of the chip's memory, 'compiler_error' is
-        its message and 'memory' what the message says.
+        its message and 'memory' is read from it.
     """
     jitted, arguments = program
     start = time.monotonic()
@@ -146,7 +146,7 @@ def _without_compilation_cache() -> Iterator[None]:
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # the setting is read only when the cache is initialised
+        compilation_cache.reset_cache()  # the setting is read only when the cache is initialized
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
@@ -204,7 +204,7 @@ def estimate_program(
 
 def _forward_cost(experiment: Experiment) -> dict[str, int]:
     """FLOPs of a forward pass on one example, and bytes: 'products', 'blocks' and 'largest' (the largest block)."""
-    # Rematerialisation marks the network's blocks in the jaxpr; a forward pass computes the same with it.
+    # Rematerialization marks the network's blocks in the jaxpr; a forward pass computes the same with it.
     network = experiment.objective.network.clone(remat=True)
     data = experiment.section("data")
     side = data["crop"] // data["shrink"]

@@ -19,7 +19,7 @@ Batch = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Task:
-    """How a target and its condition are made from a crop. Static at trace time.
+    """The recipe for making a target and its condition from a crop. Static at trace time.
 
     Attributes:
         scale: s, the super-resolution factor; None for a base stage, which has no low-res image.

@@ -22,7 +22,7 @@ from sr3_jax.types import Key, Params
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What a training run needs.
+    """Everything that a training run needs.
 
     Attributes:
         config: the complete config as nested plain dicts, as workdirs and exports store it.
@@ -58,7 +58,7 @@ class Experiment:
 
 
 def read(given: ConfigDict | FrozenConfigDict | Mapping[str, Any]) -> Experiment:
-    """Complete and check a config, and build what it describes.
+    """Complete and check a config, and build the experiment that it describes.
 
     Raises:
         UserError: the first field that cannot work, with its value and the rule.
@@ -88,7 +88,7 @@ def check_batch(config: Mapping[str, Any], *, devices: int, processes: int) -> N
     """Check that the batch divides over devices, processes and accumulation.
 
     Raises:
-        UserError: it does not; the sentence gives the nearest batch size that does.
+        UserError: it does not; the message gives the nearest batch size that does.
     """
     train = config["train"]
     multiple = math.lcm(devices * train["accumulation"], processes)

@@ -151,7 +151,7 @@ class HeldOutEvaluation:
 class BestCheckpoint:
     """Exports the weights with the highest held-out PSNR as WORKDIR/best.safetensors.
 
-    This is how the paper selects its regression baseline (section 3).
+    This is how the paper selects its regression baseline (section 4).
 
     Args:
         config: stored in the file next to the weights.

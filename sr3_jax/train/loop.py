@@ -41,7 +41,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     """Train in a workdir, from its newest checkpoint if it has one.
 
     Returns:
-        0 when the run is complete; 143 or 130 when SIGTERM or Ctrl-C stopped it after a save.
+        0 when the run is complete; 143, 130 or 129 when SIGTERM, Ctrl-C or SIGHUP stopped it after a save.
 
     Raises:
         UserError: the config does not fit the machine, the data or the workdir; the loss is not finite.

@@ -12,7 +12,7 @@ Decay = Literal["constant", "cosine"]
 def lr_schedule(
     learning_rate: float, *, warmup_steps: int, decay: Decay = "constant", num_steps: int = 0
 ) -> optax.Schedule:
-    """Linear warmup, then constant (paper section 3) or a cosine decay to 0 at `num_steps`.
+    """Linear warm-up, then constant (paper section 4) or a cosine decay to 0 at `num_steps`.
 
     Raises:
         ValueError: `decay` is unknown.

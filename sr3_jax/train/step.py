@@ -28,12 +28,12 @@ from sr3_jax.types import Key, NoiseLevel, Params
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What the network is trained for. Static at trace time.
+    """The training objective. Static at trace time.
 
     Attributes:
         network: the U-Net.
         schedule: the training schedule.
-        space: what is diffused.
+        space: the diffused variable.
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
         norm: 'l1' or 'l2'.
         weighting: of the loss by gamma; None for equal weights.

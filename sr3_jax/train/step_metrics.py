@@ -71,14 +71,14 @@ class StepMetrics:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Exclude what happens inside from the speed: compilation, evaluation, saving."""
+        """Exclude the time spent inside from the speed: compilation, evaluation, saving."""
         before = time.monotonic()
         yield
         self._start += time.monotonic() - before
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count what happens inside as time spent waiting for the next batch."""
+        """Count the time spent inside as waiting for the next batch."""
         before = time.monotonic()
         yield
         self._waited += time.monotonic() - before

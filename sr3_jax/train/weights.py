@@ -43,7 +43,7 @@ def locate_model(path_or_name: str | Path) -> Path:
     """The workdir or .safetensors file of a model, given its path or the name of a shipped model.
 
     Raises:
-        UserError: there is no such model.
+        UserError: the model does not exist.
     """
     for path in (Path(path_or_name), SHIPPED / f"{path_or_name}.safetensors"):
         if os.path.isdir(path) or os.path.isfile(path):  # Path.is_dir() raises if the name is too long
@@ -63,7 +63,7 @@ def load_weights(path_or_name: str | Path) -> Weights:
     """Load the newest checkpoint of a workdir, an exported file or a shipped model.
 
     Raises:
-        UserError: there is no such model, or it cannot be read.
+        UserError: the model does not exist or cannot be read.
     """
     path = locate_model(path_or_name)
     if not path.is_dir():

@@ -85,7 +85,7 @@ def test_differences_are_paired_and_resample_whole_groups():
     single = collect.paired(difference, np.arange(4))
     grouped = collect.paired(difference, np.array([0, 0, 1, 1]))
     assert single["mean"] == grouped["mean"] == 2.0
-    assert (grouped["low"], grouped["high"]) == (1.0, 3.0)  # either of two groups may be drawn twice
+    assert (grouped["low"], grouped["high"]) == (1.0, 3.0)  # either of two groups may be resampled twice
     assert grouped["share"] == 1.0
     assert collect.paired(np.full(9, 0.5), np.arange(9))["low"] == 0.5
 
@@ -164,7 +164,7 @@ def test_kernel_distances_of_a_resample_leave_out_pairs_of_one_image():
     assert value == pytest.approx(1e3 * (mean(a, a) - 2 * mean(a, b)))
 
 
-def test_a_training_run_is_summarised_from_its_log(tmp_path):
+def test_a_training_run_is_summarized_from_its_log(tmp_path):
     training_folder(tmp_path / "sr3")
     found = collect.training(tmp_path / "sr3")
     assert (found["seconds"], found["steps"]) == (15, 120)

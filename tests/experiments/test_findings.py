@@ -82,19 +82,19 @@ def test_a_metric_that_one_row_lacks_decides_nothing():
     assert verdict({"evaluation": run(rows, *pairs)}, "norm") == "in part"
 
 
-def test_the_l1_model_is_judged_only_against_l2():
+def test_the_l1_model_is_compared_only_with_l2():
     rows = [row("regression", steps=None), row("sr3"), row("sr3_l1")]
     pairs = [(0, 1, "regression - sr3", {"lpips": HIGHER}), (0, 2, "regression - sr3", {"lpips": LOWER})]
     assert verdict({"evaluation": run(rows, *pairs)}, "perception") == "reproduced"
 
 
-def test_the_regression_does_not_decide_whether_sr3_is_recognised():
+def test_the_regression_does_not_decide_whether_sr3_is_recognized():
     rows = [row("bicubic", steps=None, own=False), row("sr3"), row("regression", steps=None)]
     pairs = [(1, 0, "model - bicubic", {"top1": HIGHER}), (2, 0, "model - bicubic", {"top1": LOWER})]
     assert verdict({"recognition": run(rows, *pairs)}, "recognition_bicubic_alexnet") == "reproduced"
 
 
-def test_a_searched_schedule_is_judged_by_lpips_where_it_was_measured():
+def test_the_verdict_on_a_searched_schedule_uses_lpips_if_available():
     rows = [row("searched", detail="variance 0.5"), row("searched")]
     columns = {"lpips": LOWER, "frechet_alexnet": HIGHER}
     runs = {"searched": run(rows, (0, 1, "searched - default", columns))}

@@ -1,4 +1,4 @@
-"""The pages in docs/ are what the scripts write from the committed JSON files, and follow changes of these."""
+"""The pages in docs/ are up to date with the committed JSON files, and change with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An experiment is one command, whose dry run shows what it would do."""
+"""An experiment is one command, whose dry run prints all of its commands."""
 
 from __future__ import annotations
 

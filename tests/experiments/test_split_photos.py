@@ -80,7 +80,7 @@ def test_a_small_photograph_is_not_downscaled(photographs, tmp_path):
         24,
         24,
         3,
-    )  # of 104x72; half the size has room for 2
+    )  # of 104x72; at half the size only 2 fit
 
 
 @pytest.mark.parametrize("other", ["photo0.jpg", "deeper/photo0.png", "PHOTO0.png"])

@@ -25,7 +25,7 @@ class Sr3Photos(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Photographs under free licences; authors and sources are in ATTRIBUTION.md.",
+            description="Photographs under free licenses; authors and sources are in ATTRIBUTION.md.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
