@@ -394,3 +394,15 @@ def test_interrupt_leaves_only_complete_files(tmp_path):
     for name in written:
         read_image(tmp_path / "out" / name)
     assert len(upscale_files(StandIn(), jobs).skipped) == 2
+
+
+def test_transparent_edges_get_no_dark_fringe(tmp_path):
+    """A white disc on transparent black: every pixel that can be seen is white."""
+    y, x = np.mgrid[:24, :24]
+    alpha = np.clip(255 * (8.5 - np.hypot(y - 12, x - 12)), 0, 255).astype(np.uint8)
+    rgb = np.repeat(np.where(alpha > 0, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
+    (job,) = jobs_of(tmp_path, {"disc.png": np.concatenate([rgb, alpha[..., None]], axis=-1)})
+    assert upscale_files(StandIn(), [job]).done
+    output = read_image(job.target)
+    assert output.alpha is not None and 0 < (output.alpha > 0).mean() < 1
+    assert (output.rgb[output.alpha > 0] == 255).all()

@@ -108,6 +108,11 @@ def read_image(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGA
         return _decode(image)
 
 
+def visible_rgb(image: DecodedImage) -> np.ndarray:
+    """uint8 [H,W,3] for a network or a resize: colors hidden by full transparency are replaced by visible ones."""
+    return image.rgb if image.alpha is None else fill_transparent(image.rgb, image.alpha)
+
+
 def from_pillow(image: Image.Image) -> DecodedImage:
     """Convert a Pillow image of any mode, with its metadata.
 
@@ -145,14 +150,13 @@ def _decode(image: Image.Image) -> DecodedImage:
     raw = raw_mode(image)
     image.load()
     pixels = to_pixels(image, raw)
-    rgb = pixels.rgb if pixels.alpha is None else fill_transparent(pixels.rgb, pixels.alpha)
     # After loading: that is when Pillow rotates TIFFs itself, and some PNGs store EXIF after the pixels.
     orientation = metadata.orientation(image)
     exif, exif_notes = metadata.exif(image)
     profile, profile_notes = metadata.profile(image, pixels.gray)
     file_format = image.format or ""
     return DecodedImage(
-        rgb=_upright(rgb, orientation),
+        rgb=_upright(pixels.rgb, orientation),
         alpha=None if pixels.alpha is None else _upright(pixels.alpha, orientation),
         gray=pixels.gray,
         icc_profile=profile,
@@ -172,8 +176,8 @@ def _channels(image: DecodedImage) -> np.ndarray:
 
 
 def read_rgb(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> np.ndarray:
-    """`read_image`, but only the colors: uint8 [H,W,3]."""
-    return read_image(source, max_megapixels=max_megapixels).rgb
+    """`read_image`, but only the colors: uint8 [H,W,3], see `visible_rgb`."""
+    return visible_rgb(read_image(source, max_megapixels=max_megapixels))
 
 
 def read_size(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> tuple[int, int]:

@@ -33,7 +33,14 @@ from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
-from sr3_jax.image_io.image_file import DecodedImage, from_pillow, read_image, to_pillow, with_pixels
+from sr3_jax.image_io.image_file import (
+    DecodedImage,
+    from_pillow,
+    read_image,
+    to_pillow,
+    visible_rgb,
+    with_pixels,
+)
 from sr3_jax.image_ops import pad_image
 from sr3_jax.inference.program import bucket, generate_jit
 from sr3_jax.inference.sampling_file import find_sampling
@@ -163,7 +170,7 @@ class Model:
     def _upscale_decoded(
         self, image: DecodedImage, seed: int | Key, options: Mapping[str, Any]
     ) -> DecodedImage:
-        return with_pixels(image, self._upscale_batch(image.rgb[None], _keys(seed, 1), **options)[0])
+        return with_pixels(image, self._upscale_batch(visible_rgb(image)[None], _keys(seed, 1), **options)[0])
 
     def _upscale_batch(
         self,

@@ -23,6 +23,7 @@ from sr3_jax.image_io.image_file import (
     ImageError,
     read_image,
     require_writable,
+    visible_rgb,
     with_pixels,
     write_image,
 )
@@ -130,7 +131,7 @@ def upscale_files(
         for group, unread in _groups(to_do, read, batch_size=batch_size):
             for job, failure in unread:
                 finish(job, failure)
-            outputs = _outputs(run, [image.rgb for _, image in group], batch_size)
+            outputs = _outputs(run, [visible_rgb(image) for _, image in group], batch_size)
             for (job, image), output in zip(group, outputs, strict=True):
                 if isinstance(output, str):
                     finish(job, output)
