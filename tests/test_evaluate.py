@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -159,7 +160,7 @@ def test_second_run_samples_only_what_is_missing_or_changed(workspace, finished,
     assert gone.read_bytes() == bytes_before
 
     calls.clear()
-    monkeypatch.setattr(methods, "fingerprint", lambda model: "other weights")
+    monkeypatch.setattr(methods, "params_fingerprint", lambda params: "other weights")
     assert run(workspace, "--steps", "2", "--solver", "ddim", out=out) == 0
     assert len(calls) == 3 and report(out)["outputs_reused"] == 3
     monkeypatch.undo()
@@ -236,25 +237,30 @@ def test_unreadable_image_is_named_and_skipped(workspace, tmp_path):
 
     calls = []
     source = Source("three", load_some, 3, file_name=good.file_name)
-    part = runner.evaluate_part(
-        [methods.bicubic(4)], source, tmp_path, suite=STANDARD, on_output=calls.append
+    part = runner.evaluate_images(
+        [methods.bicubic(4)], source, tmp_path, suite=STANDARD, on_output=lambda *counts: calls.append(counts)
     )
     assert part.failed == [(1, "record 1: is truncated")]
-    assert [image.name for image in part.images] == ["a-tall", "c-wide"] and sum(calls) == 3
-    assert len(part.results[0]) == 2
+    assert [image.name for image in part.images] == ["a-tall", "c-wide"] and calls == [(1, 3)] * 3
 
 
 def test_each_image_and_sample_has_its_own_noise(workspace, tmp_path):
     def keys_of(folder, count, seed=0):
         keys = {}
 
-        def upscale(low_res, key, labels):
-            keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key)[0].tolist()))
-            return metric_suite.bicubic_of(low_res, 4)
+        class Recording:
+            network = types.SimpleNamespace(regression=False)
 
-        method = methods.Method("m", 4, upscale, {}, solver="ddim", steps=2)
+            def compile(self, shape, *, labels, sampling):
+                pass
+
+            def upscale(self, low_res, key, *, labels, sampling):
+                keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key)[0].tolist()))
+                return metric_suite.bicubic_of(low_res, 4)
+
+        method = methods.Method("m", 4, {}, Recording(), Sampling("ddim", 2))
         source = open_source(f"folder:{workspace / 'in'}")
-        runner.evaluate_part([method], source, folder, suite=STANDARD, samples=2, seed=seed, limit=count)
+        runner.evaluate_images([method], source, folder, suite=STANDARD, samples=2, seed=seed, limit=count)
         return {image: set(of) for image, of in keys.items()}
 
     three, two = keys_of(tmp_path / "a", 3), keys_of(tmp_path / "b", 2)
@@ -280,7 +286,6 @@ def test_public_function_takes_loaded_models_and_sources(workspace, tmp_path):
     assert sum(count for count, _ in seen) == 4 and {total for _, total in seen} == {4}
     assert done.markdown() == (tmp_path / "evaluation.md").read_text()
     assert all(path.is_file() for path in done.files) and len(done.files) == 4
-    assert {field.name for field in dataclasses.fields(results.Row)} == set(done.report["rows"][0])
 
 
 def test_processes_divide_the_images_and_the_first_merges_them(workspace, finished, tmp_path, monkeypatch):
@@ -327,9 +332,9 @@ def test_exact_output_has_infinite_psnr_and_the_files_are_valid_json(tmp_path):
     flat = Source("flat", lambda index: {"image": np.full((32, 40, 3), 77, np.uint8)}, 2)
     rows = [methods.bicubic(4)]
     for reused in (0, 2):  # also when it is read back
-        part = runner.evaluate_part(rows, flat, tmp_path, suite=STANDARD)
-        assert [result.metrics["psnr"] for result in part.results[0]] == [[np.inf]] * 2
-        assert sum(result.reused for result in part.results[0]) == reused
+        part = runner.evaluate_images(rows, flat, tmp_path, suite=STANDARD)
+        assert [image.results[0].metrics["psnr"] for image in part.images] == [[np.inf]] * 2
+        assert sum(image.results[0].reused for image in part.images) == reused
     summary, networks = results.summarize(part, rows, tmp_path, suite=STANDARD)
     protocol = {"source": "flat", "images": 2, "samples": 1, "seed": 0, "crop": None, **networks}
     results.write_tables(tmp_path, results.make_report(part, summary, [], protocol=protocol, seconds=1.0))
@@ -437,16 +442,12 @@ def test_class_conditional_model_receives_the_label_of_each_image(workspace, tmp
 
 
 def test_model_is_represented_by_its_own_sampler_or_by_most_steps():
-    def method(name, solver, steps, own=False):
-        return methods.Method(
-            name, 4, lambda low_res, key, labels: low_res, {}, solver=solver, steps=steps, nfe=steps, own=own
-        )
-
-    rows = [methods.bicubic(4), method("a", "ddim", 5, True), method("b", "ddim", 5)]
-    rows += [method("a", "ddim", 50), method("b", "ddim", 50), method("b", "heun", 50)]
-    groups = grids.methods_by_model(rows)
-    assert groups == {"a": [1, 3], "b": [2, 4, 5]}
-    assert [grids.representative(rows, numbers) for numbers in groups.values()] == [1, 4]
+    a = dataclasses.replace(build(), sampling=Sampling("ddim", 5))
+    rows = methods.model_methods(a, "a", steps=[5, 50])
+    rows += methods.model_methods(build(), "b", solvers=["ddim", "heun"], steps=[5, 50])
+    groups = grids.methods_by_model([methods.bicubic(4), *rows])
+    assert groups == {"a": [1, 2], "b": [3, 4, 5, 6]}
+    assert [grids.representative([methods.bicubic(4), *rows], at) for at in groups.values()] == [1, 4]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -470,13 +471,13 @@ def test_nfe_is_the_number_of_network_calls(solver):
     assert len(calls) == sampling.nfe
 
 
-def test_fingerprint_depends_on_the_weights(workspace):
+def test_outputs_of_other_weights_are_other_outputs(workspace):
     model = load(workspace / "one.safetensors")
-    assert methods.fingerprint(model) == methods.fingerprint(build())
     leaves, tree = jax.tree.flatten(model.params)
     leaves[3] = leaves[3] + np.float32(1e-6)
-    changed = dataclasses.replace(model, params=jax.tree.unflatten(tree, leaves))
-    assert methods.fingerprint(changed) != methods.fingerprint(model)
+    models = [build(), model, dataclasses.replace(model, params=jax.tree.unflatten(tree, leaves))]
+    settings = [methods.model_methods(one, "m")[0].settings for one in models]
+    assert settings[0] == settings[1] != settings[2]
 
 
 def test_labels_are_short_and_unique():

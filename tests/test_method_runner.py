@@ -13,14 +13,14 @@ from test_set_metrics import frechet
 
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation import methods, metric_suite, results, runner
-from sr3_jax.evaluation.cache import OutputCache
+from sr3_jax.evaluation import methods, metric_suite, outputs, results, runner
 from sr3_jax.evaluation.methods import Method
 from sr3_jax.evaluation.metric_suite import ImageMetrics, MetricSuite
 from sr3_jax.features import networks
 from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol, load_statistics
 from sr3_jax.image_io.image_file import read_rgb
+from sr3_jax.sampling import Sampling
 
 COUNT, SIDE = 7, 32
 GENERATOR = np.random.default_rng(4)
@@ -48,18 +48,30 @@ class Corners:
         return images[:, [0, -1, 5], [0, -1, 5], 0].astype(np.float32) / 100
 
 
-def noisy(name="noisy", seen=None, compiled=None):
-    """A method whose output is bicubic interpolation plus noise from its key."""
+class Noisy:
+    """A model whose output is bicubic interpolation plus noise from its key. Records the batches and compilations."""
 
-    def upscale(low_res, keys, labels):
-        if seen is not None:
-            seen.append(len(low_res))
+    name, scale, config, params = "stub", 4, {}, {}
+    network = types.SimpleNamespace(num_classes=0, regression=False)
+    sampling = Sampling("ddim", 2)
+
+    def __init__(self, events=None, size=9):
+        self.events, self.size = [] if events is None else events, size
+
+    def compile(self, shape, *, labels, sampling):
+        self.events.append(shape)
+
+    def upscale(self, low_res, keys, *, labels, sampling):
+        self.events.append(len(low_res))
         large = metric_suite.bicubic_of(low_res, 4).astype(int)
-        noise = jax.vmap(lambda key: jax.random.randint(key, large.shape[1:], -9, 10))(keys)
+        noise = jax.vmap(lambda key: jax.random.randint(key, large.shape[1:], -self.size, self.size + 1))(
+            keys
+        )
         return np.clip(large + np.asarray(noise), 0, 255).astype(np.uint8)
 
-    compile = (lambda shape: None) if compiled is None else compiled.append
-    return Method(name, 4, upscale, {"noisy": 9}, compile, solver="ddim", steps=2, nfe=2)
+
+def noisy(name="noisy", model=None):
+    return Method(name, 4, {"weights": "noisy"}, model or Noisy(), Noisy.sampling)
 
 
 def full_suite(corners, classifier=None, lpips=None):
@@ -82,46 +94,46 @@ class Done:
     """Part and rows of an evaluation by `evaluate_part` and `summarize`."""
 
     def __init__(self, rows, data, folder, *, suite=STANDARD, **options):
-        self.part = runner.evaluate_part(rows, data, folder, suite=suite, **options)
+        self.part = runner.evaluate_images(rows, data, folder, suite=suite, **options)
         self.rows, self.networks = results.summarize(self.part, rows, folder, suite=suite)
-        self.reused = sum(result.reused for of_method in self.part.results for result in of_method)
+        self.reused = sum(result.reused for image in self.part.images for result in image.results)
 
     def values(self, row):
         """{metric: [images, samples]} of a row."""
-        images = self.rows[row].images.values()
+        images = self.rows[row]["images"].values()
         return {key: np.array([image[key] for image in images]) for key in next(iter(images))}
 
     def mean(self, row, key):
-        return self.rows[row].summary[key]["mean"]
+        return self.rows[row]["summary"][key]["mean"]
 
 
 def test_metrics_are_those_of_the_written_images(tmp_path):
     done = Done(
         [*BASELINES, noisy()], source(), tmp_path, suite=full_suite(Corners()), samples=3, batch_size=4
     )
-    outputs = np.stack([
+    written = np.stack([
         [read_rgb(tmp_path / "noisy" / "ddim-2" / f"{at:05d}{suffix}.png") for suffix in ("", ".2", ".3")]
         for at in range(COUNT)
     ])  # fmt: skip
-    assert len({output.tobytes() for of in outputs for output in of}) == 3 * COUNT
+    assert len({output.tobytes() for of in written for output in of}) == 3 * COUNT
     real, bicubic, made = (done.values(row) for row in range(3))
     assert set(real) == {"top1"} and "diversity" not in bicubic and bicubic["lpips"].shape == (COUNT, 1)
     assert made["lpips"].shape == (COUNT, 3) and made["diversity"].shape == (COUNT, 1)
-    brightness = outputs.astype(float).mean(axis=(2, 3, 4))
+    brightness = written.astype(float).mean(axis=(2, 3, 4))
     apart = np.abs(brightness - IMAGES.astype(float).mean(axis=(1, 2, 3))[:, None])
     np.testing.assert_allclose(made["lpips"], apart, atol=1e-4)
-    deviation = outputs.astype(float).std(axis=1, ddof=1).mean(axis=(1, 2, 3))
+    deviation = written.astype(float).std(axis=1, ddof=1).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(made["diversity"][:, 0], deviation, rtol=1e-5)
     pairs = [np.abs(brightness[:, a] - brightness[:, b]) for a, b in ((0, 1), (0, 2), (1, 2))]
     np.testing.assert_allclose(made["diversity_lpips"][:, 0], np.mean(pairs, axis=0), atol=1e-4)
-    right = outputs[:, :, 0, 0, 0] % 3 == (np.arange(COUNT) % 3)[:, None]
+    right = written[:, :, 0, 0, 0] % 3 == (np.arange(COUNT) % 3)[:, None]
     np.testing.assert_array_equal(made["top1"], 100.0 * right)
     np.testing.assert_array_equal(
         real["top1"][:, 0], 100.0 * (IMAGES[:, 0, 0, 0] % 3 == np.arange(COUNT) % 3)
     )
-    expected = frechet(Corners()(outputs[:, 0]), Corners()(IMAGES))
+    expected = frechet(Corners()(written[:, 0]), Corners()(IMAGES))
     assert done.mean(2, "frechet_corners") == pytest.approx(expected, rel=1e-5, abs=1e-7)
-    assert all({"frechet_corners", "kid_corners"} <= set(row.summary) for row in done.rows)
+    assert all({"frechet_corners", "kid_corners"} <= set(row["summary"]) for row in done.rows)
 
 
 def test_outputs_do_not_depend_on_the_rest_of_their_batch(tmp_path):
@@ -143,7 +155,7 @@ def test_outputs_do_not_depend_on_the_rest_of_their_batch(tmp_path):
 def test_other_metrics_are_computed_from_the_cached_images(tmp_path, monkeypatch):
     """Neither the sampler nor a known metric runs again; a damaged image is sampled again."""
     sampled, options = [], {"samples": 2, "batch_size": 4}
-    rows = [*BASELINES, noisy(seen=sampled)]
+    rows = [*BASELINES, noisy(model=Noisy(sampled))]
     Done(rows, source(), tmp_path, **options)
     sampled.clear()
     corners, lpips = Corners(), Brightness()
@@ -153,7 +165,7 @@ def test_other_metrics_are_computed_from_the_cached_images(tmp_path, monkeypatch
 
     corners, lpips = Corners(), Brightness()
     with monkeypatch.context() as patch:
-        patch.setattr(OutputCache, "read", None)  # no image file is decoded
+        patch.setattr(outputs, "read_rgb", None)  # no image file is decoded
         again = Done(rows, source(), tmp_path, suite=full_suite(corners, lpips=lpips), **options)
     assert (sampled, corners.seen, lpips.shapes) == ([], 0, [])
     assert before.rows == again.rows
@@ -165,13 +177,13 @@ def test_other_metrics_are_computed_from_the_cached_images(tmp_path, monkeypatch
     assert not np.array_equal(changed.values(2)["top1"], before.values(2)["top1"])
 
     fives = ImageMetrics("standard 99", lambda *images: {"psnr": np.full(4, 5.0)})
-    newer = Done([noisy(seen=sampled)], source(), tmp_path, suite=MetricSuite((fives,)), **options)
+    newer = Done(rows[2:], source(), tmp_path, suite=MetricSuite((fives,)), **options)
     assert sampled == [] and set(newer.values(0)) == {"psnr", "seconds"}
     assert (newer.values(0)["psnr"] == 5).all()
 
     (tmp_path / "noisy" / "ddim-2" / "00003.2.png").write_bytes(b"not an image")
-    Done([noisy(seen=sampled)], source(), tmp_path, **options)
-    assert sampled == [4]  # one full batch
+    Done(rows[2:], source(), tmp_path, **options)
+    assert [event for event in sampled if event == 4] == [4]  # one full batch
 
 
 def test_each_shape_is_compiled_once_and_no_batch_is_sampled_twice(tmp_path):
@@ -179,7 +191,7 @@ def test_each_shape_is_compiled_once_and_no_batch_is_sampled_twice(tmp_path):
         return {"image": IMAGES[index, : 28 if index in (2, 5) else SIDE].copy()}
 
     events = []
-    method = noisy(seen=events, compiled=events)
+    method = noisy(model=Noisy(events))
     done = Done([method], Source("mixed", load_one, COUNT), tmp_path, batch_size=2)
     shapes = [event for event in events if isinstance(event, tuple)]
     assert sorted(shapes) == [(2, 7, 8, 3), (2, 8, 8, 3)]
@@ -190,17 +202,11 @@ def test_each_shape_is_compiled_once_and_no_batch_is_sampled_twice(tmp_path):
 
 def test_diversity_of_other_outputs_is_computed_again(tmp_path):
     """Samples that were replaced by others have no diversity yet, whatever is known of the earlier ones."""
-    size = [1]
-
-    def upscale(low_res, keys, labels):
-        large = metric_suite.bicubic_of(low_res, 4).astype(int)
-        shift = jax.vmap(lambda key: jax.random.randint(key, (1, 1, 1), 0, 20))(keys)
-        return np.clip(large + size[0] * np.asarray(shift), 0, 255).astype(np.uint8)
-
-    method = Method("m", 4, upscale, {}, solver="ddim", steps=2)
+    model = Noisy(size=3)
+    method = noisy(model=model)
     before = Done([method], source(), tmp_path, samples=2)
-    size[0] = 3
-    for path in (tmp_path / "m" / "ddim-2").glob("*.png"):
+    model.size = 9
+    for path in (tmp_path / "noisy" / "ddim-2").glob("*.png"):
         path.unlink()
     after = Done([method], source(), tmp_path, samples=2)
     assert after.reused == 0
@@ -208,14 +214,13 @@ def test_diversity_of_other_outputs_is_computed_again(tmp_path):
 
 
 def test_samples_of_an_image_are_averaged_before_images_are_resampled(tmp_path):
-    image = results.EvaluatedImage(0, "a", 8, 8)
     values = [[0.0, 10.0], [10.0, 0.0], [5.0, 5.0]]  # equal images whose samples differ
-    part = results.Part(
-        [results.EvaluatedImage(i, name, image.height, image.width) for i, name in enumerate("abc")],
-        [[runner.Result({"psnr": row}, [], [], 0) for row in values]],
-    )
+    part = results.Part([
+        results.EvaluatedImage(index, str(index), 8, 8, [outputs.Result({"psnr": row}, [], [], 0)])
+        for index, row in enumerate(values)
+    ])  # fmt: skip
     rows, _ = results.summarize(part, [noisy()], tmp_path, suite=STANDARD)
-    assert rows[0].summary["psnr"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
+    assert rows[0]["summary"]["psnr"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
 
 
 def test_metric_that_some_images_lack_is_omitted_with_the_reason(tmp_path):
@@ -227,7 +232,9 @@ def test_metric_that_some_images_lack_is_omitted_with_the_reason(tmp_path):
     image = (metric_suite.standard_metrics(), metric_suite.lpips_metric(lpips))
     suite = MetricSuite(image, (), network, lpips)
     done = Done(BASELINES, Source("mixed", load_one, 4), tmp_path, suite=suite)
-    assert "psnr" in done.rows[1].summary and not {"lpips", "frechet_corners"} & set(done.rows[1].summary)
+    assert "psnr" in done.rows[1]["summary"] and not {"lpips", "frechet_corners"} & set(
+        done.rows[1]["summary"]
+    )
     omitted = done.networks["omitted"]
     assert len(omitted) == 2 and "LPIPS" in omitted[0] and "1 of 4 images" in omitted[0]
     assert "corners" in omitted[1] and "31 pixels" in omitted[1]
@@ -236,14 +243,10 @@ def test_metric_that_some_images_lack_is_omitted_with_the_reason(tmp_path):
 
 
 def test_command_line_with_every_network(monkeypatch, tmp_path, capsys):
-    class Stub:
-        scale, name, config, params = 4, "stub", {}, {}
-        network = types.SimpleNamespace(num_classes=0)
-
     monkeypatch.setattr(metric_suite, "load_lpips", Brightness)
     monkeypatch.setattr(networks, "AlexNetFeatures", lambda lpips: AlexNet())
     monkeypatch.setattr(runner, "open_source", lambda name, **options: source())
-    monkeypatch.setattr(runner, "load", lambda name: Stub())
+    monkeypatch.setattr(runner, "load", lambda name: Noisy())
     monkeypatch.setattr(methods, "model_methods", lambda model, label, **options: [noisy(label)])
     monkeypatch.setattr(metric_suite, "load_classifier", lambda spec: Lookup(np.eye(10)[np.arange(256) % 10]))
 

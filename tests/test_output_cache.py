@@ -12,7 +12,7 @@ import pytest
 
 from sr3_jax import files
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.cache import Output, OutputCache
+from sr3_jax.evaluation.outputs import Output, OutputCache
 from sr3_jax.image_io.image_file import DecodedImage, read_rgb, write_image
 
 VALUES = {"psnr": 21.5, "ssim": 0.5}

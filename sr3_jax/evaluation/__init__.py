@@ -4,9 +4,9 @@ Public functions and types, loaded on first use:
   evaluate(models, data, output_dir, *, steps, solvers, samples, seed, ...) -> Evaluation
   search_schedule(model, data, output_dir, *, metric, solvers, nfe, ...) -> ScheduleSearch
 
-The modules behind them: `runner` (the evaluation), `methods` (the rows of the table), `metric_suite` (its metrics),
-`method_runner` and `cache` (outputs and their metrics, sampled once), `results` (rows and evaluation.json), `tables`
-(Markdown and CSV), `grids` (images); `search`, `crop_evaluator` and `successive_halving` (the schedule search). The
+The modules behind them: `runner` (the evaluation), `methods` (what is compared), `metric_suite` (what is computed),
+`outputs` (sampled once, with their metrics), `results` (rows and evaluation.json), `tables` (Markdown and CSV), `grids`
+(images); `search`, `crop_evaluator` and `successive_halving` (the schedule search). The
 metrics themselves and their registry are in `sr3_jax.metrics`.
 """
 
@@ -16,7 +16,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sr3_jax.evaluation.results import Row as Row
     from sr3_jax.evaluation.runner import Evaluation as Evaluation
     from sr3_jax.evaluation.runner import evaluate as evaluate
     from sr3_jax.evaluation.search import ScheduleSearch as ScheduleSearch
@@ -24,12 +23,11 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Evaluation": "runner",
-    "Row": "results",
     "ScheduleSearch": "search",
     "evaluate": "runner",
     "search_schedule": "search",
 }
-__all__ = ["Evaluation", "Row", "ScheduleSearch", "evaluate", "search_schedule"]
+__all__ = ["Evaluation", "ScheduleSearch", "evaluate", "search_schedule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation.cache import output_path
 from sr3_jax.evaluation.methods import Method, bicubic
 from sr3_jax.evaluation.metric_suite import crop_ground_truth, low_res_of
+from sr3_jax.evaluation.outputs import output_path
 from sr3_jax.evaluation.results import EvaluatedImage, Part
 from sr3_jax.image_io.grid import image_grid
 from sr3_jax.image_io.image_file import DecodedImage, read_rgb, write_image
@@ -34,7 +34,7 @@ def write_grids(
     """
     groups = methods_by_model(methods)
     shown = [representative(methods, indices) for indices in groups.values()]
-    psnr = np.array([np.mean(result.metrics["psnr"]) for result in part.results[shown[0]]])
+    psnr = np.array([np.mean(image.results[shown[0]].metrics["psnr"]) for image in part.images])
     cases = select_images(psnr)
     files = {"grid.png": shown}
     files |= {f"grid_{name}.png": indices for name, indices in groups.items() if len(indices) > 1}

@@ -6,7 +6,7 @@ Shape legend: B batch, h x w a low-res image, s the scale. Images are uint8 NumP
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,73 +23,111 @@ from sr3_jax.types import Key
 
 GROUND_TRUTH, BICUBIC = "ground truth", "bicubic"  # names in tables
 
-Upscale = Callable[[np.ndarray, Key, np.ndarray], np.ndarray]
-"""(low_res uint8 [B,h,w,3], keys [B], labels int [B], zeros without labels) -> uint8 [B,s*h,s*w,3] on the host."""
-Compile = Callable[[tuple[int, ...]], None]
-"""Compile the `Upscale` of low-res images of this shape [B,h,w,3], so that the next call only runs it."""
-
 
 @dataclass(frozen=True, eq=False)
 class Method:
     """A way to upscale: one row of the table.
 
     Attributes:
-        name: 'ground truth', 'bicubic' or the model's label.
-        upscale: None for the ground truth, whose row has the metrics of a perfect method.
+        name: 'ground truth' (whose row shows what a perfect method would reach), 'bicubic' or the model's label.
         settings: plain values that determine the outputs; outputs of other settings are not reused.
-        compile: compiles `upscale` ahead of time, so that compilation is not timed.
-        solver, steps: None without a sampler.
-        detail: the sampler's settings other than its solver's defaults, in words.
-        nfe: network evaluations per image.
-        own: whether this is the model's own default sampler.
-        uses_labels: whether `upscale` uses the labels of the images.
+        model, sampling: None for the ground truth and bicubic interpolation.
+        uses_labels: whether the model receives the labels of the images.
     """
 
     name: str
     scale: int
-    upscale: Upscale | None
     settings: Mapping[str, Any]
-    compile: Compile = lambda shape: None
-    solver: str | None = None
-    steps: int | None = None
-    detail: str = ""
-    nfe: int = 0
-    own: bool = False
+    model: Model | None = None
+    sampling: Sampling | None = None
     uses_labels: bool = False
+
+    @property
+    def is_ground_truth(self) -> bool:
+        return self.name == GROUND_TRUTH
+
+    @property
+    def sampler(self) -> Sampling | None:
+        """Its sampling settings; None if it is deterministic: a regression model, bicubic or the ground truth."""
+        return None if self.model is None or self.model.network.regression else self.sampling
+
+    @property
+    def solver(self) -> str | None:
+        return self.sampler.solver if self.sampler else None
+
+    @property
+    def steps(self) -> int | None:
+        return self.sampler.steps if self.sampler else None
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        return self.sampler.nfe if self.sampler else int(self.model is not None)
+
+    @property
+    def own(self) -> bool:
+        """Whether this is the model's own default sampler."""
+        return self.model is not None and self.sampler in (None, self.model.sampling)
+
+    @property
+    def detail(self) -> str:
+        """The sampler's settings other than its solver's defaults, in words."""
+        if self.sampler is None:
+            return ""
+        defaults = dataclasses.asdict(Sampling(self.sampler.solver, self.sampler.steps))
+        changed = {
+            name: value for name, value in dataclasses.asdict(self.sampler).items() if value != defaults[name]
+        }
+        return ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in changed.items()
+        )
 
     @property
     def folder(self) -> str:
         """The folder of its outputs, relative to that of all outputs."""
-        if not self.solver:
+        if self.sampler is None:
             return f"{self.name.replace(' ', '_')}/{self.scale}x"
-        suffix = f"-{sha256_hex(self.settings['sampling'])[:8]}" if self.detail else ""
-        return f"{self.name}/{self.solver.replace(':', '_')}-{self.steps}{suffix}"
+        suffix = f"-{sha256_hex(dataclasses.asdict(self.sampler))[:8]}" if self.detail else ""
+        return f"{self.name}/{self.sampler.solver.replace(':', '_')}-{self.steps}{suffix}"
 
     @property
     def title(self) -> str:
         """Its name in an image grid."""
-        return f"{self.name} {self.solver} {self.steps} steps" if self.solver else self.name
+        return f"{self.name} {self.solver} {self.steps} steps" if self.sampler else self.name
 
     def num_samples(self, requested: int) -> int:
-        """The number of outputs per image: one for a deterministic method without a sampler."""
-        return requested if self.solver else 1
+        """The number of outputs per image: one for a deterministic method."""
+        return requested if self.sampler else 1
+
+    def compile(self, shape: tuple[int, ...]) -> None:
+        """Compile `upscale` of low-res images of this shape [B,h,w,3], so that the next call only runs it."""
+        if self.model is None:
+            metric_suite.bicubic_of(np.zeros(shape, np.uint8), self.scale)
+        else:
+            labels = np.zeros(shape[0], np.int64) if self.uses_labels else None
+            self.model.compile(shape, labels=labels, sampling=self.sampling)
+
+    def upscale(self, low_res: np.ndarray, keys: Key, labels: np.ndarray) -> np.ndarray:
+        """Low-res images uint8 [B,h,w,3], keys [B] and labels int [B] (zeros without labels) -> uint8 [B,s*h,s*w,3]."""
+        if self.model is None:
+            return metric_suite.bicubic_of(low_res, self.scale)
+        given = labels if self.uses_labels else None
+        try:
+            return np.asarray(self.model.upscale(low_res, keys, labels=given, sampling=self.sampling))
+        except FloatingPointError as error:  # no metric of a broken output would mean anything
+            how = f" ({self.solver}, {self.steps} steps)" if self.sampler else ""
+            raise UserError(f"{error}{how}") from error
 
 
 def ground_truth(scale: int) -> Method:
     """The ground truth itself."""
-    return Method(GROUND_TRUTH, scale, None, {GROUND_TRUTH: scale})
+    return Method(GROUND_TRUTH, scale, {GROUND_TRUTH: scale})
 
 
 def bicubic(scale: int) -> Method:
     """Bicubic interpolation, the baseline."""
-
-    def upscale(low_res: np.ndarray, keys: Key, labels: np.ndarray) -> np.ndarray:
-        return metric_suite.bicubic_of(low_res, scale)
-
-    def compile(shape: tuple[int, ...]) -> None:
-        metric_suite.bicubic_of(np.zeros(shape, np.uint8), scale)
-
-    return Method(BICUBIC, scale, upscale, {BICUBIC: scale}, compile)
+    return Method(BICUBIC, scale, {BICUBIC: scale})
 
 
 def model_methods(
@@ -101,7 +139,7 @@ def model_methods(
     unsearched: bool = False,
     use_labels: bool = False,
 ) -> list[Method]:
-    """One method for each solver and number of steps.
+    """One method for each solver and number of steps; a regression model has one only.
 
     Args:
         label: the model's name in tables and folders.
@@ -113,89 +151,29 @@ def model_methods(
     Raises:
         UserError: the solver or number of steps is invalid for this model.
     """
+    samplings: list[Sampling] = []
     if model.network.regression:  # one pass, whatever is requested for the others
-        method = model_method(model, label, Sampling(model.sampling.solver, 1), use_labels=use_labels)
-        return [dataclasses.replace(method, solver=None, steps=None, nfe=1, own=True)]
-    weights = fingerprint(model)
+        samplings = [Sampling(model.sampling.solver, 1)]
+    else:
+        for solver in solvers or [model.sampling.solver]:
+            for count in steps or [model.sampling.steps]:
+                sampling = model.sampling.override(solver=solver, steps=count)
+                default = Sampling(solver, count, guidance=sampling.guidance, augment=sampling.augment)
+                samplings += [default, sampling] if unsearched and default != sampling else [sampling]
+    fixed = {"weights": params_fingerprint(model.params), "setup": config_fingerprint(model.config)}
     found = []
-    for solver in solvers or [model.sampling.solver]:
-        for count in steps or [model.sampling.steps]:
-            sampling = model.sampling.override(solver=solver, steps=count)
-            default = Sampling(solver, count, guidance=sampling.guidance, augment=sampling.augment)
-            choices = [default, sampling] if unsearched and default != sampling else [sampling]
-            found += [
-                model_method(model, label, choice, weights=weights, use_labels=use_labels)
-                for choice in choices
-            ]
-    return found
-
-
-def model_method(
-    model: Model, label: str, sampling: Sampling, *, weights: str | None = None, use_labels: bool = False
-) -> Method:
-    """A model with one sampler.
-
-    Args:
-        weights: `fingerprint(model)`, if it is known.
-        use_labels: as for `model_methods`.
-
-    Raises:
-        UserError: the model's noise schedule has no such sampling grid.
-    """
-    try:
-        sampling.grid(model.schedule)
-    except UserError as error:
-        raise UserError(f"{label}: {error}") from error
-
-    conditional = bool(use_labels and model.network.num_classes)
-
-    def upscale(low_res: np.ndarray, keys: Key, labels: np.ndarray) -> np.ndarray:
-        given = labels if conditional else None
+    for sampling in samplings:
         try:
-            return np.asarray(model.upscale(low_res, keys, labels=given, sampling=sampling))
-        except FloatingPointError as error:  # no metric of a broken output would mean anything
-            raise UserError(f"{error} ({sampling.solver}, {sampling.steps} steps)") from error
-
-    def compile(shape: tuple[int, ...]) -> None:
-        labels = np.zeros(shape[0], np.int64) if conditional else None
-        model.compile(shape, labels=labels, sampling=sampling)
-
-    values = dataclasses.asdict(sampling)
-    defaults = dataclasses.asdict(Sampling(sampling.solver, sampling.steps))
-    return Method(
-        label,
-        model.scale,
-        upscale,
-        {
-            "weights": weights or fingerprint(model),
-            "setup": config_fingerprint(model.config),
-            "sampling": values,
-        },
-        compile,
-        solver=sampling.solver,
-        steps=sampling.steps,
-        detail=", ".join(_setting(name, value) for name, value in values.items() if value != defaults[name]),
-        nfe=sampling.nfe,
-        own=sampling == model.sampling,
-        uses_labels=conditional,
-    )
-
-
-def _setting(name: str, value: Any) -> str:
-    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def fingerprint(model: Model) -> str:
-    """SHA-256 of a model's weights."""
-    return params_fingerprint(model.params)
+            sampling.grid(model.schedule)
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from error
+        settings = {**fixed, "sampling": dataclasses.asdict(sampling)}
+        uses_labels = bool(use_labels and model.network.num_classes)
+        found.append(Method(label, model.scale, settings, model, sampling, uses_labels))
+    return found
 
 
 def unique_labels(names: Sequence[str | Path]) -> list[str]:
     """A short unique label for each model path or name: its last component, safe as a file name."""
     taken = {BICUBIC, GROUND_TRUTH.replace(" ", "_")}
     return [unique_file_name(Path(name).resolve().name.removesuffix(".safetensors"), taken) for name in names]
-
-
-def total_outputs(methods: Sequence[Method], *, images: int, samples: int) -> int:
-    """The number of outputs of all methods for this many images."""
-    return images * sum(method.num_samples(samples) for method in methods)

@@ -13,18 +13,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from sr3_jax import metrics
 from sr3_jax.errors import UserError
-from sr3_jax.features import set_metrics
 from sr3_jax.features.classifiers import Classifier, correct, load_classifier
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import Statistics, load_statistics
+from sr3_jax.files import sha256_hex
 from sr3_jax.image_ops import degrade, pad_batch, to_uint8, to_unit, upsample
 
 REVISION = 1  # of the functions in sr3_jax.metrics; cached values of another revision are computed again
@@ -95,6 +94,11 @@ class MetricSuite:
     def of_ground_truth(self) -> bool:
         """Whether some metric is defined for the ground truth itself."""
         return self.network is not None or any(group.of_ground_truth for group in self.image)
+
+    def feature_keys(self, pixels: str, image: np.ndarray) -> list[str]:
+        """The keys of the features of an image with this hash: the hash itself, or one key per patch."""
+        count = 1 if self.network is None else len(self.network.patches(image))
+        return [pixels] if count == 1 else [sha256_hex({pixels: patch}) for patch in range(count)]
 
 
 def open_suite(
@@ -211,59 +215,6 @@ def lpips_diversity(lpips: Lpips, *, batch_size: int = 1) -> SampleMetrics:
         return {"diversity_lpips": float(np.mean(found))}
 
     return SampleMetrics(f"diversity lpips {lpips.sha256}", compute, min_side=LEAST_SIDE)
-
-
-def describe_networks(
-    suite: MetricSuite, *, images: int, feature_rows: int, has_set_metrics: bool, left_out: Mapping[str, int]
-) -> dict[str, Any]:
-    """The networks of an evaluation and the metrics that are omitted, as plain values for evaluation.json.
-
-    Args:
-        images: how many were evaluated.
-        feature_rows: N of the metrics of the set: images, or their patches.
-        has_set_metrics: whether there are any.
-        left_out: {metric: how many images it could not be computed for}.
-    """
-    omitted = [*suite.omitted]
-    for key, count in left_out.items():
-        heading = metrics.METRICS[key].heading if key in metrics.METRICS else key
-        omitted.append(
-            f"{heading} is omitted: {count} of {images} images have a side shorter than {LEAST_SIDE} pixels."
-        )
-    found: dict[str, Any] = {}
-    if suite.lpips is not None:
-        found["lpips"] = {"network": suite.lpips.name, "sha256": suite.lpips.sha256}
-    if suite.classifier is not None:
-        found["classifier"] = {
-            "network": suite.classifier.name,
-            "sha256": suite.classifier.sha256,
-            "classes": suite.classifier.num_classes,
-            "kind": getattr(suite.classifier, "kind", ""),
-        }
-    if suite.network is not None:
-        protocol = suite.network.protocol
-        reference = f"{suite.reference_name} ({suite.reference.count} images)" if suite.reference else ""
-        found["features"] = {
-            "network": protocol.network,
-            "sha256": protocol.weights_sha256,
-            "preprocessing": protocol.preprocessing,
-            "distance": protocol.distance,
-            "count": feature_rows,
-            "images": images,
-            "patch": suite.network.patch,
-            "reference": reference,
-            "subset": set_metrics.SUBSET,
-            "splits": set_metrics.SPLITS,
-            "resamples": set_metrics.RESAMPLES,
-        }
-        if not has_set_metrics:
-            reason = (
-                "they need at least 2 images"
-                if images < 2
-                else f"some images have a side shorter than {LEAST_SIDE} pixels"
-            )
-            omitted.append(f"Metrics of the set ({protocol.network}) are omitted: {reason}.")
-    return found | {"omitted": omitted}
 
 
 # ---- Ground truth, low-res image and bicubic interpolation

@@ -1,4 +1,4 @@
-"""The results of an evaluation: merged over processes, summarized as rows, and written as evaluation.json.
+"""The results of an evaluation: what each process found, summarized as rows, and written as evaluation.json.
 
 Shape legend: P images, S samples.
 """
@@ -21,145 +21,92 @@ import jax
 import numpy as np
 
 from sr3_jax import __version__
-from sr3_jax.errors import UserError
-from sr3_jax.evaluation import metric_suite as suites
 from sr3_jax.evaluation import tables
-from sr3_jax.evaluation.method_runner import Result
-from sr3_jax.evaluation.methods import Method, fingerprint
+from sr3_jax.evaluation.methods import Method
 from sr3_jax.evaluation.metric_suite import MetricSuite
+from sr3_jax.evaluation.outputs import Result
 from sr3_jax.features import set_metrics
 from sr3_jax.features.cache import FeatureCache
+from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.files import to_json, write_text
-from sr3_jax.inference.model import Model
+from sr3_jax.metrics import METRICS
 
 FORMAT = "sr3_jax.evaluation.2"
 
 
 @dataclass(frozen=True)
 class EvaluatedImage:
-    """An image of the data set: its index, its name in files, and its size in pixels."""
+    """An image of the data set: its index, its name in files, its size in pixels, and one result for each method."""
 
     index: int
     name: str
     height: int
     width: int
+    results: Sequence[Result] = ()
 
 
 @dataclass(frozen=True)
 class Part:
-    """The results of one process, or of all processes, as plain values.
-
-    Attributes:
-        images: in the order of `results`.
-        results: of each method, one for each image.
-        failed: (index, 'NAME: reason') of images that cannot be read.
-    """
+    """What one process found, or all of them together: the images, and (index, reason) of those that cannot be read."""
 
     images: Sequence[EvaluatedImage]
-    results: Sequence[Sequence[Result]]
     failed: Sequence[tuple[int, str]] = ()
 
+    def write(self, folder: Path, process: int) -> None:
+        """Write it to a file that `read` understands. UserError if it cannot be written."""
+        write_text(_part_path(folder, process), json.dumps(dataclasses.asdict(self)))
 
-@dataclass(frozen=True)
-class Row:
-    """The results of one method: a row of the tables, and of evaluation.json as `dataclasses.asdict` gives it.
+    @classmethod
+    def read(cls, folder: Path, process: int) -> Part:
+        """What `write` wrote."""
+        values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
+        images = [
+            EvaluatedImage(**{**image, "results": [Result(**result) for result in image["results"]]})
+            for image in values["images"]
+        ]
+        return cls(images, [tuple(pair) for pair in values["failed"]])
 
-    Attributes:
-        method, scale, solver, steps, detail, nfe, own: as in `Method`.
-        summary: {metric: {'mean', 'low', 'high'}}; None stands for infinity.
-        images: {image: {metric: one value per sample, or one for all}}; None stands for infinity.
-    """
-
-    method: str
-    scale: int
-    solver: str | None
-    steps: int | None
-    detail: str
-    nfe: int
-    own: bool
-    summary: Mapping[str, Mapping[str, float | None]]
-    images: Mapping[str, Mapping[str, Sequence[float | None]]]
-
-
-def write_part(folder: Path, part: Part, *, process: int) -> None:
-    """Write the results of one process. UserError if they cannot be written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(_part_path(folder, process), json.dumps(dataclasses.asdict(part)))
-
-
-def read_part(folder: Path, *, process: int) -> Part:
-    """Read the results that `write_part` wrote."""
-    values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
-    return Part(
-        [EvaluatedImage(**image) for image in values["images"]],
-        [[Result(**result) for result in of_method] for of_method in values["results"]],
-        [tuple(pair) for pair in values["failed"]],
-    )
-
-
-def merge(parts: Sequence[Part], source: str) -> Part:
-    """The results of all processes as one, images in the order of the source. UserError if no image is usable."""
-    failed = sorted(pair for part in parts for pair in part.failed)
-    images = [image for part in parts for image in part.images]
-    if not images:
-        raise UserError(f"none of the images of {source} can be used; the first: {failed[0][1]}")
-    order = sorted(range(len(images)), key=lambda i: images[i].index)
-    results = [
-        [result for part in parts for result in part.results[method]]
-        for method in range(len(parts[0].results))
-    ]
-    return Part([images[i] for i in order], [[of_method[i] for i in order] for of_method in results], failed)
+    @classmethod
+    def merge(cls, parts: Sequence[Part]) -> Part:
+        """The parts of all processes as one, in the order of the source."""
+        images = [image for part in parts for image in part.images]
+        failed = [pair for part in parts for pair in part.failed]
+        return cls(sorted(images, key=lambda image: image.index), sorted(failed))
 
 
 def summarize(
     part: Part, methods: Sequence[Method], outputs: Path, *, suite: MetricSuite
-) -> tuple[list[Row], dict[str, Any]]:
-    """A row for each method, with the metrics of the set, and the networks' part of the protocol.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of the tables and of evaluation.json, one for each method, and the networks' part of the protocol.
 
-    Metrics that could not be computed for every image are left out, and the protocol says so.
+    A row has the method's name, scale, solver, steps, detail, nfe and own; 'summary', {metric: {'mean', 'low',
+    'high'}}; and 'images', {image: {metric: one value per sample, or one for all}}. None stands for infinity. Metrics
+    that could not be computed for every image are left out, and the protocol says so.
     """
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     left_out: dict[str, int] = {}
-    for method, results in zip(methods, part.results, strict=True):
+    for number, method in enumerate(methods):
+        results = [image.results[number] for image in part.images]
         keys = dict.fromkeys(key for result in results for key in result.metrics)
         missing = {key: sum(key not in result.metrics for result in results) for key in keys}
-        left_out |= {key: number for key, number in missing.items() if number}
+        left_out |= {key: count for key, count in missing.items() if count}
         complete = [key for key in keys if not missing[key]]
-        summary = {
+        summary: dict[str, Mapping[str, float]] = {
             key: tables.bootstrap(np.array([result.metrics[key] for result in results]).mean(axis=1))
             for key in complete
         }
-        rows.append(
-            Row(
-                method.name,
-                method.scale,
-                method.solver,
-                method.steps,
-                method.detail,
-                method.nfe,
-                method.own,
-                {
-                    key: to_json(interval)
-                    for key, interval in {**summary, **_set_metrics(results, method, outputs, suite)}.items()
-                },
-                {
-                    image.name: {key: _finite_or_none(result.metrics[key]) for key in complete}
-                    for image, result in zip(part.images, results, strict=True)
-                },
-            )
-        )
-    count = len(part.images)
-    if suite.lpips is not None and not any("lpips" in row.summary for row in rows):
-        left_out.setdefault("lpips", count)  # all images are too small
-    set_keys = set_metrics.metric_keys(suite.network.protocol) if suite.network else ()
-    networks = suites.describe_networks(
-        suite,
-        images=count,
-        feature_rows=sum(len(result.ground_truth_features) for result in part.results[0]),
-        has_set_metrics=any(key in row.summary for row in rows for key in set_keys),
-        left_out=left_out,
-    )
-    return rows, networks
+        summary |= _set_metrics(results, method, outputs, suite)
+        row: dict[str, Any] = {"method": method.name}
+        row |= {name: getattr(method, name) for name in ("scale", "solver", "steps", "detail", "nfe", "own")}
+        row["summary"] = {key: to_json(interval) for key, interval in summary.items()}
+        row["images"] = {
+            image.name: {key: _finite_or_none(result.metrics[key]) for key in complete}
+            for image, result in zip(part.images, results, strict=True)
+        }
+        rows.append(row)
+    if suite.lpips is not None and not any("lpips" in row["summary"] for row in rows):
+        left_out.setdefault("lpips", len(part.images))  # all images are too small
+    return rows, _networks(part, rows, suite, left_out)
 
 
 def _set_metrics(
@@ -178,14 +125,66 @@ def _set_metrics(
         patches = [len(result.ground_truth_features) for result in results]
         options["images"] = np.repeat(np.arange(len(results)), patches)
     protocol = suite.network.protocol
-    if method.upscale is None:
+    if method.is_ground_truth:
         return set_metrics.ground_truth_metrics(cache.get(truth), protocol, **options)
     return set_metrics.output_metrics(cache.get(generated), cache.get(truth), protocol, **options)
 
 
+def _networks(
+    part: Part, rows: Sequence[Mapping[str, Any]], suite: MetricSuite, left_out: Mapping[str, int]
+) -> dict[str, Any]:
+    """The networks behind the metrics, and sentences about omitted ones, for the protocol.
+
+    Args:
+        left_out: {metric: how many images it could not be computed for}.
+    """
+    images = len(part.images)
+    omitted = [*suite.omitted]
+    for key, count in left_out.items():
+        heading = METRICS[key].heading if key in METRICS else key
+        omitted.append(
+            f"{heading} is omitted: {count} of {images} images have a side shorter than {LEAST_SIDE} pixels."
+        )
+    found: dict[str, Any] = {}
+    if suite.lpips is not None:
+        found["lpips"] = {"network": suite.lpips.name, "sha256": suite.lpips.sha256}
+    if suite.classifier is not None:
+        found["classifier"] = {
+            "network": suite.classifier.name,
+            "sha256": suite.classifier.sha256,
+            "classes": suite.classifier.num_classes,
+            "kind": getattr(suite.classifier, "kind", ""),
+        }
+    if suite.network is not None:
+        protocol = suite.network.protocol
+        reference = f"{suite.reference_name} ({suite.reference.count} images)" if suite.reference else ""
+        found["features"] = {
+            "network": protocol.network,
+            "sha256": protocol.weights_sha256,
+            "preprocessing": protocol.preprocessing,
+            "distance": protocol.distance,
+            "count": sum(len(image.results[0].ground_truth_features) for image in part.images),
+            "images": images,
+            "patch": suite.network.patch,
+            "reference": reference,
+            "subset": set_metrics.SUBSET,
+            "splits": set_metrics.SPLITS,
+            "resamples": set_metrics.RESAMPLES,
+        }
+        keys = set_metrics.metric_keys(protocol)
+        if not any(key in row["summary"] for row in rows for key in keys):
+            reason = (
+                "they need at least 2 images"
+                if images < 2
+                else f"some images have a side shorter than {LEAST_SIDE} pixels"
+            )
+            omitted.append(f"Metrics of the set ({protocol.network}) are omitted: {reason}.")
+    return found | {"omitted": omitted}
+
+
 def make_report(
     part: Part,
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     models: Sequence[Mapping[str, Any]],
     *,
     protocol: Mapping[str, Any],
@@ -195,8 +194,9 @@ def make_report(
     """The content of evaluation.json.
 
     Args:
-        models: by `describe_model`.
-        protocol: source, images, samples, seed, crop and the networks' part from `summarize`.
+        rows: by `summarize`.
+        models: by `describe_models`.
+        protocol: source, images, samples, seed, crop and what `summarize` says of the networks.
         seconds: wall time of the evaluation.
     """
     report: dict[str, Any] = {
@@ -204,7 +204,7 @@ def make_report(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "seconds": round(seconds, 1),
-        "outputs_reused": sum(result.reused for results in part.results for result in results),
+        "outputs_reused": sum(result.reused for image in part.images for result in image.results),
         "hardware": hardware(),
         "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
         "protocol": dict(protocol),
@@ -213,10 +213,30 @@ def make_report(
             {"name": image.name, "height": image.height, "width": image.width} for image in part.images
         ],
         "failed": [reason for _, reason in part.failed],
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": list(rows),
     }
     report["protocol"]["sentences"] = tables.protocol(report)
     return report
+
+
+def describe_models(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """The models of evaluation.json."""
+    first: dict[str, Method] = {}
+    for method in methods:
+        first.setdefault(method.name, method)
+    return [
+        {
+            "label": method.name,
+            "name": method.model.name,
+            "scale": method.scale,
+            "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(method.model.params)),
+            "sha256": method.settings["weights"],
+            "labelled": method.uses_labels,
+            "config": method.model.config,
+        }
+        for method in first.values()
+        if method.model is not None
+    ]
 
 
 def write_tables(folder: Path, report: Mapping[str, Any]) -> list[Path]:
@@ -229,19 +249,6 @@ def write_tables(folder: Path, report: Mapping[str, Any]) -> list[Path]:
     for name, text in texts.items():
         write_text(folder / name, text)
     return [folder / name for name in texts]
-
-
-def describe_model(model: Model, label: str, *, use_labels: bool = False) -> dict[str, Any]:
-    """A model's entry in evaluation.json; `use_labels`: class-conditional models receive the images' labels."""
-    return {
-        "label": label,
-        "name": model.name,
-        "scale": model.scale,
-        "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(model.params)),
-        "sha256": fingerprint(model),
-        "labelled": bool(use_labels and model.network.num_classes),
-        "config": model.config,
-    }
 
 
 def hardware() -> str:

@@ -2,7 +2,7 @@
 
 Images of one size are processed in batches, each by all methods. Finished outputs and their metrics are cached, so
 that an interrupted evaluation continues where it stopped. Several processes divide the images; the first one merges
-their results. Shape legend: P images, S samples.
+what all of them found.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,11 @@ from sr3_jax import __version__
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.distributed.processes import wait_for_all
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import grids, tables
-from sr3_jax.evaluation import methods as method_list
-from sr3_jax.evaluation import metric_suite as suites
-from sr3_jax.evaluation.cache import OutputCache
-from sr3_jax.evaluation.method_runner import GroundTruth, MethodRunner, Result
+from sr3_jax.evaluation import grids, methods, results, tables
 from sr3_jax.evaluation.methods import Method
-from sr3_jax.evaluation.metric_suite import MetricSuite
-from sr3_jax.evaluation.results import (
-    EvaluatedImage,
-    Part,
-    describe_model,
-    hardware,
-    make_report,
-    merge,
-    read_part,
-    summarize,
-    write_part,
-    write_tables,
-)
+from sr3_jax.evaluation.metric_suite import MetricSuite, crop_ground_truth, least_side, open_suite
+from sr3_jax.evaluation.outputs import GroundTruth, MethodRunner, OutputCache
+from sr3_jax.evaluation.results import EvaluatedImage, Part
 from sr3_jax.features.cache import FeatureCache
 from sr3_jax.features.classifiers import Classifier
 from sr3_jax.features.lpips import LEAST_SIDE
@@ -54,8 +40,8 @@ class Evaluation:
     """A finished evaluation.
 
     Attributes:
-        report: the content of evaluation.json as plain values; report['rows'] are `Row`s.
-        files: the written files: evaluation.json, .md and .csv, then the image grids.
+        report: the content of evaluation.json as plain values; its rows are those of `results.summarize`.
+        files: what was written: evaluation.json, .md and .csv, then the image grids.
         failed: 'NAME: reason' of images that could not be used.
         reused: how many outputs came from the cache.
     """
@@ -128,9 +114,9 @@ def evaluate(
     """
     started = time.perf_counter()
     loaded = [model if isinstance(model, Model) else load(model) for model in models]
-    names = [model.name if isinstance(model, Model) else model for model in models]
+    labels = methods.unique_labels([model.name if isinstance(model, Model) else model for model in models])
     scales = list(dict.fromkeys(model.scale for model in loaded))
-    least = suites.least_side(scales)
+    least = least_side(scales)
     if crop is not None and (crop % math.lcm(*scales) or crop < least):
         raise UserError(
             f"crop={crop} must be a multiple of the scale, {math.lcm(*scales)}, and at least {least}"
@@ -144,7 +130,7 @@ def evaluate(
         )
     source = data if isinstance(data, Source) else open_source(data, min_side=crop or least)
     labelled = _has_labels(source)
-    suite = suites.open_suite(
+    suite = open_suite(
         features=features,
         classifier=classifier,
         labelled=labelled,
@@ -156,50 +142,44 @@ def evaluate(
     _check_classes(source, loaded if use_labels else [], suite.classifier)
     if save_reference and suite.network is None:
         raise UserError(f"save_reference={save_reference} needs a network: set features")
-    labels = method_list.unique_labels(names)
-    methods = [method_list.ground_truth(scale) for scale in scales] if suite.of_ground_truth else []
-    methods += [method_list.bicubic(scale) for scale in scales]
+    compared = [methods.ground_truth(scale) for scale in scales] if suite.of_ground_truth else []
+    compared += [methods.bicubic(scale) for scale in scales]
     for model, label in zip(loaded, labels, strict=True):
-        methods += method_list.model_methods(
+        compared += methods.model_methods(
             model, label, solvers=solvers, steps=steps, unsearched=unsearched, use_labels=use_labels
         )
     folder = make_folder(Path(output_dir))
+    outputs = make_folder(folder / "outputs")
     index, count = process
-    share = len(range(index, min(len(source), limit or len(source)), count))
-    total = method_list.total_outputs(methods, images=share, samples=samples)
-    part = evaluate_part(
-        methods,
+    part = evaluate_images(
+        compared,
         source,
-        folder / "outputs",
+        outputs,
         suite=suite,
-        environment={"hardware": hardware()},
         samples=samples,
         seed=seed,
         limit=limit,
         crop=crop,
         batch_size=batch_size,
         process=process,
-        on_output=lambda finished: on_output(finished, total),
+        on_output=on_output,
     )
-    parts = [part]
     if count > 1:
-        write_part(folder / "outputs", part, process=index)
+        part.write(outputs, index)
         wait_for_all()
         if index > 0:
             return None
-        parts = [read_part(folder / "outputs", process=number) for number in range(count)]
-    merged = merge(parts, source.name)
-    rows, networks = summarize(merged, methods, folder / "outputs", suite=suite)
-    report = make_report(
-        merged,
+        part = Part.merge([Part.read(outputs, number) for number in range(count)])
+    if not part.images:
+        raise UserError(f"none of the images of {source.name} can be used; the first: {part.failed[0][1]}")
+    rows, networks = results.summarize(part, compared, outputs, suite=suite)
+    report = results.make_report(
+        part,
         rows,
-        [
-            describe_model(model, label, use_labels=use_labels)
-            for model, label in zip(loaded, labels, strict=True)
-        ],
+        results.describe_models(compared),
         protocol={
             "source": source.name if isinstance(data, Source) else data,
-            "images": len(merged.images),
+            "images": len(part.images),
             "samples": samples,
             "seed": seed,
             "crop": crop,
@@ -210,50 +190,47 @@ def evaluate(
         seconds=time.perf_counter() - started,
         command=command,
     )
-    written = write_tables(folder, report)
-    written += grids.write_grids(folder, merged, methods, source, crop=crop)
+    written = results.write_tables(folder, report)
+    written += grids.write_grids(folder, part, compared, source, crop=crop)
     if save_reference and suite.network is not None:
-        cache = FeatureCache.for_protocol(folder / "outputs", suite.network.protocol)
-        truth = cache.get([key for result in merged.results[0] for key in result.ground_truth_features])
+        cache = FeatureCache.for_protocol(outputs, suite.network.protocol)
+        truth = cache.get([key for image in part.images for key in image.results[0].ground_truth_features])
         width = truth.shape[1] - suite.network.logits
         save_statistics(save_reference, statistics_of(truth[:, :width], suite.network.protocol))
     return Evaluation(report, tuple(written), tuple(report["failed"]), report["outputs_reused"])
 
 
-def evaluate_part(
-    methods: Sequence[Method],
+def evaluate_images(
+    compared: Sequence[Method],
     source: Source,
     outputs: Path,
     *,
     suite: MetricSuite,
-    environment: Mapping[str, Any] | None = None,
     samples: int = 1,
     seed: int = 0,
     limit: int | None = None,
     crop: int | None = None,
     batch_size: int = 1,
     process: tuple[int, int] = (0, 1),
-    on_output: Callable[[int], None] = lambda count: None,
+    on_output: Callable[[int, int], None] = lambda count, total: None,
 ) -> Part:
     """Run every method on this process's share of the images, with outputs in the folder `outputs`.
-
-    Args:
-        environment: plain values besides the settings of the methods that outputs depend on, such as the hardware.
-        on_output: called with the number of outputs finished since the last call.
 
     The other arguments are those of `evaluate`.
 
     Raises:
         UserError: a file cannot be written, or a model's output is not finite.
     """
-    # The version stands for the code between the weights and the outputs.
-    common = {"seed": seed, "version": __version__, "batch": batch_size, **(environment or {})}
+    indices = range(min(len(source), limit or len(source)))
+    per_image = sum(method.num_samples(samples) for method in compared)
+    total = per_image * len(indices[process[0] :: process[1]])
+    # What outputs depend on besides the method. The version stands for the code between the weights and the outputs.
+    common = {"seed": seed, "version": __version__, "batch": batch_size, "hardware": results.hardware()}
     features = None
     if suite.network is not None:
         features = FeatureCache.for_protocol(outputs, suite.network.protocol, process=process[0])
     images: list[EvaluatedImage] = []
     failed: list[tuple[int, str]] = []
-    results: list[list[Result]] = [[] for _ in methods]
     with ThreadPoolExecutor(_THREADS, "write") as pool:
         runners = [
             MethodRunner(
@@ -266,34 +243,36 @@ def evaluate_part(
                 features=features,
                 pool=pool,
             )
-            for method in methods
+            for method in compared
         ]
-        for group in _batches(source, limit=limit, crop=crop, batch_size=batch_size, process=process):
-            if isinstance(group, tuple):
-                failed.append(group)
-                on_output(method_list.total_outputs(methods, images=1, samples=samples))
+        for batch in _batches(source, indices, crop=crop, batch_size=batch_size, process=process):
+            if isinstance(batch, tuple):
+                failed.append(batch)
+                on_output(per_image, total)
                 continue
-            images += [image for image, _ in group]
-            by_scale: dict[int, list[GroundTruth]] = {}
-            for runner, found in zip(runners, results, strict=True):
-                scale = runner.method.scale
-                if scale not in by_scale:
-                    by_scale[scale] = [_ground_truth(image, item, scale, crop) for image, item in group]
-                found += runner.run(by_scale[scale])
-                on_output(len(group) * runner.num_samples)
-    return Part(images, results, failed)
+            truths = {
+                scale: [_ground_truth(image, item, scale, crop) for image, item in batch]
+                for scale in {method.scale for method in compared}
+            }
+            found = []
+            for runner in runners:
+                found.append(runner.run(truths[runner.method.scale]))
+                on_output(len(batch) * runner.num_samples, total)
+            for (image, _), *of_image in zip(batch, *found, strict=True):
+                images.append(replace(image, results=of_image))
+    return Part(images, failed)
 
 
 # ---- Images
 
 
 def _batches(
-    source: Source, *, limit: int | None, crop: int | None, batch_size: int, process: tuple[int, int]
+    source: Source, indices: range, *, crop: int | None, batch_size: int, process: tuple[int, int]
 ) -> Iterator[list[tuple[EvaluatedImage, Mapping[str, Any]]] | tuple[int, str]]:
     """Up to `batch_size` images of one size, or the index of an image that cannot be read and the reason."""
     waiting: dict[tuple[int, int], list[tuple[EvaluatedImage, Mapping[str, Any]]]] = {}
     taken: set[str] = set()
-    for index in range(min(len(source), limit or len(source))):
+    for index in indices:
         # All processes need the same names.
         name = unique_file_name(Path(source.file_name(index)).stem, taken)
         if index % process[1] != process[0]:
@@ -316,7 +295,7 @@ def _batches(
 def _ground_truth(
     image: EvaluatedImage, item: Mapping[str, Any], scale: int, crop: int | None
 ) -> GroundTruth:
-    pixels = suites.crop_ground_truth(item["image"], scale, crop)
+    pixels = crop_ground_truth(item["image"], scale, crop)
     return GroundTruth(image.name, pixels, sha256_hex(pixels), item.get("label", 0))
 
 

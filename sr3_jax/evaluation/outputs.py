@@ -1,0 +1,402 @@
+"""The outputs of a method: taken from the cache where possible, else sampled, and the metrics of each image.
+
+The folder of a method holds NAME.png for each image (NAME.2.png for its second sample) and scores.jsonl, with a line
+for each output. Several processes may work in one folder: each appends to a file of its own, and all files are read.
+An output is only reused if its method, ground truth and seed are the same and its image file is unchanged.
+
+Shape legend: B batch, H x W the ground truth, h x w its low-res image, s the scale, S samples. A batch is always
+padded to B with copies: another shape would be another program, which may round differently.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sr3_jax.errors import UserError
+from sr3_jax.evaluation.methods import Method
+from sr3_jax.evaluation.metric_suite import ImageMetrics, MetricSuite, low_res_of, stack_padded
+from sr3_jax.features.cache import FeatureCache
+from sr3_jax.files import append_jsonl, from_json, read_jsonl, sentence, sha256_hex, to_json
+from sr3_jax.image_io.errors import printable
+from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
+from sr3_jax.types import Key
+
+LINES = "scores"  # the stem of the files of JSON lines
+_MIN_PATCHES = 8  # whose features are computed at once, at least
+
+Place = tuple[int, int]  # index of the ground truth in the batch, index of the sample
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """A ground-truth image uint8 [H,W,3] at a method's scale, with the hash of its pixels and its label."""
+
+    name: str
+    image: np.ndarray
+    hash: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished output: one line of the cache.
+
+    Attributes:
+        image: the name of its image.
+        sample: 0 for the first; -S for metrics of all S samples together, which have no image file.
+        ground_truth: hash of the ground truth, and of the label if the output depends on it.
+        pixels: hash of the output's pixels.
+        file: SHA-256 of its image file; None if it has none.
+        seconds: the time to sample it; None if it was not timed.
+        metrics: {key of the ImageMetrics or SampleMetrics: {metric: value}}.
+    """
+
+    image: str
+    sample: int
+    ground_truth: str
+    pixels: str
+    file: str | None = None
+    seconds: float | None = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one image, as plain values.
+
+    Attributes:
+        metrics: {metric: one value per sample, or one for all samples together}.
+        output_features, ground_truth_features: keys of the features of the first output and of the ground truth: one,
+            or one per patch.
+        reused: how many outputs came from the cache.
+    """
+
+    metrics: Mapping[str, Sequence[float]]
+    output_features: Sequence[str]
+    ground_truth_features: Sequence[str]
+    reused: int
+
+
+class MethodRunner:
+    """Runs one method and computes its metrics; `run` takes up to `batch_size` images of one size."""
+
+    def __init__(
+        self,
+        method: Method,
+        cache: OutputCache,
+        suite: MetricSuite,
+        *,
+        samples: int,
+        seed: int,
+        batch_size: int,
+        features: FeatureCache | None,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.method, self.num_samples = method, method.num_samples(samples)
+        self._cache, self._suite = cache, suite
+        self._image_metrics = [
+            one for one in suite.image if one.of_ground_truth or not method.is_ground_truth
+        ]
+        self._seed, self._batch_size = seed, batch_size
+        self._features, self._pool = features, pool
+        self._compiled: set[tuple[int, ...]] = set()
+
+    def run(self, truths: Sequence[GroundTruth]) -> list[Result]:
+        """All samples of up to B images of one size: from the cache where possible, else sampled."""
+        places = [(index, sample) for index in range(len(truths)) for sample in range(self.num_samples)]
+        outputs: dict[Place, Output] = {}
+        for index, sample in places:
+            cached = self._cache.find(truths[index].name, sample, self._input_hash(truths[index]))
+            if cached is not None:
+                outputs[index, sample] = cached
+        reused = [] if self.method.is_ground_truth else [index for index, _ in outputs]
+        images: dict[Place, np.ndarray] = {}
+        todo = [
+            (index, sample) for index, sample in places
+            if (index, sample) not in outputs or self._missing(truths[index], outputs[index, sample])
+        ]  # fmt: skip
+        todo.sort(key=lambda place: place in outputs)  # those to sample first, in full batches
+        for start in range(0, len(todo), self._batch_size):
+            self._complete(truths, todo[start : start + self._batch_size], outputs, images)
+        self._add_features(truths, outputs, images)
+        return [
+            self._result(
+                truth,
+                [outputs[index, sample] for sample in range(self.num_samples)],
+                {sample: images[index, sample] for at, sample in images if at == index},
+                reused.count(index),
+            )
+            for index, truth in enumerate(truths)
+        ]
+
+    def _complete(
+        self,
+        truths: Sequence[GroundTruth],
+        chunk: Sequence[Place],
+        outputs: dict[Place, Output],
+        images: dict[Place, np.ndarray],
+    ) -> None:
+        """Sample the missing outputs of up to B places, compute missing metrics, and write all that is new."""
+        new = [place for place in chunk if place not in outputs]
+        if new:
+            batch, seconds = self._sample(truths, new)
+            for (index, sample), image in zip(new, batch, strict=False):
+                images[index, sample] = image
+                truth, pixels = truths[index], sha256_hex(image)
+                outputs[index, sample] = Output(
+                    truth.name, sample, self._input_hash(truth), pixels, seconds=seconds
+                )
+        missing = [self._missing(truths[index], outputs[index, sample]) for index, sample in chunk]
+        found: list[dict[str, dict[str, float]]] = [{} for _ in chunk]
+        groups = dict.fromkeys(one for of_output in missing for one in of_output.values())
+        if groups:
+            for index, sample in chunk:
+                if (index, sample) not in images:
+                    images[index, sample] = self._read(truths[index], sample)
+            stacked = stack_padded([images[place] for place in chunk], self._batch_size)
+            ground_truth = stack_padded([truths[index].image for index, _ in chunk], self._batch_size)
+            low_res = low_res_of(ground_truth, self.method.scale)
+            labels = self._labels(truths, chunk)
+            for group in groups:
+                columns = group.compute(stacked, ground_truth, low_res, labels)
+                for row, of_output in enumerate(missing):
+                    for key in [key for key, one in of_output.items() if one is group]:
+                        found[row][key] = {name: float(column[row]) for name, column in columns.items()}
+        for place, more in zip(chunk, found, strict=True):
+            outputs[place] = replace(outputs[place], metrics={**outputs[place].metrics, **more})
+        written = None if self.method.is_ground_truth else images
+        self._cache.add(
+            [outputs[place] for place in chunk],
+            [written[place] if written and place in new else None for place in chunk],
+            map=self._pool.map,
+        )
+
+    def _sample(
+        self, truths: Sequence[GroundTruth], chunk: Sequence[Place]
+    ) -> tuple[np.ndarray, float | None]:
+        """Outputs [B,H,W,3] of a chunk, padded, and the seconds per output."""
+        batch = stack_padded([truths[index].image for index, _ in chunk], self._batch_size)
+        if self.method.is_ground_truth:
+            return batch, None
+        low_res = low_res_of(batch, self.method.scale)
+        hashes = stack_padded(
+            [np.uint32(int(truths[index].hash[:8], 16)) for index, _ in chunk], self._batch_size
+        )
+        numbers = stack_padded([np.uint32(sample) for _, sample in chunk], self._batch_size)
+        keys = jax.block_until_ready(_output_keys(np.uint32(self._seed), hashes, numbers))
+        labels = self._labels(truths, chunk)
+        if low_res.shape not in self._compiled:
+            self.method.compile(low_res.shape)
+            self._compiled.add(low_res.shape)
+        start = time.perf_counter()
+        images = self.method.upscale(low_res, keys, labels)
+        return images, (time.perf_counter() - start) / self._batch_size
+
+    def _input_hash(self, truth: GroundTruth) -> str:
+        """What an output depends on besides the method's settings."""
+        return f"{truth.hash} label {truth.label}" if self.method.uses_labels else truth.hash
+
+    def _read(self, truth: GroundTruth, sample: int) -> np.ndarray:
+        if self.method.is_ground_truth:
+            return truth.image
+        return read_rgb(output_path(self._cache.folder, truth.name, sample))
+
+    def _labels(self, truths: Sequence[GroundTruth], chunk: Sequence[Place]) -> np.ndarray:
+        return stack_padded([np.int64(truths[index].label) for index, _ in chunk], self._batch_size)
+
+    def _wanted(self, truth: GroundTruth) -> dict[str, ImageMetrics]:
+        """The metrics to compute for an image, by their cache keys."""
+        return {one.key_for(truth.label): one for one in self._image_metrics if one.supports(truth.image)}
+
+    def _missing(self, truth: GroundTruth, output: Output) -> dict[str, ImageMetrics]:
+        return {key: one for key, one in self._wanted(truth).items() if key not in output.metrics}
+
+    def _add_features(
+        self, truths: Sequence[GroundTruth], outputs: Mapping[Place, Output], images: dict[Place, np.ndarray]
+    ) -> None:
+        """Compute the features of first outputs and ground truths, by patch, that are not in the cache."""
+        network, cache = self._suite.network, self._features
+        if network is None or cache is None or min(truths[0].image.shape[:2]) < network.least_side:
+            return
+        patches: dict[str, np.ndarray] = {}
+        for index, truth in enumerate(truths):
+            keys = self._suite.feature_keys(truth.hash, truth.image)
+            if cache.missing(keys):
+                patches |= zip(keys, network.patches(truth.image), strict=True)
+            keys = self._suite.feature_keys(outputs[index, 0].pixels, truth.image)
+            if cache.missing(keys):
+                if (index, 0) not in images:
+                    images[index, 0] = self._read(truth, 0)
+                patches |= zip(keys, network.patches(images[index, 0]), strict=True)
+        keys = list(patches)
+        size = max(self._batch_size, _MIN_PATCHES if network.patch else 1)
+        for start in range(0, len(keys), size):
+            chunk = keys[start : start + size]
+            features = network.run(stack_padded([patches[key] for key in chunk], size))
+            cache.add(chunk, features[: len(chunk)])
+
+    def _result(
+        self, truth: GroundTruth, outputs: Sequence[Output], images: Mapping[int, np.ndarray], reused: int
+    ) -> Result:
+        per_sample = [
+            {name: value for key in self._wanted(truth) for name, value in output.metrics[key].items()}
+            | ({} if output.seconds is None else {"seconds": output.seconds})
+            for output in outputs
+        ]
+        values = {name: [row[name] for row in per_sample] for name in per_sample[0]}
+        if len(outputs) > 1:
+            values |= {name: [value] for name, value in self._sample_metrics(truth, outputs, images).items()}
+        return Result(
+            values,
+            self._suite.feature_keys(outputs[0].pixels, truth.image),
+            self._suite.feature_keys(truth.hash, truth.image),
+            reused,
+        )
+
+    def _sample_metrics(
+        self, truth: GroundTruth, outputs: Sequence[Output], images: Mapping[int, np.ndarray]
+    ) -> dict[str, float]:
+        """The metrics of all samples of one image, cached as those of sample -S."""
+        groups = [one for one in self._suite.samples if min(truth.image.shape[:2]) >= one.min_side]
+        pixels = sha256_hex({"samples": [output.pixels for output in outputs]})
+        together = Output(truth.name, -len(outputs), self._input_hash(truth), pixels)
+        cached = self._cache.find(
+            together.image, together.sample, together.ground_truth, pixels=together.pixels
+        )
+        known = dict(cached.metrics) if cached else {}
+        missing = [one for one in groups if one.key not in known]
+        if missing:
+            stack = np.stack([
+                images[sample] if sample in images else self._read(truth, sample)
+                for sample in range(len(outputs))
+            ])  # fmt: skip
+            known |= {one.key: dict(one.compute(stack)) for one in missing}
+            self._cache.add([replace(together, metrics=known)], [None])
+        return {name: value for one in groups for name, value in known[one.key].items()}
+
+
+@jax.jit
+def _output_keys(seed: jax.Array, hashes: jax.Array, samples: jax.Array) -> Key:
+    """Keys [B] that depend on the seed, the ground truth and the sample's index only."""
+
+    def key(truth: jax.Array, sample: jax.Array) -> Key:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), truth), sample)
+
+    return jax.vmap(key)(hashes, samples)
+
+
+# ---- The cache
+
+
+class OutputCache:
+    """The outputs of one method in `folder`.
+
+    Args:
+        settings: plain values that all outputs depend on, such as weights, sampler and seed.
+        process: the index of this process.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, process: int = 0) -> None:
+        self.folder = folder
+        self._lines = folder / (f"{LINES}.jsonl" if process == 0 else f"{LINES}.{process}.jsonl")
+        self._method = sha256_hex(settings)
+        # By image, sample and ground truth; of different pixels (of other processes) the latest is last.
+        self._outputs: dict[tuple[str, int, str], dict[str, Output]] = {}
+        for path in sorted(folder.glob(f"{LINES}*.jsonl")):
+            self._read_lines(path)
+
+    def find(self, image: str, sample: int, ground_truth: str, *, pixels: str | None = None) -> Output | None:
+        """The cached output, or None.
+
+        Args:
+            ground_truth: as in `Output`.
+            pixels: hash of the output, if it is known.
+        """
+        found = self._outputs.get((image, sample, ground_truth), {})
+        for output in reversed(found.values()):
+            if pixels not in (None, output.pixels):
+                continue
+            # Hashing the file is much faster than decoding it.
+            if output.file is None or output.file == _file_hash(output_path(self.folder, image, sample)):
+                return output
+        return None
+
+    def add(
+        self,
+        outputs: Sequence[Output],
+        images: Sequence[np.ndarray | None],
+        *,
+        map: Callable[..., Iterable[str | None]] = builtins.map,
+    ) -> None:
+        """Write outputs.
+
+        Args:
+            images: the pixels uint8 [H,W,3] of each output; None if its file exists, or none is wanted.
+            map: `map` of a thread pool, which writes several image files at once.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        lines = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for output, file in zip(outputs, map(self._write, outputs, images), strict=True):
+                output = replace(output, file=file or output.file)
+                self._learn(output)
+                line = {"method": self._method, "image": output.image, "sample": output.sample}
+                line |= {"ground_truth": output.ground_truth, "output": output.pixels, "file": output.file}
+                line |= {"seconds": output.seconds}
+                line |= {"metrics": {key: to_json(values) for key, values in output.metrics.items()}}
+                lines.append(line)
+            append_jsonl(self._lines, lines)
+        except OSError as error:
+            raise UserError(f"{printable(self._lines)} {sentence(error)}") from error
+
+    def _write(self, output: Output, image: np.ndarray | None) -> str | None:
+        if image is None:
+            return None
+        path = output_path(self.folder, output.image, output.sample)
+        try:
+            write_image(path, DecodedImage(image), durable=False)  # `find` checks the file
+        except ImageError as error:
+            raise UserError(f"{printable(path)} {error}") from error
+        return _file_hash(path)
+
+    def _learn(self, output: Output) -> None:
+        """Add an output to the index. Metrics of one output accumulate, whatever lines and files they are in."""
+        found = self._outputs.setdefault((output.image, output.sample, output.ground_truth), {})
+        before = found.pop(output.pixels, None)
+        metrics = {**(before.metrics if before else {}), **output.metrics}
+        found[output.pixels] = replace(output, metrics=metrics)
+
+    def _read_lines(self, path: Path) -> None:
+        for line in read_jsonl(path):
+            try:
+                if line["method"] == self._method:
+                    metrics = {key: from_json(values) for key, values in line["metrics"].items()}
+                    place = (line["image"], line["sample"], line["ground_truth"])
+                    self._learn(Output(*place, line["output"], line["file"], line["seconds"], metrics))
+            except (KeyError, TypeError, AttributeError):
+                continue
+
+
+def output_path(folder: Path, image: str, sample: int) -> Path:
+    """The image file of a sample (0 is the first) in the folder of a method."""
+    return folder / (f"{image}.png" if sample == 0 else f"{image}.{sample + 1}.png")
+
+
+def _file_hash(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
