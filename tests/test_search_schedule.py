@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_set_metrics import frechet
 
 from sr3_jax import metrics
 from sr3_jax.cli.main import main
@@ -20,6 +21,8 @@ from sr3_jax.data.sources import Source
 from sr3_jax.evaluation import crop_evaluator, metric_suite
 from sr3_jax.evaluation.search import choose
 from sr3_jax.evaluation.successive_halving import OutOfTime
+from sr3_jax.features.networks import Network
+from sr3_jax.features.statistics import FeatureProtocol
 from sr3_jax.image_io.image_file import ImageError, read_rgb
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
 from sr3_jax.inference import model as models
@@ -288,13 +291,12 @@ def test_halves_share_no_image():
 # ---- Metrics of crops
 
 
-def evaluator(
-    workspace, path, *, count: int = 8, batch: int = 4, features=None, labels=None, model=None, **options
-):
-    images = np.random.default_rng(1).integers(0, 256, (count, CROP, CROP, 3), dtype=np.uint8)
+def evaluator(workspace, path, *, network=None, labels=None, model=None):
+    images = np.random.default_rng(1).integers(0, 256, (8, CROP, CROP, 3), dtype=np.uint8)
+    suite = metric_suite.MetricSuite((metric_suite.standard_metrics(),), network=network)
     return crop_evaluator.CropEvaluator(
         model or models.load(workspace / "m.safetensors"), Crops(images, labels, 1), path / "s.jsonl",
-        metrics=[metric_suite.standard_metrics()], features=features, batch_size=batch, seed=0, **options,
+        suite=suite, batch_size=4, seed=0,
     )  # fmt: skip
 
 
@@ -363,28 +365,19 @@ def test_guard_excludes_samplings_that_are_not_consistent():
     )
 
 
-class _Means:
-    """Features [B,3]: the mean of each color."""
-
-    class protocol:
-        weights_sha256 = "none"
-
-    def features(self, images):
+def test_frechet_distance_is_of_the_whole_set_and_is_cached(workspace, tmp_path):
+    def mean_colours(images):
         return np.asarray(images, np.float32).mean(axis=(1, 2))
 
-
-def test_frechet_distance_is_of_the_whole_set_and_is_cached(workspace, tmp_path):
-    one = evaluator(workspace, tmp_path, features=_Means())
+    network = Network(FeatureProtocol("colours", "frechet_colours", "0" * 64, "none"), mean_colours)
+    one = evaluator(workspace, tmp_path, network=network)
     found = one.means(Sampling("ddim", 2), 8)["frechet_alexnet"]
-    again = evaluator(workspace, tmp_path, features=_Means())
+    again = evaluator(workspace, tmp_path, network=network)
     again.deadline = -math.inf
     assert again.means(Sampling("ddim", 2), 8)["frechet_alexnet"] == pytest.approx(found, rel=1e-6)
-    features = one.per_crop(Sampling("ddim", 2), 8)["features"].astype(np.float64)
-    truth = _Means().features(one._crops.images).astype(np.float64)
-    mean = np.sum((features.mean(0) - truth.mean(0)) ** 2)
-    product = np.linalg.eigvals(np.cov(features.T) @ np.cov(truth.T))
-    rest = np.trace(np.cov(features.T) + np.cov(truth.T)) - 2 * np.sqrt(np.abs(product)).sum()
-    assert found == pytest.approx(mean + rest, rel=1e-3)
+    features = one.per_crop(Sampling("ddim", 2), 8)["features"]
+    truth = mean_colours(np.random.default_rng(1).integers(0, 256, (8, CROP, CROP, 3), dtype=np.uint8))
+    assert found == pytest.approx(frechet(features, truth), rel=1e-3)
     objective = crop_evaluator.objective(one, "frechet", default=Sampling("ddim", 2), guarded=False)
     assert objective(Sampling("ddim", 2), 8) == found
 

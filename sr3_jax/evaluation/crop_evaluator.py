@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,10 @@ from sr3_jax import __version__
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.metric_suite import (
-    ImageMetrics,
-    least_side,
-    low_res_of,
-    lpips_metric,
-    standard_metrics,
-)
+from sr3_jax.evaluation.metric_suite import Columns, MetricSuite, least_side, low_res_of, open_suite
 from sr3_jax.evaluation.successive_halving import Objective, OutOfTime
-from sr3_jax.features.alexnet_features import AlexNetFeatures
-from sr3_jax.features.lpips import LEAST_SIDE, load_lpips
+from sr3_jax.features.lpips import LEAST_SIDE
+from sr3_jax.features.networks import open_network
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.files import append_jsonl, read_jsonl, sha256_hex
 from sr3_jax.image_io.errors import printable, reason
@@ -52,8 +47,7 @@ class CropEvaluator:
 
     Args:
         cache: a file of JSON lines with the metrics of every batch that was sampled.
-        metrics: computed for each output.
-        features: for the Frechet distance; None for none.
+        suite: its image metrics, and its network for the Frechet distance.
         batch_size: B, which divides the number of crops.
         on_batch: called after each batch, cached or sampled.
     """
@@ -64,73 +58,68 @@ class CropEvaluator:
         crops: Crops,
         cache: Path,
         *,
-        metrics: Sequence[ImageMetrics],
-        features: AlexNetFeatures | None,
+        suite: MetricSuite,
         batch_size: int,
         seed: int,
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._crops, self._cache = model, crops, cache
-        self._metrics, self._features = metrics, features
+        self._metrics = [group for group in suite.image if group.supports(crops.images[0])]
+        self._network = suite.network
         self._batch_size, self._seed = batch_size, seed
         self._on_batch = on_batch
-        self._cached = {line["key"]: line["values"] for line in read_jsonl(cache) if _is_entry(line)}
-        self._batches: dict[tuple[Sampling, int], Mapping[str, np.ndarray] | None] = {}
         self._low_res = low_res_of(crops.images, model.scale)
-        self._truth_features: np.ndarray | None = None
+        self.count = len(crops.images)
         self.deadline = math.inf  # of time.monotonic()
         self.tried: set[Sampling] = set()
-        settings = {
+        self._settings = sha256_hex({
             "weights": params_fingerprint(model.params),
             "setup": config_fingerprint(model.config),
             "crops": sha256_hex(crops.images),
             "seed": seed,
             "batch": batch_size,
-            "metrics": [group.key for group in metrics],
-            "features": features.protocol.weights_sha256 if features else None,
+            "metrics": [group.key for group in self._metrics],
+            "features": self._network.protocol.weights_sha256 if self._network else None,
             "version": __version__,
             "hardware": jax.devices()[0].device_kind,
+        })  # fmt: skip
+        self._batches = {
+            line["key"]: _decode(line["values"]) for line in read_jsonl(cache) if _is_entry(line)
         }
-        self._settings = sha256_hex(settings)
 
     def per_crop(self, sampling: Sampling, count: int) -> dict[str, np.ndarray]:
-        """{metric: [count]}, and 'features' [count,D] if there are any; empty if an output is not finite.
+        """{metric: [count]}, and 'features' [count,D] if there is a network; empty if an output is not finite.
 
         Raises:
             OutOfTime: a batch is missing and the deadline has passed.
         """
         batches = [self._batch(sampling, first) for first in range(0, count, self._batch_size)]
-        if any(batch is None for batch in batches):
+        if not all(batches):
             return {}
-        finite = [batch for batch in batches if batch is not None]
-        return {name: np.concatenate([batch[name] for batch in finite])[:count] for name in finite[0]}
+        return {name: np.concatenate([batch[name] for batch in batches])[:count] for name in batches[0]}
 
     def means(self, sampling: Sampling, count: int) -> dict[str, float]:
         """Means over crops, and the Frechet distance of the features; empty if an output is not finite."""
         columns = self.per_crop(sampling, count)
         features = columns.pop("features", None)
         found = {name: float(np.mean(column, dtype=np.float64)) for name, column in columns.items()}
-        if features is not None and self._features is not None:
-            protocol = self._features.protocol
-            truth = self._ground_truth_features()[:count]
-            found[FRECHET] = frechet_distance(
-                statistics_of(features, protocol), statistics_of(truth, protocol)
-            )
+        if features is not None and self._network is not None:
+            both = (features, self._ground_truth_features[:count])
+            found[FRECHET] = frechet_distance(*(statistics_of(one, self._network.protocol) for one in both))
         return found
 
-    def _batch(self, sampling: Sampling, first: int) -> Mapping[str, np.ndarray] | None:
+    def _batch(self, sampling: Sampling, first: int) -> Columns:
         self.tried.add(sampling)
-        if (sampling, first) not in self._batches:
-            settings = dataclasses.asdict(sampling)
-            key = sha256_hex({"of": self._settings, "sampling": settings, "first": first})
-            if key not in self._cached:
-                if time.monotonic() > self.deadline:
-                    raise OutOfTime
-                self._cached[key] = self._sample(sampling, slice(first, first + self._batch_size))
-                self._write({"key": key, "sampling": settings, "first": first, "values": self._cached[key]})
-            self._batches[sampling, first] = _decode(self._cached[key])
+        settings = dataclasses.asdict(sampling)
+        key = sha256_hex({"of": self._settings, "sampling": settings, "first": first})
+        if key not in self._batches:
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
+            values = self._sample(sampling, slice(first, first + self._batch_size))
+            self._write({"key": key, "sampling": settings, "first": first, "values": values})
+            self._batches[key] = _decode(values)
         self._on_batch()
-        return self._batches[sampling, first]
+        return self._batches[key]
 
     def _write(self, line: Mapping[str, Any]) -> None:
         try:
@@ -156,44 +145,51 @@ class CropEvaluator:
         for group in self._metrics:
             columns = group.compute(outputs, self._crops.images[rows], self._low_res[rows], labels)
             values |= {name: [_six_digits(value) for value in column] for name, column in columns.items()}
-        if self._features is not None:
-            features = self._features.features(outputs).astype(np.float16)
+        if self._network is not None:
+            features = self._network.run(outputs).astype(np.float16)
             values["features"] = base64.b64encode(features.tobytes()).decode()
         return values
 
+    @functools.cached_property
     def _ground_truth_features(self) -> np.ndarray:
-        if self._truth_features is None:
-            assert self._features is not None
-            images, size = self._crops.images, self._batch_size
-            parts = [self._features.features(images[i : i + size]) for i in range(0, len(images), size)]
-            self._truth_features = np.concatenate(parts)
-        return self._truth_features
+        assert self._network is not None
+        images, size = self._crops.images, self._batch_size
+        return np.concatenate([
+            self._network.run(images[start : start + size]) for start in range(0, len(images), size)
+        ])  # fmt: skip
+
+
+def cost(values: Mapping[str, float | None], metric: str) -> float:
+    """The value of a metric (one of SEARCH_METRICS) among others, negated if higher is better; inf without values."""
+    if not values:
+        return math.inf
+    chosen = search_metric(metric)
+    value = values[chosen.key]
+    value = math.inf if value is None else value
+    return -value if chosen.higher_is_better else value
 
 
 def objective(evaluator: CropEvaluator, metric: str, *, default: Sampling, guarded: bool) -> Objective:
-    """The objective that a search minimizes: one of SEARCH_METRICS, negated if higher is better.
+    """What a search minimizes: the `cost` by one of SEARCH_METRICS.
 
     LPIPS and Frechet distance tolerate an output that no longer agrees with its low-res image. If `guarded`, a
     candidate that is much less consistent than the default (by CONSISTENCY_FACTOR, plus CONSISTENCY_SLACK, about
     the effect of rounding) is infinitely bad.
     """
-    sign = -1 if search_metric(metric).higher_is_better else 1
 
     def evaluate(candidate: Sampling, count: int) -> float:
         means = evaluator.means(candidate, count)
-        if not means:
-            return math.inf
-        if guarded:
+        if means and guarded:
             usual = evaluator.means(default, count).get("consistency", math.inf)
             if means["consistency"] > CONSISTENCY_FACTOR * usual + CONSISTENCY_SLACK:
                 return math.inf
-        return sign * means[search_metric(metric).key]
+        return cost(means, metric)
 
     return evaluate
 
 
-def open_metrics(metric: str, crop: int) -> tuple[list[ImageMetrics], AlexNetFeatures | None]:
-    """The metrics to compute for a search by `metric`, and AlexNet's features if it needs them.
+def open_search_suite(metric: str, crop: int) -> MetricSuite:
+    """The metrics to compute for a search by `metric`, with AlexNet's features if it needs them.
 
     Raises:
         UserError: the metric needs larger crops, or weights that are not installed.
@@ -202,14 +198,12 @@ def open_metrics(metric: str, crop: int) -> tuple[list[ImageMetrics], AlexNetFea
         raise UserError(
             f"metric=lpips needs crop={LEAST_SIDE} or more pixels, got {crop}: use another metric or larger crops"
         )
-    try:
-        lpips = load_lpips()
-    except UserError as error:
-        if metric not in ("lpips", "frechet"):
-            return [standard_metrics()], None
-        raise UserError(f"{error}, or use another metric than {metric}") from error
-    found = [standard_metrics(), *([lpips_metric(lpips)] if crop >= LEAST_SIDE else [])]
-    return found, AlexNetFeatures(lpips) if metric == "frechet" else None
+    suite = open_suite(features="none")
+    if metric in ("lpips", "frechet") and suite.lpips is None:
+        raise UserError(f"metric={metric} is not available, use another one. {suite.omitted[0]}")
+    return (
+        replace(suite, network=open_network("alexnet", lpips=suite.lpips)) if metric == "frechet" else suite
+    )
 
 
 def open_crops(
@@ -287,10 +281,8 @@ def _six_digits(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _decode(values: Mapping[str, Any]) -> Mapping[str, np.ndarray] | None:
-    """The result of `_sample` as arrays; None if an output was not finite."""
-    if not values:
-        return None
+def _decode(values: Mapping[str, Any]) -> Columns:
+    """What `_sample` gave, as arrays."""
     columns = {
         name: np.array([math.inf if value is None else value for value in column])
         for name, column in values.items()

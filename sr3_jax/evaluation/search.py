@@ -23,9 +23,10 @@ from sr3_jax.evaluation import successive_halving, tables
 from sr3_jax.evaluation.crop_evaluator import (
     MIN_CROPS_FRECHET,
     CropEvaluator,
+    cost,
     objective,
     open_crops,
-    open_metrics,
+    open_search_suite,
 )
 from sr3_jax.evaluation.successive_halving import SearchSpace, steps_for
 from sr3_jax.files import make_folder, to_json, write_text
@@ -134,7 +135,7 @@ def search_schedule(
         sampling.grid(loaded.schedule)  # raises if the schedule has no grid of so many steps
     own_defaults = {budget: defaults[own.solver, budget] for budget in budgets}
     crop = crop or loaded.config["data"]["crop"] // loaded.config["data"]["shrink"]
-    metrics, features = open_metrics(metric, crop)
+    suite = open_search_suite(metric, crop)
     target = sampling_path(locate_model(model))
     if store:
         make_folder(target.parent)  # fails now rather than after an hour
@@ -142,15 +143,13 @@ def search_schedule(
     sets, batch_size = open_crops(
         loaded, data, eval_data, metric=metric, crop=crop, count=crops, limit=limit, seed=seed
     )
-    counts = [len(one.images) for one in sets]
     description = ""
     search, check = (
         CropEvaluator(
             loaded,
             one,
             folder / "search.jsonl",
-            metrics=metrics,
-            features=features,
+            suite=suite,
             batch_size=batch_size,
             seed=seed,
             on_batch=lambda: on_batch(description),
@@ -174,7 +173,7 @@ def search_schedule(
             space,
             objective(search, metric, default=own_defaults[budget], guarded=guarded),
             candidates=candidates,
-            rounds=_rounds(counts[0], batch_size, least=MIN_CROPS_FRECHET if metric == "frechet" else 0),
+            rounds=_rounds(search.count, batch_size, least=MIN_CROPS_FRECHET if metric == "frechet" else 0),
             seed=seed,
         )
         found.append(Found(budget, space.default, best, images))
@@ -183,9 +182,7 @@ def search_schedule(
     if own.solver not in solvers:
         found += [Found(budget, sampling, sampling, searched) for budget, sampling in own_defaults.items()]
     description = "check on other images"
-    rows = result_rows(
-        found, search=search, check=check, count=counts[1], own_defaults=own_defaults, metric=metric
-    )
+    rows = result_rows(found, search=search, check=check, own_defaults=own_defaults, metric=metric)
     chosen, default = choose(rows, own=own_defaults[budgets[0]], nfe=budgets[0], metric=metric)
     report: dict[str, Any] = {
         "model": loaded.name,
@@ -193,8 +190,8 @@ def search_schedule(
         "data": data,
         "eval_data": eval_data,
         "crop": crop,
-        "search_crops": counts[0],
-        "check_crops": counts[1],
+        "search_crops": search.count,
+        "check_crops": check.count,
         "images": [one.source_images for one in sets],
         "seed": seed,
         "guarded": guarded,
@@ -231,7 +228,6 @@ def result_rows(
     *,
     search: CropEvaluator,
     check: CropEvaluator,
-    count: int,
     own_defaults: Mapping[int, Sampling],
     metric: str,
 ) -> list[dict[str, Any]]:
@@ -242,40 +238,38 @@ def result_rows(
     model's ('over_own').
 
     Args:
-        count: crops of the check.
         own_defaults: the model's default sampling at each budget.
     """
-    rows = []
-    for one in found:
-        both = {"default": one.default, "best": one.sampling}
-        if one.sampling == one.default:
-            del both["best"]
-        own = own_defaults[one.nfe]
-        for which, sampling in both.items():
-            rows.append(
-                {
-                    "which": which,
-                    "nfe": one.nfe,
-                    "sampling": dataclasses.asdict(sampling),
-                    "images": one.images,
-                    "search": to_json(search.means(sampling, one.images)) if one.images else {},
-                    "own": to_json(search.means(own, one.images)) if one.images else {},
-                    "check": to_json(check.means(sampling, count)),
-                    "gain": _gain(check, sampling, one.default, count, metric),
-                    "over_own": _gain(check, sampling, own, count, metric),
-                }
-            )
-    return rows
+
+    def searched(sampling: Sampling, images: int) -> dict[str, float | None]:
+        return to_json(search.means(sampling, images)) if images else {}
+
+    return [
+        {
+            "which": which,
+            "nfe": one.nfe,
+            "sampling": dataclasses.asdict(sampling),
+            "images": one.images,
+            "search": searched(sampling, one.images),
+            "own": searched(own_defaults[one.nfe], one.images),
+            "check": to_json(check.means(sampling, check.count)),
+            "gain": _gain(check, sampling, one.default, metric),
+            "over_own": _gain(check, sampling, own_defaults[one.nfe], metric),
+        }
+        for one in found
+        for which, sampling in (("default", one.default), ("best", one.sampling))
+        if which == "default" or sampling != one.default
+    ]
 
 
 def _gain(
-    evaluator: CropEvaluator, sampling: Sampling, default: Sampling, count: int, metric: str
-) -> dict[str, Any] | None:
+    evaluator: CropEvaluator, sampling: Sampling, default: Sampling, metric: str
+) -> dict[str, float] | None:
     """How much better than the default, with an interval over crops; None for a metric of a whole set."""
-    columns, usual = evaluator.per_crop(sampling, count), evaluator.per_crop(default, count)
+    columns, usual = (evaluator.per_crop(one, evaluator.count) for one in (sampling, default))
     if metric not in columns or metric not in usual:
         return None
-    difference = np.asarray(columns[metric]) - np.asarray(usual[metric])
+    difference = columns[metric] - usual[metric]
     if not np.all(np.isfinite(difference)):
         return None
     return tables.bootstrap(difference if search_metric(metric).higher_is_better else -difference)
@@ -292,30 +286,21 @@ def choose(
     Args:
         own: the model's default sampling at this NFE, which has a row.
     """
-    sign = -1 if search_metric(metric).higher_is_better else 1
     rows = [row for row in rows if row["nfe"] == nfe]
     default = next((row for row in rows if row["sampling"] == dataclasses.asdict(own)), None)
     complete = [row for row in rows if row["search"] and row["check"]]
-    if not complete:
+    if not complete or default is None:
         return None, default
 
     def relative(row: Mapping[str, Any]) -> float:  # to the default on the same crops, fewer if time ran out
-        usual = _value(row["own"], metric) if row["own"] else 0.0
-        return sign * (_value(row["search"], metric) - usual)
+        return cost(row["search"], metric) - (cost(row["own"], metric) if row["own"] else 0.0)
 
     best = min(complete, key=lambda row: (relative(row), row["which"] != "default"))
-    if default is None or best is default:
-        return None, default
-    if default["check"] and sign * _value(best["check"], metric) >= sign * _value(default["check"], metric):
+    if best is default or cost(best["check"], metric) >= cost(default["check"], metric):
         return None, default
     if best["over_own"] is not None and best["over_own"]["low"] <= 0:
         return None, default
     return best, default
-
-
-def _value(values: Mapping[str, float | None], metric: str) -> float:
-    value = values[search_metric(metric).key]
-    return np.inf if value is None else value
 
 
 def provenance(
