@@ -29,7 +29,7 @@ from experiments.tables import cascade_options, write_json
 from sr3_jax import __version__
 from sr3_jax.data.sources import open_source
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.results import hardware
+from sr3_jax.evaluation.outputs import hardware
 from sr3_jax.evaluation.tables import bootstrap
 from sr3_jax.features.classifiers import correct, load_classifier
 from sr3_jax.features.statistics import frechet_distance, statistics_of

@@ -19,6 +19,7 @@ from sr3_jax.data.sources import Source, open_source
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import evaluate, grids, methods, metric_suite, results, runner
+from sr3_jax.evaluation.outputs import Settings
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import from_config, load
 from sr3_jax.sampling import SOLVERS, Sampling
@@ -238,7 +239,7 @@ def test_unreadable_image_is_named_and_skipped(workspace, tmp_path):
     calls = []
     source = Source("three", load_some, 3, file_name=good.file_name)
     part = runner.evaluate_images(
-        [methods.bicubic(4)], source, tmp_path, suite=STANDARD, on_output=lambda *counts: calls.append(counts)
+        [methods.bicubic(4)], source, tmp_path, STANDARD, Settings(), lambda *counts: calls.append(counts)
     )
     assert part.failed == [(1, "record 1: is truncated")]
     assert [image.name for image in part.images] == ["a-tall", "c-wide"] and calls == [(1, 3)] * 3
@@ -260,7 +261,8 @@ def test_each_image_and_sample_has_its_own_noise(workspace, tmp_path):
 
         method = methods.Method("m", 4, {}, Recording(), Sampling("ddim", 2))
         source = open_source(f"folder:{workspace / 'in'}")
-        runner.evaluate_images([method], source, folder, suite=STANDARD, samples=2, seed=seed, limit=count)
+        settings = Settings(samples=2, seed=seed, limit=count)
+        runner.evaluate_images([method], source, folder, STANDARD, settings)
         return {image: set(of) for image, of in keys.items()}
 
     three, two = keys_of(tmp_path / "a", 3), keys_of(tmp_path / "b", 2)
@@ -332,12 +334,11 @@ def test_exact_output_has_infinite_psnr_and_the_files_are_valid_json(tmp_path):
     flat = Source("flat", lambda index: {"image": np.full((32, 40, 3), 77, np.uint8)}, 2)
     rows = [methods.bicubic(4)]
     for reused in (0, 2):  # also when it is read back
-        part = runner.evaluate_images(rows, flat, tmp_path, suite=STANDARD)
+        part = runner.evaluate_images(rows, flat, tmp_path, STANDARD, Settings())
         assert [image.results[0].metrics["psnr"] for image in part.images] == [[np.inf]] * 2
         assert sum(image.results[0].reused for image in part.images) == reused
-    summary, networks = results.summarize(part, rows, tmp_path, suite=STANDARD)
-    protocol = {"source": "flat", "images": 2, "samples": 1, "seed": 0, "crop": None, **networks}
-    results.write_tables(tmp_path, results.make_report(part, summary, [], protocol=protocol, seconds=1.0))
+    how = {"source": "flat", "seconds": 1.0}
+    results.write_tables(tmp_path, results.make_report(part, rows, tmp_path, STANDARD, Settings(), **how))
     assert report(tmp_path)["rows"][0]["summary"]["psnr"] == {"mean": None, "low": None, "high": None}
     assert " inf |" in (tmp_path / "evaluation.md").read_text()
 

@@ -16,6 +16,7 @@ from sr3_jax.data.sources import Source
 from sr3_jax.evaluation import methods, metric_suite, outputs, results, runner
 from sr3_jax.evaluation.methods import Method
 from sr3_jax.evaluation.metric_suite import ImageMetrics, MetricSuite
+from sr3_jax.evaluation.outputs import Settings
 from sr3_jax.features import networks
 from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol, load_statistics
@@ -94,8 +95,8 @@ class Done:
     """Part and rows of an evaluation by `evaluate_part` and `summarize`."""
 
     def __init__(self, rows, data, folder, *, suite=STANDARD, **options):
-        self.part = runner.evaluate_images(rows, data, folder, suite=suite, **options)
-        self.rows, self.networks = results.summarize(self.part, rows, folder, suite=suite)
+        self.part = runner.evaluate_images(rows, data, folder, suite, Settings(**options))
+        self.rows, self.networks = results.summarize(self.part, rows, folder, suite)
         self.reused = sum(result.reused for image in self.part.images for result in image.results)
 
     def values(self, row):
@@ -176,7 +177,7 @@ def test_other_metrics_are_computed_from_the_cached_images(tmp_path, monkeypatch
     assert (sampled, corners.seen, lpips.shapes) == ([], 0, [])
     assert not np.array_equal(changed.values(2)["top1"], before.values(2)["top1"])
 
-    fives = ImageMetrics("standard 99", lambda *images: {"psnr": np.full(4, 5.0)})
+    fives = ImageMetrics("standard 99", lambda batch: {"psnr": np.full(4, 5.0)})
     newer = Done(rows[2:], source(), tmp_path, suite=MetricSuite((fives,)), **options)
     assert sampled == [] and set(newer.values(0)) == {"psnr", "seconds"}
     assert (newer.values(0)["psnr"] == 5).all()
@@ -219,7 +220,7 @@ def test_samples_of_an_image_are_averaged_before_images_are_resampled(tmp_path):
         results.EvaluatedImage(index, str(index), 8, 8, [outputs.Result({"psnr": row}, [], [], 0)])
         for index, row in enumerate(values)
     ])  # fmt: skip
-    rows, _ = results.summarize(part, [noisy()], tmp_path, suite=STANDARD)
+    rows, _ = results.summarize(part, [noisy()], tmp_path, STANDARD)
     assert rows[0]["summary"]["psnr"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import metric_suite
-from sr3_jax.evaluation.metric_suite import open_suite
+from sr3_jax.evaluation.metric_suite import Batch, open_suite
 from sr3_jax.features import networks
 from sr3_jax.features.networks import open_network
 from sr3_jax.features.statistics import FeatureProtocol, save_statistics, statistics_of
@@ -70,7 +70,7 @@ def test_lpips_of_pairs_is_the_mean_over_all_pairs(batch):
 
 def test_lpips_compares_output_and_ground_truth():
     one = metric_suite.lpips_metric(Brightness())
-    found = one.compute(flat(10, 20), flat(15, 50), flat(0, 0), np.zeros(2, int))
+    found = one.compute(Batch(flat(10, 20), flat(15, 50), flat(0, 0), np.zeros(2, int)))
     np.testing.assert_allclose(found["lpips"], [5.0, 30.0])
     assert not one.supports(np.zeros((30, 40, 3))) and one.supports(np.zeros((31, 40, 3)))
     assert one.key != metric_suite.standard_metrics().key
@@ -85,7 +85,7 @@ def test_accuracy_is_top1_and_top5():
     table[4] = -np.arange(10)  # 3 is the fourth
     one = metric_suite.accuracy(Lookup(table))
     images = flat(0, 1, 2, 3, 4)
-    found = one.compute(images, images, images, np.full(5, 3))
+    found = one.compute(Batch(images, images, images, np.full(5, 3)))
     assert found["top1"].tolist() == [100, 0, 0, 0, 0]
     assert found["top5"].tolist() == [100, 100, 0, 0, 100]
     assert one.of_ground_truth and one.key_for(3) != one.key_for(4) != one.key
@@ -93,10 +93,10 @@ def test_accuracy_is_top1_and_top5():
 
 def test_few_classes_have_no_top5_accuracy():
     one = metric_suite.accuracy(Lookup(np.eye(9)))
-    found = one.compute(flat(1, 2), flat(1, 2), flat(1, 2), np.array([1, 1]))
+    found = one.compute(Batch(*[flat(1, 2)] * 3, np.array([1, 1])))
     assert {name: values.tolist() for name, values in found.items()} == {"top1": [100.0, 0.0]}
     with pytest.raises(UserError, match=r"2 to 9.*9 classes"):
-        one.compute(flat(1, 2), flat(1, 2), flat(1, 2), np.array([2, 9]))
+        one.compute(Batch(*[flat(1, 2)] * 3, np.array([2, 9])))
 
 
 def test_another_classifier_has_another_cache_key():

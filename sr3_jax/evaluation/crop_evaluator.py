@@ -22,7 +22,7 @@ from sr3_jax import __version__
 from sr3_jax.data.crops import Crops, crops_of, halves
 from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.metric_suite import Columns, MetricSuite, least_side, low_res_of, open_suite
+from sr3_jax.evaluation.metric_suite import Batch, Columns, MetricSuite, least_side, low_res_of, open_suite
 from sr3_jax.evaluation.successive_halving import Objective, OutOfTime
 from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.features.networks import open_network
@@ -143,7 +143,7 @@ class CropEvaluator:
             return {}
         values: dict[str, Any] = {}
         for group in self._metrics:
-            columns = group.compute(outputs, self._crops.images[rows], self._low_res[rows], labels)
+            columns = group.compute(Batch(outputs, self._crops.images[rows], self._low_res[rows], labels))
             values |= {name: [_six_digits(value) for value in column] for name, column in columns.items()}
         if self._network is not None:
             features = self._network.run(outputs).astype(np.float16)

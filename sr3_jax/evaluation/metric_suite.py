@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -32,20 +33,29 @@ MIN_CLASSES_TOP5 = 10  # with fewer classes top-5 accuracy says little
 Columns = Mapping[str, np.ndarray]
 
 
+class Batch(NamedTuple):
+    """Outputs [B,H,W,3], their ground truth [B,H,W,3] and low-res images [B,h,w,3], and labels int [B] (or zeros)."""
+
+    outputs: np.ndarray
+    ground_truth: np.ndarray
+    low_res: np.ndarray
+    labels: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class ImageMetrics:
     """Metrics that are computed together, for each output on its own.
 
     Attributes:
         key: identifies the computation; cached values of another key are not reused.
-        compute: (outputs [B,H,W,3], ground truth [B,H,W,3], low_res [B,h,w,3], labels int [B]) -> {metric: float [B]}.
+        compute: batch -> {metric: float [B]}.
         min_side: pixels; smaller images are skipped.
-        uses_labels: `compute` uses the labels, which are zeros otherwise.
+        uses_labels: `compute` uses the labels.
         of_ground_truth: the metrics are also defined for the ground truth itself, as an upper bound.
     """
 
     key: str
-    compute: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Columns]
+    compute: Callable[[Batch], Columns]
     min_side: int = 0
     uses_labels: bool = False
     of_ground_truth: bool = False
@@ -154,11 +164,9 @@ def open_suite(
 def standard_metrics() -> ImageMetrics:
     """The metrics that need no network: PSNR, SSIM, both in luma too, consistency and mean color error."""
 
-    def compute(
-        outputs: np.ndarray, ground_truth: np.ndarray, low_res: np.ndarray, labels: np.ndarray
-    ) -> Columns:
-        scale = outputs.shape[1] // low_res.shape[1]
-        return jax.device_get(_standard_metrics(outputs, ground_truth, low_res, scale=scale))
+    def compute(batch: Batch) -> Columns:
+        scale = batch.outputs.shape[1] // batch.low_res.shape[1]
+        return jax.device_get(_standard_metrics(*batch[:3], scale=scale))
 
     return ImageMetrics(f"standard {REVISION}", compute)
 
@@ -166,10 +174,8 @@ def standard_metrics() -> ImageMetrics:
 def lpips_metric(lpips: Lpips) -> ImageMetrics:
     """LPIPS to the ground truth."""
 
-    def compute(
-        outputs: np.ndarray, ground_truth: np.ndarray, low_res: np.ndarray, labels: np.ndarray
-    ) -> Columns:
-        return {"lpips": np.asarray(lpips.distance(outputs, ground_truth))}
+    def compute(batch: Batch) -> Columns:
+        return {"lpips": np.asarray(lpips.distance(batch.outputs, batch.ground_truth))}
 
     return ImageMetrics(f"lpips {lpips.sha256}", compute, min_side=LEAST_SIDE)
 
@@ -177,20 +183,14 @@ def lpips_metric(lpips: Lpips) -> ImageMetrics:
 def accuracy(classifier: Classifier) -> ImageMetrics:
     """100 if the label is the classifier's most likely class, or among the five most likely ones, else 0."""
 
-    def compute(
-        outputs: np.ndarray, ground_truth: np.ndarray, low_res: np.ndarray, labels: np.ndarray
-    ) -> Columns:
-        logits = classifier.logits(outputs)
+    def compute(batch: Batch) -> Columns:
+        logits = classifier.logits(batch.outputs)
         tops = {"top1": 1, "top5": 5} if logits.shape[1] >= MIN_CLASSES_TOP5 else {"top1": 1}
-        return {name: 100.0 * correct(logits, labels, top=top) for name, top in tops.items()}
+        return {name: 100.0 * correct(logits, batch.labels, top=top) for name, top in tops.items()}
 
-    return ImageMetrics(
-        f"accuracy {classifier.sha256}",
-        compute,
-        min_side=getattr(classifier, "least_side", 0),
-        uses_labels=True,
-        of_ground_truth=True,
-    )
+    least = getattr(classifier, "least_side", 0)
+    key = f"accuracy {classifier.sha256}"
+    return ImageMetrics(key, compute, min_side=least, uses_labels=True, of_ground_truth=True)
 
 
 def pixel_diversity() -> SampleMetrics:

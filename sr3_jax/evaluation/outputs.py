@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +25,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from sr3_jax import __version__
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation.methods import Method
-from sr3_jax.evaluation.metric_suite import ImageMetrics, MetricSuite, low_res_of, stack_padded
+from sr3_jax.evaluation.metric_suite import Batch, ImageMetrics, MetricSuite, low_res_of, stack_padded
 from sr3_jax.features.cache import FeatureCache
 from sr3_jax.files import append_jsonl, from_json, read_jsonl, sentence, sha256_hex, to_json
 from sr3_jax.image_io.errors import printable
@@ -35,6 +39,18 @@ LINES = "scores"  # the stem of the files of JSON lines
 _MIN_PATCHES = 8  # whose features are computed at once, at least
 
 Place = tuple[int, int]  # index of the ground truth in the batch, index of the sample
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all methods are run: options of `sr3_jax.evaluation.evaluate`."""
+
+    samples: int = 1
+    seed: int = 0
+    batch_size: int = 1
+    limit: int | None = None
+    crop: int | None = None
+    process: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,22 +109,25 @@ class MethodRunner:
     def __init__(
         self,
         method: Method,
-        cache: OutputCache,
+        folder: Path,
         suite: MetricSuite,
+        settings: Settings,
         *,
-        samples: int,
-        seed: int,
-        batch_size: int,
         features: FeatureCache | None,
         pool: ThreadPoolExecutor,
     ) -> None:
-        self.method, self.num_samples = method, method.num_samples(samples)
-        self._cache, self._suite = cache, suite
+        self.method, self.num_samples = method, method.num_samples(settings.samples)
+        self._suite, self._features, self._pool = suite, features, pool
+        self._seed, self._batch_size = settings.seed, settings.batch_size
         self._image_metrics = [
             one for one in suite.image if one.of_ground_truth or not method.is_ground_truth
         ]
-        self._seed, self._batch_size = seed, batch_size
-        self._features, self._pool = features, pool
+        # What outputs depend on besides the method. The version stands for the code between weights and outputs.
+        common = {"seed": settings.seed, "version": __version__, "batch": settings.batch_size}
+        common |= {"hardware": hardware()}
+        self._cache = OutputCache(
+            folder / method.folder, {**method.settings, **common}, process=settings.process[0]
+        )
         self._compiled: set[tuple[int, ...]] = set()
 
     def run(self, truths: Sequence[GroundTruth]) -> list[Result]:
@@ -149,8 +168,8 @@ class MethodRunner:
         """Sample the missing outputs of up to B places, compute missing metrics, and write all that is new."""
         new = [place for place in chunk if place not in outputs]
         if new:
-            batch, seconds = self._sample(truths, new)
-            for (index, sample), image in zip(new, batch, strict=False):
+            sampled, seconds = self._sample(truths, new)
+            for (index, sample), image in zip(new, sampled, strict=False):
                 images[index, sample] = image
                 truth, pixels = truths[index], sha256_hex(image)
                 outputs[index, sample] = Output(
@@ -166,9 +185,9 @@ class MethodRunner:
             stacked = stack_padded([images[place] for place in chunk], self._batch_size)
             ground_truth = stack_padded([truths[index].image for index, _ in chunk], self._batch_size)
             low_res = low_res_of(ground_truth, self.method.scale)
-            labels = self._labels(truths, chunk)
+            batch = Batch(stacked, ground_truth, low_res, self._labels(truths, chunk))
             for group in groups:
-                columns = group.compute(stacked, ground_truth, low_res, labels)
+                columns = group.compute(batch)
                 for row, of_output in enumerate(missing):
                     for key in [key for key, one in of_output.items() if one is group]:
                         found[row][key] = {name: float(column[row]) for name, column in columns.items()}
@@ -293,6 +312,24 @@ def _output_keys(seed: jax.Array, hashes: jax.Array, samples: jax.Array) -> Key:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), truth), sample)
 
     return jax.vmap(key)(hashes, samples)
+
+
+def hardware() -> str:
+    """The devices of this process, in words."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind}, {jax.local_device_count()} of them"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_name()}, {cores} core{'s' * (cores != 1)}"
+
+
+def _cpu_name() -> str:
+    """The CPU's name, which the standard library does not know on Linux."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
 
 
 # ---- The cache

@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +22,7 @@ from sr3_jax import __version__
 from sr3_jax.evaluation import tables
 from sr3_jax.evaluation.methods import Method
 from sr3_jax.evaluation.metric_suite import MetricSuite
-from sr3_jax.evaluation.outputs import Result
+from sr3_jax.evaluation.outputs import Result, Settings, hardware
 from sr3_jax.features import set_metrics
 from sr3_jax.features.cache import FeatureCache
 from sr3_jax.features.lpips import LEAST_SIDE
@@ -74,8 +72,56 @@ class Part:
         return cls(sorted(images, key=lambda image: image.index), sorted(failed))
 
 
+def make_report(
+    part: Part,
+    methods: Sequence[Method],
+    outputs: Path,
+    suite: MetricSuite,
+    settings: Settings,
+    *,
+    source: str,
+    seconds: float,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of evaluation.json.
+
+    Args:
+        outputs: the folder of the outputs, with the cache of their features.
+        source: the name of the data set.
+        seconds: wall time of the evaluation.
+    """
+    rows, networks = summarize(part, methods, outputs, suite)
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "seconds": round(seconds, 1),
+        "outputs_reused": sum(result.reused for image in part.images for result in image.results),
+        "hardware": hardware(),
+        "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+        "protocol": {
+            "source": source,
+            "images": len(part.images),
+            "samples": settings.samples,
+            "seed": settings.seed,
+            "crop": settings.crop,
+            "batch": settings.batch_size,
+            "processes": settings.process[1],
+            **networks,
+        },
+        "models": _models(methods),
+        "images": [
+            {"name": image.name, "height": image.height, "width": image.width} for image in part.images
+        ],
+        "failed": [reason for _, reason in part.failed],
+        "rows": rows,
+    }
+    report["protocol"]["sentences"] = tables.protocol(report)
+    return report
+
+
 def summarize(
-    part: Part, methods: Sequence[Method], outputs: Path, *, suite: MetricSuite
+    part: Part, methods: Sequence[Method], outputs: Path, suite: MetricSuite
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of the tables and of evaluation.json, one for each method, and the networks' part of the protocol.
 
@@ -182,44 +228,7 @@ def _networks(
     return found | {"omitted": omitted}
 
 
-def make_report(
-    part: Part,
-    rows: Sequence[Mapping[str, Any]],
-    models: Sequence[Mapping[str, Any]],
-    *,
-    protocol: Mapping[str, Any],
-    seconds: float,
-    command: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The content of evaluation.json.
-
-    Args:
-        rows: by `summarize`.
-        models: by `describe_models`.
-        protocol: source, images, samples, seed, crop and what `summarize` says of the networks.
-        seconds: wall time of the evaluation.
-    """
-    report: dict[str, Any] = {
-        "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(command),
-        "seconds": round(seconds, 1),
-        "outputs_reused": sum(result.reused for image in part.images for result in image.results),
-        "hardware": hardware(),
-        "versions": {"sr3_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
-        "protocol": dict(protocol),
-        "models": list(models),
-        "images": [
-            {"name": image.name, "height": image.height, "width": image.width} for image in part.images
-        ],
-        "failed": [reason for _, reason in part.failed],
-        "rows": list(rows),
-    }
-    report["protocol"]["sentences"] = tables.protocol(report)
-    return report
-
-
-def describe_models(methods: Sequence[Method]) -> list[dict[str, Any]]:
+def _models(methods: Sequence[Method]) -> list[dict[str, Any]]:
     """The models of evaluation.json."""
     first: dict[str, Method] = {}
     for method in methods:
@@ -249,24 +258,6 @@ def write_tables(folder: Path, report: Mapping[str, Any]) -> list[Path]:
     for name, text in texts.items():
         write_text(folder / name, text)
     return [folder / name for name in texts]
-
-
-def hardware() -> str:
-    """The devices of this process, in words."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return f"{device.device_kind}, {jax.local_device_count()} of them"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_name()}, {cores} core{'s' * (cores != 1)}"
-
-
-def _cpu_name() -> str:
-    """The CPU's name, which the standard library does not know on Linux."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    return platform.processor() or platform.machine()
 
 
 def _finite_or_none(values: Sequence[float]) -> list[float | None]:

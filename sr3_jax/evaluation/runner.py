@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sr3_jax import __version__
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.distributed.processes import wait_for_all
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import grids, methods, results, tables
 from sr3_jax.evaluation.methods import Method
 from sr3_jax.evaluation.metric_suite import MetricSuite, crop_ground_truth, least_side, open_suite
-from sr3_jax.evaluation.outputs import GroundTruth, MethodRunner, OutputCache
+from sr3_jax.evaluation.outputs import GroundTruth, MethodRunner, Settings
 from sr3_jax.evaluation.results import EvaluatedImage, Part
 from sr3_jax.features.cache import FeatureCache
 from sr3_jax.features.classifiers import Classifier
@@ -151,19 +150,8 @@ def evaluate(
     folder = make_folder(Path(output_dir))
     outputs = make_folder(folder / "outputs")
     index, count = process
-    part = evaluate_images(
-        compared,
-        source,
-        outputs,
-        suite=suite,
-        samples=samples,
-        seed=seed,
-        limit=limit,
-        crop=crop,
-        batch_size=batch_size,
-        process=process,
-        on_output=on_output,
-    )
+    settings = Settings(samples, seed, batch_size, limit, crop, process)
+    part = evaluate_images(compared, source, outputs, suite, settings, on_output)
     if count > 1:
         part.write(outputs, index)
         wait_for_all()
@@ -172,21 +160,13 @@ def evaluate(
         part = Part.merge([Part.read(outputs, number) for number in range(count)])
     if not part.images:
         raise UserError(f"none of the images of {source.name} can be used; the first: {part.failed[0][1]}")
-    rows, networks = results.summarize(part, compared, outputs, suite=suite)
     report = results.make_report(
         part,
-        rows,
-        results.describe_models(compared),
-        protocol={
-            "source": source.name if isinstance(data, Source) else data,
-            "images": len(part.images),
-            "samples": samples,
-            "seed": seed,
-            "crop": crop,
-            "batch": batch_size,
-            "processes": count,
-            **networks,
-        },
+        compared,
+        outputs,
+        suite,
+        settings,
+        source=source.name if isinstance(data, Source) else data,
         seconds=time.perf_counter() - started,
         command=command,
     )
@@ -204,54 +184,35 @@ def evaluate_images(
     compared: Sequence[Method],
     source: Source,
     outputs: Path,
-    *,
     suite: MetricSuite,
-    samples: int = 1,
-    seed: int = 0,
-    limit: int | None = None,
-    crop: int | None = None,
-    batch_size: int = 1,
-    process: tuple[int, int] = (0, 1),
+    settings: Settings,
     on_output: Callable[[int, int], None] = lambda count, total: None,
 ) -> Part:
     """Run every method on this process's share of the images, with outputs in the folder `outputs`.
 
-    The other arguments are those of `evaluate`.
-
     Raises:
         UserError: a file cannot be written, or a model's output is not finite.
     """
-    indices = range(min(len(source), limit or len(source)))
-    per_image = sum(method.num_samples(samples) for method in compared)
-    total = per_image * len(indices[process[0] :: process[1]])
-    # What outputs depend on besides the method. The version stands for the code between the weights and the outputs.
-    common = {"seed": seed, "version": __version__, "batch": batch_size, "hardware": results.hardware()}
+    index, count = settings.process
+    per_image = sum(method.num_samples(settings.samples) for method in compared)
+    total = per_image * len(range(index, min(len(source), settings.limit or len(source)), count))
     features = None
     if suite.network is not None:
-        features = FeatureCache.for_protocol(outputs, suite.network.protocol, process=process[0])
+        features = FeatureCache.for_protocol(outputs, suite.network.protocol, process=index)
     images: list[EvaluatedImage] = []
     failed: list[tuple[int, str]] = []
     with ThreadPoolExecutor(_THREADS, "write") as pool:
         runners = [
-            MethodRunner(
-                method,
-                OutputCache(outputs / method.folder, {**method.settings, **common}, process=process[0]),
-                suite,
-                samples=samples,
-                seed=seed,
-                batch_size=batch_size,
-                features=features,
-                pool=pool,
-            )
+            MethodRunner(method, outputs, suite, settings, features=features, pool=pool)
             for method in compared
         ]
-        for batch in _batches(source, indices, crop=crop, batch_size=batch_size, process=process):
+        for batch in _batches(source, settings):
             if isinstance(batch, tuple):
                 failed.append(batch)
                 on_output(per_image, total)
                 continue
             truths = {
-                scale: [_ground_truth(image, item, scale, crop) for image, item in batch]
+                scale: [_ground_truth(image, item, scale, settings.crop) for image, item in batch]
                 for scale in {method.scale for method in compared}
             }
             found = []
@@ -267,12 +228,13 @@ def evaluate_images(
 
 
 def _batches(
-    source: Source, indices: range, *, crop: int | None, batch_size: int, process: tuple[int, int]
+    source: Source, settings: Settings
 ) -> Iterator[list[tuple[EvaluatedImage, Mapping[str, Any]]] | tuple[int, str]]:
     """Up to `batch_size` images of one size, or the index of an image that cannot be read and the reason."""
+    crop, batch_size, process = settings.crop, settings.batch_size, settings.process
     waiting: dict[tuple[int, int], list[tuple[EvaluatedImage, Mapping[str, Any]]]] = {}
     taken: set[str] = set()
-    for index in indices:
+    for index in range(min(len(source), settings.limit or len(source))):
         # All processes need the same names.
         name = unique_file_name(Path(source.file_name(index)).stem, taken)
         if index % process[1] != process[0]:
