@@ -93,7 +93,7 @@ def test_page_describes_the_protocol():
     ]
     wanted += [METRICS[key].protocol for key in ("psnr", "psnr_luma", "consistency", "diversity")]
     assert [words for words in wanted if words not in text] == []
-    assert "1 image of Set14" in tables.markdown(evaluation([row()], images=1), source="Set14")
+    assert "1 image of photos:test" in tables.markdown(evaluation([row()], images=1))
 
 
 def test_metric_that_some_rows_lack_is_blank_there():

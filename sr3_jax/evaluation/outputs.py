@@ -10,13 +10,12 @@ padded to B with copies: another shape would be another program, which may round
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,9 +35,8 @@ from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, writ
 from sr3_jax.types import Key
 
 LINES = "scores"  # the stem of the files of JSON lines
+_THREADS = 4  # that write image files
 _MIN_PATCHES = 8  # whose features are computed at once, at least
-
-Place = tuple[int, int]  # index of the ground truth in the batch, index of the sample
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,9 @@ class Result:
     reused: int
 
 
+Place = tuple[GroundTruth, int]  # an image and the index of a sample of it
+
+
 class MethodRunner:
     """Runs one method and computes its metrics; `run` takes up to `batch_size` images of one size."""
 
@@ -112,12 +113,10 @@ class MethodRunner:
         folder: Path,
         suite: MetricSuite,
         settings: Settings,
-        *,
         features: FeatureCache | None,
-        pool: ThreadPoolExecutor,
     ) -> None:
         self.method, self.num_samples = method, method.num_samples(settings.samples)
-        self._suite, self._features, self._pool = suite, features, pool
+        self._suite, self._features = suite, features
         self._seed, self._batch_size = settings.seed, settings.batch_size
         self._image_metrics = [
             one for one in suite.image if one.of_ground_truth or not method.is_ground_truth
@@ -132,60 +131,44 @@ class MethodRunner:
 
     def run(self, truths: Sequence[GroundTruth]) -> list[Result]:
         """All samples of up to B images of one size: from the cache where possible, else sampled."""
-        places = [(index, sample) for index in range(len(truths)) for sample in range(self.num_samples)]
+        places = [(truth, sample) for truth in truths for sample in range(self.num_samples)]
         outputs: dict[Place, Output] = {}
-        for index, sample in places:
-            cached = self._cache.find(truths[index].name, sample, self._input_hash(truths[index]))
+        for truth, sample in places:
+            cached = self._cache.find(truth.name, sample, self._input_hash(truth))
             if cached is not None:
-                outputs[index, sample] = cached
-        reused = [] if self.method.is_ground_truth else [index for index, _ in outputs]
+                outputs[truth, sample] = cached
+        reused = [] if self.method.is_ground_truth else [truth for truth, _ in outputs]
         images: dict[Place, np.ndarray] = {}
-        todo = [
-            (index, sample) for index, sample in places
-            if (index, sample) not in outputs or self._missing(truths[index], outputs[index, sample])
-        ]  # fmt: skip
+        todo = [place for place in places if place not in outputs or self._missing(place[0], outputs[place])]
         todo.sort(key=lambda place: place in outputs)  # those to sample first, in full batches
         for start in range(0, len(todo), self._batch_size):
-            self._complete(truths, todo[start : start + self._batch_size], outputs, images)
+            self._complete(todo[start : start + self._batch_size], outputs, images)
         self._add_features(truths, outputs, images)
-        return [
-            self._result(
-                truth,
-                [outputs[index, sample] for sample in range(self.num_samples)],
-                {sample: images[index, sample] for at, sample in images if at == index},
-                reused.count(index),
-            )
-            for index, truth in enumerate(truths)
-        ]
+        return [self._result(truth, outputs, images, reused=reused.count(truth)) for truth in truths]
 
     def _complete(
-        self,
-        truths: Sequence[GroundTruth],
-        chunk: Sequence[Place],
-        outputs: dict[Place, Output],
-        images: dict[Place, np.ndarray],
+        self, chunk: Sequence[Place], outputs: dict[Place, Output], images: dict[Place, np.ndarray]
     ) -> None:
         """Sample the missing outputs of up to B places, compute missing metrics, and write all that is new."""
         new = [place for place in chunk if place not in outputs]
         if new:
-            sampled, seconds = self._sample(truths, new)
-            for (index, sample), image in zip(new, sampled, strict=False):
-                images[index, sample] = image
-                truth, pixels = truths[index], sha256_hex(image)
-                outputs[index, sample] = Output(
-                    truth.name, sample, self._input_hash(truth), pixels, seconds=seconds
+            sampled, seconds = self._sample(new)
+            for (truth, sample), image in zip(new, sampled, strict=False):
+                images[truth, sample] = image
+                outputs[truth, sample] = Output(
+                    truth.name, sample, self._input_hash(truth), sha256_hex(image), seconds=seconds
                 )
-        missing = [self._missing(truths[index], outputs[index, sample]) for index, sample in chunk]
+        missing = [self._missing(place[0], outputs[place]) for place in chunk]
         found: list[dict[str, dict[str, float]]] = [{} for _ in chunk]
         groups = dict.fromkeys(one for of_output in missing for one in of_output.values())
         if groups:
-            for index, sample in chunk:
-                if (index, sample) not in images:
-                    images[index, sample] = self._read(truths[index], sample)
-            stacked = stack_padded([images[place] for place in chunk], self._batch_size)
-            ground_truth = stack_padded([truths[index].image for index, _ in chunk], self._batch_size)
-            low_res = low_res_of(ground_truth, self.method.scale)
-            batch = Batch(stacked, ground_truth, low_res, self._labels(truths, chunk))
+            ground_truth = self._stack([truth.image for truth, _ in chunk])
+            batch = Batch(
+                self._stack([self._image(place, images) for place in chunk]),
+                ground_truth,
+                low_res_of(ground_truth, self.method.scale),
+                self._stack([np.int64(truth.label) for truth, _ in chunk]),
+            )
             for group in groups:
                 columns = group.compute(batch)
                 for row, of_output in enumerate(missing):
@@ -193,27 +176,22 @@ class MethodRunner:
                         found[row][key] = {name: float(column[row]) for name, column in columns.items()}
         for place, more in zip(chunk, found, strict=True):
             outputs[place] = replace(outputs[place], metrics={**outputs[place].metrics, **more})
-        written = None if self.method.is_ground_truth else images
+        written = [] if self.method.is_ground_truth else new
         self._cache.add(
             [outputs[place] for place in chunk],
-            [written[place] if written and place in new else None for place in chunk],
-            map=self._pool.map,
+            [images[place] if place in written else None for place in chunk],
         )
 
-    def _sample(
-        self, truths: Sequence[GroundTruth], chunk: Sequence[Place]
-    ) -> tuple[np.ndarray, float | None]:
+    def _sample(self, chunk: Sequence[Place]) -> tuple[np.ndarray, float | None]:
         """Outputs [B,H,W,3] of a chunk, padded, and the seconds per output."""
-        batch = stack_padded([truths[index].image for index, _ in chunk], self._batch_size)
+        batch = self._stack([truth.image for truth, _ in chunk])
         if self.method.is_ground_truth:
             return batch, None
         low_res = low_res_of(batch, self.method.scale)
-        hashes = stack_padded(
-            [np.uint32(int(truths[index].hash[:8], 16)) for index, _ in chunk], self._batch_size
-        )
-        numbers = stack_padded([np.uint32(sample) for _, sample in chunk], self._batch_size)
-        keys = jax.block_until_ready(_output_keys(np.uint32(self._seed), hashes, numbers))
-        labels = self._labels(truths, chunk)
+        hashes = self._stack([np.uint32(int(truth.hash[:8], 16)) for truth, _ in chunk])
+        samples = self._stack([np.uint32(sample) for _, sample in chunk])
+        keys = jax.block_until_ready(_output_keys(np.uint32(self._seed), hashes, samples))
+        labels = self._stack([np.int64(truth.label) for truth, _ in chunk])
         if low_res.shape not in self._compiled:
             self.method.compile(low_res.shape)
             self._compiled.add(low_res.shape)
@@ -221,17 +199,20 @@ class MethodRunner:
         images = self.method.upscale(low_res, keys, labels)
         return images, (time.perf_counter() - start) / self._batch_size
 
+    def _stack(self, arrays: Sequence[np.ndarray | np.generic]) -> np.ndarray:
+        return stack_padded(arrays, self._batch_size)
+
     def _input_hash(self, truth: GroundTruth) -> str:
         """What an output depends on besides the method's settings."""
         return f"{truth.hash} label {truth.label}" if self.method.uses_labels else truth.hash
 
-    def _read(self, truth: GroundTruth, sample: int) -> np.ndarray:
-        if self.method.is_ground_truth:
-            return truth.image
-        return read_rgb(output_path(self._cache.folder, truth.name, sample))
-
-    def _labels(self, truths: Sequence[GroundTruth], chunk: Sequence[Place]) -> np.ndarray:
-        return stack_padded([np.int64(truths[index].label) for index, _ in chunk], self._batch_size)
+    def _image(self, place: Place, images: dict[Place, np.ndarray]) -> np.ndarray:
+        """The pixels of an output, read from its file if they are not in `images`."""
+        if place not in images:
+            truth, sample = place
+            file = output_path(self._cache.folder, truth.name, sample)
+            images[place] = truth.image if self.method.is_ground_truth else read_rgb(file)
+        return images[place]
 
     def _wanted(self, truth: GroundTruth) -> dict[str, ImageMetrics]:
         """The metrics to compute for an image, by their cache keys."""
@@ -248,15 +229,13 @@ class MethodRunner:
         if network is None or cache is None or min(truths[0].image.shape[:2]) < network.least_side:
             return
         patches: dict[str, np.ndarray] = {}
-        for index, truth in enumerate(truths):
+        for truth in truths:
             keys = self._suite.feature_keys(truth.hash, truth.image)
             if cache.missing(keys):
                 patches |= zip(keys, network.patches(truth.image), strict=True)
-            keys = self._suite.feature_keys(outputs[index, 0].pixels, truth.image)
+            keys = self._suite.feature_keys(outputs[truth, 0].pixels, truth.image)
             if cache.missing(keys):
-                if (index, 0) not in images:
-                    images[index, 0] = self._read(truth, 0)
-                patches |= zip(keys, network.patches(images[index, 0]), strict=True)
+                patches |= zip(keys, network.patches(self._image((truth, 0), images)), strict=True)
         keys = list(patches)
         size = max(self._batch_size, _MIN_PATCHES if network.patch else 1)
         for start in range(0, len(keys), size):
@@ -265,40 +244,41 @@ class MethodRunner:
             cache.add(chunk, features[: len(chunk)])
 
     def _result(
-        self, truth: GroundTruth, outputs: Sequence[Output], images: Mapping[int, np.ndarray], reused: int
+        self,
+        truth: GroundTruth,
+        outputs: Mapping[Place, Output],
+        images: dict[Place, np.ndarray],
+        *,
+        reused: int,
     ) -> Result:
+        samples = [outputs[truth, sample] for sample in range(self.num_samples)]
         per_sample = [
             {name: value for key in self._wanted(truth) for name, value in output.metrics[key].items()}
             | ({} if output.seconds is None else {"seconds": output.seconds})
-            for output in outputs
+            for output in samples
         ]
         values = {name: [row[name] for row in per_sample] for name in per_sample[0]}
-        if len(outputs) > 1:
-            values |= {name: [value] for name, value in self._sample_metrics(truth, outputs, images).items()}
+        if len(samples) > 1:
+            values |= {name: [value] for name, value in self._sample_metrics(truth, samples, images).items()}
         return Result(
             values,
-            self._suite.feature_keys(outputs[0].pixels, truth.image),
+            self._suite.feature_keys(samples[0].pixels, truth.image),
             self._suite.feature_keys(truth.hash, truth.image),
             reused,
         )
 
     def _sample_metrics(
-        self, truth: GroundTruth, outputs: Sequence[Output], images: Mapping[int, np.ndarray]
+        self, truth: GroundTruth, samples: Sequence[Output], images: dict[Place, np.ndarray]
     ) -> dict[str, float]:
         """The metrics of all samples of one image, cached as those of sample -S."""
         groups = [one for one in self._suite.samples if min(truth.image.shape[:2]) >= one.min_side]
-        pixels = sha256_hex({"samples": [output.pixels for output in outputs]})
-        together = Output(truth.name, -len(outputs), self._input_hash(truth), pixels)
-        cached = self._cache.find(
-            together.image, together.sample, together.ground_truth, pixels=together.pixels
-        )
+        pixels = sha256_hex({"samples": [output.pixels for output in samples]})
+        together = Output(truth.name, -len(samples), self._input_hash(truth), pixels)
+        cached = self._cache.find(truth.name, together.sample, together.ground_truth, pixels=pixels)
         known = dict(cached.metrics) if cached else {}
         missing = [one for one in groups if one.key not in known]
         if missing:
-            stack = np.stack([
-                images[sample] if sample in images else self._read(truth, sample)
-                for sample in range(len(outputs))
-            ])  # fmt: skip
+            stack = np.stack([self._image((truth, sample), images) for sample in range(len(samples))])
             known |= {one.key: dict(one.compute(stack)) for one in missing}
             self._cache.add([replace(together, metrics=known)], [None])
         return {name: value for one in groups for name, value in known[one.key].items()}
@@ -368,18 +348,8 @@ class OutputCache:
                 return output
         return None
 
-    def add(
-        self,
-        outputs: Sequence[Output],
-        images: Sequence[np.ndarray | None],
-        *,
-        map: Callable[..., Iterable[str | None]] = builtins.map,
-    ) -> None:
-        """Write outputs.
-
-        Args:
-            images: the pixels uint8 [H,W,3] of each output; None if its file exists, or none is wanted.
-            map: `map` of a thread pool, which writes several image files at once.
+    def add(self, outputs: Sequence[Output], images: Sequence[np.ndarray | None]) -> None:
+        """Write outputs and the pixels uint8 [H,W,3] of each; None if its file exists, or none is wanted.
 
         Raises:
             UserError: they cannot be written.
@@ -387,7 +357,9 @@ class OutputCache:
         lines = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for output, file in zip(outputs, map(self._write, outputs, images), strict=True):
+            with ThreadPoolExecutor(_THREADS, "write") as pool:
+                files = list(pool.map(self._write, outputs, images))
+            for output, file in zip(outputs, files, strict=True):
                 output = replace(output, file=file or output.file)
                 self._learn(output)
                 line = {"method": self._method, "image": output.image, "sample": output.sample}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ from sr3_jax.features.statistics import save_statistics, statistics_of
 from sr3_jax.files import make_folder, sha256_hex, unique_file_name
 from sr3_jax.image_io.image_file import ImageError
 from sr3_jax.inference.model import Model, load
-
-_THREADS = 4  # that write image files
 
 
 @dataclass(frozen=True)
@@ -201,26 +198,22 @@ def evaluate_images(
         features = FeatureCache.for_protocol(outputs, suite.network.protocol, process=index)
     images: list[EvaluatedImage] = []
     failed: list[tuple[int, str]] = []
-    with ThreadPoolExecutor(_THREADS, "write") as pool:
-        runners = [
-            MethodRunner(method, outputs, suite, settings, features=features, pool=pool)
-            for method in compared
-        ]
-        for batch in _batches(source, settings):
-            if isinstance(batch, tuple):
-                failed.append(batch)
-                on_output(per_image, total)
-                continue
-            truths = {
-                scale: [_ground_truth(image, item, scale, settings.crop) for image, item in batch]
-                for scale in {method.scale for method in compared}
-            }
-            found = []
-            for runner in runners:
-                found.append(runner.run(truths[runner.method.scale]))
-                on_output(len(batch) * runner.num_samples, total)
-            for (image, _), *of_image in zip(batch, *found, strict=True):
-                images.append(replace(image, results=of_image))
+    runners = [MethodRunner(method, outputs, suite, settings, features) for method in compared]
+    for batch in _batches(source, settings):
+        if isinstance(batch, tuple):
+            failed.append(batch)
+            on_output(per_image, total)
+            continue
+        truths = {
+            scale: [_ground_truth(image, item, scale, settings.crop) for image, item in batch]
+            for scale in {method.scale for method in compared}
+        }
+        found = []
+        for runner in runners:
+            found.append(runner.run(truths[runner.method.scale]))
+            on_output(len(batch) * runner.num_samples, total)
+        for (image, _), *of_image in zip(batch, *found, strict=True):
+            images.append(replace(image, results=of_image))
     return Part(images, failed)
 
 

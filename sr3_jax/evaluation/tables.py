@@ -45,13 +45,13 @@ def bootstrap(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "low": float(ends[0]), "high": float(ends[1])}
 
 
-def markdown(report: Mapping[str, Any], *, source: str | None = None) -> str:
-    """evaluation.md: means, intervals, protocol and models. `source` replaces the name of the data set."""
+def markdown(report: Mapping[str, Any]) -> str:
+    """evaluation.md: means, intervals, protocol and models."""
     parts = [
         means_table(report["rows"]),
         f"{LEVEL:.0%} intervals:",
         intervals_table(report["rows"]),
-        "\n".join(f"- {line}" for line in [*protocol(report, source=source), *models(report)]),
+        "\n".join(f"- {line}" for line in [*protocol(report), *_models(report)]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -59,14 +59,16 @@ def markdown(report: Mapping[str, Any], *, source: str | None = None) -> str:
 def means_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: the mean of each metric, one line per row; readable in a terminal too."""
     columns = reported_metrics(rows)
-    body = [[*_row_cells(row), *(_mean(row, metric) for metric in columns)] for row in rows]
+    body = [[*_row_cells(row), *(_cell(row, metric) for metric in columns)] for row in rows]
     return table([*ROW_HEADINGS, *(metric.heading for metric in columns)], body)
 
 
 def intervals_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: the intervals of every metric but the time."""
     columns = [metric for metric in reported_metrics(rows) if metric.group != "time"]
-    body = [[*_row_cells(row)[:4], *(_interval(row, metric) for metric in columns)] for row in rows]
+    body = [
+        [*_row_cells(row)[:4], *(_cell(row, metric, interval=True) for metric in columns)] for row in rows
+    ]
     return table([*ROW_HEADINGS[:4], *(metric.heading for metric in columns)], body)
 
 
@@ -89,7 +91,7 @@ def reported_metrics(rows: Sequence[Mapping[str, Any]]) -> list[Metric]:
     return [metric for key, metric in METRICS.items() if any(key in row["summary"] for row in rows)]
 
 
-def models(report: Mapping[str, Any]) -> list[str]:
+def _models(report: Mapping[str, Any]) -> list[str]:
     """One line per model, with the hash of its weights."""
     return [
         f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters'] / 1e6:.2f} M parameters, "
@@ -98,14 +100,14 @@ def models(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def protocol(report: Mapping[str, Any], *, source: str | None = None) -> list[str]:
-    """How the metrics were computed, one sentence per line. `source` replaces the name of the data set."""
+def protocol(report: Mapping[str, Any]) -> list[str]:
+    """How the metrics were computed, one sentence per line."""
     settings = report["protocol"]
     count, samples = settings["images"], settings["samples"]
     crop = f", the center {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
     per_image = f"{samples} outputs each" if samples > 1 else "one output each"
     lines = [
-        f"{count} image{'s' * (count != 1)} of {source or settings['source']}{crop}, {per_image}, seed "
+        f"{count} image{'s' * (count != 1)} of {settings['source']}{crop}, {per_image}, seed "
         f"{settings['seed']}.",
         "low-res: ground truth cropped at the bottom and right to a multiple of the scale, downsampled by "
         "anti-aliased bicubic, rounded to 8 bits.",
@@ -268,19 +270,14 @@ def _row_cells(row: Mapping[str, Any]) -> list[str]:
     return [row["method"], f"{row['scale']}x", solver, *(_text(row[key]) for key in ("steps", "nfe"))]
 
 
-def _mean(row: Mapping[str, Any], metric: Metric) -> str:
-    ends = row["summary"].get(metric.key)
-    return "" if ends is None else metric.format(ends["mean"])
-
-
-def _interval(row: Mapping[str, Any], metric: Metric) -> str:
-    """'LOW..HIGH'; the mean if there is no interval."""
+def _cell(row: Mapping[str, Any], metric: Metric, *, interval: bool = False) -> str:
+    """The mean, or 'LOW..HIGH' where there is an interval; empty for a metric that the row lacks."""
     ends = row["summary"].get(metric.key)
     if ends is None:
         return ""
-    if "low" not in ends:
-        return metric.format(ends["mean"])
-    return f"{metric.format(ends['low'])}..{metric.format(ends['high'])}"
+    if interval and "low" in ends:
+        return f"{metric.format(ends['low'])}..{metric.format(ends['high'])}"
+    return metric.format(ends["mean"])
 
 
 def _text(value: Any) -> str:
