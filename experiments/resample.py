@@ -45,7 +45,7 @@ def set_metrics(
         weights_sha256=features["sha256"],
         preprocessing=features["preprocessing"],
     )
-    cache = FeatureCache.for_protocol(folder / "outputs", protocol)
+    cache = FeatureCache(folder / "outputs", protocol)
     names = [image["name"] for image in found["images"]]
     group_of = np.repeat(group_of, patches)
     members = [np.flatnonzero(group_of == group) for group in range(group_of.max() + 1)]

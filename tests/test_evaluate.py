@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import types
 
 import jax
 import numpy as np
@@ -16,13 +15,12 @@ import tiny
 from sr3_jax import image_ops, metrics
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source, open_source
-from sr3_jax.diffusion.sampler import sample
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import evaluate, grids, methods, metric_suite, results, runner
 from sr3_jax.evaluation.outputs import Settings
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import from_config, load
-from sr3_jax.sampling import SOLVERS, Sampling
+from sr3_jax.sampling import Sampling
 from sr3_jax.train.experiment import read
 from sr3_jax.train.weights import export
 
@@ -245,32 +243,6 @@ def test_unreadable_image_is_named_and_skipped(workspace, tmp_path):
     assert [image.name for image in part.images] == ["a-tall", "c-wide"] and calls == [(1, 3)] * 3
 
 
-def test_each_image_and_sample_has_its_own_noise(workspace, tmp_path):
-    def keys_of(folder, count, seed=0):
-        keys = {}
-
-        class Recording:
-            network = types.SimpleNamespace(regression=False)
-
-            def compile(self, shape, *, labels, sampling):
-                pass
-
-            def upscale(self, low_res, key, *, labels, sampling):
-                keys.setdefault(low_res.tobytes(), []).append(tuple(jax.random.key_data(key)[0].tolist()))
-                return metric_suite.bicubic_of(low_res, 4)
-
-        method = methods.Method("m", 4, {}, Recording(), Sampling("ddim", 2))
-        source = open_source(f"folder:{workspace / 'in'}")
-        settings = Settings(samples=2, seed=seed, limit=count)
-        runner.evaluate_images([method], source, folder, STANDARD, settings)
-        return {image: set(of) for image, of in keys.items()}
-
-    three, two = keys_of(tmp_path / "a", 3), keys_of(tmp_path / "b", 2)
-    assert len(three) == 3 and len(set.union(*three.values())) == 6
-    assert all(three[image] == keys for image, keys in two.items())
-    assert set.union(*keys_of(tmp_path / "c", 3, seed=1).values()).isdisjoint(set.union(*three.values()))
-
-
 def test_public_function_takes_loaded_models_and_sources(workspace, tmp_path):
     model = load(workspace / "one.safetensors")
     source = open_source(f"folder:{workspace / 'in'}")
@@ -449,27 +421,6 @@ def test_model_is_represented_by_its_own_sampler_or_by_most_steps():
     groups = grids.methods_by_model([methods.bicubic(4), *rows])
     assert groups == {"a": [1, 2], "b": [3, 4, 5, 6]}
     assert [grids.representative([methods.bicubic(4), *rows], at) for at in groups.values()] == [1, 4]
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_nfe_is_the_number_of_network_calls(solver):
-    calls = []
-
-    def denoiser(y, gamma, cond):
-        calls.append(1)
-        return 0.1 * y
-
-    sampling = Sampling(solver, 3)
-    with jax.disable_jit():
-        sample(
-            denoiser,
-            jax.random.key(0),
-            {},
-            shape=(1, 2, 2, 3),
-            schedule=sampling.grid(build().schedule),
-            solver=sampling.make_solver(),
-        )
-    assert len(calls) == sampling.nfe
 
 
 def test_outputs_of_other_weights_are_other_outputs(workspace):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 
 from sr3_jax import files
@@ -75,3 +76,23 @@ def test_a_walk_visits_each_folder_once_and_never_the_excluded_one(tmp_path):
     assert names() == ["3", "a/2", "b/1", "c/6", "out/5"]
     assert names(exclude=root / "out") == ["3", "a/2", "b/1", "c/6"]
     assert names(hidden=True) == [".hidden", "3", ".cache/4", "a/2", "b/1", "c/6", "out/5"]
+
+
+def test_hashes_depend_on_shape_dtype_and_values():
+    arrays = [np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8), np.zeros((2, 3), np.int8)]
+    arrays += [np.eye(2, 3, dtype=np.uint8)]
+    assert len({files.sha256_hex(array) for array in arrays}) == 4
+    assert files.sha256_hex(np.asfortranarray(arrays[3])) == files.sha256_hex(arrays[3])
+    assert (
+        files.sha256_hex({"a": 1, "b": 2}) == files.sha256_hex({"b": 2, "a": 1}) != files.sha256_hex({"a": 1})
+    )
+
+
+def test_unwritable_folders_fail_with_their_path(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="file"):
+            files.make_folder(path)
+    with pytest.raises(UserError, match=r"a\.json"):
+        files.write_text(tmp_path / "none" / "a.json", "{}")
+    assert list(files.make_folder(tmp_path / "new" / "deep").iterdir()) == []

@@ -62,10 +62,3 @@ def test_all_cells_of_a_row_show_the_same_window():
     assert [cell.shape[:2] for cell in cells] == [(48, 48), (192, 192), (24, 24), *[(192, 192)] * 4][:7]
     corners = {tuple(cell[0, 0, :2]) for cell in cells}
     assert len(corners) == 1 and corners != {(0, 0)}
-
-
-def test_grid_names_scales_only_if_there_are_several():
-    cell = np.zeros((16, 16, 3), np.uint8)
-    narrow = grids.grid({"worst": [cell] * 4}, scales=[4], output_titles=["m"])
-    wide = grids.grid({"worst": [cell] * 6}, scales=[4, 8], output_titles=["m"])
-    assert narrow.dtype == np.uint8 and wide.shape[1] > narrow.shape[1]

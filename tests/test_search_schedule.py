@@ -300,21 +300,6 @@ def evaluator(workspace, path, *, network=None, labels=None, model=None):
     )  # fmt: skip
 
 
-def test_more_crops_continue_from_the_cached_ones(workspace, tmp_path, monkeypatch):
-    calls = counted(monkeypatch)
-    one = evaluator(workspace, tmp_path)
-    few = one.per_crop(Sampling("ddim", 2), 4)
-    many = one.per_crop(Sampling("ddim", 2), 8)
-    assert len(calls) == 2 and len(many["psnr"]) == 8
-    np.testing.assert_array_equal(many["psnr"][:4], few["psnr"])
-    np.testing.assert_array_equal(
-        evaluator(workspace, tmp_path).per_crop(Sampling("ddim", 2), 8)["ssim"], many["ssim"]
-    )
-    assert len(calls) == 2
-    one.per_crop(Sampling("ddim", 2, "karras"), 4)
-    assert len(calls) == 3
-
-
 def test_past_the_deadline_only_cached_metrics_are_available(workspace, tmp_path):
     one = evaluator(workspace, tmp_path)
     before = one.means(Sampling("ddim", 2), 4)

@@ -134,27 +134,27 @@ def hashes(*numbers):
 
 def test_features_are_shared_between_runs_and_processes(tmp_path):
     values = features(0, 5, 3)
-    FeatureCache.for_protocol(tmp_path, PROTOCOL).add(hashes(1, 2), values[:2])
-    second = FeatureCache.for_protocol(tmp_path, PROTOCOL, process=1)
+    FeatureCache(tmp_path, PROTOCOL).add(hashes(1, 2), values[:2])
+    second = FeatureCache(tmp_path, PROTOCOL, process=1)
     assert second.missing(hashes(1, 2, 3)) == [2]
     second.add(hashes(3), values[2:3])
     second.add(hashes(4), values[3:4])
-    for found in (second, FeatureCache.for_protocol(tmp_path, PROTOCOL)):
+    for found in (second, FeatureCache(tmp_path, PROTOCOL)):
         assert found.missing(hashes(4, 3, 2, 1)) == []
         np.testing.assert_array_equal(found.get(hashes(4, 1, 3)), values[[3, 0, 2]])
-    assert FeatureCache.for_protocol(tmp_path, FID).missing(hashes(1)) == [0]
+    assert FeatureCache(tmp_path, FID).missing(hashes(1)) == [0]
     assert len(list((tmp_path / "features").iterdir())) == 2
 
 
 def test_partial_row_of_a_killed_run_is_overwritten(tmp_path):
     values = features(0, 3, 3)
-    FeatureCache(tmp_path, "n").add(hashes(1, 2), values[:2])
-    [path] = tmp_path.iterdir()
+    FeatureCache(tmp_path, PROTOCOL).add(hashes(1, 2), values[:2])
+    [path] = (tmp_path / "features").iterdir()
     with path.open("ab") as file:
         file.write(b"\x01" * 7)
-    again = FeatureCache(tmp_path, "n")
+    again = FeatureCache(tmp_path, PROTOCOL)
     again.add(hashes(3), values[2:])
-    np.testing.assert_array_equal(FeatureCache(tmp_path, "n").get(hashes(1, 2, 3)), values)
+    np.testing.assert_array_equal(FeatureCache(tmp_path, PROTOCOL).get(hashes(1, 2, 3)), values)
 
 
 def test_patches_of_one_image_are_resampled_together():

@@ -163,15 +163,6 @@ def test_initial_candidates_are_valid_and_all_differ(solver, steps, schedule):
         assert {candidate.spacing for candidate in candidates} == {None, *successive_halving.SPACINGS}
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_few_points_cover_every_dimension_evenly(seed):
-    points = np.array(list(successive_halving._even_points(6, 24, seed=seed)))
-    assert points.min() >= 0 and points.max() < 1
-    for column in points.T:
-        counts, _ = np.histogram(column, bins=4, range=(0, 1))
-        assert counts.min() >= 3 and counts.max() <= 9
-
-
 def test_guidance_and_augment_are_searched_if_the_network_supports_them():
     space = search_space(augment=True, guidance=True)
     candidates = list(initial_candidates(space, 24, seed=0))

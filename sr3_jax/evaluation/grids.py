@@ -5,6 +5,7 @@ Shape legend: P images, H height, W width.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,13 +43,17 @@ def write_grids(
     for file, indices in files.items():
         group = [methods[index] for index in indices]
         scales = list(dict.fromkeys(method.scale for method in group))
+        inputs = [
+            ("low-res", "bicubic") if len(scales) == 1 else (f"low-res {s}x", f"bicubic {s}x") for s in scales
+        ]
+        columns = [*itertools.chain(*inputs), *(method.title for method in group), "ground truth"]
         rows = {}
         for case, place in cases.items():
             image = part.images[place]
             title = f"{case}:\n{image.name}\n{METRICS['psnr'].format(float(psnr[place]))} dB"
             rows[title] = _cells(folder / "outputs", image, group, scales, source, crop)
-        cells = grid(rows, scales=scales, output_titles=[method.title for method in group])
-        write_image(folder / file, DecodedImage(cells))
+        pixels = image_grid(list(rows.values()), column_titles=columns, row_titles=list(rows))
+        write_image(folder / file, DecodedImage(pixels))
         written.append(folder / file)
     return written
 
@@ -128,16 +133,6 @@ def grid_row(
         window = [slice(side.start // scale, side.stop // scale) for side in (rows, columns)]
         cells += [small[window[0], window[1]], bicubic[scale][rows, columns]]
     return [*cells, *(output[rows, columns] for output in outputs), ground_truth[rows, columns]]
-
-
-def grid(
-    rows: Mapping[str, Sequence[np.ndarray]], *, scales: Sequence[int], output_titles: Sequence[str]
-) -> np.ndarray:
-    """The titled image uint8 [H,W,3] of `grid_row`s by their titles."""
-    suffixes = {scale: f" {scale}x" if len(scales) > 1 else "" for scale in scales}
-    inputs = [f"{name}{suffix}" for suffix in suffixes.values() for name in ("low-res", "bicubic")]
-    columns = [*inputs, *output_titles, "ground truth"]
-    return image_grid(list(rows.values()), column_titles=columns, row_titles=list(rows))
 
 
 def _cells(

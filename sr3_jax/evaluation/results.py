@@ -161,7 +161,7 @@ def _set_metrics(
     """Metrics of the set by the cached features of a method; empty if some images have none."""
     if suite.network is None:
         return {}
-    cache = FeatureCache.for_protocol(outputs, suite.network.protocol)
+    cache = FeatureCache(outputs, suite.network.protocol)
     generated = [key for result in results for key in result.output_features]
     truth = [key for result in results for key in result.ground_truth_features]
     if cache.missing([*generated, *truth]):

@@ -170,7 +170,7 @@ def evaluate(
     written = results.write_tables(folder, report)
     written += grids.write_grids(folder, part, compared, source, crop=crop)
     if save_reference and suite.network is not None:
-        cache = FeatureCache.for_protocol(outputs, suite.network.protocol)
+        cache = FeatureCache(outputs, suite.network.protocol)
         truth = cache.get([key for image in part.images for key in image.results[0].ground_truth_features])
         width = truth.shape[1] - suite.network.logits
         save_statistics(save_reference, statistics_of(truth[:, :width], suite.network.protocol))
@@ -195,7 +195,7 @@ def evaluate_images(
     total = per_image * len(range(index, min(len(source), settings.limit or len(source)), count))
     features = None
     if suite.network is not None:
-        features = FeatureCache.for_protocol(outputs, suite.network.protocol, process=index)
+        features = FeatureCache(outputs, suite.network.protocol, process=index)
     images: list[EvaluatedImage] = []
     failed: list[tuple[int, str]] = []
     runners = [MethodRunner(method, outputs, suite, settings, features) for method in compared]

@@ -19,20 +19,15 @@ from sr3_jax.features.statistics import FeatureProtocol
 
 
 class FeatureCache:
-    """Features of one network in the files NAME.*.features of `folder`; each process appends to its own file."""
+    """Features by one protocol in files of `folder`/features; each process appends to its own file."""
 
-    def __init__(self, folder: Path, name: str, *, process: int = 0) -> None:
-        self._folder, self._name, self._process = folder, name, process
-        self._places: dict[bytes, tuple[np.ndarray, int]] = {}
-        for path in sorted(folder.glob(f"{name}.*.*.features")):
-            self._read(path)
-
-    @classmethod
-    def for_protocol(cls, folder: Path, protocol: FeatureProtocol, *, process: int = 0) -> FeatureCache:
-        """The cache of one protocol, in `folder`/features."""
+    def __init__(self, folder: Path, protocol: FeatureProtocol, *, process: int = 0) -> None:
         text = json.dumps(asdict(protocol), sort_keys=True).encode()
-        name = f"{protocol.distance}-{hashlib.sha256(text).hexdigest()[:12]}"
-        return cls(folder / "features", name, process=process)
+        self._folder, self._process = folder / "features", process
+        self._name = f"{protocol.distance}-{hashlib.sha256(text).hexdigest()[:12]}"
+        self._places: dict[bytes, tuple[np.ndarray, int]] = {}
+        for path in sorted(self._folder.glob(f"{self._name}.*.*.features")):
+            self._read(path)
 
     def missing(self, hashes: Iterable[str]) -> list[int]:
         """The indices of the hashes (in hex) whose features are not in the cache."""

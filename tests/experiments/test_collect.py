@@ -129,9 +129,7 @@ def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
     for at, one in enumerate(found["rows"]):
         one["images"] = {image["name"]: {"psnr": [at]} for image in found["images"]}
         one["summary"] |= {key: {"mean": float(at)} for key in ("frechet_alexnet", "kid_alexnet")}
-    cache = FeatureCache.for_protocol(
-        tmp_path / "outputs", FeatureProtocol("n", "frechet_alexnet", "f" * 64, "none")
-    )
+    cache = FeatureCache(tmp_path / "outputs", FeatureProtocol("n", "frechet_alexnet", "f" * 64, "none"))
     real = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
     hashes = {}
     for at, name in enumerate(("truth", "bicubic/4x", "sr3/ddim-5", "regression/4x")):
