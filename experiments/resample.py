@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.features import set_metrics as package
-from sr3_jax.features.cache import FeatureCache
+from sr3_jax.features.cache import FeatureCache, feature_keys
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
-from sr3_jax.files import sha256_hex
 
 RESAMPLES = 50
 
@@ -59,7 +58,7 @@ def set_metrics(
             hashes = _output_hashes(_folder(folder / "outputs", row), names)
         try:
             outputs, ground_truth = (
-                cache.get([key for name in names for key in _keys(hashes[name][place], patches)])
+                cache.get([key for name in names for key in feature_keys(hashes[name][place], patches)])
                 for place in (0, 1)
             )
         except KeyError:
@@ -96,11 +95,6 @@ def _folder(outputs: Path, row: Mapping[str, Any]) -> Path:
         return default
     searched = sorted(default.parent.glob(f"{default.name}-*"))  # named by a hash of the sampling
     return searched[0] if len(searched) == 1 else default / "unknown"
-
-
-def _keys(image: str, patches: int) -> list[str]:
-    """The cache keys of an image's features, as the evaluation makes them."""
-    return [image] if patches == 1 else [sha256_hex({image: patch}) for patch in range(patches)]
 
 
 def _output_hashes(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -4,9 +4,17 @@ Public functions and types, loaded on first use:
   evaluate(models, data, output_dir, *, steps, solvers, samples, seed, ...) -> Evaluation
   search_schedule(model, data, output_dir, *, metric, solvers, nfe, ...) -> ScheduleSearch
 
-The modules behind them: `runner` (the evaluation), `methods` (what is compared), `metric_suite` (what is computed),
-`outputs` (sampled once, with their metrics), `results` (rows and evaluation.json), `tables` (Markdown and CSV), `grids`
-(images); `search`, `crop_evaluator` and `successive_halving` (the schedule search). The
+How the data flows:
+
+  models x solvers x steps   `methods`        one Method, i.e. row of the tables, for each; bicubic next to them
+  images of one size         `runner`         in batches, each through all methods; processes divide the images
+  outputs                    `outputs`        from the cache in outputs/, or sampled; PNG files and scores.jsonl
+  metrics of each output     `metric_suite`   which are computed, by what networks; cached next to the outputs
+  metrics of the set         `results`        from cached features; rows, intervals, evaluation.json
+  text and images            `tables`, `grids`
+
+The schedule search has a shorter way: candidates of `successive_halving` -> `crop_evaluator`, which upscales crops and
+caches their metrics but no images -> `search`, which checks the best ones on other images and stores the winner. The
 metrics themselves and their registry are in `sr3_jax.metrics`.
 """
 

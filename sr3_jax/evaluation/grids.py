@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from sr3_jax.data.sources import Source
 from sr3_jax.evaluation.methods import Method, bicubic
@@ -91,24 +92,18 @@ def detail_window(ground_truth: np.ndarray, bicubic: np.ndarray, *, multiple: in
     height, width = ground_truth.shape[:2]
     if max(height, width) <= MAX_WHOLE:
         return slice(0, height), slice(0, width)
-    side = max(1, WINDOW // multiple) * multiple
-    sides = (min(side, height // multiple * multiple), min(side, width // multiple * multiple))
+    rows, columns = (min(WINDOW, side) // multiple for side in (height, width))  # of the window, in blocks
+    rows, columns = max(1, rows), max(1, columns)
     error = np.square(ground_truth.astype(np.float64) - bicubic).sum(axis=2)
-    sums = np.pad(
-        error.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0))
-    )  # over everything above and to the left
-    tops = np.arange(0, height - sides[0] + 1, multiple)
-    lefts = np.arange(0, width - sides[1] + 1, multiple)
-    bottoms, rights = tops + sides[0], lefts + sides[1]
-    inside = (
-        sums[np.ix_(bottoms, rights)]
-        - sums[np.ix_(tops, rights)]
-        - sums[np.ix_(bottoms, lefts)]
-        + sums[np.ix_(tops, lefts)]
+    error = error[: height // multiple * multiple, : width // multiple * multiple]
+    blocks = error.reshape(height // multiple, multiple, width // multiple, multiple).sum(axis=(1, 3))
+    sums = sliding_window_view(blocks, rows, axis=0).sum(axis=-1)
+    sums = sliding_window_view(sums, columns, axis=1).sum(axis=-1)
+    top, left = np.unravel_index(int(sums.argmax()), sums.shape)
+    return (
+        slice(int(top) * multiple, int(top + rows) * multiple),
+        slice(int(left) * multiple, int(left + columns) * multiple),
     )
-    row, column = np.unravel_index(int(inside.argmax()), inside.shape)
-    top, left = int(tops[row]), int(lefts[column])
-    return slice(top, top + sides[0]), slice(left, left + sides[1])
 
 
 def grid_row(

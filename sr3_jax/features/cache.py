@@ -16,6 +16,7 @@ import numpy as np
 
 from sr3_jax.errors import UserError
 from sr3_jax.features.statistics import FeatureProtocol
+from sr3_jax.files import sha256_hex
 
 
 class FeatureCache:
@@ -67,6 +68,11 @@ class FeatureCache:
             return
         images = rows["image"].tobytes()
         self._places |= {images[32 * i : 32 * i + 32]: (rows["features"], i) for i in range(count)}
+
+
+def feature_keys(pixels: str, patches: int) -> list[str]:
+    """The keys of an image's features: the hash of its pixels, or one key for each of several patches."""
+    return [pixels] if patches == 1 else [sha256_hex({pixels: patch}) for patch in range(patches)]
 
 
 def _row_type(width: int) -> np.dtype:
