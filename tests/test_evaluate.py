@@ -30,7 +30,7 @@ SIZES = {"b-wide": (41, 52), "a-tall": (54, 39), "c-wide": (40, 55)}
 
 @pytest.fixture(autouse=True, scope="module")
 def _without_lpips():
-    """These tests do not need LPIPS; tests/test_method_runner.py has it."""
+    """These tests do not need LPIPS; tests/test_outputs.py has it."""
 
     def missing():
         raise UserError("LPIPS weights are not installed")

@@ -170,7 +170,7 @@ def cost(values: Mapping[str, float | None], metric: str) -> float:
 
 
 def objective(evaluator: CropEvaluator, metric: str, *, default: Sampling, guarded: bool) -> Objective:
-    """What a search minimizes: the `cost` by one of SEARCH_METRICS.
+    """The objective that a search minimizes: the `cost` by one of SEARCH_METRICS.
 
     LPIPS and Frechet distance tolerate an output that no longer agrees with its low-res image. If `guarded`, a
     candidate that is much less consistent than the default (by CONSISTENCY_FACTOR, plus CONSISTENCY_SLACK, about

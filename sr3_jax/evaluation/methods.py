@@ -29,7 +29,7 @@ class Method:
     """A way to upscale: one row of the table.
 
     Attributes:
-        name: 'ground truth' (whose row shows what a perfect method would reach), 'bicubic' or the model's label.
+        name: 'ground truth' (whose row has the metrics of a perfect method), 'bicubic' or the model's label.
         settings: plain values that determine the outputs; outputs of other settings are not reused.
         model, sampling: None for the ground truth and bicubic interpolation.
         uses_labels: whether the model receives the labels of the images.

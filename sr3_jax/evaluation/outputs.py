@@ -1,7 +1,7 @@
 """The outputs of a method: taken from the cache where possible, else sampled, and the metrics of each image.
 
 The folder of a method holds NAME.png for each image (NAME.2.png for its second sample) and scores.jsonl, with a line
-for each output. Several processes may work in one folder: each appends to a file of its own, and all files are read.
+for each output. Several processes may work in one folder: each appends to its own file, and all files are read.
 An output is only reused if its method, ground truth and seed are the same and its image file is unchanged.
 
 Shape legend: B batch, H x W the ground truth, h x w its low-res image, s the scale, S samples. A batch is always
@@ -203,7 +203,7 @@ class MethodRunner:
         return stack_padded(arrays, self._batch_size)
 
     def _input_hash(self, truth: GroundTruth) -> str:
-        """What an output depends on besides the method's settings."""
+        """A hash of everything that an output depends on besides the method's settings."""
         return f"{truth.hash} label {truth.label}" if self.method.uses_labels else truth.hash
 
     def _image(self, place: Place, images: dict[Place, np.ndarray]) -> np.ndarray:

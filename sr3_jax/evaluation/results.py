@@ -1,4 +1,4 @@
-"""The results of an evaluation: what each process found, summarized as rows, and written as evaluation.json.
+"""The results of an evaluation: merged over processes, summarized as rows, and written as evaluation.json.
 
 Shape legend: P images, S samples.
 """
@@ -45,7 +45,7 @@ class EvaluatedImage:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process found, or all of them together: the images, and (index, reason) of those that cannot be read."""
+    """The results of one process, or of all: the images, and (index, reason) of those that cannot be read."""
 
     images: Sequence[EvaluatedImage]
     failed: Sequence[tuple[int, str]] = ()
@@ -56,7 +56,7 @@ class Part:
 
     @classmethod
     def read(cls, folder: Path, process: int) -> Part:
-        """What `write` wrote."""
+        """Read the results that `write` wrote."""
         values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
         images = [
             EvaluatedImage(**{**image, "results": [Result(**result) for result in image["results"]]})

@@ -2,7 +2,7 @@
 
 Images of one size are processed in batches, each by all methods. Finished outputs and their metrics are cached, so
 that an interrupted evaluation continues where it stopped. Several processes divide the images; the first one merges
-what all of them found.
+their results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Evaluation:
 
     Attributes:
         report: the content of evaluation.json as plain values; its rows are those of `results.summarize`.
-        files: what was written: evaluation.json, .md and .csv, then the image grids.
+        files: the written files: evaluation.json, .md and .csv, then the image grids.
         failed: 'NAME: reason' of images that could not be used.
         reused: how many outputs came from the cache.
     """
@@ -112,18 +112,7 @@ def evaluate(
     loaded = [model if isinstance(model, Model) else load(model) for model in models]
     labels = methods.unique_labels([model.name if isinstance(model, Model) else model for model in models])
     scales = list(dict.fromkeys(model.scale for model in loaded))
-    least = least_side(scales)
-    if crop is not None and (crop % math.lcm(*scales) or crop < least):
-        raise UserError(
-            f"crop={crop} must be a multiple of the scale, {math.lcm(*scales)}, and at least {least}"
-        )
-    if 0 < patch < LEAST_SIDE:
-        raise UserError(f"patch={patch} must be at least {LEAST_SIDE} pixels")
-    if save_reference and len(scales) > 1:
-        raise UserError(
-            f"save_reference needs models of one scale, got {' and '.join(map(str, scales))}: "
-            "the ground truth is cropped to a multiple of it"
-        )
+    least = _check_sizes(scales, crop=crop, patch=patch, save_reference=save_reference)
     source = data if isinstance(data, Source) else open_source(data, min_side=crop or least)
     labelled = _has_labels(source)
     suite = open_suite(
@@ -175,6 +164,23 @@ def evaluate(
         width = truth.shape[1] - suite.network.logits
         save_statistics(save_reference, statistics_of(truth[:, :width], suite.network.protocol))
     return Evaluation(report, tuple(written), tuple(report["failed"]), report["outputs_reused"])
+
+
+def _check_sizes(scales: Sequence[int], *, crop: int | None, patch: int, save_reference: Path | None) -> int:
+    """The shortest side that images may have. UserError if an option does not fit the scales."""
+    least = least_side(scales)
+    if crop is not None and (crop % math.lcm(*scales) or crop < least):
+        raise UserError(
+            f"crop={crop} must be a multiple of the scale, {math.lcm(*scales)}, and at least {least}"
+        )
+    if 0 < patch < LEAST_SIDE:
+        raise UserError(f"patch={patch} must be at least {LEAST_SIDE} pixels")
+    if save_reference and len(scales) > 1:
+        raise UserError(
+            f"save_reference needs models of one scale, got {' and '.join(map(str, scales))}: "
+            "the ground truth is cropped to a multiple of it"
+        )
+    return least
 
 
 def evaluate_images(
