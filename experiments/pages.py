@@ -220,8 +220,10 @@ def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, 
     _write_csv(all_rows, docs / "models" / f"{name}.csv", first="set")
     data = pd.DataFrame(facts["data"])[["name", "licence", "images"]].rename(columns={"licence": "license"})
     some = next(iter(evaluations.values()))
+    recipes = pd.DataFrame(facts["recipes"]["rows"])
     return {
         **facts,
+        "recipes_table": tables.markdown(recipes.astype(str)),
         "megabytes": (ROOT / facts["file"]).stat().st_size / 1e6,
         "scale": model.scale,
         "parameters": next(one["parameters"] for one in some["models"]),

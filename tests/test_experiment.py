@@ -150,7 +150,7 @@ def test_a_bare_switch_and_a_negative_number_reach_the_config(capsys):
 def test_configs_lists_the_presets_and_prints_one(capsys):
     assert cli.main(["configs"]) == 0
     out = capsys.readouterr().out
-    assert "photos_4x (4.3 M parameters)" in out and "sr3 train --config=faces_16_128 " in out
+    assert "photos_4x (5.1 M parameters)" in out and "sr3 train --config=faces_16_128 " in out
     assert cli.main(["configs", "cascade_fashion_32", "--config.train.seed=7"]) == 0
     out = capsys.readouterr().out
     assert out.count("model:") == 3 and out.count("* seed") == 3
@@ -161,7 +161,7 @@ def test_configs_lists_the_presets_and_prints_one(capsys):
 def test_models_lists_the_shipped_models(capsys):
     assert cli.main(["models"]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("photo_4x ")]
-    assert line.split()[1:5] == ["4x", "4.3", "M", "photos_4x"] and "5 steps" in line
+    assert line.split()[1:5] == ["4x", "5.1", "M", "photos_4x"] and "10 steps" in line
 
 
 def test_the_help_of_train_lists_the_fields(capsys):

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from sr3_jax.configs import make_config
 
-PARAMETERS = 4_297_552
+PARAMETERS = 5_147_136
 
 
 def get_config() -> ConfigDict:
@@ -16,24 +16,26 @@ def get_config() -> ConfigDict:
         model={
             "channels": 32,
             "multipliers": (4, 5),
-            "num_blocks": (1, 2),
+            "num_blocks": (2, 2),
             "layout": "efficient",
             "patch": 4,
             "norm": "pixel",
             "film": True,
             "mid_attention": False,
+            "stem_channels": 96,
+            "output_skip": 0.05,
         },
         diffusion={
             "space": "residual",
             "residual_scale": 8.0,
             "prediction": "y0",
-            "norm": "l2",
+            "norm": "l1",
             "schedule": "cosine",
         },
         data={"source": "photos:train", "crop": 96, "scale": 4},
         optim={"learning_rate": 5e-4, "warmup_steps": 300, "ema_decay": 0.999},
         train={"num_steps": 1_000_000, "batch_size": 16},
         eval={"every": 1000, "num_images": 8},
-        sampling={"steps": 5, "solver": "dpmpp_2m"},
+        sampling={"steps": 10, "solver": "dpmpp_2m"},
         checkpoint={"every": 500},
     )
