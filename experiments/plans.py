@@ -103,8 +103,6 @@ def sr3_plan(options: list[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from experiments.pages import write_pods
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows[: args.rows]:
         print(f"planning {row[0]} on {row[1]}: {row[2]}", file=sys.stderr, flush=True)
         compute(row, folder, run=sr3_plan, quick=args.quick)
-        write_pods(DOCS)
+    print("To update the page: python -m experiments.pages pods")
     return 0
 
 
