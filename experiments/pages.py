@@ -29,7 +29,7 @@ JOINED = {  # columns from other runs of an experiment: {run: (metric, heading)}
     "recognition": ("top1", f"{METRICS['top1'].heading}, AlexNet probe"),
     "patches": ("frechet_alexnet", f"{METRICS['frechet_alexnet'].heading}, patches"),
 }
-MODEL_METRICS = ("psnr", "ssim", "psnr_luma", "ssim_luma", "consistency", "seconds")
+MODEL_METRICS = ("psnr", "ssim", "psnr_luma", "ssim_luma", "lpips", "consistency", "seconds")
 ORIGINS = {"generated": "generated 8x8", "real": "real 8x8"}
 GIB = 2**30
 

@@ -78,7 +78,8 @@ def present(frame: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
 
 
 def metrics_table(frame: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """Markdown table of means: method, sampler, NFE and the given metrics."""
+    """Markdown table of means: method, sampler, NFE and the given metrics, without rows that have none of them."""
+    frame = frame.dropna(how="all", subset=present(frame, metrics))
     shown = pd.DataFrame({"method": frame["method"]})
     shown["sampler"] = [sampler(row) for _, row in frame.iterrows()]
     shown["NFE"] = ["" if value == 0 else str(value) for value in frame["nfe"]]
