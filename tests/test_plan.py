@@ -150,7 +150,7 @@ def test_flops_follow_the_batch_size_and_the_sampling_steps():
     assert flops("train", train={"batch_size": 32}) == pytest.approx(4 * one)
     assert flops("train", train={"batch_size": 32, "accumulation": 4}) == pytest.approx(4 * one)
     two, six = (flops("sample", sampling={"steps": steps}) for steps in (2, 6))
-    assert two == pytest.approx(3 * (six - two) / 4)  # two steps and the loss
+    assert two == pytest.approx(6 * (six - two) / 4)  # two steps, and four passes of the loss of eight images
 
 
 def test_recomputation_and_accumulation_reduce_the_temporaries():

@@ -116,7 +116,11 @@ def test_the_switch_changes_only_what_a_regression_needs(name):
     assert changed.pop("sampling.steps") == 1 and changed.pop("sampling.solver") == "ddim"
     # The paper's rate where a preset has the paper's; a preset with its own rate keeps it.
     rate = {"optim.learning_rate": 1e-5} if name == "faces_16_128" else {}
-    objective = {"diffusion.prediction": "y0", "diffusion.norm": "l2"} if name == "faces_16_128" else {}
+    objective = {
+        "faces_16_128": {"diffusion.prediction": "y0", "diffusion.norm": "l2"},
+        "photos_4x": {"diffusion.norm": "l2", "model.output_skip": 0.0},
+        "fashion_4x": {},
+    }[name]
     assert changed == rate | objective
     assert experiment.read(found).objective.norm == "l2"
 

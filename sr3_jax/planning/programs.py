@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sr3_jax.distributed.sharding import AXES, batch_sharding, fsdp_spec, replicated
 from sr3_jax.train.experiment import Experiment
-from sr3_jax.train.held_out import held_out_jit
+from sr3_jax.train.held_out import LOSS_LEVELS, held_out_jit
 from sr3_jax.train.state import TrainState, abstract_state
 from sr3_jax.train.step import jit_train_step, make_train_step
 from sr3_jax.types import Conditioning
@@ -193,7 +193,8 @@ def estimate_program(
         images = config["eval"]["num_images"]
         rows = -(-images // chips)
         arguments = (state.ema_params, _batch(experiment, rows), _key())
-        images, passes = rows * chips, config["sampling"]["steps"] + 1  # and the evaluation's loss
+        # The sampler, and the held-out loss at enough noise levels
+        images, passes = rows * chips, config["sampling"]["steps"] + -(-LOSS_LEVELS // images)
         temporaries = rows * (cost["blocks"] // 2 + 4 * cost["largest"])
     given = shard_bytes(arguments)
     return {
