@@ -159,3 +159,24 @@ def test_a_run_saves_its_best_weights(tmp_path):
     assert models.load(tmp_path / "run" / held_out.BEST_FILE).network.regression
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("eval_psnr" in line for line in lines) == 2
+
+
+def test_the_best_weights_survive_a_kill_before_they_are_written(tmp_path, monkeypatch):
+    """The metrics of an evaluation are logged last, so a run that is killed before evaluates the step again."""
+    images = tiny.images(tmp_path / "images")
+    sections = SWITCH | {
+        "checkpoint": {"best": True, "every": 2},
+        "eval": {"every": 2},
+        "train": {"num_steps": 2},
+    }
+    config = tiny.config(images, **sections)
+
+    def killed(*arguments):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(held_out, "export", killed)
+        loop.train(experiment.read(config), tmp_path / "run")
+    assert not (tmp_path / "run" / held_out.BEST_FILE).exists()
+    assert loop.train(experiment.read(config), tmp_path / "run") == 0
+    assert (tmp_path / "run" / held_out.BEST_FILE).exists()
