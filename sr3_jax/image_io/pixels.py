@@ -158,9 +158,8 @@ def fill_transparent(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         colors.append(_halve(colors[-1]))
         weights.append(_halve(weights[-1]))
     filled = colors[-1] / weights[-1]
-    for color, weight in zip(
-        colors[-2::-1], weights[-2::-1], strict=True
-    ):  # pull: fill from the next coarser level
+    # Pull: fill each level from the next coarser one.
+    for color, weight in zip(colors[-2::-1], weights[-2::-1], strict=True):
         height, width = weight.shape[:2]
         coarse = filled.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
         filled = np.where(weight > 0, color / np.maximum(weight, 1.0), coarse)
