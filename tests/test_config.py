@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from sr3_jax import config as package
 from sr3_jax.config import schema
+from sr3_jax.config.build import build_degradation, check_config
 from sr3_jax.config.fields import SECTIONS
 from sr3_jax.config.load import complete, complete_stored, load_cascade, load_config
+from sr3_jax.degradations import PRESETS, DegradationRound
 from sr3_jax.errors import UserError
 
 
@@ -382,3 +385,34 @@ def test_presets_load_by_name_from_any_folder_without_jax(tmp_path):
         check=True,
         timeout=120,
     )
+
+
+# ---- Degradation
+
+
+def test_degradation_presets_set_the_fields_that_are_not_given():
+    config = load_config(
+        "photos_4x", ["--config.data.degradation=wild", "--config.degradation.jpeg_quality=20,40"]
+    )
+    wild = PRESETS["wild"]
+    expected = replace(wild, first=replace(wild.first, jpeg_quality=(20.0, 40.0)))
+    assert build_degradation(config) == expected
+    assert build_degradation(complete_stored(config, "m")) == expected  # a stored config is complete
+    assert build_degradation(load_config("photos_4x")).is_clean
+
+
+def test_fields_of_a_degradation_have_the_defaults_of_its_rounds():
+    rounds = asdict(DegradationRound())
+    assert schema.defaults()["degradation"] == rounds
+    assert schema.defaults()["second_degradation"] == {k: v for k, v in rounds.items() if k != "resize"}
+
+
+@pytest.mark.parametrize("text", ["40,20", "5", "0,10", "a,b", "(1,2,3)"])
+def test_a_range_is_two_ascending_numbers_within_bounds(text):
+    found = error_of(load_config, "photos_4x", [f"--config.degradation.jpeg_quality={text}"])
+    assert "config.degradation.jpeg_quality" in found
+
+
+def test_resizing_between_rounds_needs_a_second_round():
+    config = load_config("photos_4x", ["--config.degradation.resize=0.5,1"])
+    assert "config.degradation.resize" in error_of(check_config, config)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import pytest
 
 from sr3_jax import image_ops, metrics
 from sr3_jax.data.sources import Source
+from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.inference.model import load
@@ -197,9 +199,10 @@ def test_evaluation_covers_all_images_once_and_is_reproducible(folder, whole, mo
         assert row[2].shape == (16, 16, 3) and np.any(row[2] != row[1])
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_held_out_metrics_do_not_depend_on_the_number_of_devices(folder, whole, rows):
+@pytest.mark.parametrize(("rows", "degradation"), [(1, "clean"), (5, "clean"), (5, "photo")])
+def test_held_out_metrics_do_not_depend_on_the_number_of_devices(folder, whole, rows, degradation):
     objective = experiment.read(tiny.config(folder, **REAL)).objective
+    objective = replace(objective, task=replace(objective.task, degradation=PRESETS[degradation]))
     crops = np.random.default_rng(0).integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8)
     params = restored(whole).ema_params
     found = []
@@ -545,6 +548,17 @@ def test_init_from_starts_from_given_weights(whole, folder, tmp_path, monkeypatc
         assert jax.tree.structure(tree) == jax.tree.structure(model.params)
         for leaf, given in zip(jax.tree.leaves(tree), jax.tree.leaves(model.params), strict=True):
             np.testing.assert_allclose(leaf, given + added, rtol=1e-6)
+
+
+def test_init_from_a_model_without_augmentation_adds_that_input(whole, folder, tmp_path, monkeypatch):
+    init_params = experiment.Experiment.init_params
+    StandIn(monkeypatch)
+    monkeypatch.setattr(experiment.Experiment, "init_params", init_params)
+    augmented = {"model": {"augment": True}, "data": {"augment": "noise"}}
+    assert run(folder, tmp_path / "new", plain(num_steps=1, init_from=str(whole)), **augmented) == 0
+    params, given = load(tmp_path / "new").params, load(whole).params
+    assert set(params) - set(given) == {"augment_in", "augment_out"}
+    np.testing.assert_allclose(params["augment_out"]["kernel"], 2)  # 0 and the stand-in's 2
 
 
 def test_init_from_with_another_network_or_no_model_fails(whole, folder, tmp_path):

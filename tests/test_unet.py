@@ -150,6 +150,19 @@ def test_examples_of_a_batch_are_independent():
     np.testing.assert_allclose(same, out[twice], atol=1e-5)
 
 
+def test_augmentation_strength_has_no_effect_before_training():
+    """So that training can start from the weights of a model without this input."""
+    network = NETWORKS["biggan"]
+    y_t, gamma, cond = inputs(network)
+    initial = init_params(network, jax.random.key(0))
+    params = {**weights(network), "augment_out": initial["augment_out"]}
+    outputs = [
+        apply_unet(network, params, y_t, gamma, {**cond, "augment": np.full(2, strength, np.float32)})
+        for strength in (0.0, 1.0)
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
 def test_missing_augmentation_strength_means_zero():
     network = NETWORKS["efficient"]
     y_t, gamma, cond = inputs(network)

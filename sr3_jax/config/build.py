@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sr3_jax.config.fields import REGRESSION
 from sr3_jax.config.schema import check_ranges, invalid
-from sr3_jax.degradations import ConditioningAugmentation
+from sr3_jax.degradations import ConditioningAugmentation, Degradation, DegradationRound
 from sr3_jax.diffusion import schedule as schedules
 from sr3_jax.diffusion import space as spaces
 from sr3_jax.diffusion.schedule import NoiseSchedule
@@ -73,6 +73,13 @@ def build_schedule(section: Mapping[str, Any]) -> NoiseSchedule:
 def build_space(section: Mapping[str, Any]) -> Space:
     """The space of a `diffusion` section."""
     return spaces.image() if section["space"] == "image" else spaces.residual(section["residual_scale"])
+
+
+def build_degradation(config: Config) -> Degradation:
+    """The degradation of the low-res images in training."""
+    return Degradation(
+        DegradationRound(**config["degradation"]), DegradationRound(**config["second_degradation"])
+    )
 
 
 def build_augmentation(section: Mapping[str, Any]) -> ConditioningAugmentation | None:
@@ -159,6 +166,7 @@ def _check_stage(config: Config) -> None:
             ("model", "regression", False),
             ("model", "augment", False),
             ("data", "augment", "none"),
+            ("data", "degradation", "clean"),
             ("checkpoint", "best", False),
         ):
             if config[section][name] != value:
@@ -173,6 +181,9 @@ def _check_stage(config: Config) -> None:
         invalid(
             "data", "augment_largest", data["augment_largest"], "be at most 1 if config.data.augment is noise"
         )
+    if build_degradation(config).second.is_clean and config["degradation"]["resize"] != (1.0, 1.0):
+        rule = "be (1.0, 1.0) if config.second_degradation does nothing"
+        invalid("degradation", "resize", config["degradation"]["resize"], rule)
     if model["augment"] and data["augment"] == "none":
         invalid("model", "augment", True, "be false if config.data.augment is none")
     if data["label_dropout"] and not model["num_classes"]:

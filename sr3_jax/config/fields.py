@@ -7,7 +7,7 @@ page of the documentation read it through `schema`. It imports neither jax nor t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,8 @@ class Field:
         least, most: inclusive bounds.
         above, below: exclusive bounds.
         fixed: whether a run must be resumed with the value that it was started with.
+
+    A tuple of floats is a range, (least, most): it must be ascending, and the bounds hold for both ends.
     """
 
     default: Any
@@ -37,6 +39,11 @@ class Field:
     fixed: bool = False
 
     @property
+    def is_range(self) -> bool:
+        """Whether a value is (least, most)."""
+        return isinstance(self.default, tuple) and bool(self.default) and isinstance(self.default[0], float)
+
+    @property
     def values(self) -> tuple[Any, ...]:
         """The choices; empty for any value."""
         return self.choices() if callable(self.choices) else self.choices
@@ -46,7 +53,7 @@ class Field:
         if self.values:
             return f"one of {', '.join(map(str, self.values))}" + " or MODULE:FUNCTION" * self.or_function
         if self.least is not None and self.most is not None:
-            return f"from {self.least:.10g} to {self.most:.10g}"
+            return "ascending and " * self.is_range + f"from {self.least:.10g} to {self.most:.10g}"
         bounds = (
             (self.least, f"{self.least} or more"),
             (self.above, f"above {self.above}"),
@@ -57,6 +64,9 @@ class Field:
 
     def contains(self, value: Any) -> bool:
         """Whether a value of the right type is one of the choices or within the bounds."""
+        if self.is_range:
+            ends = replace(self, default=0.0)
+            return value[0] <= value[1] and all(ends.contains(end) for end in value)
         return (
             (not self.values or value in self.values or (self.or_function and ":" in value))
             and (self.least is None or value >= self.least)
@@ -82,6 +92,66 @@ def _solvers() -> tuple[str, ...]:
     from sr3_jax.diffusion.solvers import SOLVERS  # imports jax, which most uses of this module do not need
 
     return tuple(SOLVERS)
+
+
+def _degradation_fields() -> dict[str, Field]:
+    def probability(default: float, help: str) -> Field:
+        return Field(default=default, least=0, most=1, fixed=True, help=help)
+
+    return {
+        "blur_prob": probability(0.0, "Fraction of the training examples whose image is blurred."),
+        "blur_sigma": Field(
+            default=(0.2, 3.0),
+            least=0.1,
+            most=5,
+            fixed=True,
+            help="Standard deviation of the blur, in pixels.",
+        ),
+        "blur_sinc_prob": probability(
+            0.0, "Fraction of the blurs that are a sharp low-pass filter (sinc), which rings."
+        ),
+        "blur_anisotropic_prob": probability(
+            0.0, "Fraction of the other blurs with two widths and a random direction."
+        ),
+        "blur_generalized_prob": probability(
+            0.0, "Fraction of the blurs with a generalized Gaussian kernel."
+        ),
+        "blur_plateau_prob": probability(0.0, "Fraction of the blurs with a plateau-shaped kernel."),
+        "resize": Field(
+            default=(1.0, 1.0),
+            least=0.1,
+            most=2,
+            fixed=True,
+            help="Factor of the size after the first of two rounds.",
+        ),
+        "resize_random_kernel": Field(
+            default=False,
+            fixed=True,
+            help="Resize by area, bilinear or bicubic at random, instead of by bicubic.",
+        ),
+        "noise_prob": probability(0.0, "Fraction of the examples with noise."),
+        "noise_sigma": Field(
+            default=(1.0, 30.0),
+            least=0,
+            most=255,
+            fixed=True,
+            help="Standard deviation of the Gaussian noise, in levels of 255.",
+        ),
+        "noise_gray_prob": probability(0.0, "Fraction of the noise that is equal in all channels."),
+        "noise_poisson_prob": probability(0.0, "Fraction of the noise that is Poisson instead of Gaussian."),
+        "noise_poisson_scale": Field(
+            default=(0.05, 3.0),
+            least=0,
+            most=10,
+            fixed=True,
+            help="Factor on the Poisson noise of an image whose levels are counts of photons.",
+        ),
+        "jpeg_prob": probability(0.0, "Fraction of the examples that are compressed as JPEG (4:2:0)."),
+        "jpeg_quality": Field(default=(30.0, 95.0), least=1, most=100, fixed=True, help="JPEG quality."),
+        "sinc_prob": probability(
+            0.0, "Fraction of the examples with a sinc filter before or after the JPEG."
+        ),
+    }
 
 
 SECTIONS: Mapping[str, Section] = MappingProxyType(
@@ -299,6 +369,14 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     fixed=True,
                     help="Fraction of training examples without their label, for classifier-free guidance.",
                 ),
+                "degradation": Field(
+                    default="clean",
+                    choices=("clean", "photo", "wild"),
+                    fixed=True,
+                    help="How low-res images are made: by bicubic downsampling as in the paper (clean), or with the "
+                    "blur, noise and JPEG of everyday photographs (photo) or of Real-ESRGAN (wild). It sets those "
+                    "fields of `degradation` and `second_degradation` that are not given.",
+                ),
                 "augment": Field(
                     default="none",
                     choices=("none", "blur", "noise"),
@@ -318,6 +396,14 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                 "threads": Field(default=4, least=1, help="Threads that decode and crop images."),
                 "cache_mb": Field(default=1024, least=0, help="Memory for decoded images, in MB."),
             },
+        ),
+        "degradation": Section(
+            "Random degradation of the low-res images in training; `data.degradation` sets these fields together.",
+            _degradation_fields(),
+        ),
+        "second_degradation": Section(
+            "The second round of the degradation, which ends at the low-res size.",
+            {name: field for name, field in _degradation_fields().items() if name != "resize"},
         ),
         "optim": Section(
             "Adam and its learning rate.",

@@ -13,6 +13,7 @@ import logging
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         config[section][name] = value
     if config["model"]["regression"]:
         _imply_regression(config, given=_names(given), explicit=set(explicit))
+    if config["data"]["degradation"] != "clean":
+        _imply_degradation(config, given=_names(given) | set(explicit))
     check_ranges(config)
     return config
 
@@ -258,3 +261,16 @@ def _imply_regression(
     }.items():
         if (section, name) not in given | explicit:
             config[section][name] = value
+
+
+def _imply_degradation(config: dict[str, Any], *, given: set[tuple[str, str]]) -> None:
+    """Set the fields of the preset `data.degradation`, except for those that the config or an option gives."""
+    from sr3_jax.degradations import PRESETS as DEGRADATIONS  # imports jax, which most uses do not need
+
+    preset = DEGRADATIONS.get(config["data"]["degradation"])
+    if preset is None:  # `check_ranges` reports it
+        return
+    for section, settings in (("degradation", preset.first), ("second_degradation", preset.second)):
+        for name, value in asdict(settings).items():
+            if name in config[section] and (section, name) not in given:
+                config[section][name] = value

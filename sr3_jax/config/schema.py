@@ -26,6 +26,11 @@ TYPES = {
 }
 
 
+def type_name(field: Field) -> str:
+    """The type of a field, in words that follow 'must be'."""
+    return "two numbers, least and most" if field.is_range else TYPES[type(field.default)]
+
+
 def fields() -> Iterator[tuple[str, str, Field]]:
     """Every field with the names of its section and its own."""
     for name, section in SECTIONS.items():
@@ -84,14 +89,18 @@ def check_type(section: str, name: str, value: Any, *, default: Any = None) -> A
         plain = float(plain)
     if kind is int and type(plain) is float and plain.is_integer():
         plain = int(plain)
-    if kind is tuple and isinstance(plain, list | tuple):
+    if kind is tuple and not field.is_range and isinstance(plain, list | tuple):
         items = [item.item() if isinstance(item, np.generic) else item for item in plain]
         if all(type(item) is int for item in items):
             return tuple(items)
+    if field.is_range and isinstance(plain, list | tuple) and len(plain) == 2:
+        ends = [end.item() if isinstance(end, np.generic) else end for end in plain]
+        if all(type(end) in (int, float) and math.isfinite(end) for end in ends):
+            return tuple(map(float, ends))
     if type(plain) is not kind or kind is tuple or (kind is float and not math.isfinite(plain)):
         quoted = field.default if default is None else default
         raise UserError(
-            f"config.{section}.{name} must be {TYPES[kind]}, got {plain!r}; the default is {quoted!r}"
+            f"config.{section}.{name} must be {type_name(field)}, got {plain!r}; the default is {quoted!r}"
         )
     return plain
 
@@ -160,7 +169,7 @@ def markdown() -> str:
         lines += ["", f"## {section}", "", group.help, ""]
         lines += ["| field | default | values | description |", "|---|---|---|---|"]
         for name, field in group.fields.items():
-            values = field.allowed() or TYPES[type(field.default)]
+            values = field.allowed() or type_name(field)
             mark = " †" * field.fixed
             lines.append(f"| `{name}`{mark} | `{_shown(field.default)}` | {values} | {field.help} |")
     return "\n".join(lines) + "\n"

@@ -164,7 +164,9 @@ class UNet(nn.Module):
         if self.augment:
             strength = cond.get("augment", jnp.zeros_like(gamma))
             y = nn.Dense(width, name="augment_in")(sinusoidal(strength, self.channels, 0.5, 200.0))
-            x = x + nn.Dense(width, name="augment_out")(nn.swish(y))
+            # Zero at first, so that training can start from a model without this input.
+            zeros = nn.initializers.zeros
+            x = x + nn.Dense(width, kernel_init=zeros, name="augment_out")(nn.swish(y))
         return x
 
     def _block(self, channels: int, name: str, resample: str | None = None) -> Any:

@@ -36,6 +36,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "model": (),
     "diffusion": (),
     "data": ("crop", "shrink", "scale", "label_dropout", "augment", "augment_largest", "augment_share"),
+    "degradation": (),
+    "second_degradation": (),
     "optim": ("clip_norm", "ema_decay"),
     "train": ("batch_size", "accumulation"),
     "eval": ("num_images",),

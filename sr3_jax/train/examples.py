@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.degradations import ConditioningAugmentation
+from sr3_jax.degradations import CLEAN, ConditioningAugmentation, Degradation
 from sr3_jax.image_ops import degrade, to_unit, upsample
 from sr3_jax.types import Conditioning, Image, Key
 
@@ -24,6 +24,7 @@ class Task:
     Attributes:
         scale: s, the super-resolution factor; None for a base stage, which has no low-res image.
         shrink: downsample the crops by this factor first, so that the stages of a cascade share one data set.
+        degradation: makes the low-res image from the target.
         augmentation: of the low-res image in training; None for none.
         num_classes: number of labels; label `num_classes` means "no label".
         label_dropout: fraction of the training examples whose label becomes "no label", as classifier-free guidance
@@ -32,6 +33,7 @@ class Task:
 
     scale: int | None
     shrink: int = 1
+    degradation: Degradation = CLEAN
     augmentation: ConditioningAugmentation | None = None
     num_classes: int = 0
     label_dropout: float = 0.0
@@ -39,16 +41,25 @@ class Task:
     @property
     def random(self) -> bool:
         """Whether making a training example needs a key."""
-        return self.augmentation is not None or self.label_dropout > 0
+        return not self.degradation.is_clean or self.augmentation is not None or self.label_dropout > 0
 
     def target(self, batch: Batch) -> Image:
         """[B,H/shrink,W/shrink,C] in [-1,1] from uint8 'image' [B,H,W,C]."""
         image = to_unit(batch["image"])
         return image if self.shrink == 1 else degrade(image, self.shrink)
 
-    def low_res(self, target: Image) -> Image | None:
-        """The low-res image [B,H/s,W/s,C] of a target [B,H,W,C]; None for a base stage."""
-        return None if self.scale is None else degrade(target, self.scale)
+    def low_res(self, target: Image, key: Key | None = None) -> Image | None:
+        """The low-res image [B,H/s,W/s,C] of a target [B,H,W,C]; None for a base stage.
+
+        Args:
+            key: one key for the batch or [B] keys, for a random degradation. In evaluation each example has its own
+                fixed key; None downsamples by bicubic.
+        """
+        if self.scale is None:
+            return None
+        if key is None or self.degradation.is_clean:
+            return degrade(target, self.scale)
+        return self.degradation.apply(key, target, self.scale)
 
 
 def condition(
@@ -74,15 +85,23 @@ def condition(
     return cond
 
 
-def make_pair(batch: Batch, task: Task, key: Key | None = None) -> tuple[Image, Conditioning]:
+def make_pair(
+    batch: Batch, task: Task, key: Key | None = None, *, low_res: Image | None = None
+) -> tuple[Image, Conditioning]:
     """The target [B,H/shrink,W/shrink,C] in [-1,1] of uint8 crops, and its condition.
 
     Args:
         batch: 'image' uint8 [B,H,W,C], and 'label' int32 [B] if there are labels.
-        key: for augmentation and label dropout; None applies neither, as in evaluation.
+        key: for degradation, augmentation and label dropout; None applies none of them, as in evaluation.
+        low_res: the low-res images [B,H/s,W/s,C] where they are known already; None makes them.
     """
     target = task.target(batch)
-    low_res, label, strength = task.low_res(target), batch.get("label"), None
+    if low_res is None and key is not None and not task.degradation.is_clean:
+        key, degradation_key = jax.random.split(key)
+        low_res = task.low_res(target, degradation_key)
+    elif low_res is None:
+        low_res = task.low_res(target)
+    label, strength = batch.get("label"), None
     if key is not None:
         augment_key, label_key = jax.random.split(key)
         if task.augmentation is not None and low_res is not None:

@@ -76,6 +76,7 @@ def read(given: ConfigDict | FrozenConfigDict | Mapping[str, Any]) -> Experiment
         task=Task(
             scale=data["scale"] if model["low_res"] else None,
             shrink=data["shrink"],
+            degradation=build.build_degradation(config),
             augmentation=build.build_augmentation(data),
             num_classes=model["num_classes"],
             label_dropout=data["label_dropout"],

@@ -27,7 +27,7 @@ from sr3_jax.train.examples import Batch, condition
 from sr3_jax.train.metric_writer import MetricWriter, read_metrics
 from sr3_jax.train.step import Objective, batch_losses
 from sr3_jax.train.weights import export
-from sr3_jax.types import Key, Params
+from sr3_jax.types import Image, Key, Params
 
 GRID_ROWS = 6
 LOSS_LEVELS = 32  # least number of noise levels that the held-out loss is averaged over
@@ -52,7 +52,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
 
     passes = -(-LOSS_LEVELS // rows)
 
-    def loss(params: Params, batch: Batch, key: Key, repeated: jax.Array) -> jax.Array:
+    def loss(params: Params, batch: Batch, low_res: Image | None, key: Key, repeated: jax.Array) -> jax.Array:
         """[B] mean loss over `passes` stratified noise levels per crop."""
         gamma_key, passes_key = jax.random.split(key)
         levels = sample_gamma(gamma_key, objective.schedule, passes * rows).reshape(passes, rows)
@@ -70,6 +70,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
                 train=False,
                 gamma=level[repeated],
                 eps=eps[repeated],
+                low_res=low_res,
             )
 
         return jnp.mean(jax.lax.map(one_pass, (levels, jax.random.split(passes_key, passes))), axis=0)
@@ -78,7 +79,8 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
         loss_key, sample_key = jax.random.split(key)
         image = task.target(batch)
         repeated = jnp.arange(len(image)) % rows
-        low_res = task.low_res(image)
+        # Example i has the same degradation in every evaluation and every run.
+        low_res = task.low_res(image, jax.random.split(jax.random.key(0), rows)[repeated])
         cond = condition(low_res, task.scale, batch.get("label"))
         output = to_uint8(
             sample(
@@ -93,7 +95,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
             ).image
         )
         truth = to_uint8(image)
-        values = {"eval_loss": loss(params, batch, loss_key, repeated)}
+        values = {"eval_loss": loss(params, batch, low_res, loss_key, repeated)}
         images = {"output": output, "ground_truth": truth}
         if low_res is not None and task.scale is not None:
             bicubic, small = to_uint8(upsample(low_res, task.scale)), to_uint8(low_res)

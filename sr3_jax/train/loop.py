@@ -216,8 +216,11 @@ def _initial_state(
     key = jax.random.fold_in(jax.random.key(experiment.section("train")["seed"]), 2**31)
     if not start:
         return create_state(experiment.init_params, optimizer, key, mesh)
-    given = load_weights(start).params
+    given = dict(load_weights(start).params)
     abstract = abstract_state(experiment.init_params, optimizer, mesh)
+    if experiment.section("model")["augment"] and "augment_out" not in given:
+        new = experiment.init_params(key)  # this input has no effect at first
+        given |= {name: new[name] for name in ("augment_in", "augment_out")}
     shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (given, abstract.params)]
     if shapes[0] != shapes[1]:
         raise UserError(f"config.train.init_from={start!r} has another network: use its config.model fields")

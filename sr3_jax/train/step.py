@@ -23,7 +23,7 @@ from sr3_jax.distributed.sharding import replicated
 from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.train.examples import Batch, Task, make_pair
 from sr3_jax.train.state import TrainState, update_ema
-from sr3_jax.types import Key, NoiseLevel, Params
+from sr3_jax.types import Image, Key, NoiseLevel, Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,17 +58,19 @@ def batch_losses(
     train: bool,
     gamma: NoiseLevel | None = None,
     eps: jax.Array | None = None,
+    low_res: Image | None = None,
 ) -> jax.Array:
     """The denoising loss of each example, [B] float32.
 
     Args:
-        train: apply dropout, label dropout and augmentation.
+        train: apply dropout, label dropout, degradation and augmentation.
+        low_res: as for `make_pair`.
         gamma, eps: as for `denoising_loss`.
     """
     pair_key = None
     if train and objective.task.random:
         key, pair_key = jax.random.split(key)
-    image, cond = make_pair(batch, objective.task, pair_key)
+    image, cond = make_pair(batch, objective.task, pair_key, low_res=low_res)
     loss_key, dropout_key = jax.random.split(key)
     return denoising_loss(
         functools.partial(apply_unet, objective.network, params, train=train, dropout_key=dropout_key),

@@ -1,0 +1,21 @@
+"""Photographs at 4x that are slightly blurred, noisy or compressed: the config of the shipped `photo_4x_robust`.
+
+sr3 train --config=photos_4x_robust --workdir=out/photos_4x_robust --config.data.source=folder:PHOTOS
+"""
+
+from ml_collections import ConfigDict
+
+from sr3_jax.configs import photos_4x
+
+PARAMETERS = 5_167_872
+
+
+def get_config() -> ConfigDict:
+    """`photos_4x` with degraded low-res images and noise-conditioning augmentation, started from its weights."""
+    config = photos_4x.get_config()
+    config.model.augment = True
+    config.data.degradation = "photo"
+    config.data.augment = "noise"
+    config.data.augment_largest = 0.15
+    config.train.init_from = "photo_4x"
+    return config
