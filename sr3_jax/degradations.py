@@ -429,7 +429,7 @@ def _random_noise(key: Key, image: jax.Array, settings: DegradationRound) -> jax
 def poisson(normal: jax.Array, mean: jax.Array) -> jax.Array:
     """Poisson counts of a given mean from standard normal values, by the inverse of Anscombe's transform.
 
-    From a mean of 5 on, the mean is within 1 % and the variance within 5 %. Exact sampling, by rejection, is far slower.
+    From a mean of 5 on, the mean is within 1 % and the variance within 5 %. Exact sampling is far slower.
     """
     return jnp.maximum(jnp.round(jnp.square(jnp.sqrt(mean) + 0.5 * normal) - 0.25), 0.0)
 
