@@ -76,6 +76,20 @@ def upsample(low_res: jax.Array | np.ndarray, scale: int) -> Image:
     return resize_bicubic(low_res, height * scale, width * scale)
 
 
+def back_project(image: Image, low_res: Image, scale: int, *, rounds: int) -> Image:
+    """Make high-res [B,H,W,C] consistent with low-res [B,H/scale,W/scale,C]: downsampled, it then equals it.
+
+    Each round adds the upsampled difference between the low-res image and the downsampled high-res image (Irani and
+    Peleg 1991); the remaining difference shrinks geometrically.
+    """
+    height, width = low_res.shape[1:3]
+
+    def one(_: int, image: Image) -> Image:
+        return image + upsample(low_res - resize_bicubic(image, height, width), scale)
+
+    return jax.lax.fori_loop(0, rounds, one, image)
+
+
 def pad_image(x: np.ndarray, height: int, width: int) -> np.ndarray:
     """Pad a host array [B,H,W,C] at the bottom and right, with edge pixels, to [B,height,width,C]."""
     return np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)), mode="edge")

@@ -37,6 +37,8 @@ class Sampling:
         eta: option of the DDIM solver, 0 (deterministic) to 1.
         guidance: weight of classifier-free guidance; 1 for none.
         augment: strength in [0,1] of the conditioning augmentation.
+        back_projection: rounds of adding the upsampled difference between the low-res image and the downsampled output
+            (Irani and Peleg 1991), which make the output consistent with its input; 0 for none.
 
     Raises:
         UserError: a value that no schedule can be sampled with.
@@ -51,6 +53,7 @@ class Sampling:
     eta: float = 0.0
     guidance: float = 1.0
     augment: float = 0.0
+    back_projection: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -59,6 +62,10 @@ class Sampling:
             raise UserError(str(error)) from None
         if type(self.steps) is not int or self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps!r}")
+        if type(self.back_projection) is not int or not 0 <= self.back_projection <= 100:
+            raise UserError(
+                f"back_projection must be a whole number from 0 to 100, got {self.back_projection!r}"
+            )
         if self.spacing is not None and self.spacing not in SPACINGS:
             raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
         for name, (least, most) in _RANGES.items():
@@ -104,12 +111,18 @@ class Sampling:
         """These settings with another number of steps or another solver.
 
         A grid and solver options are valid only for the solver and number of steps that they were found for: if either
-        changes, sampling uses the new solver's default grid and options. Guidance and augment do not change.
+        changes, sampling uses the new solver's default grid and options. Other settings do not change.
         """
         steps, solver = self.steps if steps is None else steps, self.solver if solver is None else solver
         if (steps, solver) == (self.steps, self.solver):
             return self
-        return Sampling(solver, steps, guidance=self.guidance, augment=self.augment)
+        return Sampling(
+            solver,
+            steps,
+            guidance=self.guidance,
+            augment=self.augment,
+            back_projection=self.back_projection,
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -339,7 +339,8 @@ def test_a_stored_config_of_older_field_names_is_migrated_and_logged(caplog, mon
     with caplog.at_level(logging.INFO, logger="sr3_jax"):
         config = complete_stored(old, "out/run")
     assert config["diffusion"]["prediction"] == "v"
-    assert config["sampling"] == {"steps": 3, "solver": "heun"} and config["eval"]["every"] == 7
+    assert config["sampling"]["steps"] == 3 and config["sampling"]["solver"] == "heun"
+    assert config["eval"]["every"] == 7
     assert config["model"]["multipliers"] == (1, 2) and config["stage"]["size"] == 0  # completed
     assert json.dumps(old) == before
     assert "out/run" in caplog.text and "diffusion.prediction" in caplog.text

@@ -128,3 +128,20 @@ def test_batch_is_padded_with_its_last_element():
     x = np.arange(6).reshape(3, 2)
     np.testing.assert_array_equal(image_ops.pad_batch(x, 5), x[[0, 1, 2, 2, 2]])
     np.testing.assert_array_equal(image_ops.pad_batch(x, 3), x)
+
+
+def test_back_projection_makes_an_image_consistent_with_its_low_res_image():
+    rng = np.random.default_rng(0)
+    low_res = image_ops.degrade(rng.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32), 4)
+    image = image_ops.upsample(low_res, 4) + 0.1 * rng.standard_normal((2, 32, 48, 3)).astype(np.float32)
+
+    def off(x) -> float:
+        return float(jnp.sqrt(jnp.mean(jnp.square(image_ops.resize_bicubic(x, 8, 12) - low_res))))
+
+    errors = [off(image_ops.back_project(image, low_res, 4, rounds=rounds)) for rounds in range(4)]
+    assert errors[0] > 0.02 and errors[3] < errors[0] / 5
+    assert errors == sorted(errors, reverse=True)
+    consistent = image_ops.upsample(jnp.zeros_like(low_res), 4)
+    np.testing.assert_allclose(
+        image_ops.back_project(consistent, jnp.zeros_like(low_res), 4, rounds=3), 0.0, atol=1e-6
+    )

@@ -20,6 +20,7 @@ from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.inference import model as models
 from sr3_jax.inference import program
+from sr3_jax.metrics import consistency
 from sr3_jax.sampling import Sampling
 from sr3_jax.train import checkpoints, experiment, weights
 from sr3_jax.train.state import start_from
@@ -291,6 +292,25 @@ def test_sampling_augments_with_the_given_strength():
     assert np.abs(at(1.0).astype(int) - plain).mean() > np.abs(at(0.2).astype(int) - plain).mean() > 0
     with pytest.raises(UserError, match=r"augment=0\.5 .*config\.model\.augment"):
         make().upscale(images, keys(0, 1), sampling=Sampling("ddim", 2, augment=0.5))
+
+
+def test_back_projection_is_a_default_of_the_config_and_brings_the_output_closer_to_its_input():
+    images = random_images(2, 8, 8)
+    projected = make(size=0.0, diffusion={"prediction": "y0"}, sampling={"back_projection": 3})
+    assert projected.sampling.override(steps=3).back_projection == 3
+
+    def off(rounds: int) -> float:
+        sampling = replace(projected.sampling, back_projection=rounds)
+        return float(np.mean(consistency(projected.upscale(images, sampling=sampling), images)))
+
+    assert off(3) < off(1) < off(0) / 2
+    np.testing.assert_array_equal(
+        projected.upscale(images),
+        projected.upscale(images, sampling=replace(projected.sampling, back_projection=3)),
+    )
+    base = make(**BASE)
+    with pytest.raises(UserError, match=r"back_projection=2 .*low-res"):
+        base.generate(1, keys(0), labels=np.array([0]), sampling=replace(base.sampling, back_projection=2))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

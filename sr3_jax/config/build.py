@@ -167,6 +167,7 @@ def _check_stage(config: Config) -> None:
             ("model", "augment", False),
             ("data", "augment", "none"),
             ("data", "degradation", "clean"),
+            ("sampling", "back_projection", 0),
             ("checkpoint", "best", False),
         ):
             if config[section][name] != value:

@@ -329,6 +329,12 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     help="Solver: the paper's ancestral sampler, DDIM, DPM-Solver++(2M), Heun, or one of yours.",
                 ),
                 "steps": Field(default=25, least=1, help="Number of sampling steps."),
+                "back_projection": Field(
+                    default=0,
+                    least=0,
+                    most=100,
+                    help="Rounds that make the output consistent with the low-res image, for clean inputs; 0 for none.",
+                ),
             },
         ),
         "data": Section(

@@ -36,6 +36,6 @@ def get_config() -> ConfigDict:
         optim={"learning_rate": 5e-4, "warmup_steps": 300, "ema_decay": 0.999},
         train={"num_steps": 1_000_000, "batch_size": 16},
         eval={"every": 1000, "num_images": 8},
-        sampling={"steps": 10, "solver": "dpmpp_2m"},
+        sampling={"steps": 10, "solver": "dpmpp_2m", "back_projection": 3},
         checkpoint={"every": 500},
     )

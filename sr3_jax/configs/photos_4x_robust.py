@@ -17,5 +17,6 @@ def get_config() -> ConfigDict:
     config.data.degradation = "photo"
     config.data.augment = "noise"
     config.data.augment_largest = 0.15
+    config.sampling.back_projection = 0  # it would restore the noise
     config.train.init_from = "photo_4x"
     return config

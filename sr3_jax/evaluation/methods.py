@@ -158,7 +158,9 @@ def model_methods(
         for solver in solvers or [model.sampling.solver]:
             for count in steps or [model.sampling.steps]:
                 sampling = model.sampling.override(solver=solver, steps=count)
-                default = Sampling(solver, count, guidance=sampling.guidance, augment=sampling.augment)
+                default = dataclasses.replace(
+                    sampling, spacing=None, log_snr_min=None, log_snr_max=None, variance=1.0, eta=0.0
+                )
                 samplings += [default, sampling] if unsearched and default != sampling else [sampling]
     fixed = {"weights": params_fingerprint(model.params), "setup": config_fingerprint(model.config)}
     found = []

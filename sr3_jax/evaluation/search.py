@@ -124,10 +124,10 @@ def search_schedule(
         raise UserError(
             f"model {loaded.name} is a regression model, which has no sampling schedule: use a diffusion model"
         )
-    own = Sampling(loaded.config["sampling"]["solver"], loaded.config["sampling"]["steps"])
+    own = Sampling(**loaded.config["sampling"])
     solvers, budgets = list(solvers) or list(SOLVERS), list(nfe) or [own.nfe]
     defaults = {
-        (solver, budget): Sampling(solver, steps_for(solver, budget))
+        (solver, budget): own.override(solver=solver, steps=steps_for(solver, budget))
         for budget in budgets
         for solver in dict.fromkeys([own.solver, *solvers])
     }

@@ -216,7 +216,7 @@ def _search_cells(row: Mapping[str, Any], metric: Metric, shown: Sequence[Metric
     default = Sampling()
     other = [
         f"{name}={getattr(sampling, name):g}"
-        for name in ("guidance", "augment")
+        for name in ("guidance", "augment", "back_projection")
         if getattr(sampling, name) != getattr(default, name)
     ]
     gain = row["gain"]

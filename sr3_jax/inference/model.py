@@ -275,6 +275,11 @@ class Model:
                 f"guidance={guidance:g} needs a model trained with config.data.label_dropout above 0, which "
                 f"{self.name} was not: use guidance=1"
             )
+        if sampling.back_projection and not self.network.low_res:
+            raise UserError(
+                f"back_projection={sampling.back_projection} needs a low-res image, which {self.name} does not take: "
+                "use back_projection=0"
+            )
         if strength and not self.network.augment:
             raise UserError(
                 f"augment={strength:g} needs a model trained with config.model.augment, which {self.name} was not: "
@@ -360,6 +365,7 @@ class Model:
             "space": self.space,
             "scale": self.scale,
             "augmentation": build_augmentation(self.config["data"]) if strength else None,
+            "back_projection": sampling.back_projection,
         }
         return arguments, settings
 
@@ -391,7 +397,7 @@ def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Mode
         space=build_space(diffusion),
         prediction=diffusion["prediction"],
         scale=config["data"]["scale"],
-        sampling=Sampling(config["sampling"]["solver"], config["sampling"]["steps"]),
+        sampling=Sampling(**config["sampling"]),
         config=config,
     )
 

@@ -19,7 +19,7 @@ from sr3_jax.diffusion.sampler import sample_with_coefficients, split
 from sr3_jax.diffusion.solvers import SolverStep
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
-from sr3_jax.image_ops import to_uint8, to_unit
+from sr3_jax.image_ops import back_project, to_uint8, to_unit
 from sr3_jax.inference.tiling import tiled
 from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.train.examples import Batch, condition
@@ -28,7 +28,17 @@ from sr3_jax.types import Denoiser, Key, Params
 TILE, OVERLAP = 1024, 64  # high-res pixels; about 1 GB of activations for the shipped model
 
 
-_STATIC = ("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation")
+_STATIC = (
+    "shape",
+    "mesh",
+    "network",
+    "step",
+    "prediction",
+    "space",
+    "scale",
+    "augmentation",
+    "back_projection",
+)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -48,6 +58,7 @@ def generate_jit(
     space: Space,
     scale: int,
     augmentation: ConditioningAugmentation | None,
+    back_projection: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Sample a batch of images.
 
@@ -62,11 +73,12 @@ def generate_jit(
         mesh: the batch is split over all of it.
         step: `Solver.compiled`.
         scale: H / h.
+        back_projection: rounds of `back_project`.
 
     Returns:
         uint8 [B,H,W,C], and whether all values were finite before rounding.
     """
-    low_res = to_unit(batch["image"]) if "image" in batch else None
+    low_res = given = to_unit(batch["image"]) if "image" in batch else None
     levels = None
     if low_res is not None and augmentation is not None and strength is not None:
         levels = jnp.full(shape[:1], strength)
@@ -87,9 +99,12 @@ def generate_jit(
         prediction=prediction,
         space=space,
     )
+    image = samples.image
+    if given is not None and back_projection:
+        image = back_project(image, given, scale, rounds=back_projection)
     # Constrain the output too, so that XLA cannot choose another sharding than rows over devices.
-    output = jax.lax.with_sharding_constraint(to_uint8(samples.image), sharding.batch_sharding(mesh))
-    return output, jnp.all(jnp.isfinite(samples.image))
+    output = jax.lax.with_sharding_constraint(to_uint8(image), sharding.batch_sharding(mesh))
+    return output, jnp.all(jnp.isfinite(image))
 
 
 def bucket(side: int, unit: int, *, exact: int = 0) -> int:
