@@ -22,11 +22,11 @@ from sr3_jax.config.load import complete
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.train import checkpoints, weights
-from sr3_jax.train.optim import adam, lr_schedule
+from sr3_jax.train.optim import lr_schedule, make_optimizer
 from sr3_jax.train.state import TrainState, abstract_state, create_state
 from tests import tiny
 
-OPTIMIZER = adam(lr_schedule(1e-3, warmup_steps=3), clip_norm=1.0)
+OPTIMIZER = make_optimizer("adam", lr_schedule(1e-3, warmup_steps=3), b1=0.9, b2=0.999, clip_norm=1.0)
 
 
 @pytest.fixture(autouse=True, scope="module")

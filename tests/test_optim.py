@@ -1,4 +1,4 @@
-"""The learning rate at each step, and Adam and clipping against their formulas in float64."""
+"""The learning rate at each step; Adam and clipping against their formulas in float64; Muon by its properties."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from sr3_jax.train.optim import adam, lr_schedule
+from sr3_jax.train.optim import lr_schedule, make_optimizer
 
 
 def rates(schedule: optax.Schedule, steps) -> np.ndarray:
@@ -38,7 +38,7 @@ def test_unknown_decay_fails():
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 def test_adam_with_clipping_matches_its_formula(clip_norm):
-    optimizer = adam(lr_schedule(0.01, warmup_steps=2), b1=0.8, b2=0.9, clip_norm=clip_norm)
+    optimizer = make_optimizer("adam", lr_schedule(0.01, warmup_steps=2), b1=0.8, b2=0.9, clip_norm=clip_norm)
     generator = np.random.default_rng(0)
     params = {"a": generator.standard_normal((2, 3)).astype(np.float32), "b": np.ones(2, np.float32)}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
@@ -60,3 +60,32 @@ def test_adam_with_clipping_matches_its_formula(clip_norm):
             wanted[name] -= [0.005, 0.01, 0.01][step] * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
         for name in params:
             np.testing.assert_allclose(params[name], wanted[name], rtol=1e-5)
+
+
+def test_muon_orthogonalizes_inner_kernels_and_leaves_the_rest_to_adam():
+    shapes = {
+        "input": {"kernel": (3, 3, 4, 8)},
+        "down_0_0": {"Conv_0": {"kernel": (3, 3, 8, 16), "bias": (16,)}, "embedding": {"kernel": (24, 16)}},
+        "output": {"kernel": (3, 3, 8, 12)},
+    }
+    generator = np.random.default_rng(1)
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    params = jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=is_shape)
+    grads = jax.tree.map(
+        lambda shape: generator.standard_normal(shape).astype(np.float32), shapes, is_leaf=is_shape
+    )
+    rate, options = 0.1, {"b1": 0.9, "b2": 0.99}
+    found, adams = (
+        make_optimizer(name, lr_schedule(rate, warmup_steps=0), **options) for name in ("muon", "adam")
+    )
+    updates, _ = found.update(grads, found.init(params), params)
+    by_adam, _ = adams.update(grads, adams.init(params), params)
+    for path in (("input", "kernel"), ("output", "kernel"), ("down_0_0", "Conv_0", "bias")):
+        one, two = updates, by_adam
+        for name in path:
+            one, two = one[name], two[name]
+        np.testing.assert_allclose(one, two, rtol=1e-4)
+    for kernel in (updates["down_0_0"]["Conv_0"]["kernel"], updates["down_0_0"]["embedding"]["kernel"]):
+        singular = np.linalg.svd(np.asarray(kernel).reshape(-1, 16), compute_uv=False)
+        assert singular.max() / singular.min() < 2  # Newton-Schulz makes them nearly equal
+        assert np.sqrt(np.mean(np.square(kernel))) == pytest.approx(0.2 * rate, rel=0.3)

@@ -412,8 +412,14 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             {name: field for name, field in _degradation_fields().items() if name != "resize"},
         ),
         "optim": Section(
-            "Adam and its learning rate.",
+            "The optimizer and its learning rate.",
             {
+                "optimizer": Field(
+                    default="adam",
+                    choices=("adam", "muon"),
+                    fixed=True,
+                    help="Adam as in the paper, or Muon, which learns faster at small batch sizes.",
+                ),
                 "learning_rate": Field(
                     default=1e-4, above=0, fixed=True, help="Peak learning rate, after the warm-up."
                 ),
@@ -432,8 +438,16 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     fixed=True,
                     help="Global gradient norm to clip at; 0 for no clipping.",
                 ),
-                "b1": Field(default=0.9, least=0, below=1, fixed=True, help="Adam's beta_1."),
-                "b2": Field(default=0.999, least=0, below=1, fixed=True, help="Adam's beta_2."),
+                "b1": Field(
+                    default=0.9, least=0, below=1, fixed=True, help="Adam's beta_1, or Muon's momentum."
+                ),
+                "b2": Field(
+                    default=0.999,
+                    least=0,
+                    below=1,
+                    fixed=True,
+                    help="Adam's beta_2; Muon uses Adam for biases and for the first and last layer.",
+                ),
                 "ema_decay": Field(
                     default=0.9999,
                     least=0,

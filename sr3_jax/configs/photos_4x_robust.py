@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.data.degradation = "photo"
     config.data.augment = "noise"
     config.data.augment_largest = 0.15
+    config.data.augment_share = 0.25
     config.sampling.back_projection = 0  # it would restore the noise
     config.train.init_from = "photo_4x"
     return config

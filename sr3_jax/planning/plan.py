@@ -38,7 +38,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "data": ("crop", "shrink", "scale", "label_dropout", "augment", "augment_largest", "augment_share"),
     "degradation": (),
     "second_degradation": (),
-    "optim": ("clip_norm", "ema_decay"),
+    "optim": ("optimizer", "clip_norm", "ema_decay"),
     "train": ("batch_size", "accumulation"),
     "eval": ("num_images",),
     "sampling": ("steps", "solver"),

@@ -40,10 +40,14 @@ class Experiment:
         return build.init_params(self.objective.network, key)
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam with the learning-rate schedule."""
+        """The optimizer with its learning-rate schedule."""
         section = self.config["optim"]
-        return optim.adam(
-            self.lr_schedule(), b1=section["b1"], b2=section["b2"], clip_norm=section["clip_norm"]
+        return optim.make_optimizer(
+            section["optimizer"],
+            self.lr_schedule(),
+            b1=section["b1"],
+            b2=section["b2"],
+            clip_norm=section["clip_norm"],
         )
 
     def lr_schedule(self) -> optax.Schedule:
