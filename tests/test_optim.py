@@ -69,22 +69,18 @@ def test_muon_orthogonalizes_inner_kernels_and_leaves_the_rest_to_adam():
         "output": {"kernel": (3, 3, 8, 12)},
     }
     generator = np.random.default_rng(1)
-    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
-    params = jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=is_shape)
     grads = jax.tree.map(
-        lambda shape: generator.standard_normal(shape).astype(np.float32), shapes, is_leaf=is_shape
+        lambda shape: generator.standard_normal(shape).astype(np.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
     )
+    params = jax.tree.map(np.zeros_like, grads)
     rate, options = 0.1, {"b1": 0.9, "b2": 0.99}
-    found, adams = (
-        make_optimizer(name, lr_schedule(rate, warmup_steps=0), **options) for name in ("muon", "adam")
-    )
-    updates, _ = found.update(grads, found.init(params), params)
-    by_adam, _ = adams.update(grads, adams.init(params), params)
-    for path in (("input", "kernel"), ("output", "kernel"), ("down_0_0", "Conv_0", "bias")):
-        one, two = updates, by_adam
-        for name in path:
-            one, two = one[name], two[name]
-        np.testing.assert_allclose(one, two, rtol=1e-4)
+    muon = make_optimizer("muon", lr_schedule(rate, warmup_steps=0), **options)
+    updates, _ = muon.update(grads, muon.init(params), params)
+    for leaf in (updates["input"], updates["output"], updates["down_0_0"]["Conv_0"]["bias"]):
+        for update in jax.tree.leaves(leaf):  # Adam's first step has one size
+            np.testing.assert_allclose(np.abs(update), np.abs(update).max(), rtol=1e-3)
     for kernel in (updates["down_0_0"]["Conv_0"]["kernel"], updates["down_0_0"]["embedding"]["kernel"]):
         singular = np.linalg.svd(np.asarray(kernel).reshape(-1, 16), compute_uv=False)
         assert singular.max() / singular.min() < 2  # Newton-Schulz makes them nearly equal

@@ -40,9 +40,9 @@ def adam(schedule: optax.Schedule, *, b1: float = 0.9, b2: float = 0.999) -> opt
 def muon(schedule: optax.Schedule, *, b1: float = 0.95, b2: float = 0.999) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024): the momentum of each matrix is orthogonalized; Adam for all other parameters.
 
-    A convolution is the matrix from its inputs (kernel positions and channels) to its output channels. The first and the
-    last convolution, biases and scales are left to Adam. Updates have the size of Adam's (Liu et al. 2025, section 2.2),
-    so learning rates compare; Muon takes rates several times as large.
+    A convolution is the matrix from its inputs (kernel positions and channels) to its output channels. The first and
+    the last convolution, biases and scales are left to Adam. Updates have the size of Adam's (Liu et al. 2025, section
+    2.2), so learning rates compare; Muon takes rates several times as large.
 
     Args:
         b1: decay of the momentum.
