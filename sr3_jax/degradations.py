@@ -16,6 +16,7 @@ Images are float32 in [-1,1]. Shape legend: B batch, H height, W width, C channe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -206,15 +207,25 @@ class ConditioningAugmentation:
         strength = jnp.where(jax.random.bernoulli(share_key, self.share, (batch_size,)), strength, 0.0)
         return self.apply(noise_key, low_res, strength), strength
 
-    def apply(self, key: Key, low_res: Image, strength: jax.Array) -> Image:
+    def apply(
+        self,
+        key: Key,
+        low_res: Image,
+        strength: jax.Array,
+        *,
+        normal: Callable[[Key], jax.Array] | None = None,
+    ) -> Image:
         """Augment low_res [B,H,W,C] with given strengths [B] in [0,1]; at 0 an image is unchanged, bit for bit.
 
         Args:
             key: one key for the batch, or [B] keys, which make each example independent of the rest of its batch.
+            normal: key, or keys, to standard normal noise [B,H,W,C]; None for `jax.random.normal`.
         """
         if self.kind == "blur":
             return blur(low_res, self.largest * strength, reach=math.ceil(3 * self.largest))
-        if key.ndim == 0:
+        if normal is not None:
+            noise = normal(key)
+        elif key.ndim == 0:
             noise = jax.random.normal(key, low_res.shape)
         else:
             noise = jax.vmap(lambda one: jax.random.normal(one, low_res.shape[1:]))(key)

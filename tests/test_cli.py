@@ -222,11 +222,11 @@ def test_folder_without_images_fails(tmp_path, stand_in, capsys):
 
 def test_user_error_of_the_model_is_printed(folder, stand_in, capsys):
     def before(images):
-        raise UserError("solver must be one of ddim, heun, got 'x'")
+        raise UserError("steps must be at most 5, got 9")
 
     stand_in.before = before
-    assert main(["upscale", str(folder / "in"), "-o", str(folder / "out"), "--solver", "x"]) == 2
-    assert capsys.readouterr().err.endswith("sr3 upscale: solver must be one of ddim, heun, got 'x'\n")
+    assert main(["upscale", str(folder / "in"), "-o", str(folder / "out"), "--steps", "9"]) == 2
+    assert capsys.readouterr().err.endswith("sr3 upscale: steps must be at most 5, got 9\n")
 
 
 def test_names_are_escaped_for_an_ascii_terminal(folder, stand_in, monkeypatch):

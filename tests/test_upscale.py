@@ -15,7 +15,9 @@ from stand_in import StandIn
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import ImageError, read_image, read_rgb
+from sr3_jax.inference.tiling import Axis, Tiling
 from sr3_jax.inference.upscale_files import Job, find_images, upscale_files
+from sr3_jax.sampling import Sampling
 
 
 def put(path: Path, data: bytes | np.ndarray) -> Path:
@@ -171,7 +173,7 @@ def test_pixels_gray_alpha_and_metadata_are_preserved(tmp_path):
         "t.tif": encode(rgb, "TIFF", exif=exif(6)),
     }
     (job, gray_job, turned), model = jobs_of(tmp_path, files), StandIn()
-    outcome = upscale_files(model, [job, gray_job, turned], steps=7, solver="ddim")
+    outcome = upscale_files(model, [job, gray_job, turned], sampling=Sampling("ddim", 7))
     assert (len(outcome.done), outcome.skipped, outcome.failed) == (3, (), ())
     assert {call[1:] for call in model.calls} == {(7, "ddim")}
     after = read_image(job.target)
@@ -268,7 +270,52 @@ def test_failing_images_are_reported_and_the_others_finish(tmp_path):
     assert {job.source: failure for job, failure in results if failure} == dict(outcome.failed)
 
 
-def test_batch_that_runs_out_of_memory_is_processed_one_by_one(tmp_path):
+def test_images_of_similar_size_share_full_batches(tmp_path):
+    """20 sizes once took 20 batches, mostly of copies."""
+
+    class Padding(StandIn):
+        def tiling(self, height, width, *, tile=None):
+            rows, columns = (Axis(-(-side // 8) * 8, (0,), (0, side)) for side in (height, width))
+            return Tiling(rows, columns, 16)
+
+    images = {f"{i}.png": pixels(9 + i % 8, 17 + i % 7, seed=i) for i in range(20)}
+    model = Padding()
+    jobs = jobs_of(tmp_path, images)
+    assert not upscale_files(model, jobs, batch_size=4).failed
+    assert [shape for shape, _, _ in model.calls] == [(4, 16, 24, 3)] * 5
+    for job in jobs:
+        np.testing.assert_array_equal(read_rgb(job.target), nearest(images[job.source.name]))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_large_image_is_written_in_tiles_with_progress(tmp_path, suffix):
+    images, seen = {"large.png": pixels(200, 90), "small.png": pixels(8, 8)}, []
+    jobs = [Job(job.source, job.target.with_suffix(suffix)) for job in jobs_of(tmp_path, images)]
+    model = StandIn(most=80)
+    outcome = upscale_files(model, jobs, on_tiles=lambda *one: seen.append(one))
+    count = model.tiling(200, 90).count
+    assert not outcome.failed and seen == [(jobs[0], count, count)] and count > 1
+    if suffix != ".jpg":
+        np.testing.assert_array_equal(read_rgb(jobs[0].target), nearest(images["large.png"]))
+
+
+def test_image_that_does_not_fit_into_memory_is_divided_and_the_next_one_at_once(tmp_path):
+    images, tried = {f"{i}.png": pixels(200, 200, seed=i) for i in range(2)}, []
+
+    class Small(StandIn):
+        def upscale_bands(self, image, seed, *, tile, **options):
+            tried.append(tile)
+            if tile > 100:
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return super().upscale_bands(image, seed, tile=tile, **options)
+
+    jobs = jobs_of(tmp_path, images)
+    outcome = upscale_files(Small(), jobs, tile=140)
+    assert not outcome.failed
+    assert tried[-2] <= 100 and tried[-1] == tried[-2] and max(tried[:-2]) > 100
+
+
+def test_batch_that_runs_out_of_memory_is_divided(tmp_path):
     images = {f"{i}.png": pixels(8, 9, seed=i) for i in range(4)}
 
     def before(batch: np.ndarray) -> None:

@@ -7,6 +7,7 @@ run. Exit code 1 (3 with several processes) if an image failed; each failure is 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -35,12 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ancestral, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: the model's own)",
     )
     parser.add_argument(
+        "--denoise", type=float, metavar="T",
+        help="0 to 1: larger trusts the input less and removes more noise and JPEG blocks; for models trained with "
+        "config.model.augment (default: the model's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tile", type=count, metavar="N",
+        help="maximum side of a tile in pixels of the input, for less memory (default: 1024 / scale)",
+    )  # fmt: skip
+    parser.add_argument(
         "--seed", type=seed, default=0, metavar="S", help="the same seed gives the same output (default: 0)"
     )
     parser.add_argument(
         "--batch-size", type=count, default=None, metavar="B",
-        help="images per batch, divided among the devices; larger batches pay off for many images of one size "
-        "(default: the number of devices)",
+        help="images or tiles per batch, divided among the devices (default: the number of devices)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument(
@@ -75,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
         from sr3_jax.inference import model as models
 
         model = models.load(args.model)
+        sampling = model.sampling.override(steps=args.steps, solver=args.solver)
+        if args.denoise is not None:
+            sampling = dataclasses.replace(sampling, augment=args.denoise)
         batch_size = args.batch_size or jax.local_device_count()
         with (
             tqdm(total=len(to_do), unit="image", disable=None, file=sys.stderr) as bar,
@@ -84,19 +96,25 @@ def run(args: argparse.Namespace) -> int:
             def report(job: Job, failure: str | None) -> None:
                 if failure is not None:
                     tqdm.write(f"{printable(job.source)}: {failure}", file=sys.stderr)
+                bar.set_postfix_str("", refresh=False)
                 bar.update()
+                exit_if_stopped(stopped())
+
+            def report_tiles(job: Job, done: int, of: int) -> None:
+                bar.set_postfix_str(f"{printable(job.source.name)}: tile {done} of {of}")
                 exit_if_stopped(stopped())
 
             result = upscale_files(
                 model,
                 jobs,
-                steps=args.steps,
-                solver=args.solver,
+                sampling=sampling,
                 seed=args.seed,
                 batch_size=batch_size,
+                tile=args.tile,
                 overwrite=args.overwrite,
                 max_megapixels=args.max_megapixels,
                 on_result=report,
+                on_tiles=report_tiles,
             )
     by_note: dict[str, list[Path]] = defaultdict(list)
     for path, notes in result.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -83,11 +84,15 @@ def sample_with_coefficients(
     prediction: Prediction = "eps",
     space: Space = image(),
     snapshots: int = 0,
+    noise: Callable[[Key], jax.Array] | None = None,
 ) -> Samples:
     """`sample`, given the rows of `Solver.coefficients` and `Solver.compiled`.
 
     With the coefficients as an argument of a jitted function, and the step static, all grids of one length and all
     options of a solver share one compilation.
+
+    Args:
+        noise: key, or [B] keys, to standard normal noise [B,H,W,C]; None for `jax.random.normal`.
     """
     batch_size, num_steps = shape[0], len(jax.tree.leaves(coefficients)[0])
     if key.shape not in ((), (batch_size,)):
@@ -103,18 +108,20 @@ def sample_with_coefficients(
         # Inside Heun's method gamma is 1 only in the branch that is not taken.
         return space.clip(y0_hat, cond)
 
-    def noise(keys: Key) -> jax.Array:
+    def normal(keys: Key) -> jax.Array:
+        if noise is not None:
+            return noise(keys)
         if keys.ndim == 0:
             return jax.random.normal(keys, shape)
         return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
 
     first, rest = split(key)  # so that y_T is the same for every solver and number of steps
-    y_start = noise(first)
+    y_start = normal(first)
     kept = jnp.zeros((num_steps // snapshots, *shape)) if snapshots else None
 
     def body(state: tuple[Carry, jax.Array | None], row: tuple) -> tuple[tuple, None]:
         (carry, kept), (index, coefficient) = state, row
-        z = noise(_of_step(rest, index)) if step.stochastic else None
+        z = normal(_of_step(rest, index)) if step.stochastic else None
         carry = step.step(denoise, carry, z, coefficient)
         if kept is not None:
             done = index + 1

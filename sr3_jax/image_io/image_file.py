@@ -127,7 +127,7 @@ def from_pillow(image: Image.Image) -> DecodedImage:
 
 def to_pillow(image: DecodedImage) -> Image.Image:
     """Convert to a Pillow image in mode L, LA, RGB or RGBA, with the ICC profile and EXIF data in its `info`."""
-    result = Image.fromarray(_channels(image))
+    result = Image.fromarray(to_channels(image))
     result.info |= {
         name: value for name, value in (("icc_profile", image.icc_profile), ("exif", image.exif)) if value
     }
@@ -166,7 +166,7 @@ def _decode(image: Image.Image) -> DecodedImage:
     )
 
 
-def _channels(image: DecodedImage) -> np.ndarray:
+def to_channels(image: DecodedImage) -> np.ndarray:
     """uint8 [H,W] for a grayscale image without alpha, otherwise [H,W,2..4]."""
     channels = [image.rgb[..., :1] if image.gray else image.rgb]
     if image.alpha is not None:
@@ -288,16 +288,30 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> Non
         options["exif"] = image.exif
         if file_format == "TIFF":
             options["compression"] = "raw"  # Pillow cannot write EXIF through libtiff, which compresses
+    with scratch_file(path, durable=durable) as file:
+        try:
+            Image.fromarray(to_channels(image)).save(file, format=file_format, **options)
+        except Exception as error:
+            raise ImageError(f"could not be written: {reason(error)}") from error
+
+
+@contextmanager
+def scratch_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A hidden file in the folder of `path`, which is renamed to it at the end, and removed after an exception.
+
+    Raises:
+        ImageError: it cannot be created, written or renamed.
+    """
     # Not derived from the target's name, which may already have the maximum length.
     scratch = path.parent / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp"
     try:
         with scratch.open("xb") as file:
-            Image.fromarray(_channels(image)).save(file, format=file_format, **options)
+            yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())  # otherwise a power cut could leave the name without the bytes
         os.replace(scratch, path)
-    except Exception as error:
+    except OSError as error:
         raise ImageError(f"could not be written: {reason(error)}") from error
     finally:
         scratch.unlink(missing_ok=True)

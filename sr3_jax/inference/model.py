@@ -6,9 +6,8 @@ Shape legend: B batch, h x w the low-res image, s the scale, C = 3 channels.
 from __future__ import annotations
 
 import functools
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -42,8 +41,9 @@ from sr3_jax.image_io.image_file import (
     with_pixels,
 )
 from sr3_jax.image_ops import pad_image
-from sr3_jax.inference.program import bucket, generate_jit
+from sr3_jax.inference.program import generate_jit
 from sr3_jax.inference.sampling_file import find_sampling
+from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, cell_size, tile_image
 from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.weights import load_weights, locate_model
@@ -103,6 +103,7 @@ class Model:
         solver: str | None = None,
         sampling: Sampling | None = None,
         labels: np.ndarray | None = None,
+        tile: int | None = None,
     ) -> np.ndarray: ...
 
     @overload
@@ -115,6 +116,7 @@ class Model:
         solver: str | None = None,
         sampling: Sampling | None = None,
         labels: np.ndarray | None = None,
+        tile: int | None = None,
     ) -> PillowImage.Image: ...
 
     def upscale(
@@ -126,6 +128,7 @@ class Model:
         solver: str | None = None,
         sampling: Sampling | None = None,
         labels: np.ndarray | None = None,
+        tile: int | None = None,
     ) -> np.ndarray | PillowImage.Image:
         """Upscale an image or a batch of images by the model's scale.
 
@@ -144,6 +147,8 @@ class Model:
                 (`Sampling.override`).
             sampling: all settings of the sampler; None for the model's own.
             labels: [B] class labels, for a class-conditional model.
+            tile: maximum side of a tile in pixels of the low-res image, for less memory; None for the default. It does
+                not change the output beyond rounding.
 
         Returns:
             A PIL image for a PIL image or a path; else uint8 [s*h,s*w,3] or [B,s*h,s*w,3].
@@ -153,7 +158,13 @@ class Model:
             ValueError: an array that is not uint8 RGB.
             FloatingPointError: the network's output is not finite.
         """
-        options: dict[str, Any] = {"steps": steps, "solver": solver, "sampling": sampling, "labels": labels}
+        options: dict[str, Any] = {
+            "steps": steps,
+            "solver": solver,
+            "sampling": sampling,
+            "labels": labels,
+            "tile": tile,
+        }
         if isinstance(image, PillowImage.Image):
             return to_pillow(self._upscale_decoded(from_pillow(image), seed, options))
         if isinstance(image, str | os.PathLike):
@@ -181,16 +192,123 @@ class Model:
         solver: str | None,
         sampling: Sampling | None,
         labels: np.ndarray | None,
+        tile: int | None,
     ) -> np.ndarray:
+        chosen = (self.sampling if sampling is None else sampling).override(steps=steps, solver=solver)
+        keys = key if key.ndim else jax.random.split(key, len(images))
+        plan = self.tiling(*images.shape[1:3], tile=tile)
+        if plan.count == 1:
+            return self._upscale_tiles(plan, images, keys, labels=labels, sampling=chosen)
+        return np.stack(
+            [
+                np.concatenate(
+                    list(
+                        self.upscale_bands(
+                            image,
+                            keys[index],
+                            sampling=chosen,
+                            label=None if labels is None else labels[index],
+                            tile=tile,
+                        )
+                    )
+                )
+                for index, image in enumerate(images)
+            ]
+        )
+
+    def tiling(self, height: int, width: int, *, tile: int | None = None) -> Tiling:
+        """How an image of this size is divided into tiles.
+
+        Args:
+            height, width: in pixels of the low-res image.
+            tile: maximum side of a tile in pixels of the low-res image; None for the default.
+
+        Raises:
+            UserError: the model takes no low-res image; `tile` is too small.
+        """
         if not self.network.low_res:
             raise UserError(
                 f"model {self.name} is unconditional (config.model.low_res is false): use sr3 generate"
             )
+        data = self.config["data"]
+        return tile_image(
+            height,
+            width,
+            most=DEFAULT_TILE // self.scale if tile is None else tile,
+            stride=self.network.stride,
+            scale=self.scale,
+            exact=int(1.5 * data["crop"] / data["shrink"] / self.scale),  # as large as in training
+        )
+
+    def upscale_bands(
+        self,
+        image: np.ndarray,
+        seed: int | Key = 0,
+        *,
+        sampling: Sampling | None = None,
+        label: int | np.ndarray | None = None,
+        tile: int | None = None,
+        batch_size: int | None = None,
+        on_tiles: Callable[[int], object] = lambda count: None,
+    ) -> Iterator[np.ndarray]:
+        """Upscale a large image from top to bottom; memory depends on the size of a tile, not on that of the image.
+
+        Args:
+            image: uint8 [h,w,3].
+            seed: an int or one key.
+            sampling: settings of the sampler; None for the model's own.
+            label: the class of the image, for a class-conditional model.
+            tile: maximum side of a tile in pixels of the low-res image; None for the default.
+            batch_size: tiles per batch; None for the number of devices.
+            on_tiles: called with the number of tiles that were finished since the last call.
+
+        Yields:
+            uint8 [*,s*w,3], the next rows of the output.
+        """
+        chosen = self.sampling if sampling is None else sampling
+        plan = self.tiling(*image.shape[:2], tile=tile)
+        size = (batch_size or jax.local_device_count()) if plan.count > 1 else 1
+        key = _keys(seed, 1).reshape(())
+        for band in plan.bands():
+            parts = []
+            for first in range(0, len(band), size):
+                tiles = band[first : first + size]
+                filled = tiles + tiles[-1:] * (size - len(tiles))  # one batch shape, one program
+                output = self._upscale_tiles(
+                    plan,
+                    np.stack([plan.crop(image, tile) for tile in filled]),
+                    jax.random.clone(jnp.broadcast_to(key, (size,))),
+                    labels=None if label is None else np.full(size, label),
+                    sampling=chosen,
+                    origins=np.array([tile.origin for tile in filled], np.int32),
+                )
+                parts += [plan.inner(one, tile, self.scale) for one, tile in zip(output, tiles, strict=False)]
+                on_tiles(len(tiles))
+            yield np.concatenate(parts, axis=1)
+
+    def _output_shape(self, images: np.ndarray) -> tuple[int, int, int, int]:
+        count, height, width, _ = images.shape
+        return count, height * self.scale, width * self.scale, self.network.out_channels
+
+    def _upscale_tiles(
+        self,
+        plan: Tiling,
+        images: np.ndarray,
+        keys: Key,
+        *,
+        labels: np.ndarray | None,
+        sampling: Sampling,
+        origins: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """uint8 [B,s*h,s*w,3] of tiles, or of images of one tile, [B,h,w,3]."""
+        self.check(sampling, labels=labels, count=len(images))
         height, width = images.shape[1:3]
-        chosen = (self.sampling if sampling is None else sampling).override(steps=steps, solver=solver)
-        shape, padded = self._padded(images)
-        self.check(chosen, labels=labels, count=len(images))
-        output = self._generate(shape, padded, self._labels(labels, len(images)), key, chosen)
+        padded = pad_image(images, plan.rows.size, plan.columns.size)
+        shape = self._output_shape(padded)
+        origins = np.zeros((len(images), 2), np.int32) if origins is None else origins
+        output = self._generate(
+            shape, padded, self._labels(labels, len(images)), keys, sampling, origins=origins
+        )
         return output[:, : height * self.scale, : width * self.scale]
 
     def compile(
@@ -207,19 +325,15 @@ class Model:
             sampling: settings of the sampler; None for the model's own.
         """
         chosen = self.sampling if sampling is None else sampling
-        size, padded = self._padded(np.zeros(shape, np.uint8))
-        key = _keys(0, shape[0])
-        arguments, settings = self._program(size, padded, self._labels(labels, shape[0]), key, chosen)
+        plan = self.tiling(*shape[1:3])
+        count = shape[0] if plan.count == 1 else jax.local_device_count()
+        padded = np.zeros((count, plan.rows.size, plan.columns.size, 3), np.uint8)
+        given = self._labels(None if labels is None else np.resize(labels, count), count)
+        origins = np.zeros((count, 2), np.int32)
+        arguments, settings = self._program(
+            self._output_shape(padded), padded, given, _keys(0, count), chosen, origins
+        )
         generate_jit.lower(*arguments, **settings).compile()  # jit finds the result in its cache
-
-    def _padded(self, images: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray]:
-        """The shape of the outputs of low-res images [B,h,w,3], and the images, both padded to one of a few sizes."""
-        unit = self.network.stride // math.gcd(self.network.stride, self.scale)
-        data = self.config["data"]
-        exact = int(1.5 * data["crop"] / data["shrink"] / self.scale)  # as large as in training
-        padded = pad_image(images, *(bucket(side, unit, exact=exact) for side in images.shape[1:3]))
-        height, width = (side * self.scale for side in padded.shape[1:3])
-        return (len(images), height, width, self.network.out_channels), padded
 
     def generate(
         self,
@@ -323,8 +437,10 @@ class Model:
         labels: np.ndarray | None,
         key: Key,
         sampling: Sampling,
+        *,
+        origins: np.ndarray | None = None,
     ) -> np.ndarray:
-        arguments, settings = self._program(shape, images, labels, key, sampling)
+        arguments, settings = self._program(shape, images, labels, key, sampling, origins)
         output, finite = generate_jit(*arguments, **settings)
         if not finite:
             raise FloatingPointError(
@@ -339,6 +455,7 @@ class Model:
         labels: np.ndarray | None,
         key: Key,
         sampling: Sampling,
+        origins: np.ndarray | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of `generate_jit`: arrays, and static values."""
         guidance, strength = sampling.guidance, sampling.augment
@@ -355,6 +472,7 @@ class Model:
             jax.device_put(sampling.coefficients(self.schedule), everywhere),
             None if guidance == 1 else jax.device_put(np.float32(guidance), everywhere),
             None if not strength else jax.device_put(np.float32(strength), everywhere),
+            None if origins is None else jax.device_put(origins, rows),
         )
         settings = {
             "shape": shape,
@@ -366,6 +484,7 @@ class Model:
             "scale": self.scale,
             "augmentation": build_augmentation(self.config["data"]) if strength else None,
             "back_projection": sampling.back_projection,
+            "cell": cell_size(stride=self.network.stride, scale=self.scale),
         }
         return arguments, settings
 

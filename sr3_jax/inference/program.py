@@ -1,4 +1,4 @@
-"""The jitted sampling program: condition, guidance, tiling and the reverse loop, over a mesh.
+"""The jitted sampling program: condition, guidance and the reverse loop, over a mesh.
 
 Shape legend: B batch, H x W the images, h x w their low-res images, C channels.
 """
@@ -6,6 +6,7 @@ Shape legend: B batch, H x W the images, h x w their low-res images, C channels.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,24 +21,14 @@ from sr3_jax.diffusion.solvers import SolverStep
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.image_ops import back_project, to_uint8, to_unit
-from sr3_jax.inference.tiling import tiled
+from sr3_jax.inference.tiling import position_noise
 from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.train.examples import Batch, condition
 from sr3_jax.types import Denoiser, Key, Params
 
-TILE, OVERLAP = 1024, 64  # high-res pixels; about 1 GB of activations for the shipped model
-
-
 _STATIC = (
-    "shape",
-    "mesh",
-    "network",
-    "step",
-    "prediction",
-    "space",
-    "scale",
-    "augmentation",
-    "back_projection",
+    *("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation"),
+    *("back_projection", "cell"),
 )
 
 
@@ -49,6 +40,7 @@ def generate_jit(
     coefficients: Any,
     guidance: jax.Array | None,
     strength: jax.Array | None,
+    origins: jax.Array | None,
     *,
     shape: tuple[int, int, int, int],
     mesh: Mesh,
@@ -59,6 +51,7 @@ def generate_jit(
     scale: int,
     augmentation: ConditioningAugmentation | None,
     back_projection: int,
+    cell: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Sample a batch of images.
 
@@ -69,26 +62,35 @@ def generate_jit(
         coefficients: `Sampling.coefficients`.
         guidance: weight of classifier-free guidance; None for no guidance.
         strength: of the conditioning augmentation; None for none.
+        origins: [B,2] positions of the images in larger ones, in cells, for [B] keys: the noise of a pixel then depends
+            on its position (`position_noise`). None for noise that depends on the size of the image.
         shape: (B,H,W,C) of the output.
         mesh: the batch is split over all of it.
         step: `Solver.compiled`.
         scale: H / h.
         back_projection: rounds of `back_project`.
+        cell: side of a cell in low-res pixels.
 
     Returns:
         uint8 [B,H,W,C], and whether all values were finite before rounding.
     """
+
+    def positioned(size: tuple[int, ...], cell: int) -> Callable[[Key], jax.Array] | None:
+        if origins is None:
+            return None
+        one = functools.partial(position_noise, shape=size, cell=cell)
+        return lambda keys: jax.vmap(one)(keys, origins)
+
     low_res = given = to_unit(batch["image"]) if "image" in batch else None
     levels = None
     if low_res is not None and augmentation is not None and strength is not None:
         levels = jnp.full(shape[:1], strength)
         key, augment_key = split(key)
-        low_res = augmentation.apply(augment_key, low_res, levels)
+        low_res = augmentation.apply(augment_key, low_res, levels, normal=positioned(low_res.shape[1:], cell))
     cond = condition(low_res, scale, batch.get("label"), levels)
     denoiser: Denoiser = functools.partial(apply_unet, network, params)
     if guidance is not None:
         denoiser = guided(denoiser, guidance=guidance, no_label=network.num_classes)
-    denoiser = tiled(denoiser, tile=TILE, overlap=OVERLAP, stride=network.stride)
     samples = sample_with_coefficients(
         denoiser,
         key,
@@ -98,6 +100,7 @@ def generate_jit(
         step=step,
         prediction=prediction,
         space=space,
+        noise=positioned(shape[1:], cell * scale),
     )
     image = samples.image
     if given is not None and back_projection:
@@ -105,15 +108,3 @@ def generate_jit(
     # Constrain the output too, so that XLA cannot choose another sharding than rows over devices.
     output = jax.lax.with_sharding_constraint(to_uint8(image), sharding.batch_sharding(mesh))
     return output, jnp.all(jnp.isfinite(image))
-
-
-def bucket(side: int, unit: int, *, exact: int = 0) -> int:
-    """The low-res side to pad to, a multiple of `unit`, so that images of many sizes need few compilations.
-
-    Args:
-        exact: up to this side, pad to a multiple of `unit` only; above it also to one of 8 or an eighth of the side.
-    """
-    # A network trained on whole small images depends on where they end: padding costs 3 dB on Fashion-MNIST.
-    step = 1 if side <= exact else max(8, 1 << max(0, side.bit_length() - 4))
-    step = -(-step // unit) * unit
-    return -(-side // step) * step

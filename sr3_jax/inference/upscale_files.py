@@ -6,6 +6,7 @@ size of the folder. Shape legend: B batch, H height, W width, s the model's scal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sr3_jax.errors import UserError
+from sr3_jax.image_io.bands import BAND_SUFFIXES, write_bands
 from sr3_jax.image_io.errors import reason
 from sr3_jax.image_io.image_file import (
     DecodedImage,
@@ -28,6 +30,9 @@ from sr3_jax.image_io.image_file import (
     write_image,
 )
 from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
+from sr3_jax.image_ops import pad_image
+from sr3_jax.inference.tiling import Tiling
+from sr3_jax.sampling import Sampling
 from sr3_jax.types import Key
 
 __all__ = ["Found", "Job", "UpscaleResult", "Upscaler", "find_images", "split_finished", "upscale_files"]
@@ -43,10 +48,23 @@ class Upscaler(Protocol):
     @property
     def scale(self) -> int: ...
 
-    def upscale(
-        self, image: np.ndarray, seed: Key, *, steps: int | None = None, solver: str | None = None
-    ) -> np.ndarray:
+    def tiling(self, height: int, width: int, *, tile: int | None = None) -> Tiling: ...
+
+    def upscale(self, image: np.ndarray, seed: Key, *, sampling: Sampling | None = None) -> np.ndarray:
         """uint8 [B,H,W,3] and keys [B] to uint8 [B,sH,sW,3]."""
+        ...
+
+    def upscale_bands(
+        self,
+        image: np.ndarray,
+        seed: int,
+        *,
+        sampling: Sampling | None = None,
+        tile: int | None = None,
+        batch_size: int | None = None,
+        on_tiles: Callable[[int], object] = ...,
+    ) -> Iterator[np.ndarray]:
+        """uint8 [H,W,3] to the rows uint8 [*,sW,3] of the output, from top to bottom."""
         ...
 
 
@@ -71,26 +89,31 @@ def upscale_files(
     model: Upscaler,
     jobs: Iterable[Job],
     *,
-    steps: int | None = None,
-    solver: str | None = None,
+    sampling: Sampling | None = None,
     seed: int = 0,
     batch_size: int = 1,
+    tile: int | None = None,
     overwrite: bool = False,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
-    on_result: Callable[[Job, str | None], None] = lambda job, failure: None,
+    on_result: Callable[[Job, str | None], object] = lambda job, failure: None,
+    on_tiles: Callable[[Job, int, int], object] = lambda job, done, count: None,
 ) -> UpscaleResult:
     """Upscale the image of each job into its target. An image that fails is recorded and does not stop the others.
 
-    An output depends only on the pixels, the model, `steps`, `solver`, `seed` and `batch_size`: each image gets the key
-    of `seed` itself, and an incomplete batch is filled with copies, since a program compiled for another batch shape
-    may round differently. Only a batch that does not fit into device memory is processed one image at a time.
+    An output depends only on the pixels, the model, `sampling`, `seed` and `batch_size`: each image gets the key of
+    `seed` itself, and an incomplete batch is filled with copies, since a program compiled for another batch shape may
+    round differently. Images of similar size share batches, as they are padded to one of a few sizes. A large image is
+    divided into tiles, which share batches, and is written from top to bottom where its format allows that. What does
+    not fit into device memory is divided into smaller batches, then into smaller tiles.
 
     Args:
-        steps, solver: override the model's sampling settings.
-        batch_size: images of one size per batch; above 1 is faster for folders of images of equal size.
+        sampling: settings of the sampler; None for the model's own.
+        batch_size: images or tiles per batch.
+        tile: maximum side of a tile in pixels of the input; None for the model's default.
         overwrite: otherwise existing targets are skipped.
         max_megapixels: larger inputs fail.
         on_result: called in this thread after each image, with the reason if it failed and None if it was written.
+        on_tiles: called in this thread with the finished tiles of a large image and their number.
 
     Raises:
         UserError: something that would fail for all images, such as an unknown solver.
@@ -102,6 +125,7 @@ def upscale_files(
     failures: dict[Job, str] = {}
     notes: dict[Job, tuple[str, ...]] = {}
     writes: dict[Future[None], tuple[Job, int]] = {}  # pending, with their bytes
+    device = _Device(model, sampling=sampling, seed=seed, batch_size=batch_size, tile=tile)
 
     def finish(job: Job, failure: str | None) -> None:
         if failure is not None:
@@ -123,20 +147,25 @@ def upscale_files(
         require_writable(job.target, height=height, width=width, alpha=image.alpha is not None)
         return image
 
-    def run(images: np.ndarray) -> np.ndarray:
-        keys = jax.vmap(jax.random.key)(jnp.full([len(images)], seed, jnp.uint32))
-        return np.asarray(model.upscale(images, keys, steps=steps, solver=solver))
+    def shape(image: DecodedImage) -> tuple[int, ...]:
+        return device.batch_shape(image.rgb)
 
     with ThreadPoolExecutor(_THREADS, "write") as writer:
-        for group, unread in _groups(to_do, read, batch_size=batch_size):
+        for group, unread in _groups(to_do, read, shape, batch_size=batch_size):
             for job, failure in unread:
                 finish(job, failure)
-            outputs = _outputs(run, [visible_rgb(image) for _, image in group], batch_size)
+            for job, image in group:
+                notes[job] = image.notes
+            if group and device.is_large(group[0][1].rgb):
+                for job, image in group:
+                    progress = functools.partial(on_tiles, job)
+                    finish(job, _upscale_large(device, job, image, progress))
+                continue
+            outputs = device.outputs([visible_rgb(image) for _, image in group])
             for (job, image), output in zip(group, outputs, strict=True):
                 if isinstance(output, str):
                     finish(job, output)
                     continue
-                notes[job] = image.notes
                 writes[writer.submit(_write, job.target, image, output)] = (job, output.nbytes)
             finish_writes(max_count=2 * batch_size, max_bytes=_WINDOW_BYTES)
         finish_writes(max_count=0, max_bytes=0)
@@ -144,21 +173,152 @@ def upscale_files(
         done=tuple(job.target for job in to_do if job not in failures),
         skipped=tuple(job.target for job in finished),
         failed=tuple((job.source, failures[job]) for job in to_do if job in failures),
-        notes=tuple((job.source, notes[job]) for job in to_do if notes.get(job)),
+        notes=tuple((job.source, notes[job]) for job in to_do if notes.get(job) and job not in failures),
     )
 
 
+class _Device:
+    """Runs a model within the memory of its devices: what did not fit is remembered for later images."""
+
+    def __init__(
+        self, model: Upscaler, *, sampling: Sampling | None, seed: int, batch_size: int, tile: int | None
+    ) -> None:
+        self.model = model
+        self._sampling, self._seed = sampling, seed
+        self._batch_size, self._tile = batch_size, tile
+        self._limits: dict[tuple[int, ...], int] = {}  # batch sizes by shape of a batch's images or tiles
+
+    def is_large(self, image: np.ndarray) -> bool:
+        """Whether an image is divided into tiles."""
+        return self.model.tiling(*image.shape[:2], tile=self._tile).count > 1
+
+    def batch_shape(self, image: np.ndarray) -> tuple[int, ...]:
+        """Images with the same value may share a batch."""
+        plan = self.model.tiling(*image.shape[:2], tile=self._tile)
+        return (plan.rows.size, plan.columns.size) if plan.count == 1 else image.shape
+
+    def outputs(self, images: list[np.ndarray]) -> list[np.ndarray | str]:
+        """The output [sH,sW,3] of each image [H,W,3] of one batch shape, or the reason why it failed."""
+        if not images:
+            return []
+        shape = self.batch_shape(images[0])
+        size = self._limits.get(shape, self._batch_size)
+        if len(images) > size:
+            return self.outputs(images[:size]) + self.outputs(images[size:])
+        try:
+            padded = [pad_image(image[None], shape[0], shape[1])[0] for image in images]
+            batch = np.stack(padded + padded[-1:] * (size - len(padded)))  # [size,H,W,3]
+            keys = jax.vmap(jax.random.key)(jnp.full([size], self._seed, jnp.uint32))
+            outputs = np.asarray(self.model.upscale(batch, keys, sampling=self._sampling))
+            scale = self.model.scale
+            return [
+                output[: scale * image.shape[0], : scale * image.shape[1]]
+                for output, image in zip(outputs, images, strict=False)
+            ]
+        except UserError:
+            raise
+        except Exception as error:  # device, compiler and network raise many types
+            if _is_out_of_memory(error):
+                if self._less(shape):
+                    large = self.is_large(images[0])
+                    return [self._whole(one) for one in images] if large else self.outputs(images)
+                return [_NO_MEMORY] * len(images)
+            if len(images) > 1:  # find the one that fails; the others keep their batch shape
+                return [output for image in images for output in self.outputs([image])]
+            return [_reason(error)]
+
+    def bands(self, image: np.ndarray, progress: Callable[[int, int], object]) -> Iterator[np.ndarray]:
+        """The output of a large image from top to bottom; `progress` gets the finished tiles and their number."""
+        plan, done = self.model.tiling(*image.shape[:2], tile=self._tile), 0
+
+        def count(tiles: int) -> None:
+            nonlocal done
+            done += tiles
+            progress(done, plan.count)
+
+        shape = (plan.rows.size, plan.columns.size)
+        return self.model.upscale_bands(
+            image,
+            self._seed,
+            sampling=self._sampling,
+            tile=self._tile,
+            batch_size=self._limits.get(shape, self._batch_size),
+            on_tiles=count,
+        )
+
+    def less_for(self, image: np.ndarray) -> bool:
+        """Make the batches or tiles of a large image smaller. False if they cannot be."""
+        plan = self.model.tiling(*image.shape[:2], tile=self._tile)
+        return self._less((plan.rows.size, plan.columns.size))
+
+    def _whole(self, image: np.ndarray) -> np.ndarray | str:
+        while True:
+            try:
+                return np.concatenate(list(self.bands(image, lambda done, count: None)))
+            except UserError:
+                raise
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    return _reason(error)
+                if not self.less_for(image):
+                    return _NO_MEMORY
+
+    def _less(self, shape: tuple[int, ...]) -> bool:
+        """Halve the batch of this shape, as a multiple of the devices; then the tile. False if neither is possible."""
+        devices, size = jax.local_device_count(), self._limits.get(shape, self._batch_size)
+        if size > devices or (size > 1 and size % devices):
+            self._limits[shape] = max(1, size // 2 // devices * devices or min(devices, size // 2))
+            return True
+        for tile in (max(shape[:2]) // 2, 3 * max(shape[:2]) // 4):
+            try:
+                self.model.tiling(*shape[:2], tile=tile)
+            except UserError:  # no room for the halo
+                continue
+            self._tile = tile
+            return True
+        return False
+
+
+def _upscale_large(
+    device: _Device, job: Job, image: DecodedImage, progress: Callable[[int, int], object]
+) -> str | None:
+    """Upscale and write one image in tiles; the reason if it failed."""
+    rgb = visible_rgb(image)
+    while True:
+        try:
+            bands = device.bands(rgb, progress)
+            if job.target.suffix.lower() in BAND_SUFFIXES:
+                _make_folder(job.target.parent)
+                write_bands(job.target, image, bands, scale=device.model.scale)
+            else:
+                _write(job.target, image, np.concatenate(list(bands)))
+            return None
+        except ImageError as error:
+            return str(error)
+        except UserError:
+            raise
+        except Exception as error:  # device, compiler and network raise many types
+            if not _is_out_of_memory(error):
+                return _reason(error)
+            if not device.less_for(rgb):
+                return _NO_MEMORY
+
+
 def _groups(
-    jobs: Iterable[Job], read: Callable[[Job], DecodedImage], *, batch_size: int
+    jobs: Iterable[Job],
+    read: Callable[[Job], DecodedImage],
+    shape: Callable[[DecodedImage], tuple[int, ...]],
+    *,
+    batch_size: int,
 ) -> Iterator[tuple[list[tuple[Job, DecodedImage]], list[tuple[Job, str]]]]:
-    """Yield groups of up to `batch_size` images of one size, each with the jobs whose images could not be read.
+    """Yield groups of up to `batch_size` images of one `shape`, each with the jobs whose images could not be read.
 
     Reads ahead up to 4 batches or _WINDOW_BYTES. A full group is yielded at once; a smaller one when the window is full
     or nothing is left to read.
     """
     queue = iter(jobs)
     reads: dict[Future[DecodedImage], Job] = {}
-    ready: dict[tuple[int, ...], list[tuple[Job, DecodedImage]]] = {}  # by (H, W, 3)
+    ready: dict[tuple[int, ...], list[tuple[Job, DecodedImage]]] = {}  # by shape
     with ThreadPoolExecutor(_THREADS, "read") as reader:
         while True:
             waiting = [image.rgb for group in ready.values() for _, image in group]
@@ -174,10 +334,10 @@ def _groups(
                 if failure is not None:
                     unread.append((job, failure))
                 else:
-                    ready.setdefault(future.result().rgb.shape, []).append((job, future.result()))
+                    ready.setdefault(shape(future.result()), []).append((job, future.result()))
             group = largest[:batch_size] if leave else []
             if group:
-                ready[group[0][1].rgb.shape] = largest[len(group) :]
+                ready[shape(group[0][1])] = largest[len(group) :]
                 ready = {size: images for size, images in ready.items() if images}
             if group or unread:
                 yield group, unread
@@ -185,39 +345,29 @@ def _groups(
                 return
 
 
-def _outputs(
-    run: Callable[[np.ndarray], np.ndarray], images: list[np.ndarray], batch_size: int
-) -> list[np.ndarray | str]:
-    """The output [sH,sW,3] of each image [H,W,3], or the reason why it failed."""
-    if not images:
-        return []
+_NO_MEMORY = "needs more memory than the device has"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FloatingPointError) else f"failed: {type(error).__name__}: {text[:160]}"
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        batch = np.stack(images + images[-1:] * (batch_size - len(images)))  # [batch_size,H,W,3]
-        return list(run(batch)[: len(images)])
-    except UserError:
-        raise
-    except Exception as error:  # device, compiler and network raise many types
-        text = " ".join(str(error).split())
-        memory = (
-            isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-        )
-        if memory and batch_size > 1:
-            return [output for image in images for output in _outputs(run, [image], 1)]
-        if not memory and len(images) > 1:  # find the one that fails; the others keep their batch shape
-            return [output for image in images for output in _outputs(run, [image], batch_size)]
-        if memory:
-            return ["needs more memory than the device has"]
-        return [
-            text if isinstance(error, FloatingPointError) else f"failed: {type(error).__name__}: {text[:160]}"
-        ]
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"could not be written: {reason(error)}") from error
 
 
 def _write(target: Path, image: DecodedImage, rgb: np.ndarray) -> None:
     """Write the upscaled pixels, uint8 [sH,sW,3], with the alpha and metadata of `image`."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ImageError(f"could not be written: {reason(error)}") from error
+    _make_folder(target.parent)
     write_image(target, with_pixels(image, rgb))
 
 
