@@ -10,7 +10,6 @@ import io
 import os
 import stat
 import threading
-import uuid
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason, sniff
 from sr3_jax.image_io.pixels import UnsupportedPixels, fill_transparent, raw_mode, to_pixels
+from sr3_jax.storage import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,6 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's limit is slightly below 65535
 _MAX_JPEG_EXIF = 65533  # bytes in one JPEG segment
-SCRATCH_PREFIX = ".sr3-"  # names of files that are being written
 WRITABLE_SUFFIXES = frozenset(_WRITERS)
 IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".bmp"}
 
@@ -268,11 +267,7 @@ def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> Non
 def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> None:
     """Write `image` in the format of the suffix: JPEG with quality 95 and full chroma, the others losslessly.
 
-    The write is atomic: a hidden file in the same folder, which must exist, is renamed to `path` at the end.
-
-    Args:
-        durable: sync to disk before the rename. Without it small files are written ten times as fast, but a power cut
-            may leave a damaged one: for callers that check what they read.
+    The write is atomic (`storage.atomic_write`, also for `durable`); the folder must exist.
 
     Raises:
         ImageError: the image cannot be written.
@@ -288,16 +283,8 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> Non
         options["exif"] = image.exif
         if file_format == "TIFF":
             options["compression"] = "raw"  # Pillow cannot write EXIF through libtiff, which compresses
-    # Not derived from the target's name, which may already have the maximum length.
-    scratch = path.parent / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp"
     try:
-        with scratch.open("xb") as file:
+        with atomic_write(path, durable=durable) as file:
             Image.fromarray(_channels(image)).save(file, format=file_format, **options)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())  # otherwise a power cut could leave the name without the bytes
-        os.replace(scratch, path)
     except Exception as error:
         raise ImageError(f"could not be written: {reason(error)}") from error
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from sr3_jax.image_io.image_file import (
     write_image,
 )
 from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
+from sr3_jax.storage import is_disk_full
 from sr3_jax.types import Key
 
 __all__ = ["Found", "Job", "UpscaleResult", "Upscaler", "find_images", "split_finished", "upscale_files"]
@@ -222,10 +223,12 @@ def _write(target: Path, image: DecodedImage, rgb: np.ndarray) -> None:
 
 
 def _failure(future: Future) -> str | None:
-    """Why a finished read or write failed, None if it did not; raises exceptions that are not about the image."""
+    """Why a finished read or write failed, None if it did not; raises what concerns all images, such as a full disk."""
     error = future.exception()
     if error is None:
         return None
+    if is_disk_full(error):
+        raise UserError("the disk of the output is full: make room and run the same command again") from error
     if isinstance(error, ImageError):
         return str(error)
     if isinstance(error, MemoryError):

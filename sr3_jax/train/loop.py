@@ -32,6 +32,7 @@ from sr3_jax.train.state import TrainState, abstract_state, create_state, start_
 from sr3_jax.train.step import jit_train_step, make_train_step
 from sr3_jax.train.step_metrics import StepMetrics
 from sr3_jax.train.weights import load_weights
+from sr3_jax.train.workdir import locked_workdir
 
 _log = logging.getLogger("sr3_jax")
 _OUT_OF_TIME = 1  # below the exit codes of signals
@@ -44,7 +45,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
         0 when the run is complete; 143, 130 or 129 when SIGTERM, Ctrl-C or SIGHUP stopped it after a save.
 
     Raises:
-        UserError: the config does not fit the machine, the data or the workdir; the loss is not finite.
+        UserError: the config does not fit the machine, the data or the workdir; another run uses the workdir; the loss
+            is not finite; a checkpoint cannot be saved.
     """
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
@@ -53,6 +55,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     source, held_out_crops = _open_data(config)
 
     with (
+        locked_workdir(workdir, mesh),
         checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as store,
         stop_signals() as signal_code,
     ):
@@ -122,6 +125,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 with metrics.waiting_for_data():
                     batch = next_batch()
                 metrics.push(step, step_metrics)
+                store.check()
                 reason = int(vote)
 
                 # ---- Save and evaluate, only a state whose loss is known to be finite
