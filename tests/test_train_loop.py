@@ -387,6 +387,31 @@ def test_signal_postpones_the_evaluation_to_the_next_start(folder, tmp_path, mon
     assert [json.loads(line)["step"] for line in lines if "eval_loss" in line] == [4, 6]
 
 
+def test_signal_during_an_evaluation_leaves_it_to_the_next_start(folder, tmp_path, monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    sections = plain(num_steps=4) | {"eval": {"every": 2}}
+    with monkeypatch.context() as patch:
+
+        def left(held_out, params):
+            signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(loop.HeldOutEvaluation, "__call__", left)
+        assert run(folder, tmp_path, sections) == 143
+        assert steps_of(tmp_path) == [2] and "eval_loss" not in (tmp_path / "metrics.jsonl").read_text()
+    assert run(folder, tmp_path, sections) == 0
+    assert [line["step"] for line in lines(tmp_path) if "eval_loss" in line] == [2, 4]
+    assert len(stand_in.evaluated) == 2
+
+
+def test_evaluation_is_left_while_the_device_computes(folder, whole):
+    objective = experiment.read(tiny.config(folder, **REAL)).objective
+    crops = np.zeros((8, 16, 16, 3), np.uint8)
+    mesh = sharding.make_mesh()
+    options = {"steps": 90, "solver": "ddim", "seed": 0}
+    evaluate = held_out.HeldOutEvaluation(objective, {"image": crops}, mesh, **options, stopped=lambda: 143)
+    assert evaluate(restored(whole).ema_params) is None
+
+
 @pytest.fixture
 def interruptible():
     """Handle Ctrl-C as in a terminal, even if the tests run in the background, which ignores it."""

@@ -57,7 +57,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     with (
         locked_workdir(workdir, mesh),
         checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as store,
-        stop_signals() as signal_code,
+        stop_signals("this step and a save") as signal_code,
     ):
         # ---- Restore
         if store.latest_step is not None:
@@ -86,6 +86,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             steps=config["sampling"]["steps"],
             solver=config["sampling"]["solver"],
             seed=seed,
+            stopped=signal_code,
         )
         best = BestCheckpoint(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
         next_batch = _device_batches(source, config, mesh, first_step=first_step).__next__
@@ -110,8 +111,9 @@ def train(experiment: Experiment, workdir: Path) -> int:
             )
             batch = next_batch()
             reason = int(stop_reason())
-            if int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh)):
-                evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+            missing = int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh))
+            if missing and not evaluate_and_log(evaluation, best, writer, step, state.ema_params):
+                reason = signal_code()
 
             # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1
             while step < num_steps and not reason:
@@ -139,8 +141,10 @@ def train(experiment: Experiment, workdir: Path) -> int:
                         if save:
                             store.save(state)
                         if evaluate and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
-                            evaluate_and_log(evaluation, best, writer, step, state.ema_params)
-                            evaluated = step
+                            if evaluate_and_log(evaluation, best, writer, step, state.ema_params):
+                                evaluated = step
+                            else:
+                                reason = signal_code()
 
             # ---- Stop
             metrics.flush()
@@ -151,8 +155,10 @@ def train(experiment: Experiment, workdir: Path) -> int:
             if step == num_steps:
                 writer.message(f"Finished {step} steps; saved in {workdir}.")
             else:
-                if step > evaluated:
-                    evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+                if step > evaluated and not evaluate_and_log(
+                    evaluation, best, writer, step, state.ema_params
+                ):
+                    return signal_code()  # it is saved
                 writer.message(f"Stopped after {minutes:g} minutes and saved at step {step}.")
     return 0
 
