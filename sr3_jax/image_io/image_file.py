@@ -60,6 +60,18 @@ class ImageError(UserError):
     """An image that cannot be read or written; the message is the reason without the path."""
 
 
+class UnreadableError(ImageError):
+    """The operating system could not read the file. Its content may be fine: storage may have been away.
+
+    Attributes:
+        errno: of the operating system.
+    """
+
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
     """An upright image in memory with 8 bits per channel.
@@ -212,7 +224,10 @@ def _opened(source: Path | bytes, max_megapixels: float) -> Iterator[Image.Image
     except UnsupportedPixels as error:
         raise ImageError(str(error)) from error
     except Exception as error:  # broken bytes make decoders raise anything: struct.error, KeyError
-        raise ImageError(reason(error, head=head, max_megapixels=max_megapixels)) from error
+        why = reason(error, head=head, max_megapixels=max_megapixels)
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(source, bytes):
+            raise UnreadableError(why, error.errno) from error
+        raise ImageError(why) from error
 
 
 def _open_regular(path: Path) -> IO[bytes]:

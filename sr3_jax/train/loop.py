@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sr3_jax.config import schema
 from sr3_jax.data.batches import batches, center_crops
-from sr3_jax.data.sources import Source, open_source, squares
+from sr3_jax.data.sources import DataUnavailable, NoImages, Source, open_source, squares
 from sr3_jax.distributed import sharding
 from sr3_jax.distributed.signals import stop_signals
 from sr3_jax.errors import UserError
@@ -52,7 +52,12 @@ def train(experiment: Experiment, workdir: Path) -> int:
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
     mesh = sharding.make_mesh(**config["mesh"])
     check_batch(config, devices=mesh.size, processes=jax.process_count())
-    source, held_out_crops = _open_data(config)
+    try:
+        source, held_out_crops = _open_data(config)
+    except NoImages as error:
+        if checkpoints.newest_step(workdir) is None:
+            raise
+        raise DataUnavailable(str(error)) from error  # the run has had its data: storage may come back
 
     with (
         locked_workdir(workdir, mesh),
@@ -124,8 +129,16 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 else:
                     state, step_metrics = train_step(state, batch, key)
                 step += 1
-                with metrics.waiting_for_data():
-                    batch = next_batch()
+                try:
+                    with metrics.waiting_for_data():
+                        batch = next_batch()
+                except DataUnavailable as error:
+                    metrics.push(step, step_metrics)
+                    metrics.flush()
+                    if jax.process_count() == 1:  # otherwise the peers, which have their data, do not save
+                        store.save(state, wait=True)
+                        raise DataUnavailable(f"saved at step {step}: {error}") from error
+                    raise
                 metrics.push(step, step_metrics)
                 store.check()
                 reason = int(vote)
