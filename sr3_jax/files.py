@@ -1,4 +1,4 @@
-"""Atomic and append-only writes, output folders, portable file names, and hashes."""
+"""Text and JSON-lines files, output folders and their locks, portable file names, and hashes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ import numpy as np
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
+from sr3_jax.storage import SCRATCH_PREFIX, atomic_write, try_lock
+
+LOCK_FILE = ".lock"
+
+
+class FolderInUse(UserError):
+    """Another process works in a folder."""
 
 
 def sha256_hex(value: np.ndarray | Mapping[str, Any]) -> str:
@@ -46,18 +54,6 @@ def unique_file_name(name: str, taken: set[str]) -> str:
     return result
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, which replaces `path` on success."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically.
 
@@ -65,8 +61,8 @@ def write_text(path: Path, text: str) -> None:
         UserError: it cannot be written.
     """
     try:
-        with atomic_write(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UserError(f"{printable(path)} {sentence(error)}") from error
 
@@ -111,7 +107,7 @@ def make_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".sr3-{os.getpid()}.tmp"
+        probe = path / f"{SCRATCH_PREFIX}{os.getpid()}.tmp"
         probe.write_bytes(b"")
         probe.unlink(missing_ok=True)  # a process on another host may have the same id
     except FileExistsError as error:
@@ -121,6 +117,40 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes that call this for the same folder out, until the context or the process ends.
+
+    On a file system without locks there is no protection.
+
+    Args:
+        folder: it must exist and be writable.
+        what: such as "workdir", for the error.
+
+    Raises:
+        FolderInUse: another process has it; the error names that process. Its exit code is 1 if that process was on
+            another machine: if the machine died, its lock goes away after a while.
+    """
+    me = {"host": socket.gethostname(), "pid": os.getpid()}
+    with (folder / LOCK_FILE).open("a+") as file:
+        if try_lock(file) is False:
+            file.seek(0)
+            try:
+                holder = json.loads(file.read(1000))
+                who = f"process {int(holder['pid'])} on {printable(holder['host'])}"
+            except (ValueError, KeyError, TypeError):
+                holder, who = me, "another process"
+            error = FolderInUse(
+                f"{what} {printable(folder)} is in use by {who}: wait for it, stop it, or use another one"
+            )
+            error.exit_code = 2 if holder["host"] == me["host"] else 1
+            raise error
+        file.truncate(0)
+        file.write(json.dumps(me) + "\n")
+        file.flush()
+        yield
+
+
 def sentence(error: OSError) -> str:
     """The error text that follows the name of a file that cannot be written."""
-    return f"cannot be written ({reason(error)}): give another folder with -o"
+    return f"cannot be written ({reason(error)}): make it writable, or give another folder"

@@ -121,6 +121,25 @@ def test_saved_state_is_not_changed_by_donation(tmp_path):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_full_disk_at_a_save_names_the_last_good_step_and_leaves_nothing(tmp_path, capfd, wait):
+    mesh = sharding.make_mesh()
+    with (
+        pytest.raises(checkpoints.SaveError, match="step 3") as error,
+        checkpoints.Checkpoints(tmp_path) as store,
+    ):
+        store.save(state_at(3, mesh), wait=True)
+        with tiny.small_disk(64):
+            store.save(state_at(5, mesh), wait=wait)
+            store.check(wait=True)
+    assert error.value.exit_code == 2
+    assert os.listdir(tmp_path / checkpoints.CHECKPOINTS) == ["3"]
+    assert "Traceback" not in capfd.readouterr().err
+    with checkpoints.Checkpoints(tmp_path) as store:
+        store.save(state_at(5, mesh))
+    assert checkpoints.newest_step(tmp_path) == 5
+
+
 def test_keeps_the_newest_checkpoints_and_saves_a_step_once(tmp_path):
     mesh = sharding.make_mesh()
     with checkpoints.Checkpoints(tmp_path, keep=2) as store:
@@ -293,17 +312,11 @@ def test_unknown_export_dtype_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failed_export_preserves_the_old_file(tmp_path, monkeypatch):
+def test_failed_export_preserves_the_old_file(tmp_path):
     path = tmp_path / "model.safetensors"
     weights.export(path, WEIGHTS, tiny.config("old"))
 
-    def half(file, data):
-        with open(file, "wb") as opened:
-            opened.write(data[: len(data) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(UserError, match=r"model\.safetensors .*No space left"):
+    with tiny.small_disk(64), pytest.raises(UserError, match=r"model\.safetensors .*large"):
         weights.export(path, WEIGHTS, tiny.config("new"))
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     assert weights.read_export(path)[1] == complete(tiny.config("old"))

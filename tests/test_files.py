@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
 import numpy as np
 import pytest
 
-from sr3_jax import files
+from sr3_jax import files, storage
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.inputs import walk
 
@@ -36,12 +37,45 @@ def test_an_incomplete_jsonl_line_is_skipped_and_does_not_swallow_the_next(tmp_p
 def test_a_failed_atomic_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     files.write_text(path, "old")
-    with pytest.raises(RuntimeError), files.atomic_write(path) as partial:
-        partial.write_text("half")
+    with pytest.raises(RuntimeError), storage.atomic_write(path) as file:
+        file.write(b"half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     with pytest.raises(UserError, match="nowhere"):
         files.write_text(tmp_path / "nowhere" / "file", "text")
+
+
+def test_leftovers_of_killed_writers_are_removed_and_files_being_written_are_not(tmp_path):
+    path = tmp_path / "file"
+    with storage.atomic_write(path):
+        (working,) = os.listdir(tmp_path)
+        dead = tmp_path / working.replace(".tmp", "0.tmp")
+        dead.write_bytes(b"half")
+        (tmp_path / "download.partial").write_bytes(b"not ours")
+        storage.remove_leftovers(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == [working, "download.partial"]
+    assert sorted(os.listdir(tmp_path)) == ["download.partial", "file"]
+
+
+def test_first_write_into_a_folder_removes_leftovers(tmp_path):
+    (tmp_path / f"{storage.SCRATCH_PREFIX}1.tmp").write_bytes(b"half")
+    files.write_text(tmp_path / "file", "text")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_full_disks_are_recognized_through_causes_and_texts():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError("a save failed") from error
+    except RuntimeError as error:
+        assert storage.is_disk_full(error)
+    assert storage.is_disk_full(
+        ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+    )
+    assert not storage.is_disk_full(ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 28 bytes"))
+    assert not storage.is_disk_full(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def test_file_names_are_portable_and_unique():

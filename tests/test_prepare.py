@@ -15,6 +15,7 @@ from sr3_jax.cli.main import main
 from sr3_jax.data import store
 from sr3_jax.data.sources import open_source
 from sr3_jax.image_io.image_file import read_rgb
+from tests import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +206,7 @@ def test_user_errors_exit_with_code_2(tmp_path, capsys, data_dir):
         assert message in err and "Traceback" not in err
         if "too few" in message:
             assert f"{folder}/cut.png: is truncated" in err
-    assert not data_dir.exists() or os.listdir(data_dir) == []
+    assert not data_dir.exists() or os.listdir(data_dir) == [".lock"]
 
 
 def test_an_existing_name_needs_overwrite(tmp_path, capsys, data_dir):
@@ -244,9 +245,29 @@ main(["prepare", {str(tmp_path / "in")!r}, "--name", "mine"])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert run.returncode == -signal.SIGKILL, run.stderr
-    (left,) = os.listdir(data_dir)  # it was killed after everything was written
+    [left] = set(os.listdir(data_dir)) - {".lock"}  # it was killed after everything was written
     assert left.startswith(".incomplete-mine-")
     assert store.find("mine") is None
+    (data_dir / ".incomplete-mine-early").mkdir()  # of a process that was killed before it had locked it
     assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 0
-    assert os.listdir(data_dir) == ["mine"]
+    assert set(os.listdir(data_dir)) == {"mine", ".lock"}
     assert len(open_source("tfds:mine:train")) == 8
+
+
+def test_kill_between_the_renames_of_overwrite_loses_no_data_set(tmp_path, data_dir):
+    left = data_dir / ".incomplete-mine-1"
+    for folder in (left / "mine" / "1.0.0", left / "replaced", data_dir / "mine"):
+        folder.mkdir(parents=True)
+    (left / "mine" / "1.0.0" / "features.json").write_text("{}")
+    with pytest.raises(RuntimeError), store.atomic_data_set(data_dir, "mine", "1.0.0", overwrite=True):
+        raise RuntimeError
+    assert (data_dir / "mine" / "1.0.0" / "features.json").exists() and not left.exists()
+
+
+def test_full_disk_fails_with_one_sentence_and_leaves_nothing(tmp_path, data_dir, capsys):
+    save(tmp_path / "in" / "a.png", 1)
+    with tiny.small_disk(50):
+        assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 2
+    assert "is full" in capsys.readouterr().err.splitlines()[-1]
+    assert os.listdir(data_dir) == [".lock"]
+    assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -36,6 +39,29 @@ def test_an_ignored_hangup_stays_ignored():
         signal.raise_signal(signal.SIGHUP)
         assert stopped() == 0
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_act_during_a_long_call_that_runs_no_python(number):
+    """As a device call does: pbkdf2 holds the main thread for minutes and releases the lock of the interpreter."""
+    code = (
+        "import hashlib, signal; from sr3_jax.distributed.signals import stop_signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with stop_signals('this image'):\n"
+        "    print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            assert "Stopping after this image" in process.stderr.readline()
+            started = time.monotonic()
+            process.send_signal(number)
+            assert process.wait(30) in (128 + number, -number)
+            assert time.monotonic() - started < 3
+        finally:
+            process.kill()
 
 
 def test_no_effect_outside_the_main_thread():

@@ -1,5 +1,6 @@
 """Data sources by name: each kind opens and reads the stored pixels, and user errors name the fix."""
 
+import errno
 import json
 import logging
 import os
@@ -76,7 +77,7 @@ def test_photos_are_prepared_on_first_use_and_read_with_their_pixels(data_dir):
             item = source[index]
             assert set(item) == {"image"}
             np.testing.assert_array_equal(item["image"], np.asarray(Image.open(files[index])))
-    assert [path.name for path in data_dir.iterdir()] == ["sr3_photos"]  # nothing temporary is left
+    assert sorted(os.listdir(data_dir)) == [".lock", "sr3_photos"]  # nothing temporary is left
 
 
 def test_photographs_hold_the_largest_crop_of_the_default_data():
@@ -103,7 +104,7 @@ def test_several_processes_prepare_at_once(data_dir):
     expected = np.asarray(Image.open(sorted((PHOTOS / "train").glob("*.jpg"))[31])).sum()
     assert [out for out, _ in results] == [f"{expected}\n"] * 3, results
     assert [err for _, err in results] == [""] * 3  # TFDS prints nothing
-    assert os.listdir(data_dir) == ["sr3_photos"]
+    assert sorted(os.listdir(data_dir)) == [".lock", "sr3_photos"]
     assert os.listdir(data_dir / "sr3_photos") == ["1.0.0"]
 
 
@@ -121,14 +122,14 @@ def test_a_data_set_that_another_process_wrote_first_stays(tmp_path):
     with store.atomic_data_set(tmp_path, "cats", "1.0.0", overwrite=True) as third:
         make(third, "third")
     assert (tmp_path / "cats" / "1.0.0" / "who").read_text() == "third"
-    assert os.listdir(tmp_path) == ["cats"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "cats"]
 
 
 def test_an_error_while_preparing_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), store.atomic_data_set(tmp_path, "cats", "1.0.0") as work:
         (work / "cats" / "1.0.0").mkdir(parents=True)
         raise RuntimeError
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 def test_a_read_only_data_dir_is_an_error(tmp_path, monkeypatch):
@@ -296,7 +297,7 @@ def test_a_folder_with_names_that_are_not_utf8(tmp_path, logged):
 def test_a_folder_without_usable_images_is_an_error(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         open_source(f"folder:{tmp_path}/nowhere")
-    with pytest.raises(UserError, match="no usable image"):
+    with pytest.raises(UserError, match="is empty"):
         open_source(f"folder:{tmp_path}")
     image(tmp_path / "small.png", size=(30, 12))
     with pytest.raises(UserError, match=r"\(0 could not be read, 1 are under 13 pixels\)"):
@@ -366,3 +367,41 @@ def test_squares_are_the_area_resampled_center(tmp_path):
     blocks = image[:, 4:16].reshape(4, 3, 4, 3, 3).mean(axis=(1, 3))
     np.testing.assert_allclose(square, blocks, atol=1.01)  # Pillow rounds after each of the two axes
     assert square.shape == (4, 4, 3)
+
+
+def test_an_image_of_a_folder_that_is_away_for_a_moment_is_read_once_it_is_back(
+    tmp_path, monkeypatch, logged
+):
+    pixels, folder, away = image(tmp_path / "in" / "a.png"), tmp_path / "in", tmp_path / "away"
+    source = open_source(f"folder:{folder}", cache_mb=0)
+    folder.rename(away)
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: seconds == 2.0 and away.rename(folder))
+    assert np.array_equal(source[0]["image"], pixels)
+    assert len(logged) == 1 and "a.png" in logged[0]
+
+
+def test_an_image_that_stays_away_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    image(tmp_path / "in" / "a.png")
+    source = open_source(f"folder:{tmp_path / 'in'}", cache_mb=0)
+    (tmp_path / "in").rename(tmp_path / "away")
+    waited = []
+    monkeypatch.setattr(sources.time, "sleep", waited.append)
+    with pytest.raises(sources.DataUnavailable, match=r"a\.png") as error:
+        source[0]
+    assert error.value.exit_code == 1 and sum(waited) == 30
+
+
+def test_a_file_that_cannot_be_read_because_of_its_storage_is_not_left_out(tmp_path, monkeypatch):
+    image(tmp_path / "in" / "a.png")
+    image(tmp_path / "in" / "b.png")
+    real = Path.open
+
+    def failing(path, *arguments, **options):
+        if path.name == "b.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    with pytest.raises(sources.DataUnavailable, match=r"b\.png"):
+        open_source(f"folder:{tmp_path / 'in'}")

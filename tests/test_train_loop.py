@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 from sr3_jax import image_ops, metrics
+from sr3_jax.data import sources
 from sr3_jax.data.sources import Source
 from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed import sharding
@@ -385,6 +386,59 @@ def test_signal_postpones_the_evaluation_to_the_next_start(folder, tmp_path, mon
     assert run(folder, tmp_path, sections) == 0
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "eval_loss" in line] == [4, 6]
+
+
+def test_signal_during_an_evaluation_leaves_it_to_the_next_start(folder, tmp_path, monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    sections = plain(num_steps=4) | {"eval": {"every": 2}}
+    with monkeypatch.context() as patch:
+
+        def left(held_out, params):
+            signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(loop.HeldOutEvaluation, "__call__", left)
+        assert run(folder, tmp_path, sections) == 143
+        assert steps_of(tmp_path) == [2] and "eval_loss" not in (tmp_path / "metrics.jsonl").read_text()
+    assert run(folder, tmp_path, sections) == 0
+    assert [line["step"] for line in lines(tmp_path) if "eval_loss" in line] == [2, 4]
+    assert len(stand_in.evaluated) == 2
+
+
+def test_evaluation_is_left_while_the_device_computes(folder, whole):
+    objective = experiment.read(tiny.config(folder, **REAL)).objective
+    crops = np.zeros((8, 16, 16, 3), np.uint8)
+    mesh = sharding.make_mesh()
+    options = {"steps": 90, "solver": "ddim", "seed": 0}
+    evaluate = held_out.HeldOutEvaluation(objective, {"image": crops}, mesh, **options, stopped=lambda: 143)
+    assert evaluate(restored(whole).ema_params) is None
+
+
+def test_lost_data_saves_the_run_and_exits_with_1(folder, tmp_path, monkeypatch, capsys):
+    """The folder goes away during training and, as an unmounted one, is empty at the next start."""
+    StandIn(monkeypatch)
+    monkeypatch.setattr(sources, "RETRY_SECONDS", (0.01,))
+    images, away = shutil.copytree(folder, tmp_path / "images"), tmp_path / "away"
+    workdir, sections = tmp_path / "workdir", plain(num_steps=50) | {"data": {"cache_mb": 0}}
+    progress = loop.MetricWriter.progress
+
+    def lose(writer, step, **values):
+        progress(writer, step, **values)
+        if step == 2:
+            images.rename(away)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricWriter, "progress", lose)
+        with pytest.raises(sources.DataUnavailable, match=f"saved at step .*{images}") as error:
+            run(images, workdir, sections)
+    assert error.value.exit_code == 1
+    [step] = steps_of(workdir)
+    images.mkdir()
+    with pytest.raises(sources.DataUnavailable, match=f"{images}"):
+        run(images, workdir, sections)
+    images.rmdir()
+    away.rename(images)
+    assert run(images, workdir, sections) == 0
+    assert f"resuming at step {step}" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -89,7 +89,10 @@ def generate_images(
     process = start_processes()
     steps = cascade.prepare(job, processes=process[1])
     total = len(range(process[0], count, process[1])) * len(stage_list)
-    with tqdm(total=total, unit="image", disable=None, file=sys.stderr) as bar, stop_signals() as stopped:
+    with (
+        tqdm(total=total, unit="image", disable=None, file=sys.stderr) as bar,
+        stop_signals("this batch") as stopped,
+    ):
 
         def advance(done: int) -> None:
             bar.update(done)

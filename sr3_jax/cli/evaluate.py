@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.evaluation import evaluate
 
     process = start_processes()
-    with tqdm(unit="output", disable=None, file=sys.stderr) as bar, stop_signals() as stopped:
+    with tqdm(unit="output", disable=None, file=sys.stderr) as bar, stop_signals("this batch") as stopped:
 
         def progress(finished: int, total: int) -> None:
             bar.total = total

@@ -19,6 +19,7 @@ from typing import NoReturn
 import sr3_jax.cli
 from sr3_jax import __version__
 from sr3_jax.image_io.errors import printable
+from sr3_jax.storage import is_disk_full
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as in shells
 
@@ -117,7 +118,13 @@ def _dispatch(arguments: list[str]) -> int:
     except SystemExit as stop:  # stopped by a signal while others go on
         _abandon(stop.code if isinstance(stop.code, int) else 1)
         raise
-    except Exception:
+    except Exception as error:
+        if is_disk_full(error):
+            where = getattr(error, "filename", None)
+            disk = f"the disk of {printable(where)} is full" if where else "the disk is full"
+            print(f"sr3 {name}: {disk}: make room and run the same command again", file=sys.stderr)
+            _abandon(2)
+            return 2
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             traceback.print_exc()
             _abandon(1)

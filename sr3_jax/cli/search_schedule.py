@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import search_schedule
 
-    with tqdm(unit="batch", disable=None, file=sys.stderr) as bar, stop_signals() as stopped:
+    with tqdm(unit="batch", disable=None, file=sys.stderr) as bar, stop_signals("this batch") as stopped:
 
         def progress(description: str) -> None:
             bar.set_description(description, refresh=False)

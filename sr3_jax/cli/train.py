@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if not configs:
         experiment = read(load_config(args.config, args.rest))
         start_processes()
-        return train(experiment, args.workdir)
+        return _leave(train(experiment, args.workdir))
     experiments = [read(config) for config in configs]  # check all stages before training the first
     names = [config["stage"]["name"] for config in configs]
     taken: set[str] = set()
@@ -56,5 +56,16 @@ def run(args: argparse.Namespace) -> int:
             print(f"stage {name}", flush=True)
         code = train(experiment, args.workdir / name)
         if code:
-            return code
+            return _leave(code)
     return 0
+
+
+def _leave(code: int) -> int:
+    """The exit code, or the end of the process if a signal has stopped it: its device may still evaluate."""
+    import jax
+
+    from sr3_jax.distributed.processes import exit_now
+
+    if code and jax.process_count() == 1:
+        exit_now(code)
+    return code

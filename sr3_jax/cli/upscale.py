@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size = args.batch_size or jax.local_device_count()
         with (
             tqdm(total=len(to_do), unit="image", disable=None, file=sys.stderr) as bar,
-            stop_signals() as stopped,
+            stop_signals("this image") as stopped,
         ):
 
             def report(job: Job, failure: str | None) -> None:

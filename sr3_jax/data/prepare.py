@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -17,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from sr3_jax.data import store
-from sr3_jax.data.sources import scan_folder
+from sr3_jax.data.sources import retried, scan_folder
 from sr3_jax.errors import UserError
-from sr3_jax.image_io.errors import printable
-from sr3_jax.image_io.image_file import ImageError, read_rgb
+from sr3_jax.image_io.errors import printable, reason
+from sr3_jax.image_io.image_file import ImageError, UnreadableError, read_rgb
 
 _VERSION = "1.0.0"
 _PER_SHARD = 10_000  # images per ArrayRecord file: about a gigabyte of photographs
@@ -70,6 +71,7 @@ def prepare(
 
     Raises:
       UserError: the name is taken or invalid.
+      DataUnavailable: a file cannot be read because of its storage.
       NothingPrepared: no image can be read, or none would be left for 'train'.
     """
     _require_free(name, data_dir, overwrite)
@@ -137,9 +139,16 @@ def _labels(root: Path, images: list[Path]) -> list[str]:
 
 
 def _checked(path: Path) -> bytes | ImageError:
-    """The bytes to store: the file itself if it is plain, else a PNG of its pixels."""
+    """The bytes to store: the file itself if it is plain, else a PNG of its pixels. DataUnavailable as in training."""
+
+    def read() -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UnreadableError(reason(error), error.errno or 0) from error
+
     try:
-        data = path.read_bytes()
+        data = retried(read, printable(path), permanent=(errno.EACCES, errno.EPERM))
         rgb = read_rgb(data)
         if _is_plain(data, rgb):
             return data
@@ -148,8 +157,6 @@ def _checked(path: Path) -> bytes | ImageError:
         return file.getvalue()
     except ImageError as error:
         return error
-    except OSError as error:
-        return ImageError((error.strerror or str(error)).lower())
 
 
 def _is_plain(data: bytes, rgb: np.ndarray) -> bool:

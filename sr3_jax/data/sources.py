@@ -5,11 +5,13 @@ Shape legend: H height, W width.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +23,65 @@ from PIL import Image
 from sr3_jax.data import store
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable
-from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, read_rgb, read_size
+from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, UnreadableError, read_rgb, read_size
 from sr3_jax.image_io.inputs import walk
 
 _log = logging.getLogger("sr3_jax")
 _NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH"
 MAX_IN_MEMORY = 4 * 2**30  # bytes
 _LISTED = 100  # unreadable files named in one message; others are only counted
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 14.5)
+_PERMANENT = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # when a folder is opened
 
 
 class ImageTooSmallError(ImageError):
     """An image whose short side is below the required minimum."""
+
+
+class DataUnavailable(UserError):
+    """Data cannot be read, although nothing says that it is damaged. Trying again later may help."""
+
+    exit_code = 1  # launchers restart a job that exits with it
+
+
+class NoImages(UserError):
+    """A folder is missing or has no usable image, which is also what a lost mount looks like."""
+
+
+def retried(read: Callable[[], Any], what: str, *, permanent: Collection[int] = ()) -> Any:
+    """The result of `read`, which is tried again for half a minute if the operating system cannot read the data.
+
+    An error of storage is not damage: another image in place of this one would make a different run.
+
+    Args:
+        read: may raise an UnreadableError; other errors are not retried.
+        what: the file or record, for the error.
+        permanent: error numbers for which there is no point in waiting.
+
+    Raises:
+        DataUnavailable: it cannot be read after half a minute.
+        UnreadableError: with an error number in `permanent`.
+    """
+    for delay in (*RETRY_SECONDS, None):
+        try:
+            return read()
+        except UnreadableError as error:
+            if error.errno in permanent:
+                raise
+            if delay is None:
+                raise DataUnavailable(
+                    f"{what} cannot be read ({error}): check that its storage is connected, and run the same command "
+                    "again"
+                ) from error
+            if delay == RETRY_SECONDS[0]:
+                _log.warning("%s cannot be read (%s): trying again", what, error)
+            time.sleep(delay)
 
 
 class Source:
@@ -39,7 +89,7 @@ class Source:
 
     Arrays are read-only and shared. Decoded images are cached until `cache_mb` is used up, and never evicted: for
     epochs in random order this has more hits than evicting the oldest. Thread-safe. Reading an unusable image raises
-    ImageError ('NAME: reason').
+    ImageError ('NAME: reason'), and one that the operating system cannot read for half a minute DataUnavailable.
     """
 
     def __init__(
@@ -75,7 +125,7 @@ class Source:
         if cached is not None:
             return dict(cached)
         try:
-            item = self._load(index)
+            item = retried(lambda: self._load(index), self.describe(index))
             check_side(item["image"].shape[:2], self._min_side)
         except ImageError as error:
             raise type(error)(f"{self.describe(index)}: {error}") from error
@@ -220,7 +270,11 @@ def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int)
         known["file_name"] = file_name
 
     def load(index: int) -> dict[str, Any]:
-        example = parser.deserialize_example_np(records[index], decoders=decoders)
+        try:
+            record = records[index]
+        except (OSError, RuntimeError, ValueError) as error:  # ArrayRecord gives no error numbers
+            raise UnreadableError(f"of {folder}: {error}", 0) from error
+        example = parser.deserialize_example_np(record, decoders=decoders)
         image = example["image"]
         if encoded:
             if min_side:
@@ -261,10 +315,12 @@ def scan_folder(root: Path, *, threads: int = 16) -> Scan:
     """Read the header of every file under `root`, hidden files excepted.
 
     Raises:
-      UserError: `root` is not a folder, or cannot be listed.
+      NoImages: `root` is not a folder.
+      UserError: it cannot be listed.
+      DataUnavailable: a file cannot be read because of its storage.
     """
     if not root.is_dir():
-        raise UserError(f"'{printable(root)}' is not a folder: use a folder of images")
+        raise NoImages(f"'{printable(root)}' is not a folder: use a folder of images")
     files, rejected = walk(root)
     if any(folder == root for folder, _ in rejected):
         raise UserError(
@@ -274,7 +330,7 @@ def scan_folder(root: Path, *, threads: int = 16) -> Scan:
 
     def look(path: Path) -> tuple[int, int] | str:
         try:
-            return read_size(path)
+            return retried(lambda: read_size(path), printable(path), permanent=_PERMANENT)
         except ImageError as error:
             return str(error)
 
@@ -296,6 +352,8 @@ def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
     if small:
         share = f"{small} of {len(scan.images)} images of {printable(name)}"
         _log.warning("skipped %s: their short side is under %d pixels", share, min_side)
+    if not scan.images and not bad:
+        raise NoImages(f"'{printable(root)}' is empty: add images, or check that its storage is connected")
     if not paths:
         raise UserError(
             f"'{printable(root)}' has no usable image ({bad} could not be read, {small} are under {min_side} pixels): "

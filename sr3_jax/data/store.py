@@ -6,7 +6,6 @@ TensorFlow Datasets is imported on first use, since the import takes half a seco
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sr3_jax.errors import UserError
+from sr3_jax.storage import is_disk_full, try_lock
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VARIABLES = ("SR3_DATA_DIR", "TFDS_DATA_DIR")
@@ -93,18 +93,19 @@ def atomic_data_set(root: Path, name: str, version: str, *, overwrite: bool = Fa
     removed on errors; those of a killed process are removed by the next call.
 
     Raises:
-      UserError: `root` cannot be written to.
+      UserError: `root` cannot be written to, or is full.
     """
     prefix = f".incomplete-{name}-"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root, prefix)
-        work = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
-        lock = (work / ".lock").open("w")
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # held while this process runs: distinguishes leftovers from work in progress
-        work = work.rename(root / f"{prefix}{work.name.removeprefix('.new-')}")
+        # One process at a time removes leftovers and makes its folder: outside of this block every folder in use is
+        # locked by its process, which distinguishes it from leftovers.
+        with (root / ".lock").open("w") as turn:
+            try_lock(turn, wait=True)
+            _remove_leftovers(root, prefix, Path(name) / version)
+            work = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+            lock = (work / ".lock").open("w")
+            try_lock(lock)
     except OSError as error:
         raise UserError(
             f"the data dir {root} cannot be written to ({error.strerror}): set SR3_DATA_DIR to another folder"
@@ -120,19 +121,28 @@ def atomic_data_set(root: Path, name: str, version: str, *, overwrite: bool = Fa
         except OSError:
             if not final.exists():
                 raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"the data dir {root} is full: make room and run the same command again, or use another folder"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
         lock.close()
 
 
-def _remove_leftovers(root: Path, prefix: str) -> None:
+def _remove_leftovers(root: Path, prefix: str, final: Path) -> None:
+    """Remove the folders of processes that were killed. A data set that was about to replace another one is kept."""
     for left in root.glob(f"{prefix}*"):
-        try:
-            with (left / ".lock").open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (
+            contextlib.suppress(OSError),
+            (left / ".lock").open("a") as lock,
+        ):  # created if the process had no time to
+            if try_lock(lock):
+                if (left / "replaced").exists() and not (root / final).exists():
+                    (left / final).rename(root / final)
                 shutil.rmtree(left, ignore_errors=True)
-        except OSError:
-            pass  # its process still runs, or has just removed it
 
 
 def build(builder_class: Any, root: Path) -> Path:

@@ -6,6 +6,7 @@ to process 0, over a socket at the address that JAX's coordinator uses next; if 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -128,15 +129,21 @@ def wait_for_all() -> None:
         jax.distributed.shutdown()
 
 
+def exit_now(code: int) -> None:
+    """End this process without waiting for its devices, on which an abandoned computation may still run."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def abandon(code: int) -> None:
     """Exit immediately if this process has peers, which may wait for it in a step that it will never run.
 
     A normal exit would wait for them forever. The launcher stops the peers because of the exit code.
     """
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)
 
 
 def check_all_started(group: Group, *, timeout: float) -> None:

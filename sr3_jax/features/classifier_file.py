@@ -18,8 +18,8 @@ from safetensors.numpy import save
 
 from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_file
-from sr3_jax.files import atomic_write
 from sr3_jax.image_ops import pad_batch
+from sr3_jax.storage import atomic_write
 
 
 def write_classifier(
@@ -34,8 +34,8 @@ def write_classifier(
     metadata = {"format": file_format, "classifier": json.dumps(facts, sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(flat, metadata))
+        with atomic_write(path) as file:
+            file.write(save(flat, metadata))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): use another path") from error
 

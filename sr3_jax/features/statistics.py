@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.errors import UserError
-from sr3_jax.files import atomic_write
+from sr3_jax.storage import atomic_write
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     arrays: dict[str, Any] = {**asdict(statistics.protocol), "count": statistics.count}
     arrays |= {"mean": statistics.mean, "scatter": statistics.scatter}
     try:
-        with atomic_write(path) as partial, partial.open("wb") as file:
+        with atomic_write(path) as file:
             np.savez(file, **arrays)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): use another path") from error

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from sr3_jax.image_io.errors import reason
-from sr3_jax.image_io.image_file import DecodedImage, ImageError, scratch_file
+from sr3_jax.image_io.image_file import DecodedImage, ImageError
+from sr3_jax.storage import atomic_write
 
 BAND_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
 _STRIP_ROWS = 64
@@ -37,11 +38,12 @@ def write_bands(path: Path, image: DecodedImage, bands: Iterable[np.ndarray], *,
     rows = _with_alpha(image, bands, scale)
     height, width = (scale * side for side in image.rgb.shape[:2])
     channels = (1 if image.gray else 3) + (image.alpha is not None)
-    with scratch_file(path) as file:
-        if path.suffix.lower() == ".png":
-            _write_png(file, rows, height=height, width=width, channels=channels, image=image)
-        else:
-            _write_tiff(file, rows, height=height, width=width, channels=channels, image=image)
+    write = _write_png if path.suffix.lower() == ".png" else _write_tiff
+    try:
+        with atomic_write(path) as file:
+            write(file, rows, height=height, width=width, channels=channels, image=image)
+    except OSError as error:
+        raise ImageError(f"could not be written: {reason(error)}") from error
 
 
 def _with_alpha(image: DecodedImage, bands: Iterable[np.ndarray], scale: int) -> Iterator[np.ndarray]:
@@ -75,10 +77,10 @@ def _write_png(
     image: DecodedImage,
 ) -> None:
     def chunk(kind: bytes, data: bytes) -> None:
-        _write(file, struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data)))
+        file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
 
     color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    _write(file, b"\x89PNG\r\n\x1a\n")
+    file.write(b"\x89PNG\r\n\x1a\n")
     chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0))
     if image.icc_profile:
         chunk(b"iCCP", b"ICC Profile\x00\x00" + zlib.compress(image.icc_profile))
@@ -167,11 +169,3 @@ def _strips(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         rest = [whole[count:]]
     if len(rest[0]):
         yield rest[0]
-
-
-def _write(file: IO[bytes], *parts: bytes) -> None:
-    try:
-        for part in parts:
-            file.write(part)
-    except OSError as error:
-        raise ImageError(f"could not be written: {reason(error)}") from error

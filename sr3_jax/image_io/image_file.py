@@ -10,7 +10,6 @@ import io
 import os
 import stat
 import threading
-import uuid
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason, sniff
 from sr3_jax.image_io.pixels import UnsupportedPixels, fill_transparent, raw_mode, to_pixels
+from sr3_jax.storage import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,6 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's limit is slightly below 65535
 _MAX_JPEG_EXIF = 65533  # bytes in one JPEG segment
-SCRATCH_PREFIX = ".sr3-"  # names of files that are being written
 WRITABLE_SUFFIXES = frozenset(_WRITERS)
 IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".bmp"}
 
@@ -59,6 +58,18 @@ _BOMB_LIMIT = threading.Lock()
 
 class ImageError(UserError):
     """An image that cannot be read or written; the message is the reason without the path."""
+
+
+class UnreadableError(ImageError):
+    """The operating system could not read the file. Its content may be fine: storage may have been away.
+
+    Attributes:
+        errno: of the operating system.
+    """
+
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(message)
+        self.errno = errno
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +224,10 @@ def _opened(source: Path | bytes, max_megapixels: float) -> Iterator[Image.Image
     except UnsupportedPixels as error:
         raise ImageError(str(error)) from error
     except Exception as error:  # broken bytes make decoders raise anything: struct.error, KeyError
-        raise ImageError(reason(error, head=head, max_megapixels=max_megapixels)) from error
+        why = reason(error, head=head, max_megapixels=max_megapixels)
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(source, bytes):
+            raise UnreadableError(why, error.errno) from error
+        raise ImageError(why) from error
 
 
 def _open_regular(path: Path) -> IO[bytes]:
@@ -268,11 +282,7 @@ def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> Non
 def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> None:
     """Write `image` in the format of the suffix: JPEG with quality 95 and full chroma, the others losslessly.
 
-    The write is atomic: a hidden file in the same folder, which must exist, is renamed to `path` at the end.
-
-    Args:
-        durable: sync to disk before the rename. Without it small files are written ten times as fast, but a power cut
-            may leave a damaged one: for callers that check what they read.
+    The write is atomic (`storage.atomic_write`, also for `durable`); the folder must exist.
 
     Raises:
         ImageError: the image cannot be written.
@@ -288,30 +298,8 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> Non
         options["exif"] = image.exif
         if file_format == "TIFF":
             options["compression"] = "raw"  # Pillow cannot write EXIF through libtiff, which compresses
-    with scratch_file(path, durable=durable) as file:
-        try:
-            Image.fromarray(to_channels(image)).save(file, format=file_format, **options)
-        except Exception as error:
-            raise ImageError(f"could not be written: {reason(error)}") from error
-
-
-@contextmanager
-def scratch_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A hidden file in the folder of `path`, which is renamed to it at the end, and removed after an exception.
-
-    Raises:
-        ImageError: it cannot be created, written or renamed.
-    """
-    # Not derived from the target's name, which may already have the maximum length.
-    scratch = path.parent / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp"
     try:
-        with scratch.open("xb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())  # otherwise a power cut could leave the name without the bytes
-        os.replace(scratch, path)
-    except OSError as error:
+        with atomic_write(path, durable=durable) as file:
+            Image.fromarray(to_channels(image)).save(file, format=file_format, **options)
+    except Exception as error:
         raise ImageError(f"could not be written: {reason(error)}") from error
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
-from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, SCRATCH_PREFIX, WRITABLE_SUFFIXES, sniff_file
+from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, WRITABLE_SUFFIXES, sniff_file
+from sr3_jax.storage import SCRATCH_PREFIX
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _SUFFIX_OF = {"JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # all others become .png

@@ -33,6 +33,7 @@ from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
 from sr3_jax.image_ops import pad_image
 from sr3_jax.inference.tiling import Tiling
 from sr3_jax.sampling import Sampling
+from sr3_jax.storage import is_disk_full
 from sr3_jax.types import Key
 
 __all__ = ["Found", "Job", "UpscaleResult", "Upscaler", "find_images", "split_finished", "upscale_files"]
@@ -294,6 +295,7 @@ def _upscale_large(
                 _write(job.target, image, np.concatenate(list(bands)))
             return None
         except ImageError as error:
+            _raise_if_full(error)
             return str(error)
         except UserError:
             raise
@@ -371,11 +373,17 @@ def _write(target: Path, image: DecodedImage, rgb: np.ndarray) -> None:
     write_image(target, with_pixels(image, rgb))
 
 
+def _raise_if_full(error: BaseException) -> None:
+    if is_disk_full(error):
+        raise UserError("the disk of the output is full: make room and run the same command again") from error
+
+
 def _failure(future: Future) -> str | None:
-    """Why a finished read or write failed, None if it did not; raises exceptions that are not about the image."""
+    """Why a finished read or write failed, None if it did not; raises what concerns all images, such as a full disk."""
     error = future.exception()
     if error is None:
         return None
+    _raise_if_full(error)
     if isinstance(error, ImageError):
         return str(error)
     if isinstance(error, MemoryError):

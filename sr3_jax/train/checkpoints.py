@@ -9,7 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +23,30 @@ from orbax.checkpoint import v1 as ocp
 from sr3_jax.config.load import complete_stored
 from sr3_jax.distributed.sharding import process_max
 from sr3_jax.errors import UserError
-from sr3_jax.files import atomic_write
+from sr3_jax.files import write_text
+from sr3_jax.image_io.errors import printable
+from sr3_jax.storage import is_disk_full
 from sr3_jax.train.state import TrainState
 from sr3_jax.types import Params
 
 _log = logging.getLogger("sr3_jax")
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+_INCOMPLETE = "*.orbax-checkpoint-tmp*"
+_PATIENCE = 10.0  # seconds for the writes of a failed save to end
+
+# Orbax raises its errors, so that it need not print each of them with a traceback in five threads as well.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+class SaveError(UserError):
+    """A checkpoint cannot be saved. The exit code is 2 if the disk is full, otherwise 1: storage may come back."""
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json` atomically."""
+    """Write `config.json` atomically. UserError if it cannot be written."""
     workdir.mkdir(parents=True, exist_ok=True)
-    with atomic_write(workdir / CONFIG_FILE) as partial:
-        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(workdir / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -57,6 +71,8 @@ def read_config(workdir: Path) -> dict[str, Any]:
 class Checkpoints:
     """Saves and restores the checkpoints of a workdir. A context manager, which waits for a pending save at its end.
 
+    Any method may raise the SaveError of a pending save. What a failed save has written is removed.
+
     Args:
         keep: the number of newest checkpoints to keep.
 
@@ -65,6 +81,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int = 3) -> None:
+        self._workdir = workdir
+        self._pending: Any = None  # the response of a save in the background
         policies = ocp.training.preservation_policies
         try:
             self._checkpointer = ocp.training.Checkpointer(
@@ -80,8 +98,15 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            with self._explained():
+                self._checkpointer.close()
+        except Exception:
+            if error is None:  # otherwise the first error tells more
+                raise
+        finally:
+            self._remove_incomplete()
 
     @property
     def latest_step(self) -> int | None:
@@ -94,15 +119,32 @@ class Checkpoints:
 
         Args:
             wait: return when it is on disk; otherwise when the arrays have been copied from the device.
+
+        Raises:
+            SaveError: the storage is full or has failed, at this save or at the one before.
         """
         step = int(state.step)
         if self.latest_step == step:
+            if wait:
+                self.check(wait=True)
             return
         train = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
         items = {"ema": state.ema_params, "train": train}
-        response = self._checkpointer.save_checkpointables_async(step, items, force=True)
-        if wait and response is not None:
-            response.result()
+        with self._explained():
+            self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        self.check(wait=wait)
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raise the SaveError of a save in the background, if it has failed by now.
+
+        Args:
+            wait: for the end of the save.
+        """
+        if self._pending is None:
+            return
+        with self._explained(), suppress(TimeoutError):
+            self._pending.result(timeout=None if wait else 0)
+            self._pending = None
 
     def restore(self, abstract: TrainState, *, allow_older: bool = False) -> TrainState:
         """Restore the newest checkpoint.
@@ -141,6 +183,44 @@ class Checkpoints:
                 os.rename(folder, _unused(Path(f"{folder}.damaged")))
             int(process_max(0, mesh))  # a barrier: all wait for the rename
             self._checkpointer.reload()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the errors of storage into a SaveError, whatever types and lengths Orbax and TensorStore give them."""
+        try:
+            yield
+        except Exception as error:
+            self._pending = None
+            full = is_disk_full(error)
+            if not full and not isinstance(error, OSError):
+                raise
+            step = newest_step(self._workdir)
+            why = "no space left" if full else first_line(error)
+            state = (
+                "no checkpoint was saved before it" if step is None else f"the last good one is step {step}"
+            )
+            fix = "make room" if full else "check the storage"
+            message = (
+                f"a checkpoint cannot be saved in {printable(self._workdir)} ({why}; {state}): {fix} and run the same "
+                "command again to resume"
+            )
+            failure = SaveError(message)
+            failure.exit_code = 2 if full else 1
+            raise failure from error
+
+    def _remove_incomplete(self) -> None:
+        """Remove what failed saves have left, which may be what fills the disk."""
+        left = list(self._checkpointer.directory.glob(_INCOMPLETE))
+        if not left:
+            return
+        deadline = time.monotonic() + _PATIENCE
+        for thread in threading.enumerate():  # the other writes of a failed save still run
+            if type(thread).__module__.startswith("orbax."):
+                # Orbax overrides `join` to raise the error of the thread.
+                threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
+        if jax.process_index() == 0:
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self, step: int | None, abstract: TrainState) -> TrainState:
         train = {"step": abstract.step, "params": abstract.params, "opt_state": abstract.opt_state}

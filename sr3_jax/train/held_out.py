@@ -6,7 +6,8 @@ Shape legend: B batch, H height, W width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sr3_jax.train.weights import export
 from sr3_jax.types import Image, Key, Params
 
 GRID_ROWS = 6
+_POLL = 0.02  # seconds between two questions whether to stop
 LOSS_LEVELS = 32  # least number of noise levels that the held-out loss is averaged over
 GRID_COLUMNS = {
     "low_res": "low-res",
@@ -118,6 +120,8 @@ class HeldOutEvaluation:
         batch: host crops, uint8 'image' [B,H,W,3] and perhaps 'label' [B]; any B.
         steps: number of sampling steps.
         solver: name of the solver.
+        stopped: asked during an evaluation; it is left as soon as the answer is not 0. Only without other processes,
+            which would wait for this one.
     """
 
     def __init__(
@@ -129,7 +133,9 @@ class HeldOutEvaluation:
         steps: int,
         solver: str,
         seed: int,
+        stopped: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._stopped = stopped if jax.process_count() == 1 else lambda: 0
         self._rows = rows = len(batch["image"])
         # Each device takes an equal share; padded rows are left out of the means.
         size = rows + -rows % mesh.size
@@ -137,10 +143,14 @@ class HeldOutEvaluation:
         self._seed, self._mesh = seed, mesh
         self._metrics = held_out_jit(objective, mesh, rows=rows, steps=steps, solver=solver)
 
-    def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray]:
-        """Metrics of these weights, and a grid of samples next to their ground truth, uint8 [H,W,3]."""
+    def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray] | None:
+        """Metrics of these weights, and a grid of samples next to their ground truth, uint8 [H,W,3]; None if left."""
         key = jax.random.fold_in(jax.random.key(self._seed), 2**31 + 1)  # the same each time
         values, images = self._metrics(params, sharding.to_global(self._batch, self._mesh), key)
+        while not all(array.is_ready() for array in (*values.values(), *images.values())):
+            if self._stopped():  # the device goes on, which the end of the process does not wait for
+                return None
+            time.sleep(_POLL)
         images = sharding.to_host(images, self._mesh)
         names = [name for name in GRID_COLUMNS if name in images]
         grid = image_grid(
@@ -181,19 +191,25 @@ def evaluate_and_log(
     writer: MetricWriter,
     step: int,
     ema_params: Params,
-) -> None:
+) -> bool:
     """Evaluate the weights of a step; write samples, the weights if they are the best so far, and metrics.
+
+    Returns False if a stop signal ended the evaluation early; nothing is written then.
 
     The metrics come last: a line in the log means that everything else of this evaluation is on disk, so a run that is
     killed in between evaluates the step again.
     """
-    values, grid = evaluation(ema_params)
+    result = evaluation(ema_params)
+    if result is None:
+        return False
+    values, grid = result
     writer.write_image(step, "samples", grid)
     if best is not None:
         best(values["eval_psnr"], ema_params)
     writer.write_scalars(step, values)
     numbers = (f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items())
     writer.message(f"step {step}: held out: {', '.join(numbers)}")
+    return True
 
 
 def evaluation_is_missing(workdir: Path, step: int, config: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sr3_jax.config import schema
 from sr3_jax.data.batches import batches, center_crops
-from sr3_jax.data.sources import Source, open_source, squares
+from sr3_jax.data.sources import DataUnavailable, NoImages, Source, open_source, squares
 from sr3_jax.distributed import sharding
 from sr3_jax.distributed.signals import stop_signals
 from sr3_jax.errors import UserError
@@ -32,6 +32,7 @@ from sr3_jax.train.state import TrainState, abstract_state, create_state, start_
 from sr3_jax.train.step import jit_train_step, make_train_step
 from sr3_jax.train.step_metrics import StepMetrics
 from sr3_jax.train.weights import load_weights
+from sr3_jax.train.workdir import locked_workdir
 
 _log = logging.getLogger("sr3_jax")
 _OUT_OF_TIME = 1  # below the exit codes of signals
@@ -44,17 +45,24 @@ def train(experiment: Experiment, workdir: Path) -> int:
         0 when the run is complete; 143, 130 or 129 when SIGTERM, Ctrl-C or SIGHUP stopped it after a save.
 
     Raises:
-        UserError: the config does not fit the machine, the data or the workdir; the loss is not finite.
+        UserError: the config does not fit the machine, the data or the workdir; another run uses the workdir; the loss
+            is not finite; a checkpoint cannot be saved.
     """
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
     mesh = sharding.make_mesh(**config["mesh"])
     check_batch(config, devices=mesh.size, processes=jax.process_count())
-    source, held_out_crops = _open_data(config)
+    try:
+        source, held_out_crops = _open_data(config)
+    except NoImages as error:
+        if checkpoints.newest_step(workdir) is None:
+            raise
+        raise DataUnavailable(str(error)) from error  # the run has had its data: storage may come back
 
     with (
+        locked_workdir(workdir, mesh),
         checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as store,
-        stop_signals() as signal_code,
+        stop_signals("this step and a save") as signal_code,
     ):
         # ---- Restore
         if store.latest_step is not None:
@@ -83,6 +91,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             steps=config["sampling"]["steps"],
             solver=config["sampling"]["solver"],
             seed=seed,
+            stopped=signal_code,
         )
         best = BestCheckpoint(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
         next_batch = _device_batches(source, config, mesh, first_step=first_step).__next__
@@ -107,8 +116,9 @@ def train(experiment: Experiment, workdir: Path) -> int:
             )
             batch = next_batch()
             reason = int(stop_reason())
-            if int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh)):
-                evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+            missing = int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh))
+            if missing and not evaluate_and_log(evaluation, best, writer, step, state.ema_params):
+                reason = signal_code()
 
             # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1
             while step < num_steps and not reason:
@@ -119,9 +129,18 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 else:
                     state, step_metrics = train_step(state, batch, key)
                 step += 1
-                with metrics.waiting_for_data():
-                    batch = next_batch()
+                try:
+                    with metrics.waiting_for_data():
+                        batch = next_batch()
+                except DataUnavailable as error:
+                    metrics.push(step, step_metrics)
+                    metrics.flush()
+                    if jax.process_count() == 1:  # otherwise the peers, which have their data, do not save
+                        store.save(state, wait=True)
+                        raise DataUnavailable(f"saved at step {step}: {error}") from error
+                    raise
                 metrics.push(step, step_metrics)
+                store.check()
                 reason = int(vote)
 
                 # ---- Save and evaluate, only a state whose loss is known to be finite
@@ -135,8 +154,10 @@ def train(experiment: Experiment, workdir: Path) -> int:
                         if save:
                             store.save(state)
                         if evaluate and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
-                            evaluate_and_log(evaluation, best, writer, step, state.ema_params)
-                            evaluated = step
+                            if evaluate_and_log(evaluation, best, writer, step, state.ema_params):
+                                evaluated = step
+                            else:
+                                reason = signal_code()
 
             # ---- Stop
             metrics.flush()
@@ -147,8 +168,10 @@ def train(experiment: Experiment, workdir: Path) -> int:
             if step == num_steps:
                 writer.message(f"Finished {step} steps; saved in {workdir}.")
             else:
-                if step > evaluated:
-                    evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+                if step > evaluated and not evaluate_and_log(
+                    evaluation, best, writer, step, state.ema_params
+                ):
+                    return signal_code()  # it is saved
                 writer.message(f"Stopped after {minutes:g} minutes and saved at step {step}.")
     return 0
 

@@ -22,7 +22,7 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from sr3_jax.errors import UserError
-from sr3_jax.files import atomic_write
+from sr3_jax.storage import atomic_write
 
 PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
 METRICS_FILE = "metrics.jsonl"
@@ -107,8 +107,8 @@ class MetricWriter:
         with self._non_fatal("samples"):
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)
-            with atomic_write(folder / f"{name}_{int(step):07d}.png") as partial:
-                PillowImage.fromarray(np.asarray(image)).save(partial, format="PNG")
+            with atomic_write(folder / f"{name}_{int(step):07d}.png") as file:
+                PillowImage.fromarray(np.asarray(image)).save(file, format="PNG")
         with self._non_fatal("TensorBoard"):
             self._board.write_image(int(step), name, np.asarray(image))
 
@@ -229,8 +229,8 @@ def _drop_later_lines(path: Path, first_step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     valid = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= first_step]
     if len(valid) < len(lines):
-        with atomic_write(path) as partial:
-            partial.write_bytes(b"".join(valid))
+        with atomic_write(path) as file:
+            file.write(b"".join(valid))
 
 
 def _step_of(line: bytes) -> float:
