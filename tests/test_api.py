@@ -13,6 +13,7 @@ from PIL import Image
 import sr3_jax
 from sr3_jax.cli.main import main
 from sr3_jax.config import build
+from sr3_jax.errors import UserError
 from sr3_jax.inference.model import from_config
 from sr3_jax.train.weights import export
 from tests import tiny
@@ -117,3 +118,25 @@ def test_every_public_name_of_the_core_resolves():
 def test_a_model_from_its_config_samples_as_the_config_says(model):
     again = from_config(model.config, model.params, name="again")
     assert again.sampling == sr3_jax.Sampling("ddim", 2)
+
+
+def test_upscale_many_yields_the_outputs_of_upscale_in_order(model, tmp_path):
+    rng = np.random.default_rng(0)
+    sides = [(8, 9), (20, 20), (8, 9), (7, 9), (90, 12), (8, 8)]
+    arrays = [rng.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
+    Image.fromarray(arrays[3]).save(tmp_path / "3.png")
+    images = [*arrays[:2], Image.fromarray(arrays[2]), tmp_path / "3.png", *arrays[4:]]
+    outputs = list(model.upscale_many(iter(images), seed=5, batch_size=2, tile=64))
+    assert [type(output) is np.ndarray for output in outputs] == [True, True, False, False, True, True]
+    for array, output in zip(arrays, outputs, strict=True):
+        expected = model.upscale(array, seed=5, tile=64).astype(int)
+        assert np.abs(np.asarray(output) - expected).max() <= 1  # of another batch shape
+
+
+def test_upscale_many_fails_at_the_image_that_cannot_be_read(model, tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    outputs = model.upscale_many([image, tmp_path / "bad.png", image], batch_size=1)
+    assert next(outputs).shape == (32, 32, 3)
+    with pytest.raises(UserError, match="not an image"):
+        next(outputs)

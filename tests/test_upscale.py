@@ -396,7 +396,7 @@ def test_reads_ahead_within_a_window(tmp_path, monkeypatch):
 
 
 def test_read_ahead_is_bounded_by_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("sr3_jax.inference.upscale_files._WINDOW_BYTES", 1)
+    monkeypatch.setattr("sr3_jax.inference.batching._WINDOW_BYTES", 1)
     read, ahead = [], []
 
     def counting(path: Path, **options):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -34,6 +34,7 @@ from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import (
     DecodedImage,
+    ImageError,
     from_pillow,
     read_image,
     to_pillow,
@@ -41,6 +42,7 @@ from sr3_jax.image_io.image_file import (
     with_pixels,
 )
 from sr3_jax.image_ops import pad_image
+from sr3_jax.inference.batching import upscale_each
 from sr3_jax.inference.program import generate_jit
 from sr3_jax.inference.sampling_file import find_sampling
 from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, cell_size, tile_image
@@ -215,6 +217,50 @@ class Model:
                 for index, image in enumerate(images)
             ]
         )
+
+    def upscale_many(
+        self,
+        images: Iterable[PillowImage.Image | str | os.PathLike[str] | np.ndarray],
+        seed: int = 0,
+        *,
+        sampling: Sampling | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Iterator[PillowImage.Image | np.ndarray]:
+        """Upscale a stream of images, for programs that keep a device busy.
+
+        Images are read ahead in threads while the device computes, and those of similar size share batches. At most a
+        few batches are in memory.
+
+        Args:
+            images: PIL images, paths, or uint8 [h,w,3], of any sizes.
+            seed: each image gets the noise that `upscale` would give it.
+            sampling: settings of the sampler; None for the model's own.
+            batch_size: images or tiles per batch; None for the number of devices.
+            tile: as for `upscale`.
+
+        Yields:
+            The outputs in order: PIL images for PIL images and paths, uint8 [s*h,s*w,3] for arrays.
+
+        Raises:
+            UserError: an image cannot be read, when its turn comes; `sampling` does not fit this model.
+        """
+
+        def read(image: Any) -> DecodedImage:
+            if isinstance(image, PillowImage.Image):
+                return from_pillow(image)
+            if isinstance(image, str | os.PathLike):
+                return read_image(Path(image))
+            pixels = np.asarray(image)
+            if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+                raise ImageError(f"image must be uint8 [h,w,3], got {pixels.dtype} {pixels.shape}")
+            return DecodedImage(rgb=pixels)
+
+        size = batch_size or jax.local_device_count()
+        results = upscale_each(self, images, read, sampling=sampling, seed=seed, batch_size=size, tile=tile)
+        for image, decoded, output in results:
+            is_file = isinstance(image, PillowImage.Image | str | os.PathLike)
+            yield to_pillow(with_pixels(decoded, output)) if is_file else output
 
     def tiling(self, height: int, width: int, *, tile: int | None = None) -> Tiling:
         """How an image of this size is divided into tiles.

@@ -41,6 +41,7 @@ class StepMetrics:
         self._lr_schedule = lr_schedule
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._smooth_loss: float | None = None  # for the progress bar
+        self._rate: float | None = None  # images per second, also for it
         self._start_window()
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -61,8 +62,11 @@ class StepMetrics:
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
         self._smooth_loss = loss if self._smooth_loss is None else 0.98 * self._smooth_loss + 0.02 * loss
-        rate = len(self._losses) * self._batch_size / self._seconds()
-        self._writer.progress(step, loss=self._smooth_loss, images_per_second=rate)
+        if (
+            len(self._losses) > 1 or self._rate is None
+        ):  # the first of a window may have ended before it began
+            self._rate = len(self._losses) * self._batch_size / self._seconds()
+        self._writer.progress(step, loss=self._smooth_loss, images_per_second=self._rate)
         if step % self._log_every == 0 or step == self._num_steps:
             self._writer.write_scalars(
                 step, self._summary() | {"learning_rate": float(self._lr_schedule(step - 1))}

@@ -1,0 +1,261 @@
+"""Run a model on streams of images of any size: shared batches, tiles, and less of both where memory is short.
+
+Shape legend: B batch, H height, W width, s the model's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sr3_jax.errors import UserError
+from sr3_jax.image_io.image_file import DecodedImage, ImageError, visible_rgb
+from sr3_jax.image_ops import pad_image
+from sr3_jax.inference.tiling import Tiling
+from sr3_jax.sampling import Sampling
+from sr3_jax.types import Key
+
+T = TypeVar("T")
+_THREADS = 4
+_WINDOW_BYTES = 512 * 2**20
+_END: Any = object()
+NO_MEMORY = "needs more memory than the device has"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of a device, or of this machine, says that memory is missing."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+
+
+def device_failure(error: Exception) -> str:
+    """Why an image failed on the device."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FloatingPointError) else f"failed: {type(error).__name__}: {text[:160]}"
+
+
+class Upscaler(Protocol):
+    """The interface of `sr3_jax.Model` that this module uses."""
+
+    @property
+    def scale(self) -> int: ...
+
+    def tiling(self, height: int, width: int, *, tile: int | None = None) -> Tiling: ...
+
+    def upscale(self, image: np.ndarray, seed: Key, *, sampling: Sampling | None = None) -> np.ndarray:
+        """uint8 [B,H,W,3] and keys [B] to uint8 [B,sH,sW,3]."""
+        ...
+
+    def upscale_bands(
+        self,
+        image: np.ndarray,
+        seed: int,
+        *,
+        sampling: Sampling | None = None,
+        tile: int | None = None,
+        batch_size: int | None = None,
+        on_tiles: Callable[[int], object] = ...,
+    ) -> Iterator[np.ndarray]:
+        """uint8 [H,W,3] to the rows uint8 [*,sW,3] of the output, from top to bottom."""
+        ...
+
+
+class BatchRunner:
+    """Runs a model within the memory of its devices: what did not fit is remembered for later images."""
+
+    def __init__(
+        self, model: Upscaler, *, sampling: Sampling | None, seed: int, batch_size: int, tile: int | None
+    ) -> None:
+        self.model = model
+        self._sampling, self._seed = sampling, seed
+        self._batch_size, self._tile = batch_size, tile
+        self._limits: dict[tuple[int, ...], int] = {}  # batch sizes by shape of a batch's images or tiles
+
+    def is_large(self, image: np.ndarray) -> bool:
+        """Whether an image is divided into tiles."""
+        return self.model.tiling(*image.shape[:2], tile=self._tile).count > 1
+
+    def batch_shape(self, image: np.ndarray) -> tuple[int, ...]:
+        """Images with the same value may share a batch."""
+        plan = self.model.tiling(*image.shape[:2], tile=self._tile)
+        return (plan.rows.size, plan.columns.size) if plan.count == 1 else image.shape
+
+    def outputs(self, images: list[np.ndarray]) -> list[np.ndarray | str]:
+        """The output [sH,sW,3] of each image [H,W,3] of one batch shape, or the reason why it failed."""
+        if not images:
+            return []
+        shape = self.batch_shape(images[0])
+        size = self._limits.get(shape, self._batch_size)
+        if len(images) > size:
+            return self.outputs(images[:size]) + self.outputs(images[size:])
+        try:
+            padded = [pad_image(image[None], shape[0], shape[1])[0] for image in images]
+            batch = np.stack(padded + padded[-1:] * (size - len(padded)))  # [size,H,W,3]
+            keys = jax.vmap(jax.random.key)(jnp.full([size], self._seed, jnp.uint32))
+            outputs = np.asarray(self.model.upscale(batch, keys, sampling=self._sampling))
+            scale = self.model.scale
+            return [
+                output[: scale * image.shape[0], : scale * image.shape[1]]
+                for output, image in zip(outputs, images, strict=False)
+            ]
+        except UserError:
+            raise
+        except Exception as error:  # device, compiler and network raise many types
+            if is_out_of_memory(error):
+                if self._less(shape):
+                    large = self.is_large(images[0])
+                    return [self._whole(one) for one in images] if large else self.outputs(images)
+                return [NO_MEMORY] * len(images)
+            if len(images) > 1:  # find the one that fails; the others keep their batch shape
+                return [output for image in images for output in self.outputs([image])]
+            return [device_failure(error)]
+
+    def bands(self, image: np.ndarray, progress: Callable[[int, int], object]) -> Iterator[np.ndarray]:
+        """The output of a large image from top to bottom; `progress` gets the finished tiles and their number."""
+        plan, done = self.model.tiling(*image.shape[:2], tile=self._tile), 0
+
+        def count(tiles: int) -> None:
+            nonlocal done
+            done += tiles
+            progress(done, plan.count)
+
+        shape = (plan.rows.size, plan.columns.size)
+        return self.model.upscale_bands(
+            image,
+            self._seed,
+            sampling=self._sampling,
+            tile=self._tile,
+            batch_size=self._limits.get(shape, self._batch_size),
+            on_tiles=count,
+        )
+
+    def less_for(self, image: np.ndarray) -> bool:
+        """Make the batches or tiles of a large image smaller. False if they cannot be."""
+        plan = self.model.tiling(*image.shape[:2], tile=self._tile)
+        return self._less((plan.rows.size, plan.columns.size))
+
+    def _whole(self, image: np.ndarray) -> np.ndarray | str:
+        while True:
+            try:
+                return np.concatenate(list(self.bands(image, lambda done, count: None)))
+            except UserError:
+                raise
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    return device_failure(error)
+                if not self.less_for(image):
+                    return NO_MEMORY
+
+    def _less(self, shape: tuple[int, ...]) -> bool:
+        """Halve the batch of this shape, as a multiple of the devices; then the tile. False if neither is possible."""
+        devices, size = jax.local_device_count(), self._limits.get(shape, self._batch_size)
+        if size > devices or (size > 1 and size % devices):
+            self._limits[shape] = max(1, size // 2 // devices * devices or min(devices, size // 2))
+            return True
+        for tile in (max(shape[:2]) // 2, 3 * max(shape[:2]) // 4):
+            try:
+                self.model.tiling(*shape[:2], tile=tile)
+            except UserError:  # no room for the halo
+                continue
+            self._tile = tile
+            return True
+        return False
+
+
+def groups_by_shape(
+    items: Iterable[T],
+    read: Callable[[T], DecodedImage],
+    shape: Callable[[DecodedImage], tuple[int, ...]],
+    *,
+    batch_size: int,
+    in_order: bool = False,
+) -> Iterator[tuple[list[tuple[T, DecodedImage]], list[tuple[T, ImageError | MemoryError]]]]:
+    """Yield groups of up to `batch_size` images of one `shape`, each with the items whose images could not be read.
+
+    Reads ahead up to 4 batches or _WINDOW_BYTES. A full group is yielded at once; a smaller one when the window is full
+    or nothing is left to read.
+
+    Args:
+        in_order: where a smaller group is yielded, it is that of the oldest image, so that none waits for long;
+            otherwise the largest.
+    """
+    queue = iter(items)
+    reads: dict[Future[DecodedImage], T] = {}
+    ready: dict[tuple[int, ...], list[tuple[T, DecodedImage]]] = {}  # by shape, the oldest first
+    with ThreadPoolExecutor(_THREADS, "read") as reader:
+        while True:
+            waiting = [image.rgb for group in ready.values() for _, image in group]
+            full = len(waiting) >= 4 * batch_size or sum(rgb.nbytes for rgb in waiting) > _WINDOW_BYTES
+            while not full and len(reads) < _THREADS and (item := next(queue, _END)) is not _END:
+                reads[reader.submit(read, item)] = item
+            # Of equally large groups, max returns the oldest.
+            chosen = max(ready.values(), key=lambda group: min(len(group), batch_size), default=[])
+            leave = len(chosen) >= batch_size or full or not reads
+            if in_order and len(chosen) < batch_size:
+                chosen = next(iter(ready.values()), [])
+            unread: list[tuple[T, ImageError | MemoryError]] = []
+            for future in wait(reads, 0 if leave else None, FIRST_COMPLETED).done:
+                item = reads.pop(future)
+                error = future.exception()
+                if isinstance(error, ImageError | MemoryError):
+                    unread.append((item, error))
+                elif error is not None:
+                    raise error
+                else:
+                    ready.setdefault(shape(future.result()), []).append((item, future.result()))
+            group = chosen[:batch_size] if leave else []
+            if group:
+                rest = chosen[len(group) :]
+                del ready[shape(group[0][1])]
+                if rest:
+                    ready[shape(rest[0][1])] = rest
+            if group or unread:
+                yield group, unread
+            elif leave and not reads and not ready:
+                return
+
+
+def upscale_each(
+    model: Upscaler,
+    items: Iterable[T],
+    read: Callable[[T], DecodedImage],
+    *,
+    sampling: Sampling | None,
+    seed: int,
+    batch_size: int,
+    tile: int | None,
+) -> Iterator[tuple[T, DecodedImage, np.ndarray]]:
+    """Yield the items in order, each with its decoded image and the output uint8 [sH,sW,3].
+
+    Items are read ahead in threads, and images of one shape share batches.
+
+    Raises:
+        ImageError, MemoryError: an image cannot be read, when its turn comes.
+        RuntimeError: the device failed.
+    """
+    runner = BatchRunner(model, sampling=sampling, seed=seed, batch_size=batch_size, tile=tile)
+    finished: dict[int, Any] = {}
+    following = 0
+    groups = groups_by_shape(
+        enumerate(items),
+        lambda entry: read(entry[1]),
+        lambda image: runner.batch_shape(image.rgb),
+        batch_size=batch_size,
+        in_order=True,
+    )
+    for group, unread in groups:
+        finished |= {index: error for (index, _), error in unread}
+        outputs = runner.outputs([visible_rgb(image) for _, image in group])
+        for ((index, item), image), output in zip(group, outputs, strict=True):
+            finished[index] = RuntimeError(output) if isinstance(output, str) else (item, image, output)
+        while following in finished:
+            result = finished.pop(following)
+            following += 1
+            if isinstance(result, Exception):
+                raise result
+            yield result
