@@ -68,7 +68,7 @@ def collect_results(name: str, out: Path, docs: Path, *, credits: Path | None = 
     Runs that have not finished are left out.
 
     Args:
-        credits: a CSV file with the columns file, author, licence and package of the photographs.
+        credits: a CSV file with the columns file, author, license (or licence) and package of the photographs.
 
     Raises:
         UserError: the folder has no evaluation.
@@ -319,7 +319,9 @@ def image_credits(folder: Path, credits: Path) -> list[str]:
         known = {unique_file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
     shown = [known.get(re.sub(r"-\d+$", "", names[place])) for place in select_images(psnr).values()]
     lines = [
-        f"{one['file']}: {one['author']}, {one['licence']}, from {one['package']}" for one in shown if one
+        f"{one['file']}: {one['author']}, {one.get('license') or one['licence']}, from {one['package']}"
+        for one in shown
+        if one
     ]
     return list(dict.fromkeys(lines))
 

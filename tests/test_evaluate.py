@@ -117,7 +117,7 @@ def test_metrics_are_those_of_the_written_images(workspace, finished):
             "psnr_luma": metrics.psnr_luma(output, truth, crop=4),
             "ssim_luma": metrics.ssim_luma(output, truth, crop=4),
             "consistency": metrics.consistency(output, low_res),
-            "mean_colour_error": metrics.mean_colour_error(output, low_res),
+            "mean_color_error": metrics.mean_color_error(output, low_res),
         }
         got = row["images"][name]
         assert {key: got[key][0] for key in expected} == pytest.approx(
@@ -391,7 +391,7 @@ def test_class_conditional_model_receives_the_label_of_each_image(workspace, tmp
 
     labels = {54: 0, 41: 1, 40: 1}
     assert labels_given("--data=tfds:pets:train") == labels
-    assert report(tmp_path / "out")["models"][0]["labelled"]
+    assert report(tmp_path / "out")["models"][0]["labeled"]
     assert labels_given("--data=tfds:pets:train") == {}  # everything is cached
     # Without labels, or with others, they are other outputs than the cached ones.
     assert labels_given("--data=tfds:pets:train", "--no-labels") == dict.fromkeys(labels)

@@ -157,14 +157,14 @@ def test_missing_weights_are_reported_once(monkeypatch):
         raise UserError("LPIPS weights are not installed: install the extra")
 
     monkeypatch.setattr(metric_suite, "load_lpips", missing)
-    suite = open_suite(labelled=True)
+    suite = open_suite(labeled=True)
     assert len(suite.omitted) == 1 and "LPIPS weights are not installed" in suite.omitted[0]
     assert len(suite.image) == 1 and suite.network is None and not suite.of_ground_truth
 
 
 def test_classifier_without_labels_is_reported(installed, monkeypatch):
     monkeypatch.setattr(metric_suite, "load_classifier", lambda spec: Lookup(np.eye(3)))
-    suite = open_suite(features="none", classifier="x", labelled=False)
+    suite = open_suite(features="none", classifier="x", labeled=False)
     assert len(suite.omitted) == 1 and "labels" in suite.omitted[0] and "lookup" in suite.omitted[0]
     assert len(suite.image) == 2  # the standard metrics and LPIPS
 

@@ -33,10 +33,10 @@ COARSE = GENERATOR.integers(0, 256, (COUNT, SIDE // 8, SIDE // 8, 3), np.uint8)
 IMAGES = COARSE.repeat(8, axis=1).repeat(8, axis=2)
 
 
-def source(*, labelled=True, side=SIDE):
+def source(*, labeled=True, side=SIDE):
     def load_one(index):
         item = {"image": IMAGES[index, :side].copy()}
-        return item | {"label": index % 3} if labelled else item
+        return item | {"label": index % 3} if labeled else item
 
     return Source("seven", load_one, COUNT)
 

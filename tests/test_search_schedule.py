@@ -351,17 +351,17 @@ def test_guard_excludes_samplings_that_are_not_consistent():
 
 
 def test_frechet_distance_is_of_the_whole_set_and_is_cached(workspace, tmp_path):
-    def mean_colours(images):
+    def mean_colors(images):
         return np.asarray(images, np.float32).mean(axis=(1, 2))
 
-    network = Network(FeatureProtocol("colours", "frechet_colours", "0" * 64, "none"), mean_colours)
+    network = Network(FeatureProtocol("colors", "frechet_colors", "0" * 64, "none"), mean_colors)
     one = evaluator(workspace, tmp_path, network=network)
     found = one.means(Sampling("ddim", 2), 8)["frechet_alexnet"]
     again = evaluator(workspace, tmp_path, network=network)
     again.deadline = -math.inf
     assert again.means(Sampling("ddim", 2), 8)["frechet_alexnet"] == pytest.approx(found, rel=1e-6)
     features = one.per_crop(Sampling("ddim", 2), 8)["features"]
-    truth = mean_colours(np.random.default_rng(1).integers(0, 256, (8, CROP, CROP, 3), dtype=np.uint8))
+    truth = mean_colors(np.random.default_rng(1).integers(0, 256, (8, CROP, CROP, 3), dtype=np.uint8))
     assert found == pytest.approx(frechet(features, truth), rel=1e-3)
     objective = crop_evaluator.objective(one, "frechet", default=Sampling("ddim", 2), guarded=False)
     assert objective(Sampling("ddim", 2), 8) == found

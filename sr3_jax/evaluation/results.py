@@ -240,7 +240,7 @@ def _models(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "scale": method.scale,
             "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(method.model.params)),
             "sha256": method.settings["weights"],
-            "labelled": method.uses_labels,
+            "labeled": method.uses_labels,
             "config": method.model.config,
         }
         for method in first.values()

@@ -114,16 +114,16 @@ def evaluate(
     scales = list(dict.fromkeys(model.scale for model in loaded))
     least = _check_sizes(scales, crop=crop, patch=patch, save_reference=save_reference)
     source = data if isinstance(data, Source) else open_source(data, min_side=crop or least)
-    labelled = _has_labels(source)
+    labeled = _has_labels(source)
     suite = open_suite(
         features=features,
         classifier=classifier,
-        labelled=labelled,
+        labeled=labeled,
         patch=patch,
         reference=reference,
         batch_size=batch_size,
     )
-    use_labels = use_labels and labelled
+    use_labels = use_labels and labeled
     _check_classes(source, loaded if use_labels else [], suite.classifier)
     if save_reference and suite.network is None:
         raise UserError(f"save_reference={save_reference} needs a network: set features")

@@ -95,7 +95,7 @@ def _models(report: Mapping[str, Any]) -> list[str]:
     """One line per model, with the hash of its weights."""
     return [
         f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters'] / 1e6:.2f} M parameters, "
-        f"sha256 {model['sha256'][:16]}{', conditioned on the label of each image' * model.get('labelled', False)}."
+        f"sha256 {model['sha256'][:16]}{', conditioned on the label of each image' * model.get('labeled', False)}."
         for model in report["models"]
     ]
 
