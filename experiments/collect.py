@@ -30,10 +30,10 @@ from PIL import Image
 
 from experiments import resample
 from experiments.tables import DOCS, ROOT, read_json, write_json
+from sr3_jax.distributed.processes import hardware
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.grids import select_images
-from sr3_jax.evaluation.outputs import hardware
-from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
+from sr3_jax.evaluation.results import LEVEL, RESAMPLES
+from sr3_jax.evaluation.runner import select_images
 from sr3_jax.files import unique_file_name, write_text
 from sr3_jax.inference.model import load
 from sr3_jax.inference.sampling_file import (

@@ -197,6 +197,7 @@ def test_invalid_onnx_files_and_options_are_errors(tmp_path, noise, monkeypatch)
         onnx_file(tmp_path / "flat.onnx", ["batch", 3]): "input of images",
         onnx_file(tmp_path / "wide.onnx", ["batch", 4, 12, 8]): "1 or 3 channels",
         f"{good}?normalize=imagnet": "normalize=imagnet",
+        f"{good}?normalise=imagenet": "normalise=imagenet.*normalize=",
         f"{good}?crop=0": "crop=0",
         f"{good}?crop": "crop=",
         f"{good}?size=224": "size=224",

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import metric_suite
-from sr3_jax.evaluation.metric_suite import Batch, open_suite
-from sr3_jax.features import networks
+from sr3_jax.features import metric_suite, networks
+from sr3_jax.features.metric_suite import Batch, open_suite
 from sr3_jax.features.networks import open_network
 from sr3_jax.features.statistics import FeatureProtocol, save_statistics, statistics_of
 

@@ -17,11 +17,11 @@ from test_set_metrics import frechet
 from sr3_jax import files
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation import methods, metric_suite, outputs, results, runner
-from sr3_jax.evaluation.methods import Method
-from sr3_jax.evaluation.metric_suite import ImageMetrics, MetricSuite
-from sr3_jax.evaluation.outputs import Output, OutputCache, Settings
-from sr3_jax.features import networks
+from sr3_jax.evaluation import outputs, results, runner
+from sr3_jax.evaluation.cache import Output, OutputCache
+from sr3_jax.evaluation.outputs import Method, Settings
+from sr3_jax.features import metric_suite, networks
+from sr3_jax.features.metric_suite import ImageMetrics, MetricSuite
 from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol, load_statistics
 from sr3_jax.image_io.image_file import DecodedImage, read_rgb, write_image
@@ -92,7 +92,7 @@ def full_suite(corners, classifier=None, lpips=None):
 
 
 STANDARD = MetricSuite((metric_suite.standard_metrics(),), (metric_suite.pixel_diversity(),))
-BASELINES = (methods.ground_truth(4), methods.bicubic(4))
+BASELINES = (outputs.ground_truth(4), outputs.bicubic(4))
 
 
 class Done:
@@ -252,7 +252,7 @@ def test_command_line_with_every_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(networks, "AlexNetFeatures", lambda lpips: AlexNet())
     monkeypatch.setattr(runner, "open_source", lambda name, **options: source())
     monkeypatch.setattr(runner, "load", lambda name: Noisy())
-    monkeypatch.setattr(methods, "model_methods", lambda model, label, **options: [noisy(label)])
+    monkeypatch.setattr(runner, "model_methods", lambda model, label, **options: [noisy(label)])
     monkeypatch.setattr(metric_suite, "load_classifier", lambda spec: Lookup(np.eye(10)[np.arange(256) % 10]))
 
     def run(*extra, out="out"):

@@ -10,8 +10,8 @@ import pytest
 from scipy import linalg
 from scipy.stats import entropy
 
+from sr3_jax.evaluation.cache import FeatureCache
 from sr3_jax.features import set_metrics
-from sr3_jax.features.cache import FeatureCache
 from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol, statistics_of
 

@@ -117,7 +117,7 @@ def test_rows_of_one_sampler_are_compared():
 
 def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
     """The regression's features are further from the ground truth's than SR3's, by more than chance."""
-    from sr3_jax.features.cache import FeatureCache
+    from sr3_jax.evaluation.cache import FeatureCache
     from sr3_jax.features.statistics import FeatureProtocol
 
     found, count = evaluation(), 200

@@ -20,11 +20,11 @@ import numpy as np
 
 from sr3_jax import metrics
 from sr3_jax.errors import UserError
-from sr3_jax.features.cache import feature_keys
 from sr3_jax.features.classifiers import Classifier, correct, load_classifier
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import Statistics, load_statistics
+from sr3_jax.files import sha256_hex
 from sr3_jax.image_ops import degrade, pad_batch, to_uint8, to_unit, upsample
 
 REVISION = 2  # of the functions in sr3_jax.metrics; cached values of another revision are computed again
@@ -107,7 +107,8 @@ class MetricSuite:
 
     def feature_keys(self, pixels: str, image: np.ndarray) -> list[str]:
         """The keys of the features of an image with this hash: the hash itself, or one key per patch."""
-        return feature_keys(pixels, len(self.network.patches(image)) if self.network else 1)
+        patches = len(self.network.patches(image)) if self.network else 1
+        return feature_keys(pixels, patches)
 
 
 def open_suite(
@@ -214,6 +215,11 @@ def lpips_diversity(lpips: Lpips, *, batch_size: int = 1) -> SampleMetrics:
         return {"diversity_lpips": float(np.mean(found))}
 
     return SampleMetrics(f"diversity lpips {lpips.sha256}", compute, min_side=LEAST_SIDE)
+
+
+def feature_keys(pixels: str, patches: int) -> list[str]:
+    """The keys of an image's features: the hash of its pixels, or one key for each of several patches."""
+    return [pixels] if patches == 1 else [sha256_hex({pixels: patch}) for patch in range(patches)]
 
 
 # ---- Ground truth, low-res image and bicubic interpolation
