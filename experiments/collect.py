@@ -36,13 +36,7 @@ from sr3_jax.evaluation.results import LEVEL, RESAMPLES
 from sr3_jax.evaluation.runner import select_images
 from sr3_jax.files import unique_file_name, write_text
 from sr3_jax.inference.model import load
-from sr3_jax.inference.sampling_file import (
-    StoredSampling,
-    config_fingerprint,
-    params_fingerprint,
-    sampling_path,
-    write_sampling,
-)
+from sr3_jax.inference.sampling_file import sampling_path, store_sampling
 from sr3_jax.sampling import Sampling
 
 FORMAT = "sr3_jax.results.2"
@@ -274,9 +268,14 @@ def store_schedule(search: Path, model: Path) -> None:
     if best is None:
         return  # the search found nothing better than the starting point
     loaded = load(model)
-    fingerprints = params_fingerprint(loaded.params), config_fingerprint(loaded.config)
-    found = StoredSampling(Sampling(**best["sampling"]), *fingerprints, loaded.name, {"search": str(search)})
-    write_sampling(sampling_path(model), found)
+    store_sampling(
+        sampling_path(model),
+        Sampling(**best["sampling"]),
+        params=loaded.params,
+        config=loaded.config,
+        name=loaded.name,
+        found={"search": str(search)},
+    )
 
 
 def collect_model(name: str, sets: Mapping[str, Path], docs: Path) -> Path:

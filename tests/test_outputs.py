@@ -18,7 +18,7 @@ from sr3_jax import files
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source
 from sr3_jax.evaluation import outputs, results, runner
-from sr3_jax.evaluation.cache import Output, OutputCache
+from sr3_jax.evaluation.cache import EvaluatedImage, Output, OutputCache, Part, Result
 from sr3_jax.evaluation.outputs import Method, Settings
 from sr3_jax.features import metric_suite, networks
 from sr3_jax.features.metric_suite import ImageMetrics, MetricSuite
@@ -220,8 +220,8 @@ def test_diversity_of_other_outputs_is_computed_again(tmp_path):
 
 def test_samples_of_an_image_are_averaged_before_images_are_resampled(tmp_path):
     values = [[0.0, 10.0], [10.0, 0.0], [5.0, 5.0]]  # equal images whose samples differ
-    part = results.Part([
-        results.EvaluatedImage(index, str(index), 8, 8, [outputs.Result({"psnr": row}, [], [], 0)])
+    part = Part([
+        EvaluatedImage(index, str(index), 8, 8, [Result({"psnr": row}, [], [], 0)])
         for index, row in enumerate(values)
     ])  # fmt: skip
     rows, _ = results.summarize(part, [noisy()], tmp_path, STANDARD)
@@ -397,5 +397,5 @@ def test_of_two_outputs_in_two_files_the_one_on_disk_counts(folder):
     for other in (2, 1):  # the files are read in the order of their names, whichever was written last
         write(folder / "crab.png", image(other))
         assert find(OutputCache(folder, SETTINGS), "crab", 0, "orig") == {"psnr": float(other)}
-    cache = OutputCache(folder, SETTINGS)
-    assert cache.find("crab", 0, "orig", pixels=files.sha256_hex(image(2))) is None
+    other = OutputCache(folder, SETTINGS)
+    assert other.find("crab", 0, "orig", pixels=files.sha256_hex(image(2))) is None

@@ -1,4 +1,4 @@
-"""What an evaluation keeps on disk to be continued: outputs with their metrics, and features of images.
+"""What an evaluation has on disk: outputs with their metrics, results of each process, and features of images.
 
 Each process appends to its own files and reads those of all. Shape legend: N images, F features of an image.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from sr3_jax.errors import UserError
 from sr3_jax.features.statistics import FeatureProtocol
-from sr3_jax.files import append_jsonl, from_json, read_jsonl, sentence, sha256_hex, to_json
+from sr3_jax.files import append_jsonl, from_json, read_jsonl, sentence, sha256_hex, to_json, write_text
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, write_image
 
@@ -142,6 +142,70 @@ def _file_hash(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return None
+
+
+# ---- The results of a process
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one image, as plain values.
+
+    Attributes:
+        metrics: {metric: one value per sample, or one for all samples together}.
+        output_features, ground_truth_features: keys of the features of the first output and of the ground truth: one,
+            or one per patch.
+        reused: how many outputs came from the cache.
+    """
+
+    metrics: Mapping[str, Sequence[float]]
+    output_features: Sequence[str]
+    ground_truth_features: Sequence[str]
+    reused: int
+
+
+@dataclass(frozen=True)
+class EvaluatedImage:
+    """An image of the data set: its index, its name in files, its size in pixels, and one result for each method."""
+
+    index: int
+    name: str
+    height: int
+    width: int
+    results: Sequence[Result] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The results of one process, or of all: the images, and (index, reason) of those that cannot be read."""
+
+    images: Sequence[EvaluatedImage]
+    failed: Sequence[tuple[int, str]] = ()
+
+    def write(self, folder: Path, process: int) -> None:
+        """Write it to a file that `read` understands. UserError if it cannot be written."""
+        write_text(_part_path(folder, process), json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path, process: int) -> Part:
+        """Read the results that `write` wrote."""
+        values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
+        images = [
+            EvaluatedImage(**{**image, "results": [Result(**result) for result in image["results"]]})
+            for image in values["images"]
+        ]
+        return cls(images, [tuple(pair) for pair in values["failed"]])
+
+    @classmethod
+    def merge(cls, parts: Sequence[Part]) -> Part:
+        """The parts of all processes as one, in the order of the source."""
+        images = [image for part in parts for image in part.images]
+        failed = [pair for part in parts for pair in part.failed]
+        return cls(sorted(images, key=lambda image: image.index), sorted(failed))
+
+
+def _part_path(folder: Path, process: int) -> Path:
+    return folder / f"part.{process}.json"
 
 
 # ---- Features

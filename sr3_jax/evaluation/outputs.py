@@ -23,7 +23,7 @@ import numpy as np
 from sr3_jax import __version__
 from sr3_jax.distributed.processes import hardware
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.cache import FeatureCache, Output, OutputCache, output_path
+from sr3_jax.evaluation.cache import FeatureCache, Output, OutputCache, Result, output_path
 from sr3_jax.features.metric_suite import (
     Batch,
     ImageMetrics,
@@ -226,23 +226,6 @@ class GroundTruth:
     image: np.ndarray
     hash: str
     label: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """One method on one image, as plain values.
-
-    Attributes:
-        metrics: {metric: one value per sample, or one for all samples together}.
-        output_features, ground_truth_features: keys of the features of the first output and of the ground truth: one,
-            or one per patch.
-        reused: how many outputs came from the cache.
-    """
-
-    metrics: Mapping[str, Sequence[float]]
-    output_features: Sequence[str]
-    ground_truth_features: Sequence[str]
-    reused: int
 
 
 Place = tuple[GroundTruth, int]  # an image and the index of a sample of it

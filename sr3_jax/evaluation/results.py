@@ -1,4 +1,4 @@
-"""The results of an evaluation: merged over processes, summarized as rows, and written as JSON, Markdown and CSV.
+"""The results of an evaluation: summarized as rows, and written as JSON, Markdown and CSV.
 
 A report is a mapping of plain values, as evaluation.json holds it; the text is made of a report only. Headings, number
 formats and protocols of metrics come from `sr3_jax.metrics.METRICS`. Shape legend: P images, S samples.
@@ -7,13 +7,11 @@ formats and protocols of metrics come from `sr3_jax.metrics.METRICS`. Shape lege
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ import numpy as np
 
 from sr3_jax import __version__
 from sr3_jax.distributed.processes import hardware
-from sr3_jax.evaluation.cache import FeatureCache
-from sr3_jax.evaluation.outputs import Method, Result, Settings
+from sr3_jax.evaluation.cache import FeatureCache, Part, Result
+from sr3_jax.evaluation.outputs import Method, Settings
 from sr3_jax.features import set_metrics
 from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.features.metric_suite import MetricSuite
@@ -37,46 +35,6 @@ LEVEL = 0.95
 ROW_KEYS = ("method", "scale", "solver", "steps", "nfe")  # identify a row
 ROW_HEADINGS = ("method", "scale", "solver", "steps", "NFE")
 _TEXT_HEADINGS = {"method", "solver"}  # left-aligned; the others are right-aligned
-
-
-@dataclass(frozen=True)
-class EvaluatedImage:
-    """An image of the data set: its index, its name in files, its size in pixels, and one result for each method."""
-
-    index: int
-    name: str
-    height: int
-    width: int
-    results: Sequence[Result] = ()
-
-
-@dataclass(frozen=True)
-class Part:
-    """The results of one process, or of all: the images, and (index, reason) of those that cannot be read."""
-
-    images: Sequence[EvaluatedImage]
-    failed: Sequence[tuple[int, str]] = ()
-
-    def write(self, folder: Path, process: int) -> None:
-        """Write it to a file that `read` understands. UserError if it cannot be written."""
-        write_text(_part_path(folder, process), json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def read(cls, folder: Path, process: int) -> Part:
-        """Read the results that `write` wrote."""
-        values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
-        images = [
-            EvaluatedImage(**{**image, "results": [Result(**result) for result in image["results"]]})
-            for image in values["images"]
-        ]
-        return cls(images, [tuple(pair) for pair in values["failed"]])
-
-    @classmethod
-    def merge(cls, parts: Sequence[Part]) -> Part:
-        """The parts of all processes as one, in the order of the source."""
-        images = [image for part in parts for image in part.images]
-        failed = [pair for part in parts for pair in part.failed]
-        return cls(sorted(images, key=lambda image: image.index), sorted(failed))
 
 
 def make_report(
@@ -270,10 +228,6 @@ def write_tables(folder: Path, report: Mapping[str, Any]) -> list[Path]:
 def _finite_or_none(values: Sequence[float]) -> list[float | None]:
     """Values for JSON, which has no infinity."""
     return [float(value) if math.isfinite(value) else None for value in values]
-
-
-def _part_path(folder: Path, process: int) -> Path:
-    return folder / f"part.{process}.json"
 
 
 # ---- Text

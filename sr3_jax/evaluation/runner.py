@@ -21,7 +21,7 @@ from sr3_jax.data.sources import Source, open_source
 from sr3_jax.distributed.processes import wait_for_all
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import results
-from sr3_jax.evaluation.cache import FeatureCache, output_path
+from sr3_jax.evaluation.cache import EvaluatedImage, FeatureCache, Part, output_path
 from sr3_jax.evaluation.outputs import (
     GroundTruth,
     Method,
@@ -32,7 +32,6 @@ from sr3_jax.evaluation.outputs import (
     model_methods,
     unique_labels,
 )
-from sr3_jax.evaluation.results import EvaluatedImage, Part
 from sr3_jax.features.classifiers import Classifier
 from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.features.metric_suite import MetricSuite, crop_ground_truth, least_side, low_res_of, open_suite

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sr3_jax import __version__
-from sr3_jax.data.crops import search_and_check
+from sr3_jax.data.crops import Crops, search_and_check
 from sr3_jax.diffusion.solvers import solver_options
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation.candidates import CropEvaluator, SearchSpace, cost, minimize, objective, steps_for
@@ -27,14 +27,8 @@ from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.features.metric_suite import MetricSuite, least_side, open_suite
 from sr3_jax.features.networks import open_network
 from sr3_jax.files import make_folder, to_json, write_text
-from sr3_jax.inference.model import load
-from sr3_jax.inference.sampling_file import (
-    StoredSampling,
-    config_fingerprint,
-    params_fingerprint,
-    sampling_path,
-    write_sampling,
-)
+from sr3_jax.inference.model import Model, load
+from sr3_jax.inference.sampling_file import sampling_path, store_sampling
 from sr3_jax.metrics import SEARCH_METRICS, Metric, search_metric
 from sr3_jax.sampling import SOLVERS, Sampling
 from sr3_jax.train.weights import locate_model
@@ -137,32 +131,13 @@ def search_schedule(
         sampling.grid(loaded.schedule)  # raises if the schedule has no grid of so many steps
     own_defaults = {budget: defaults[own.solver, budget] for budget in budgets}
     crop = crop or loaded.config["data"]["crop"] // loaded.config["data"]["shrink"]
-    least = least_side([loaded.scale])
-    if crop % loaded.scale or crop < least:
-        raise UserError(f"crop={crop} must be a multiple of the scale, {loaded.scale}, and at least {least}")
     suite = open_search_suite(metric, crop)
     target = sampling_path(locate_model(model))
     if store:
         make_folder(target.parent)  # fails now rather than after an hour
     folder = make_folder(Path(output_dir))
-    section = loaded.config["data"]
-    sets = search_and_check(
-        data,
-        eval_data,
-        crop=crop,
-        count=crops or (CROPS_FRECHET if metric == "frechet" else CROPS),
-        square=section["framing"] == "square",
-        shrink=section["shrink"],
-        limit=limit,
-        seed=seed,
-    )
-    fewest = min(len(one.images) for one in sets)
-    if metric == "frechet" and fewest < MIN_CROPS_FRECHET:
-        raise UserError(
-            f"metric=frechet needs {MIN_CROPS_FRECHET} crops to search on and as many to check on, got {fewest}: use "
-            "smaller crops, more crops or more images"
-        )
-    batch_size = min(MAX_BATCH, fewest)
+    sets = _open_crops(loaded, data, eval_data, metric=metric, crop=crop, count=crops, limit=limit, seed=seed)
+    batch_size = min(MAX_BATCH, *(len(one.images) for one in sets))
     description = ""
     search, check = (
         CropEvaluator(
@@ -226,15 +201,53 @@ def search_schedule(
     write_text(folder / "search.json", json.dumps(report, indent=1) + "\n")
     write_text(folder / "search.md", search_markdown(report))
     if chosen is not None and store:
-        sampling = Sampling(**chosen["sampling"])
-        how = provenance(report, chosen, default)
-        weights, config = params_fingerprint(loaded.params), config_fingerprint(loaded.config)
-        write_sampling(target, StoredSampling(sampling, weights, config, loaded.name, how))
+        store_sampling(
+            target,
+            Sampling(**chosen["sampling"]),
+            params=loaded.params,
+            config=loaded.config,
+            name=loaded.name,
+            found=provenance(report, chosen, default),
+        )
     return ScheduleSearch(
         report,
         tuple(folder / f"search.{suffix}" for suffix in ("md", "json", "jsonl")),
         target if chosen is not None and store else None,
     )
+
+
+def _open_crops(
+    model: Model,
+    data: str,
+    eval_data: str | None,
+    *,
+    metric: str,
+    crop: int,
+    count: int | None,
+    limit: int | None,
+    seed: int,
+) -> tuple[Crops, Crops]:
+    """The crops to search on and those to check the result on. UserError if they do not fit model and metric."""
+    least, section = least_side([model.scale]), model.config["data"]
+    if crop % model.scale or crop < least:
+        raise UserError(f"crop={crop} must be a multiple of the scale, {model.scale}, and at least {least}")
+    sets = search_and_check(
+        data,
+        eval_data,
+        crop=crop,
+        count=count or (CROPS_FRECHET if metric == "frechet" else CROPS),
+        square=section["framing"] == "square",
+        shrink=section["shrink"],
+        limit=limit,
+        seed=seed,
+    )
+    fewest = min(len(one.images) for one in sets)
+    if metric == "frechet" and fewest < MIN_CROPS_FRECHET:
+        raise UserError(
+            f"metric=frechet needs {MIN_CROPS_FRECHET} crops to search on and as many to check on, got {fewest}: use "
+            "smaller crops, more crops or more images"
+        )
+    return sets
 
 
 def open_search_suite(metric: str, crop: int) -> MetricSuite:
@@ -345,7 +358,7 @@ def provenance(
     report: Mapping[str, Any], best: Mapping[str, Any], default: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """How the sampling settings were found, for the file next to the model."""
-    names = [
+    names = (
         "metric",
         "data",
         "eval_data",
@@ -355,7 +368,7 @@ def provenance(
         "seed",
         "guarded",
         "version",
-    ]
+    )
     key = search_metric(report["metric"]).key
     found = {name: report[name] for name in names}
     found |= {"value": best["check"][key], "metrics": best["check"]}
