@@ -56,7 +56,7 @@ def test_bootstrap_of_one_value_and_of_infinite_values():
 
 def test_table_is_aligned_markdown():
     rows = [row(), row("a-long-name", solver="dpmpp_2m", steps=100, mean=0.123456)]
-    lines = results.means_table(rows).splitlines()
+    lines = results.rows_table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert {tuple(i for i, c in enumerate(line) if c == "|") for line in lines} == {
         tuple(i for i, c in enumerate(lines[0]) if c == "|")
@@ -69,7 +69,7 @@ def test_table_is_aligned_markdown():
 
 
 def test_intervals_and_infinite_values_are_formatted():
-    text = results.intervals_table([row(low=19.994, high=None)])
+    text = results.rows_table([row(low=19.994, high=None)], intervals=True)
     assert "19.99..inf" in text and "19.9940..inf" in text
 
 
@@ -104,13 +104,13 @@ def test_metric_that_some_rows_lack_is_blank_there():
     rows[1]["detail"] = "spacing karras"
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in results.means_table(rows).splitlines()
+        for line in results.rows_table(rows).splitlines()
     ]
     assert lines[0][5:] == ["PSNR", "FID", "diversity"]
     assert lines[2][5:] == ["20.00", "", ""] and lines[3][2:] == [
         "ddim (spacing karras)", "5", "5", "20.00", "3.25", "1.00"
     ]  # fmt: skip
-    text = results.intervals_table(rows).splitlines()[3]
+    text = results.rows_table(rows, intervals=True).splitlines()[3]
     assert "| 3.25 |" in " ".join(text.split()) and "0.50..1.50" in text
     read = list(csv.DictReader(io.StringIO(results.comma_separated(evaluation(rows)))))
     assert (read[0]["fid_mean"], read[1]["fid_mean"], read[1]["fid_low"]) == ("", "3.25", "")

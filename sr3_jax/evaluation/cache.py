@@ -247,9 +247,7 @@ class FeatureCache:
                 file.truncate(file.tell() // rows.itemsize * rows.itemsize)
                 file.write(rows.tobytes())
         except OSError as error:
-            raise UserError(
-                f"features cannot be written to {path} ({error.strerror}): choose another folder with -o"
-            ) from error
+            raise UserError(f"{printable(path)} {sentence(error)}") from error
         for index, text in enumerate(hashes):
             self._places[bytes.fromhex(text)] = (rows["features"], index)
 

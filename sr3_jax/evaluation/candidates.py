@@ -32,8 +32,8 @@ from sr3_jax.diffusion.solvers import solver_options
 from sr3_jax.errors import UserError
 from sr3_jax.features.metric_suite import Batch, Columns, MetricSuite, low_res_of
 from sr3_jax.features.statistics import frechet_distance, statistics_of
-from sr3_jax.files import append_jsonl, read_jsonl, sha256_hex
-from sr3_jax.image_io.errors import printable, reason
+from sr3_jax.files import append_jsonl, read_jsonl, sentence, sha256_hex
+from sr3_jax.image_io.errors import printable
 from sr3_jax.inference.model import Model
 from sr3_jax.inference.sampling_file import config_fingerprint, params_fingerprint
 from sr3_jax.metrics import search_metric
@@ -355,9 +355,7 @@ class CropEvaluator:
         try:
             append_jsonl(self._cache, [line])
         except OSError as error:
-            raise UserError(
-                f"{printable(self._cache)} cannot be written ({reason(error)}): choose another folder with -o"
-            ) from error
+            raise UserError(f"{printable(self._cache)} {sentence(error)}") from error
 
     def _sample(self, sampling: Sampling, rows: slice) -> dict[str, Any]:
         """The metrics of a batch as JSON values; empty if an output is not finite."""

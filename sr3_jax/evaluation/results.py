@@ -250,28 +250,23 @@ def bootstrap(values: np.ndarray) -> dict[str, float]:
 def markdown(report: Mapping[str, Any]) -> str:
     """evaluation.md: means, intervals, protocol and models."""
     parts = [
-        means_table(report["rows"]),
+        rows_table(report["rows"]),
         f"{LEVEL:.0%} intervals:",
-        intervals_table(report["rows"]),
+        rows_table(report["rows"], intervals=True),
         "\n".join(f"- {line}" for line in [*protocol(report), *_model_lines(report)]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def means_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the mean of each metric, one line per row; readable in a terminal too."""
-    columns = reported_metrics(rows)
-    body = [[*_row_cells(row), *(_cell(row, metric) for metric in columns)] for row in rows]
-    return table([*ROW_HEADINGS, *(metric.heading for metric in columns)], body)
-
-
-def intervals_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the intervals of every metric but the time."""
-    columns = [metric for metric in reported_metrics(rows) if metric.group != "time"]
+def rows_table(rows: Sequence[Mapping[str, Any]], *, intervals: bool = False) -> str:
+    """Markdown, one line per row: the mean of each metric, or the interval of each but the time."""
+    columns = [metric for metric in reported_metrics(rows) if not (intervals and metric.group == "time")]
+    first = ROW_HEADINGS[: 4 if intervals else 5]
     body = [
-        [*_row_cells(row)[:4], *(_cell(row, metric, interval=True) for metric in columns)] for row in rows
+        [*_row_cells(row)[: len(first)], *(_cell(row, metric, interval=intervals) for metric in columns)]
+        for row in rows
     ]
-    return table([*ROW_HEADINGS[:4], *(metric.heading for metric in columns)], body)
+    return table([*first, *(metric.heading for metric in columns)], body)
 
 
 def comma_separated(report: Mapping[str, Any]) -> str:
