@@ -2,7 +2,7 @@
 # Trains and measures the small cascade of docs/cascade.md, in under an hour on one core:
 #   bash experiments/cascade.sh OUT
 # Steps: data, three stages, the two SR stages without conditioning augmentation (the paper's ablation), a classifier,
-# measurements, images, docs/cascade.md. Finished steps are not repeated. PYTHON: the Python interpreter.
+# measurements, images, docs/cascade.md. Finished steps are not repeated. SR3_PYTHON: the Python interpreter.
 # SR3_REHEARSE=1: a smoke test with a few steps of each; docs/ is not changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
     exit 2
 }
 out=$1
-python=${PYTHON:-python}
+python=${SR3_PYTHON:-python}
 sr3=("$python" -m sr3_jax)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 short=() classify=(--steps 2500) measure=() sample=(-n 100) docs=docs

@@ -30,19 +30,13 @@ from PIL import Image
 
 from experiments import resample
 from experiments.tables import DOCS, ROOT, read_json, write_json
+from sr3_jax.distributed.processes import hardware
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.grids import select_images
-from sr3_jax.evaluation.outputs import hardware
-from sr3_jax.evaluation.tables import LEVEL, RESAMPLES
+from sr3_jax.evaluation.results import LEVEL, RESAMPLES
+from sr3_jax.evaluation.runner import select_images
 from sr3_jax.files import unique_file_name, write_text
 from sr3_jax.inference.model import load
-from sr3_jax.inference.sampling_file import (
-    StoredSampling,
-    config_fingerprint,
-    params_fingerprint,
-    sampling_path,
-    write_sampling,
-)
+from sr3_jax.inference.sampling_file import sampling_path, store_sampling
 from sr3_jax.sampling import Sampling
 
 FORMAT = "sr3_jax.results.2"
@@ -68,7 +62,7 @@ def collect_results(name: str, out: Path, docs: Path, *, credits: Path | None = 
     Runs that have not finished are left out.
 
     Args:
-        credits: a CSV file with the columns file, author, licence and package of the photographs.
+        credits: a CSV file with the columns file, author, license (or licence) and package of the photographs.
 
     Raises:
         UserError: the folder has no evaluation.
@@ -274,9 +268,14 @@ def store_schedule(search: Path, model: Path) -> None:
     if best is None:
         return  # the search found nothing better than the starting point
     loaded = load(model)
-    fingerprints = params_fingerprint(loaded.params), config_fingerprint(loaded.config)
-    found = StoredSampling(Sampling(**best["sampling"]), *fingerprints, loaded.name, {"search": str(search)})
-    write_sampling(sampling_path(model), found)
+    store_sampling(
+        sampling_path(model),
+        Sampling(**best["sampling"]),
+        params=loaded.params,
+        config=loaded.config,
+        name=loaded.name,
+        found={"search": str(search)},
+    )
 
 
 def collect_model(name: str, sets: Mapping[str, Path], docs: Path) -> Path:
@@ -319,7 +318,9 @@ def image_credits(folder: Path, credits: Path) -> list[str]:
         known = {unique_file_name(Path(line["file"]).stem, set()): line for line in csv.DictReader(file)}
     shown = [known.get(re.sub(r"-\d+$", "", names[place])) for place in select_images(psnr).values()]
     lines = [
-        f"{one['file']}: {one['author']}, {one['licence']}, from {one['package']}" for one in shown if one
+        f"{one['file']}: {one['author']}, {one.get('license') or one['licence']}, from {one['package']}"
+        for one in shown
+        if one
     ]
     return list(dict.fromkeys(lines))
 

@@ -28,9 +28,9 @@ import numpy as np
 from experiments.tables import cascade_options, write_json
 from sr3_jax import __version__
 from sr3_jax.data.sources import open_source
+from sr3_jax.distributed.processes import hardware
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.outputs import hardware
-from sr3_jax.evaluation.tables import bootstrap
+from sr3_jax.evaluation.results import bootstrap
 from sr3_jax.features.classifiers import correct, load_classifier
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.image_ops import degrade, to_uint8, to_unit

@@ -218,7 +218,7 @@ def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, 
     frames = {title: tables.rows_frame(one["rows"]) for title, one in evaluations.items()}
     all_rows = pd.concat([frame.assign(set=title) for title, frame in frames.items()])
     _write_csv(all_rows, docs / "models" / f"{name}.csv", first="set")
-    data = pd.DataFrame(facts["data"])[["name", "licence", "images"]].rename(columns={"licence": "license"})
+    data = pd.DataFrame(facts["data"])[["name", "license", "images"]]
     some = next(iter(evaluations.values()))
     recipes = pd.DataFrame(facts["recipes"]["rows"])
     return {

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from sr3_jax.evaluation.cache import FeatureCache
 from sr3_jax.features import set_metrics as package
-from sr3_jax.features.cache import FeatureCache, feature_keys
+from sr3_jax.features.metric_suite import feature_keys
 from sr3_jax.features.statistics import FeatureProtocol, frechet_distance, statistics_of
 
 RESAMPLES = 50

@@ -18,6 +18,7 @@ import hashlib
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def spread(found: list[np.ndarray], count: int) -> list[np.ndarray]:
     return [found[place * len(found) // count] for place in range(count)] if len(found) > count else found
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,7 +90,7 @@ def main() -> int:
     parser.add_argument(
         "--side", type=int, default=128, help="side of a tile in pixels (default: %(default)s)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         scan = scan_folder(args.folder)
     except UserError as error:

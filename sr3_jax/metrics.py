@@ -88,7 +88,7 @@ METRICS: Mapping[str, Metric] = {
             "low-res image; unit 1e-5, range 0-1",
         ),
         Metric(
-            "mean_colour_error", "colour", 2, False, "image",
+            "mean_color_error", "color", 2, False, "image",
             "largest difference between a channel's mean and that of the low-res image, in levels of 255",
         ),
         Metric("lpips", "LPIPS", 4, False, "image", "distance to the ground truth, RGB, uncropped, at full size"),
@@ -180,7 +180,7 @@ def consistency(output: jax.Array, low_res: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def mean_colour_error(output: jax.Array, low_res: jax.Array) -> jax.Array:
+def mean_color_error(output: jax.Array, low_res: jax.Array) -> jax.Array:
     """Largest difference between a channel's mean in output and in low_res, in levels of 255."""
     output, low_res = _pair(output, low_res)
     shift = jnp.mean(output, axis=2).mean(axis=1) - jnp.mean(low_res, axis=2).mean(axis=1)  # [B,C]

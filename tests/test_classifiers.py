@@ -156,8 +156,8 @@ def test_preprocessing_of_an_onnx_file(tmp_path, noise):
         "levels": noise.astype(float),
         "imagenet": (noise / 255.0 - mean) / deviation,
     }
-    for normalise, pixels in wanted.items():
-        found = load_classifier(f"{path}?normalise={normalise}").logits(
+    for normalize, pixels in wanted.items():
+        found = load_classifier(f"{path}?normalize={normalize}").logits(
             noise
         )  # batches of 2, the last one padded
         np.testing.assert_allclose(found, pixels.reshape(5, -1), rtol=1e-5, atol=1e-5)
@@ -170,7 +170,7 @@ def test_preprocessing_of_an_onnx_file(tmp_path, noise):
 
 def test_resize_crop_and_fixed_input_sizes(tmp_path, noise):
     path = onnx_file(tmp_path / "c.onnx", ["batch", "height", "width", 3])
-    cropped = load_classifier(f"{path}?crop=6&normalise=levels").logits(noise)
+    cropped = load_classifier(f"{path}?crop=6&normalize=levels").logits(noise)
     np.testing.assert_array_equal(cropped, noise[:, 3:9, 1:7].reshape(5, -1))
 
     def pillow(image, side):
@@ -181,10 +181,10 @@ def test_resize_crop_and_fixed_input_sizes(tmp_path, noise):
         return np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), 0, 255)
 
     resized = np.stack([pillow(image, 16) for image in noise])
-    found = load_classifier(f"{path}?resize=16&crop=14&normalise=levels").logits(noise)
+    found = load_classifier(f"{path}?resize=16&crop=14&normalize=levels").logits(noise)
     np.testing.assert_allclose(found, resized[:, 1:15, 1:15].reshape(5, -1), atol=0.05)
     fixed = onnx_file(tmp_path / "fixed.onnx", ["batch", 16, 16, 3])
-    found = load_classifier(f"{fixed}?normalise=levels").logits(noise)
+    found = load_classifier(f"{fixed}?normalize=levels").logits(noise)
     np.testing.assert_allclose(found, resized.reshape(5, -1), atol=0.05)
 
 
@@ -196,11 +196,12 @@ def test_invalid_onnx_files_and_options_are_errors(tmp_path, noise, monkeypatch)
         damaged: "not a valid ONNX file",
         onnx_file(tmp_path / "flat.onnx", ["batch", 3]): "input of images",
         onnx_file(tmp_path / "wide.onnx", ["batch", 4, 12, 8]): "1 or 3 channels",
-        f"{good}?normalise=imagnet": "normalise=imagnet",
+        f"{good}?normalize=imagnet": "normalize=imagnet",
+        f"{good}?normalise=imagenet": "normalise=imagenet.*normalize=",
         f"{good}?crop=0": "crop=0",
         f"{good}?crop": "crop=",
         f"{good}?size=224": "size=224",
-        f"{onnx_file(tmp_path / 'gray.onnx', ['batch', 1, 12, 8])}?normalise=imagenet": "normalise=imagenet",
+        f"{onnx_file(tmp_path / 'gray.onnx', ['batch', 1, 12, 8])}?normalize=imagenet": "normalize=imagenet",
     }
     for spec, words in expected.items():
         with pytest.raises(UserError, match=words) as caught:
@@ -216,7 +217,7 @@ def test_invalid_onnx_files_and_options_are_errors(tmp_path, noise, monkeypatch)
 
 
 def test_options_of_an_onnx_file():
-    assert onnx.read_options("") == onnx.Preprocessing(resize=None, crop=None, normalise="unit")
-    assert onnx.read_options("resize=256&crop=224&normalise=imagenet") == onnx.Preprocessing(
+    assert onnx.read_options("") == onnx.Preprocessing(resize=None, crop=None, normalize="unit")
+    assert onnx.read_options("resize=256&crop=224&normalize=imagenet") == onnx.Preprocessing(
         256, 224, "imagenet"
     )

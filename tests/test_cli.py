@@ -252,18 +252,6 @@ def test_unreadable_folder_counts_as_failed(folder, stand_in, capsys, monkeypatc
     assert counts(captured.out) == [1, 0, 1]
 
 
-def test_ctrl_c_keeps_finished_images(folder, stand_in, capsys):
-    def before(images):
-        if len(stand_in.calls) == 2:
-            raise KeyboardInterrupt
-
-    stand_in.before = before
-    arguments = ["upscale", str(folder / "in"), "-o", str(folder / "out"), "--batch-size=1"]
-    assert main(arguments) == 130
-    assert main(arguments) == 0
-    assert counts(capsys.readouterr().out) == [1, 1, 0]
-
-
 def test_real_model_end_to_end(folder, capsys):
     """An exported tiny model: odd sizes, and the same bytes in every run."""
     config = complete(tiny.config())

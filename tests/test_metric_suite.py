@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import metric_suite
-from sr3_jax.evaluation.metric_suite import Batch, open_suite
-from sr3_jax.features import networks
+from sr3_jax.features import metric_suite, networks
+from sr3_jax.features.metric_suite import Batch, open_suite
 from sr3_jax.features.networks import open_network
 from sr3_jax.features.statistics import FeatureProtocol, save_statistics, statistics_of
 
@@ -157,14 +156,14 @@ def test_missing_weights_are_reported_once(monkeypatch):
         raise UserError("LPIPS weights are not installed: install the extra")
 
     monkeypatch.setattr(metric_suite, "load_lpips", missing)
-    suite = open_suite(labelled=True)
+    suite = open_suite(labeled=True)
     assert len(suite.omitted) == 1 and "LPIPS weights are not installed" in suite.omitted[0]
     assert len(suite.image) == 1 and suite.network is None and not suite.of_ground_truth
 
 
 def test_classifier_without_labels_is_reported(installed, monkeypatch):
     monkeypatch.setattr(metric_suite, "load_classifier", lambda spec: Lookup(np.eye(3)))
-    suite = open_suite(features="none", classifier="x", labelled=False)
+    suite = open_suite(features="none", classifier="x", labeled=False)
     assert len(suite.omitted) == 1 and "labels" in suite.omitted[0] and "lookup" in suite.omitted[0]
     assert len(suite.image) == 2  # the standard metrics and LPIPS
 

@@ -58,7 +58,7 @@ def test_every_metric_is_per_example():
         (lambda x, y: metrics.psnr_luma(x, y, crop=4), b),
         (lambda x, y: metrics.ssim_luma(x, y, crop=4), b),
         (metrics.consistency, low_res),
-        (metrics.mean_colour_error, low_res),
+        (metrics.mean_color_error, low_res),
     ]:
         whole = metric(a, other)
         assert whole.shape == (3,) and whole.dtype == jnp.float32
@@ -126,12 +126,12 @@ def test_consistency_ignores_overshoot_outside_the_range_of_an_image():
     assert float(metrics.consistency(ground_truth, low_res)[0]) < 0.2
 
 
-def test_mean_colour_error_is_that_of_the_worst_channel():
+def test_mean_color_error_is_that_of_the_worst_channel():
     low_res = np.full((1, 8, 8, 3), 100, np.uint8)
     output = np.full((1, 32, 32, 3), 100, np.uint8)
     output[..., 2] = 97
     output[:, :16, :, 1] = 102
-    np.testing.assert_allclose(metrics.mean_colour_error(output, low_res), [3.0], atol=1e-4)
+    np.testing.assert_allclose(metrics.mean_color_error(output, low_res), [3.0], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_mean_colour_error_is_that_of_the_worst_channel():
         (lambda a: metrics.psnr_luma(a[..., :1], a[..., :1], crop=0), "3 channels"),
         (lambda a: metrics.consistency(a, a[:, :5, :5]), "multiple"),
         (lambda a: metrics.consistency(a, a[:, :8, :4]), "multiple"),
-        (lambda a: metrics.mean_colour_error(a[:, :4, :4], a), "multiple"),
+        (lambda a: metrics.mean_color_error(a[:, :4, :4], a), "multiple"),
     ],
 )
 def test_invalid_arguments_fail(call, words):

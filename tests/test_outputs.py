@@ -17,11 +17,11 @@ from test_set_metrics import frechet
 from sr3_jax import files
 from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation import methods, metric_suite, outputs, results, runner
-from sr3_jax.evaluation.methods import Method
-from sr3_jax.evaluation.metric_suite import ImageMetrics, MetricSuite
-from sr3_jax.evaluation.outputs import Output, OutputCache, Settings
-from sr3_jax.features import networks
+from sr3_jax.evaluation import outputs, results, runner
+from sr3_jax.evaluation.cache import EvaluatedImage, Output, OutputCache, Part, Result
+from sr3_jax.evaluation.outputs import Method, Settings
+from sr3_jax.features import metric_suite, networks
+from sr3_jax.features.metric_suite import ImageMetrics, MetricSuite
 from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol, load_statistics
 from sr3_jax.image_io.image_file import DecodedImage, read_rgb, write_image
@@ -33,10 +33,10 @@ COARSE = GENERATOR.integers(0, 256, (COUNT, SIDE // 8, SIDE // 8, 3), np.uint8)
 IMAGES = COARSE.repeat(8, axis=1).repeat(8, axis=2)
 
 
-def source(*, labelled=True, side=SIDE):
+def source(*, labeled=True, side=SIDE):
     def load_one(index):
         item = {"image": IMAGES[index, :side].copy()}
-        return item | {"label": index % 3} if labelled else item
+        return item | {"label": index % 3} if labeled else item
 
     return Source("seven", load_one, COUNT)
 
@@ -92,7 +92,7 @@ def full_suite(corners, classifier=None, lpips=None):
 
 
 STANDARD = MetricSuite((metric_suite.standard_metrics(),), (metric_suite.pixel_diversity(),))
-BASELINES = (methods.ground_truth(4), methods.bicubic(4))
+BASELINES = (outputs.ground_truth(4), outputs.bicubic(4))
 
 
 class Done:
@@ -220,8 +220,8 @@ def test_diversity_of_other_outputs_is_computed_again(tmp_path):
 
 def test_samples_of_an_image_are_averaged_before_images_are_resampled(tmp_path):
     values = [[0.0, 10.0], [10.0, 0.0], [5.0, 5.0]]  # equal images whose samples differ
-    part = results.Part([
-        results.EvaluatedImage(index, str(index), 8, 8, [outputs.Result({"psnr": row}, [], [], 0)])
+    part = Part([
+        EvaluatedImage(index, str(index), 8, 8, [Result({"psnr": row}, [], [], 0)])
         for index, row in enumerate(values)
     ])  # fmt: skip
     rows, _ = results.summarize(part, [noisy()], tmp_path, STANDARD)
@@ -252,7 +252,7 @@ def test_command_line_with_every_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(networks, "AlexNetFeatures", lambda lpips: AlexNet())
     monkeypatch.setattr(runner, "open_source", lambda name, **options: source())
     monkeypatch.setattr(runner, "load", lambda name: Noisy())
-    monkeypatch.setattr(methods, "model_methods", lambda model, label, **options: [noisy(label)])
+    monkeypatch.setattr(runner, "model_methods", lambda model, label, **options: [noisy(label)])
     monkeypatch.setattr(metric_suite, "load_classifier", lambda spec: Lookup(np.eye(10)[np.arange(256) % 10]))
 
     def run(*extra, out="out"):
@@ -397,5 +397,5 @@ def test_of_two_outputs_in_two_files_the_one_on_disk_counts(folder):
     for other in (2, 1):  # the files are read in the order of their names, whichever was written last
         write(folder / "crab.png", image(other))
         assert find(OutputCache(folder, SETTINGS), "crab", 0, "orig") == {"psnr": float(other)}
-    cache = OutputCache(folder, SETTINGS)
-    assert cache.find("crab", 0, "orig", pixels=files.sha256_hex(image(2))) is None
+    other = OutputCache(folder, SETTINGS)
+    assert other.find("crab", 0, "orig", pixels=files.sha256_hex(image(2))) is None

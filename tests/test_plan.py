@@ -175,22 +175,6 @@ def test_the_training_program_takes_the_real_state(wide):
     assert batch["image"].shape == (16, tiny.CROP, tiny.CROP, 3) and key.dtype == jax.random.key(0).dtype
 
 
-@pytest.mark.parametrize(
-    ("mesh", "sizes"), [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((1, 8), (1, 8))]
-)
-def test_mesh_sizes_agree_with_make_mesh(mesh, sizes):
-    section = {"data": mesh[0], "fsdp": mesh[1]}
-    assert planning.mesh_sizes(section, 8) == sizes == tuple(make_mesh(**section).shape.values())
-
-
-@pytest.mark.parametrize("mesh", [(-1, 3), (2, 2), (-1, -1), (0, 8), (-1, 0), (16, -1)])
-def test_invalid_mesh_sizes_fail_as_in_make_mesh(mesh):
-    section = {"data": mesh[0], "fsdp": mesh[1]}
-    for function in (lambda: planning.mesh_sizes(section, 8), lambda: make_mesh(**section)):
-        with pytest.raises(UserError, match="8 devices"):
-            function()
-
-
 def test_a_batch_that_does_not_divide_over_the_chips_is_an_error():
     with pytest.raises(UserError, match="16"):
         planning.plan(read(), V6E, estimate=True)
@@ -359,28 +343,26 @@ def compile_failing(message):
 
 
 @pytest.mark.parametrize(
-    ("message", "peak"),
+    ("message", "peak", "suggested"),
     [
-        ("RESOURCE_EXHAUSTED: Ran out. Used 40.00G of 31.25G hbm. Exceeded", 40 * 2**30),
-        ("RESOURCE_EXHAUSTED: HLO temporaries (40.00G) exceeds available HBM (31.25G).", 40 * 2**30 + 2**22),
+        ("RESOURCE_EXHAUSTED: Ran out. Used 40.00G of 31.25G hbm. Exceeded", 40 * 2**30, True),
+        (
+            "RESOURCE_EXHAUSTED: HLO temporaries (40.00G) exceeds available HBM (31.25G).",
+            40 * 2**30 + 2**22,
+            True,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out. Used 20.0M of 16.0M vmem.", None, False),  # not the chip's main memory
     ],
 )
-def test_a_program_that_is_out_of_memory_does_not_fit(message, peak, monkeypatch):
+def test_a_program_that_is_out_of_memory_does_not_fit(message, peak, suggested, monkeypatch):
     found = compile_failing(message)
-    assert found["memory"]["peak"] == peak and found["flops"] == 2 * 4**3
+    assert peak in (None, found["memory"]["peak"]) and found["flops"] == 2 * 4**3
     monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
     result = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
-    assert not result["fits"]
-    assert result["programs"]["train"]["suggestion"]["overrides"][0] == "--config.model.dtype=bfloat16"
+    assert not result["fits"] and (result["programs"]["train"]["peak"] > V6E.memory) == suggested
+    overrides = result["programs"]["train"]["suggestion"]["overrides"]
+    assert overrides[:1] == ["--config.model.dtype=bfloat16"] * suggested
     assert "RESOURCE_EXHAUSTED" in report(result)
-
-
-def test_a_program_that_exhausts_another_memory_does_not_fit_either(monkeypatch):
-    found = compile_failing("RESOURCE_EXHAUSTED: Ran out. Used 20.0M of 16.0M vmem.")
-    monkeypatch.setattr(programs, "estimate_program", lambda *_: found)  # the verdict, without libtpu
-    result = planning.plan(read(train={"batch_size": 64}), V6E, programs=("train",), estimate=True)
-    assert not result["fits"] and result["programs"]["train"]["peak"] < V6E.memory
-    assert "vmem" in report(result)
 
 
 def test_other_compiler_errors_propagate():

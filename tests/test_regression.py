@@ -12,7 +12,7 @@ import pytest
 from sr3_jax.config import count_parameters, load_config
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import methods
+from sr3_jax.evaluation.outputs import model_methods
 from sr3_jax.inference import model as models
 from sr3_jax.train import experiment, held_out, loop
 from sr3_jax.train.examples import Task, make_pair
@@ -74,7 +74,7 @@ def test_it_upscales_in_one_pass_for_any_key(regression, params):
     images = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     outputs = [model.upscale(images, jax.random.key(seed)) for seed in (0, 1)]
     np.testing.assert_array_equal(*outputs)
-    [row] = methods.model_methods(model, "r", solvers=["heun", "ddim"], steps=[5, 10])
+    [row] = model_methods(model, "r", solvers=["heun", "ddim"], steps=[5, 10])
     assert (row.name, row.solver, row.steps, row.nfe) == ("r", None, None, 1)
     np.testing.assert_array_equal(row.upscale(images, jax.random.key(3)[None], np.zeros(1, int)), outputs[0])
 

@@ -16,11 +16,12 @@ from sr3_jax import metrics
 from sr3_jax.cli.main import main
 from sr3_jax.config import build
 from sr3_jax.config.load import complete
-from sr3_jax.data.crops import Crops, crops_of, halves
+from sr3_jax.data.crops import Crops, crops_of, halves, search_and_check, shrunk
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation import crop_evaluator, metric_suite
+from sr3_jax.evaluation import candidates
+from sr3_jax.evaluation.candidates import OutOfTime
 from sr3_jax.evaluation.search import choose
-from sr3_jax.evaluation.successive_halving import OutOfTime
+from sr3_jax.features import metric_suite
 from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol
 from sr3_jax.image_io.image_file import ImageError, read_rgb
@@ -38,7 +39,7 @@ SHORT = ["--metric", "psnr", "--candidates", "3", "--crops", "8", "--crop", str(
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
     with tiny.quick_compilation(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sr3_jax.evaluation.successive_halving.REFINEMENTS", 1)
+        patch.setattr("sr3_jax.evaluation.candidates.REFINEMENTS", 1)
         yield
 
 
@@ -123,9 +124,7 @@ def test_metrics_are_those_of_the_models_outputs(workspace, finished):
     }  # fmt: skip
     model = models.load(workspace / "m.safetensors")
     for part, truths in tiles.items():
-        crops, _ = crop_evaluator.open_crops(
-            model, f"folder:{workspace / 'in'}", None, metric="psnr", crop=CROP, count=8
-        )
+        crops = search_and_check(f"folder:{workspace / 'in'}", None, crop=CROP, count=8)
         images = crops[part == "check"].images
         assert {image.tobytes() for image in images} == {image.tobytes() for image in truths}
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(np.arange(8))
@@ -182,7 +181,7 @@ def test_stopped_search_continues_to_the_same_result(workspace, tmp_path, monkey
 
 def test_without_a_gain_nothing_is_stored(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "sr3_jax.evaluation.successive_halving.minimize", lambda space, *rest, **options: (space.default, 8)
+        "sr3_jax.evaluation.search.minimize", lambda space, *rest, **options: (space.default, 8)
     )
     before = (
         (workspace / "m.sampling.json").read_bytes() if (workspace / "m.sampling.json").exists() else None
@@ -227,7 +226,6 @@ def test_check_can_use_other_images(workspace, tmp_path):
         (["--solver", "euler"], ["solver", "euler", "ancestral, ddim"]),
         (["--solver", "ddim,"], ["solver", "''"]),
         (["--steps", "0"], ["--steps", "0"]),
-        (["--steps", "5,x"], ["--steps", "5,x"]),
         (["--minutes", "0"], ["--minutes", "0"]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--crop", "30"], ["crop=30", "4", "20"]),
@@ -294,7 +292,7 @@ def test_halves_share_no_image():
 def evaluator(workspace, path, *, network=None, labels=None, model=None):
     images = np.random.default_rng(1).integers(0, 256, (8, CROP, CROP, 3), dtype=np.uint8)
     suite = metric_suite.MetricSuite((metric_suite.standard_metrics(),), network=network)
-    return crop_evaluator.CropEvaluator(
+    return candidates.CropEvaluator(
         model or models.load(workspace / "m.safetensors"), Crops(images, labels, 1), path / "s.jsonl",
         suite=suite, batch_size=4, seed=0,
     )  # fmt: skip
@@ -316,7 +314,7 @@ def test_outputs_that_are_not_finite_have_no_metrics(workspace, tmp_path, monkey
     monkeypatch.setattr(models.Model, "upscale", broken)
     one = evaluator(workspace, tmp_path)
     assert one.means(Sampling("ddim", 2), 4) == {}
-    objective = crop_evaluator.objective(one, "psnr", default=Sampling("heun", 2), guarded=False)
+    objective = candidates.objective(one, "psnr", default=Sampling("heun", 2), guarded=False)
     assert objective(Sampling("ddim", 2), 4) == math.inf
 
 
@@ -336,34 +334,34 @@ def test_guard_excludes_samplings_that_are_not_consistent():
         heun={"lpips": 0.1, "psnr": 22.0, "consistency": 3.6},
         ancestral={"lpips": 0.2, "psnr": 21.0, "consistency": 3.4},
     )
-    objective = crop_evaluator.objective(given, "lpips", default=Sampling("ddim"), guarded=True)
+    objective = candidates.objective(given, "lpips", default=Sampling("ddim"), guarded=True)
     assert [objective(Sampling(solver), 4) for solver in ("ddim", "heun", "ancestral")] == [
         0.3,
         math.inf,
         0.2,
     ]
-    unguarded = crop_evaluator.objective(given, "lpips", default=Sampling("ddim"), guarded=False)
+    unguarded = candidates.objective(given, "lpips", default=Sampling("ddim"), guarded=False)
     assert unguarded(Sampling("heun"), 4) == 0.1
     assert (
-        crop_evaluator.objective(given, "psnr", default=Sampling("ddim"), guarded=False)(Sampling("heun"), 4)
+        candidates.objective(given, "psnr", default=Sampling("ddim"), guarded=False)(Sampling("heun"), 4)
         == -22.0
     )
 
 
 def test_frechet_distance_is_of_the_whole_set_and_is_cached(workspace, tmp_path):
-    def mean_colours(images):
+    def mean_colors(images):
         return np.asarray(images, np.float32).mean(axis=(1, 2))
 
-    network = Network(FeatureProtocol("colours", "frechet_colours", "0" * 64, "none"), mean_colours)
+    network = Network(FeatureProtocol("colors", "frechet_colors", "0" * 64, "none"), mean_colors)
     one = evaluator(workspace, tmp_path, network=network)
     found = one.means(Sampling("ddim", 2), 8)["frechet_alexnet"]
     again = evaluator(workspace, tmp_path, network=network)
     again.deadline = -math.inf
     assert again.means(Sampling("ddim", 2), 8)["frechet_alexnet"] == pytest.approx(found, rel=1e-6)
     features = one.per_crop(Sampling("ddim", 2), 8)["features"]
-    truth = mean_colours(np.random.default_rng(1).integers(0, 256, (8, CROP, CROP, 3), dtype=np.uint8))
+    truth = mean_colors(np.random.default_rng(1).integers(0, 256, (8, CROP, CROP, 3), dtype=np.uint8))
     assert found == pytest.approx(frechet(features, truth), rel=1e-3)
-    objective = crop_evaluator.objective(one, "frechet", default=Sampling("ddim", 2), guarded=False)
+    objective = candidates.objective(one, "frechet", default=Sampling("ddim", 2), guarded=False)
     assert objective(Sampling("ddim", 2), 8) == found
 
 
@@ -428,6 +426,6 @@ def test_choice_must_hold_on_crops_of_the_check(rows, chosen):
 def test_stage_of_a_cascade_is_searched_on_images_of_its_training_size():
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     crops = Crops(images, None, 2)
-    assert crop_evaluator.shrunk(crops, 1) is crops
+    assert shrunk(crops, 1) is crops
     expected = to_uint8(degrade(to_unit(images), 4))
-    np.testing.assert_array_equal(crop_evaluator.shrunk(crops, 4).images, expected)
+    np.testing.assert_array_equal(shrunk(crops, 4).images, expected)

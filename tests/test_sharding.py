@@ -23,6 +23,7 @@ from sr3_jax.errors import UserError
 )
 def test_mesh_has_all_devices(sizes, shape):
     mesh = sharding.make_mesh(**sizes)
+    assert sharding.mesh_sizes(8, **sizes) == shape
     assert dict(mesh.shape) == dict(zip(("data", "fsdp"), shape, strict=True))
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
     assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
@@ -34,7 +35,7 @@ def test_mesh_has_all_devices(sizes, shape):
 def test_mesh_sizes_that_do_not_match_the_devices_fail(sizes):
     data, fsdp = sizes
     with pytest.raises(UserError) as error:
-        sharding.make_mesh(data=data, fsdp=fsdp)
+        sharding.mesh_sizes(8, data=data, fsdp=fsdp)
     for text in (f"config.mesh.data={data} ", f"config.mesh.fsdp={fsdp} ", "8 devices"):
         assert text in str(error.value)
 

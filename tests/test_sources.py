@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from sr3_jax.data import photos, sources, store
@@ -405,3 +406,14 @@ def test_a_file_that_cannot_be_read_because_of_its_storage_is_not_left_out(tmp_p
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     with pytest.raises(sources.DataUnavailable, match=r"b\.png"):
         open_source(f"folder:{tmp_path / 'in'}")
+
+
+def test_sources_know_the_names_of_their_files(tmp_path, monkeypatch):
+    tiny.images(tmp_path / "in", count=2)
+    assert [open_source(f"folder:{tmp_path / 'in'}").file_name(index) for index in (0, 1)] == [
+        "00.png",
+        "01.png",
+    ]
+    assert Source("numbers", lambda index: {}, 3).file_name(2) == "00002"
+    monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path))
+    assert open_source("photos:test").file_name(5) == "kingfisher.jpg"

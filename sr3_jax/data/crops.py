@@ -6,14 +6,15 @@ Shape legend: N crops of C x C pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sr3_jax.data.sources import Source
+from sr3_jax.data.sources import Source, open_source, squares
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import ImageError
+from sr3_jax.image_ops import degrade, to_uint8, to_unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,59 @@ class Crops:
         count = len(self.images) // size * size
         labels = None if self.labels is None else self.labels[:count]
         return Crops(self.images[:count], labels, self.source_images)
+
+
+def search_and_check(
+    data: str,
+    eval_data: str | None,
+    *,
+    crop: int,
+    count: int,
+    square: bool = False,
+    shrink: int = 1,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[Crops, Crops]:
+    """Up to `count` crops to search on, and as many of other images to check the result on.
+
+    Args:
+        data, eval_data: names of sources; without the second, every other image of the first is used for the check.
+        crop: side of a crop in pixels, after downsampling.
+        square: whether images are cropped to their central square first.
+        shrink: the factor by which larger crops are downsampled, as for the stage of a cascade.
+        limit: only the first images of `data`.
+
+    Raises:
+        UserError: there are too few images, or they are too small.
+    """
+    side = crop * shrink
+
+    def opened(name: str) -> Source:
+        return squares(open_source(name, cache_mb=0), side) if square else open_source(name, min_side=side)
+
+    first = opened(data)
+    images = range(min(len(first), limit or len(first)))
+    if eval_data:
+        second = opened(eval_data)
+        indices = list(images), list(range(len(second)))
+    else:
+        second, indices = first, halves(len(images))
+        if not indices[1]:
+            raise UserError(
+                f"data={data} has only one usable image and none is left for the check: set eval_data"
+            )
+    search, check = (
+        shrunk(crops_of(source, chosen, crop=side, count=count, seed=seed), shrink)
+        for source, chosen in zip((first, second), indices, strict=True)
+    )
+    return search, check
+
+
+def shrunk(crops: Crops, factor: int) -> Crops:
+    """The crops downsampled as the stage of a cascade was trained on them (`config.data.shrink`)."""
+    if factor == 1:
+        return crops
+    return replace(crops, images=np.asarray(to_uint8(degrade(to_unit(crops.images), factor))))
 
 
 def halves(count: int) -> tuple[list[int], list[int]]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import socket
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -278,3 +280,21 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
     finally:
         connection.setblocking(True)
+
+
+def hardware() -> str:
+    """The devices of this process, in words."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind}, {jax.local_device_count()} of them"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_name()}, {cores} core{'s' * (cores != 1)}"
+
+
+def _cpu_name() -> str:
+    """The CPU's name, which the standard library does not know on Linux."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()

@@ -37,14 +37,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | 
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
-    known = math.prod(size for size in (data, fsdp) if size != -1)
-    if (data, fsdp).count(-1) == 1 and known > 0 and count % known == 0:
-        data, fsdp = (count // known if size == -1 else size for size in (data, fsdp))
-    if data < 1 or fsdp < 1 or data * fsdp != count:
-        raise UserError(
-            f"config.mesh.data={data} and config.mesh.fsdp={fsdp} do not fit {count} devices: "
-            f"use sizes whose product is {count}, or -1 for one of them"
-        )
+    data, fsdp = mesh_sizes(count, data=data, fsdp=fsdp)
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if data % slices:
         raise UserError(
@@ -60,6 +53,23 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | 
         )
     # Auto axes: with Explicit ones, the default, Linen's convolutions fail on sharded weights.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_sizes(count: int, *, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
+    """The sizes of ('data', 'fsdp') over `count` devices, with -1 replaced.
+
+    Raises:
+        UserError: the product of the sizes is not `count`.
+    """
+    known = math.prod(size for size in (data, fsdp) if size != -1)
+    if (data, fsdp).count(-1) == 1 and known > 0 and count % known == 0:
+        data, fsdp = (count // known if size == -1 else size for size in (data, fsdp))
+    if data < 1 or fsdp < 1 or data * fsdp != count:
+        raise UserError(
+            f"config.mesh.data={data} and config.mesh.fsdp={fsdp} do not fit {count} devices: "
+            f"use sizes whose product is {count}, or -1 for one of them"
+        )
+    return data, fsdp
 
 
 def mesh_for_batch(batch_size: int) -> Mesh:

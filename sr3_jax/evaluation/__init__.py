@@ -6,16 +6,15 @@ Public functions and types, loaded on first use:
 
 How the data flows:
 
-  models x solvers x steps   `methods`        one Method, i.e. row of the tables, for each; bicubic next to them
-  images of one size         `runner`         in batches, each through all methods; processes divide the images
-  outputs                    `outputs`        from the cache in outputs/, or sampled; PNG files and scores.jsonl
-  metrics of each output     `metric_suite`   which are computed, by what networks; cached next to the outputs
-  metrics of the set         `results`        from cached features; rows, intervals, evaluation.json
-  text and images            `tables`, `grids`
+  models x solvers x steps   `outputs`      one Method, i.e. row of the tables, for each; bicubic next to them
+  images of one size         `runner`       in batches, each through all methods; processes divide the images
+  outputs and their metrics  `outputs`      from the cache (`cache`), or sampled and computed
+  metrics of the set         `results`      from cached features; rows, intervals, evaluation.json
+  text and images            `results` has the tables and the protocol, `runner` the image grids
 
-The schedule search has a shorter way: candidates of `successive_halving` -> `crop_evaluator`, which upscales crops and
-caches their metrics but no images -> `search`, which checks the best ones on other images and stores the winner. The
-metrics themselves and their registry are in `sr3_jax.metrics`.
+The schedule search has a shorter way: `candidates` upscales crops, caches their metrics but no images, and finds the
+best candidate by successive halving; `search` checks it on other images and stores it. Which metrics there are, and
+the networks that they need, is in `sr3_jax.metrics` and `sr3_jax.features.metric_suite`.
 """
 
 from __future__ import annotations

@@ -1,23 +1,19 @@
-"""The outputs of a method: taken from the cache where possible, else sampled, and the metrics of each image.
+"""The methods that an evaluation compares, their outputs, from the cache where possible, and the metrics of each image.
 
 The folder of a method holds NAME.png for each image (NAME.2.png for its second sample) and scores.jsonl, with a line
 for each output. Several processes may work in one folder: each appends to its own file, and all files are read.
 An output is only reused if its method, ground truth and seed are the same and its image file is unchanged.
 
-Shape legend: B batch, H x W the ground truth, h x w its low-res image, s the scale, S samples. A batch is always
-padded to B with copies: another shape would be another program, which may round differently.
+Shape legend: B batch, H x W the ground truth, h x w its low-res image, s the scale, S samples. Images are uint8 NumPy
+arrays. A batch is always padded to B with copies: another shape would be another program, which may round differently.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import sys
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +21,189 @@ import jax
 import numpy as np
 
 from sr3_jax import __version__
+from sr3_jax.distributed.processes import hardware
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.methods import Method
-from sr3_jax.evaluation.metric_suite import Batch, ImageMetrics, MetricSuite, low_res_of, stack_padded
-from sr3_jax.features.cache import FeatureCache
-from sr3_jax.files import append_jsonl, from_json, read_jsonl, sentence, sha256_hex, to_json
-from sr3_jax.image_io.errors import printable
-from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
+from sr3_jax.evaluation.cache import FeatureCache, Output, OutputCache, Result, output_path
+from sr3_jax.features.metric_suite import (
+    Batch,
+    ImageMetrics,
+    MetricSuite,
+    bicubic_of,
+    low_res_of,
+    stack_padded,
+)
+from sr3_jax.files import sha256_hex, unique_file_name
+from sr3_jax.image_io.image_file import read_rgb
+from sr3_jax.inference.model import Model
+from sr3_jax.inference.sampling_file import config_fingerprint, params_fingerprint
+from sr3_jax.sampling import Sampling
 from sr3_jax.types import Key
 
-LINES = "scores"  # the stem of the files of JSON lines
-_THREADS = 4  # that write image files
+GROUND_TRUTH, BICUBIC = "ground truth", "bicubic"  # names in tables
 _MIN_PATCHES = 8  # whose features are computed at once, at least
+
+
+# ---- Methods
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way to upscale: one row of the table.
+
+    Attributes:
+        name: 'ground truth' (whose row has the metrics of a perfect method), 'bicubic' or the model's label.
+        settings: plain values that determine the outputs; outputs of other settings are not reused.
+        model, sampling: None for the ground truth and bicubic interpolation.
+        uses_labels: whether the model receives the labels of the images.
+    """
+
+    name: str
+    scale: int
+    settings: Mapping[str, Any]
+    model: Model | None = None
+    sampling: Sampling | None = None
+    uses_labels: bool = False
+
+    @property
+    def is_ground_truth(self) -> bool:
+        return self.name == GROUND_TRUTH
+
+    @property
+    def sampler(self) -> Sampling | None:
+        """Its sampling settings; None if it is deterministic: a regression model, bicubic or the ground truth."""
+        return None if self.model is None or self.model.network.regression else self.sampling
+
+    @property
+    def solver(self) -> str | None:
+        return self.sampler.solver if self.sampler else None
+
+    @property
+    def steps(self) -> int | None:
+        return self.sampler.steps if self.sampler else None
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        return self.sampler.nfe if self.sampler else int(self.model is not None)
+
+    @property
+    def own(self) -> bool:
+        """Whether this is the model's own default sampler."""
+        return self.model is not None and self.sampler in (None, self.model.sampling)
+
+    @property
+    def detail(self) -> str:
+        """The sampler's settings other than its solver's defaults, in words."""
+        if self.sampler is None:
+            return ""
+        defaults = dataclasses.asdict(Sampling(self.sampler.solver, self.sampler.steps))
+        changed = {
+            name: value for name, value in dataclasses.asdict(self.sampler).items() if value != defaults[name]
+        }
+        return ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in changed.items()
+        )
+
+    @property
+    def folder(self) -> str:
+        """The folder of its outputs, relative to that of all outputs."""
+        if self.sampler is None:
+            return f"{self.name.replace(' ', '_')}/{self.scale}x"
+        suffix = f"-{sha256_hex(dataclasses.asdict(self.sampler))[:8]}" if self.detail else ""
+        return f"{self.name}/{self.sampler.solver.replace(':', '_')}-{self.steps}{suffix}"
+
+    @property
+    def title(self) -> str:
+        """Its name in an image grid."""
+        return f"{self.name} {self.solver} {self.steps} steps" if self.sampler else self.name
+
+    def num_samples(self, requested: int) -> int:
+        """The number of outputs per image: one for a deterministic method."""
+        return requested if self.sampler else 1
+
+    def compile(self, shape: tuple[int, ...]) -> None:
+        """Compile `upscale` of low-res images of this shape [B,h,w,3], so that the next call only runs it."""
+        if self.model is None:
+            bicubic_of(np.zeros(shape, np.uint8), self.scale)
+        else:
+            labels = np.zeros(shape[0], np.int64) if self.uses_labels else None
+            self.model.compile(shape, labels=labels, sampling=self.sampling)
+
+    def upscale(self, low_res: np.ndarray, keys: Key, labels: np.ndarray) -> np.ndarray:
+        """Low-res images uint8 [B,h,w,3], keys [B] and labels int [B] (zeros without labels) -> uint8 [B,s*h,s*w,3]."""
+        if self.model is None:
+            return bicubic_of(low_res, self.scale)
+        given = labels if self.uses_labels else None
+        try:
+            return np.asarray(self.model.upscale(low_res, keys, labels=given, sampling=self.sampling))
+        except FloatingPointError as error:  # no metric of a broken output would mean anything
+            how = f" ({self.solver}, {self.steps} steps)" if self.sampler else ""
+            raise UserError(f"{error}{how}") from error
+
+
+def ground_truth(scale: int) -> Method:
+    """The ground truth itself."""
+    return Method(GROUND_TRUTH, scale, {GROUND_TRUTH: scale})
+
+
+def bicubic(scale: int) -> Method:
+    """Bicubic interpolation, the baseline."""
+    return Method(BICUBIC, scale, {BICUBIC: scale})
+
+
+def model_methods(
+    model: Model,
+    label: str,
+    *,
+    solvers: Sequence[str] = (),
+    steps: Sequence[int] = (),
+    unsearched: bool = False,
+    use_labels: bool = False,
+) -> list[Method]:
+    """One method for each solver and number of steps; a regression model has one only.
+
+    Args:
+        label: the model's name in tables and folders.
+        solvers, steps: empty for those of the model's default sampler.
+        unsearched: if the default sampler was found by a schedule search, also add the same solver and steps
+            without it.
+        use_labels: the images have labels, which a class-conditional model receives.
+
+    Raises:
+        UserError: the solver or number of steps is invalid for this model.
+    """
+    samplings: list[Sampling] = []
+    if model.network.regression:  # one pass, whatever is requested for the others
+        samplings = [Sampling(model.sampling.solver, 1)]
+    else:
+        for solver in solvers or [model.sampling.solver]:
+            for count in steps or [model.sampling.steps]:
+                sampling = model.sampling.override(solver=solver, steps=count)
+                default = dataclasses.replace(
+                    sampling, spacing=None, log_snr_min=None, log_snr_max=None, variance=1.0, eta=0.0
+                )
+                samplings += [default, sampling] if unsearched and default != sampling else [sampling]
+    fixed = {"weights": params_fingerprint(model.params), "setup": config_fingerprint(model.config)}
+    found = []
+    for sampling in samplings:
+        try:
+            sampling.grid(model.schedule)
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from error
+        settings = {**fixed, "sampling": dataclasses.asdict(sampling)}
+        uses_labels = bool(use_labels and model.network.num_classes)
+        found.append(Method(label, model.scale, settings, model, sampling, uses_labels))
+    return found
+
+
+def unique_labels(names: Sequence[str | Path]) -> list[str]:
+    """A short unique label for each model path or name: its last component, safe as a file name."""
+    taken = {BICUBIC, GROUND_TRUTH.replace(" ", "_")}
+    return [unique_file_name(Path(name).resolve().name.removesuffix(".safetensors"), taken) for name in names]
+
+
+# ---- Outputs
 
 
 @dataclass(frozen=True)
@@ -59,46 +226,6 @@ class GroundTruth:
     image: np.ndarray
     hash: str
     label: int
-
-
-@dataclass(frozen=True)
-class Output:
-    """A finished output: one line of the cache.
-
-    Attributes:
-        image: the name of its image.
-        sample: 0 for the first; -S for metrics of all S samples together, which have no image file.
-        ground_truth: hash of the ground truth, and of the label if the output depends on it.
-        pixels: hash of the output's pixels.
-        file: SHA-256 of its image file; None if it has none.
-        seconds: the time to sample it; None if it was not timed.
-        metrics: {key of the ImageMetrics or SampleMetrics: {metric: value}}.
-    """
-
-    image: str
-    sample: int
-    ground_truth: str
-    pixels: str
-    file: str | None = None
-    seconds: float | None = None
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One method on one image, as plain values.
-
-    Attributes:
-        metrics: {metric: one value per sample, or one for all samples together}.
-        output_features, ground_truth_features: keys of the features of the first output and of the ground truth: one,
-            or one per patch.
-        reused: how many outputs came from the cache.
-    """
-
-    metrics: Mapping[str, Sequence[float]]
-    output_features: Sequence[str]
-    ground_truth_features: Sequence[str]
-    reused: int
 
 
 Place = tuple[GroundTruth, int]  # an image and the index of a sample of it
@@ -292,120 +419,3 @@ def _output_keys(seed: jax.Array, hashes: jax.Array, samples: jax.Array) -> Key:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), truth), sample)
 
     return jax.vmap(key)(hashes, samples)
-
-
-def hardware() -> str:
-    """The devices of this process, in words."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return f"{device.device_kind}, {jax.local_device_count()} of them"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_name()}, {cores} core{'s' * (cores != 1)}"
-
-
-def _cpu_name() -> str:
-    """The CPU's name, which the standard library does not know on Linux."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    return platform.processor() or platform.machine()
-
-
-# ---- The cache
-
-
-class OutputCache:
-    """The outputs of one method in `folder`.
-
-    Args:
-        settings: plain values that all outputs depend on, such as weights, sampler and seed.
-        process: the index of this process.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, process: int = 0) -> None:
-        self.folder = folder
-        self._lines = folder / (f"{LINES}.jsonl" if process == 0 else f"{LINES}.{process}.jsonl")
-        self._method = sha256_hex(settings)
-        # By image, sample and ground truth; of different pixels (of other processes) the latest is last.
-        self._outputs: dict[tuple[str, int, str], dict[str, Output]] = {}
-        for path in sorted(folder.glob(f"{LINES}*.jsonl")):
-            self._read_lines(path)
-
-    def find(self, image: str, sample: int, ground_truth: str, *, pixels: str | None = None) -> Output | None:
-        """The cached output, or None.
-
-        Args:
-            ground_truth: as in `Output`.
-            pixels: hash of the output, if it is known.
-        """
-        found = self._outputs.get((image, sample, ground_truth), {})
-        for output in reversed(found.values()):
-            if pixels not in (None, output.pixels):
-                continue
-            # Hashing the file is much faster than decoding it.
-            if output.file is None or output.file == _file_hash(output_path(self.folder, image, sample)):
-                return output
-        return None
-
-    def add(self, outputs: Sequence[Output], images: Sequence[np.ndarray | None]) -> None:
-        """Write outputs and the pixels uint8 [H,W,3] of each; None if its file exists, or none is wanted.
-
-        Raises:
-            UserError: they cannot be written.
-        """
-        lines = []
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with ThreadPoolExecutor(_THREADS, "write") as pool:
-                files = list(pool.map(self._write, outputs, images))
-            for output, file in zip(outputs, files, strict=True):
-                output = replace(output, file=file or output.file)
-                self._learn(output)
-                line = {"method": self._method, "image": output.image, "sample": output.sample}
-                line |= {"ground_truth": output.ground_truth, "output": output.pixels, "file": output.file}
-                line |= {"seconds": output.seconds}
-                line |= {"metrics": {key: to_json(values) for key, values in output.metrics.items()}}
-                lines.append(line)
-            append_jsonl(self._lines, lines)
-        except OSError as error:
-            raise UserError(f"{printable(self._lines)} {sentence(error)}") from error
-
-    def _write(self, output: Output, image: np.ndarray | None) -> str | None:
-        if image is None:
-            return None
-        path = output_path(self.folder, output.image, output.sample)
-        try:
-            write_image(path, DecodedImage(image), durable=False)  # `find` checks the file
-        except ImageError as error:
-            raise UserError(f"{printable(path)} {error}") from error
-        return _file_hash(path)
-
-    def _learn(self, output: Output) -> None:
-        """Add an output to the index. Metrics of one output accumulate, whatever lines and files they are in."""
-        found = self._outputs.setdefault((output.image, output.sample, output.ground_truth), {})
-        before = found.pop(output.pixels, None)
-        metrics = {**(before.metrics if before else {}), **output.metrics}
-        found[output.pixels] = replace(output, metrics=metrics)
-
-    def _read_lines(self, path: Path) -> None:
-        for line in read_jsonl(path):
-            try:
-                if line["method"] == self._method:
-                    metrics = {key: from_json(values) for key, values in line["metrics"].items()}
-                    place = (line["image"], line["sample"], line["ground_truth"])
-                    self._learn(Output(*place, line["output"], line["file"], line["seconds"], metrics))
-            except (KeyError, TypeError, AttributeError):
-                continue
-
-
-def output_path(folder: Path, image: str, sample: int) -> Path:
-    """The image file of a sample (0 is the first) in the folder of a method."""
-    return folder / (f"{image}.png" if sample == 0 else f"{image}.{sample + 1}.png")
-
-
-def _file_hash(path: Path) -> str | None:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None

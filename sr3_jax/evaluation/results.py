@@ -1,16 +1,17 @@
-"""The results of an evaluation: merged over processes, summarized as rows, and written as evaluation.json.
+"""The results of an evaluation: summarized as rows, and written as JSON, Markdown and CSV.
 
-Shape legend: P images, S samples.
+A report is a mapping of plain values, as evaluation.json holds it; the text is made of a report only. Headings, number
+formats and protocols of metrics come from `sr3_jax.metrics.METRICS`. Shape legend: P images, S samples.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import csv
+import io
 import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,57 +20,21 @@ import jax
 import numpy as np
 
 from sr3_jax import __version__
-from sr3_jax.evaluation import tables
-from sr3_jax.evaluation.methods import Method
-from sr3_jax.evaluation.metric_suite import MetricSuite
-from sr3_jax.evaluation.outputs import Result, Settings, hardware
+from sr3_jax.distributed.processes import hardware
+from sr3_jax.evaluation.cache import FeatureCache, Part, Result
+from sr3_jax.evaluation.outputs import Method, Settings
 from sr3_jax.features import set_metrics
-from sr3_jax.features.cache import FeatureCache
 from sr3_jax.features.lpips import LEAST_SIDE
+from sr3_jax.features.metric_suite import MetricSuite
 from sr3_jax.files import to_json, write_text
-from sr3_jax.metrics import METRICS
+from sr3_jax.metrics import METRICS, Metric
 
 FORMAT = "sr3_jax.evaluation.2"
-
-
-@dataclass(frozen=True)
-class EvaluatedImage:
-    """An image of the data set: its index, its name in files, its size in pixels, and one result for each method."""
-
-    index: int
-    name: str
-    height: int
-    width: int
-    results: Sequence[Result] = ()
-
-
-@dataclass(frozen=True)
-class Part:
-    """The results of one process, or of all: the images, and (index, reason) of those that cannot be read."""
-
-    images: Sequence[EvaluatedImage]
-    failed: Sequence[tuple[int, str]] = ()
-
-    def write(self, folder: Path, process: int) -> None:
-        """Write it to a file that `read` understands. UserError if it cannot be written."""
-        write_text(_part_path(folder, process), json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def read(cls, folder: Path, process: int) -> Part:
-        """Read the results that `write` wrote."""
-        values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
-        images = [
-            EvaluatedImage(**{**image, "results": [Result(**result) for result in image["results"]]})
-            for image in values["images"]
-        ]
-        return cls(images, [tuple(pair) for pair in values["failed"]])
-
-    @classmethod
-    def merge(cls, parts: Sequence[Part]) -> Part:
-        """The parts of all processes as one, in the order of the source."""
-        images = [image for part in parts for image in part.images]
-        failed = [pair for part in parts for pair in part.failed]
-        return cls(sorted(images, key=lambda image: image.index), sorted(failed))
+RESAMPLES = 1000
+LEVEL = 0.95
+ROW_KEYS = ("method", "scale", "solver", "steps", "nfe")  # identify a row
+ROW_HEADINGS = ("method", "scale", "solver", "steps", "NFE")
+_TEXT_HEADINGS = {"method", "solver"}  # left-aligned; the others are right-aligned
 
 
 def make_report(
@@ -116,7 +81,7 @@ def make_report(
         "failed": [reason for _, reason in part.failed],
         "rows": rows,
     }
-    report["protocol"]["sentences"] = tables.protocol(report)
+    report["protocol"]["sentences"] = protocol(report)
     return report
 
 
@@ -138,7 +103,7 @@ def summarize(
         left_out |= {key: count for key, count in missing.items() if count}
         complete = [key for key in keys if not missing[key]]
         summary: dict[str, Mapping[str, float]] = {
-            key: tables.bootstrap(np.array([result.metrics[key] for result in results]).mean(axis=1))
+            key: bootstrap(np.array([result.metrics[key] for result in results]).mean(axis=1))
             for key in complete
         }
         summary |= _set_metrics(results, method, outputs, suite)
@@ -240,7 +205,7 @@ def _models(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "scale": method.scale,
             "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(method.model.params)),
             "sha256": method.settings["weights"],
-            "labelled": method.uses_labels,
+            "labeled": method.uses_labels,
             "config": method.model.config,
         }
         for method in first.values()
@@ -252,8 +217,8 @@ def write_tables(folder: Path, report: Mapping[str, Any]) -> list[Path]:
     """Write evaluation.json, evaluation.md and evaluation.csv. UserError if one cannot be written."""
     texts = {
         "evaluation.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
-        "evaluation.md": tables.markdown(report),
-        "evaluation.csv": tables.comma_separated(report),
+        "evaluation.md": markdown(report),
+        "evaluation.csv": comma_separated(report),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -265,5 +230,189 @@ def _finite_or_none(values: Sequence[float]) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
 
 
-def _part_path(folder: Path, process: int) -> Path:
-    return folder / f"part.{process}.json"
+# ---- Text
+
+
+def bootstrap(values: np.ndarray) -> dict[str, float]:
+    """{'mean', 'low', 'high'} of values [P]: the mean and the percentile interval of the means of resamples.
+
+    The resamples depend on P only, so that rows over the same images share them. An infinite value (the PSNR of an
+    exact output) gives an infinite mean, never NaN.
+    """
+    values = np.asarray(values, np.float64)
+    generator = np.random.default_rng(0)
+    count = len(values)
+    means = [values[generator.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
+    ends = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+    return {"mean": float(values.mean()), "low": float(ends[0]), "high": float(ends[1])}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """evaluation.md: means, intervals, protocol and models."""
+    parts = [
+        rows_table(report["rows"]),
+        f"{LEVEL:.0%} intervals:",
+        rows_table(report["rows"], intervals=True),
+        "\n".join(f"- {line}" for line in [*protocol(report), *_model_lines(report)]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]], *, intervals: bool = False) -> str:
+    """Markdown, one line per row: the mean of each metric, or the interval of each but the time."""
+    columns = [metric for metric in reported_metrics(rows) if not (intervals and metric.group == "time")]
+    first = ROW_HEADINGS[: 4 if intervals else 5]
+    body = [
+        [*_row_cells(row)[: len(first)], *(_cell(row, metric, interval=intervals) for metric in columns)]
+        for row in rows
+    ]
+    return table([*first, *(metric.heading for metric in columns)], body)
+
+
+def comma_separated(report: Mapping[str, Any]) -> str:
+    """CSV: one line per row with mean, low and high of every metric at full precision."""
+    ends = ("mean", "low", "high")
+    columns = reported_metrics(report["rows"])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*ROW_KEYS, *(f"{metric.key}_{end}" for metric in columns for end in ends)])
+    for row in report["rows"]:
+        values = [row["summary"].get(metric.key, {}).get(end, "") for metric in columns for end in ends]
+        cells = ["inf" if value is None else value if value == "" else repr(value) for value in values]
+        writer.writerow([*(_text(row[key]) for key in ROW_KEYS), *cells])
+    return text.getvalue()
+
+
+def reported_metrics(rows: Sequence[Mapping[str, Any]]) -> list[Metric]:
+    """The metrics that at least one row has, in the order of the registry."""
+    return [metric for key, metric in METRICS.items() if any(key in row["summary"] for row in rows)]
+
+
+def _model_lines(report: Mapping[str, Any]) -> list[str]:
+    """One line per model, with the hash of its weights."""
+    return [
+        f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters'] / 1e6:.2f} M parameters, "
+        f"sha256 {model['sha256'][:16]}{', conditioned on the label of each image' * model.get('labeled', False)}."
+        for model in report["models"]
+    ]
+
+
+def protocol(report: Mapping[str, Any]) -> list[str]:
+    """How the metrics were computed, one sentence per line."""
+    settings = report["protocol"]
+    count, samples = settings["images"], settings["samples"]
+    crop = f", the center {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
+    per_image = f"{samples} outputs each" if samples > 1 else "one output each"
+    lines = [
+        f"{count} image{'s' * (count != 1)} of {settings['source']}{crop}, {per_image}, seed "
+        f"{settings['seed']}.",
+        "low-res: ground truth cropped at the bottom and right to a multiple of the scale, downsampled by "
+        "anti-aliased bicubic, rounded to 8 bits.",
+    ]
+    columns = reported_metrics(report["rows"])
+    for metric in columns:
+        detail = _protocol_detail(metric, settings)
+        if metric.group == "time":
+            detail += f"; {_timing(report)}"
+        lines.append(f"{metric.heading}: {metric.protocol}{detail}.")
+    lines += _set_protocol(report, columns)
+    lines += settings.get("omitted", [])
+    return [
+        *lines,
+        "NFE: network function evaluations per image.",
+        f"Means over images; {LEVEL:.0%} intervals from {RESAMPLES} bootstrap resamples of the images.",
+    ]
+
+
+def _protocol_detail(metric: Metric, settings: Mapping[str, Any]) -> str:
+    """The network behind a metric, if there is one."""
+    if metric.key == "lpips" and "lpips" in settings:
+        return f"; {_network(settings['lpips'])}"
+    if metric.key == "top1" and "classifier" in settings:
+        classifier = settings["classifier"]
+        kind = f" ({classifier['kind']})" if classifier.get("kind") else ""
+        return f"; {_network(classifier)}{kind}, {classifier['classes']} classes"
+    features = settings.get("features")
+    if metric.group == "set" and features and metric.key == features["distance"]:
+        patches = f", in patches of {features['patch']}x{features['patch']}" if features.get("patch") else ""
+        return (
+            f", {features['reference'] or 'which is their own ground truth'}{patches}; N = {features['count']} in "
+            f"every row; {_network(features)}, {features['preprocessing']}; it depends on N, so compare rows of one "
+            "table only"
+        )
+    if metric.group == "set" and features and metric.key.startswith("kid"):
+        return f"; the mean over subsets of {features['subset']} if there are more"
+    if metric.group == "set" and features:
+        return f", {features['splits']} splits in random order"
+    return ""
+
+
+def _set_protocol(report: Mapping[str, Any], columns: Sequence[Metric]) -> list[str]:
+    """The intervals of the metrics of the set, and the row of the ground truth."""
+    features = report["protocol"].get("features")
+    if not features or not any(metric.group == "set" for metric in columns):
+        return []
+    lines = [
+        f"Intervals of metrics of the set: 1.96 standard deviations of {features['resamples']} resamples of the "
+        "images, of KID's subsets and of the splits of IS; none if there are too many features to resample."
+    ]
+    if any(row["method"] == "ground truth" for row in report["rows"]):
+        halves = (
+            "one random half of the images against the other, i.e. how far apart half as many real images are; a "
+            "perfect method would have 0 against its own ground truth"
+        )
+        against = f"the ground truth against {features['reference']}" if features["reference"] else halves
+        lines.append(f"Metrics of the set in row 'ground truth': {against}.")
+    return lines
+
+
+def _timing(report: Mapping[str, Any]) -> str:
+    batch, processes = report["protocol"].get("batch", 1), report["protocol"].get("processes", 1)
+    at_once = (
+        "one image at a time" if batch == 1 else f"batches of {batch}, the batch's time divided by {batch}"
+    )
+    return f"{report['hardware']}{f', {processes} processes' * (processes > 1)}, {at_once}"
+
+
+def _network(description: Mapping[str, Any]) -> str:
+    return f"{description['network']}, weights sha256 {description['sha256'][:16]}"
+
+
+def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded with spaces so that the columns also line up as plain text."""
+    # Markdown needs at least three dashes.
+    widths = [max(3, *(len(line[i]) for line in [headings, *body])) for i in range(len(headings))]
+    left = [heading in _TEXT_HEADINGS for heading in headings]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(cells, widths, left, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * width if to_left else "-" * (width - 1) + ":"
+        for width, to_left in zip(widths, left, strict=True)
+    ]
+    return "\n".join(line(cells) for cells in [headings, rule, *body])
+
+
+def _row_cells(row: Mapping[str, Any]) -> list[str]:
+    """The cells that identify a row; the solver's cell names settings that are not its defaults."""
+    solver = _text(row["solver"]) + (f" ({row['detail']})" if row.get("detail") else "")
+    return [row["method"], f"{row['scale']}x", solver, *(_text(row[key]) for key in ("steps", "nfe"))]
+
+
+def _cell(row: Mapping[str, Any], metric: Metric, *, interval: bool = False) -> str:
+    """The mean, or 'LOW..HIGH' where there is an interval; empty for a metric that the row lacks."""
+    ends = row["summary"].get(metric.key)
+    if ends is None:
+        return ""
+    if interval and "low" in ends:
+        return f"{metric.format(ends['low'])}..{metric.format(ends['high'])}"
+    return metric.format(ends["mean"])
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

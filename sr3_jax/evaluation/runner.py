@@ -7,6 +7,7 @@ their results.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,21 +15,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.distributed.processes import wait_for_all
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import grids, methods, results, tables
-from sr3_jax.evaluation.methods import Method
-from sr3_jax.evaluation.metric_suite import MetricSuite, crop_ground_truth, least_side, open_suite
-from sr3_jax.evaluation.outputs import GroundTruth, MethodRunner, Settings
-from sr3_jax.evaluation.results import EvaluatedImage, Part
-from sr3_jax.features.cache import FeatureCache
+from sr3_jax.evaluation import results
+from sr3_jax.evaluation.cache import EvaluatedImage, FeatureCache, Part, output_path
+from sr3_jax.evaluation.outputs import (
+    GroundTruth,
+    Method,
+    MethodRunner,
+    Settings,
+    bicubic,
+    ground_truth,
+    model_methods,
+    unique_labels,
+)
 from sr3_jax.features.classifiers import Classifier
 from sr3_jax.features.lpips import LEAST_SIDE
+from sr3_jax.features.metric_suite import MetricSuite, crop_ground_truth, least_side, low_res_of, open_suite
 from sr3_jax.features.statistics import save_statistics, statistics_of
 from sr3_jax.files import make_folder, sha256_hex, unique_file_name
-from sr3_jax.image_io.image_file import ImageError
+from sr3_jax.image_io.grid import grid_row, image_grid
+from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import Model, load
+from sr3_jax.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Evaluation:
 
     def markdown(self) -> str:
         """The tables and the protocol, as in evaluation.md."""
-        return tables.markdown(self.report)
+        return results.markdown(self.report)
 
 
 def evaluate(
@@ -110,27 +122,27 @@ def evaluate(
     """
     started = time.perf_counter()
     loaded = [model if isinstance(model, Model) else load(model) for model in models]
-    labels = methods.unique_labels([model.name if isinstance(model, Model) else model for model in models])
+    labels = unique_labels([model.name if isinstance(model, Model) else model for model in models])
     scales = list(dict.fromkeys(model.scale for model in loaded))
     least = _check_sizes(scales, crop=crop, patch=patch, save_reference=save_reference)
     source = data if isinstance(data, Source) else open_source(data, min_side=crop or least)
-    labelled = _has_labels(source)
+    labeled = _has_labels(source)
     suite = open_suite(
         features=features,
         classifier=classifier,
-        labelled=labelled,
+        labeled=labeled,
         patch=patch,
         reference=reference,
         batch_size=batch_size,
     )
-    use_labels = use_labels and labelled
+    use_labels = use_labels and labeled
     _check_classes(source, loaded if use_labels else [], suite.classifier)
     if save_reference and suite.network is None:
         raise UserError(f"save_reference={save_reference} needs a network: set features")
-    compared = [methods.ground_truth(scale) for scale in scales] if suite.of_ground_truth else []
-    compared += [methods.bicubic(scale) for scale in scales]
+    compared = [ground_truth(scale) for scale in scales] if suite.of_ground_truth else []
+    compared += [bicubic(scale) for scale in scales]
     for model, label in zip(loaded, labels, strict=True):
-        compared += methods.model_methods(
+        compared += model_methods(
             model, label, solvers=solvers, steps=steps, unsearched=unsearched, use_labels=use_labels
         )
     folder = make_folder(Path(output_dir))
@@ -157,7 +169,7 @@ def evaluate(
         command=command,
     )
     written = results.write_tables(folder, report)
-    written += grids.write_grids(folder, part, compared, source, crop=crop)
+    written += write_grids(folder, part, compared, source, crop=crop)
     if save_reference and suite.network is not None:
         cache = FeatureCache(outputs, suite.network.protocol)
         truth = cache.get([key for image in part.images for key in image.results[0].ground_truth_features])
@@ -284,3 +296,85 @@ def _check_classes(source: Source, models: Sequence[Model], classifier: Classifi
             f"{source.name} has {count} classes, but classifier {classifier.name} knows {classifier.num_classes}: "
             "use a classifier of this data set"
         )
+
+
+# ---- Image grids
+
+
+def write_grids(
+    folder: Path, part: Part, methods: Sequence[Method], source: Source, *, crop: int | None
+) -> list[Path]:
+    """Write grid.png: the worst, median and best image by PSNR of the first model, for every model.
+
+    Each model is shown with its `representative` method, which also ranks the images of the first model. A model with
+    several solvers or numbers of steps also gets grid_LABEL.png with all of them.
+    """
+    groups = methods_by_model(methods)
+    shown = [representative(methods, indices) for indices in groups.values()]
+    psnr = np.array([np.mean(image.results[shown[0]].metrics["psnr"]) for image in part.images])
+    cases = select_images(psnr)
+    files = {"grid.png": shown}
+    files |= {f"grid_{name}.png": indices for name, indices in groups.items() if len(indices) > 1}
+    written = []
+    for file, indices in files.items():
+        group = [methods[index] for index in indices]
+        scales = list(dict.fromkeys(method.scale for method in group))
+        inputs = [
+            ("low-res", "bicubic") if len(scales) == 1 else (f"low-res {s}x", f"bicubic {s}x") for s in scales
+        ]
+        columns = [*itertools.chain(*inputs), *(method.title for method in group), "ground truth"]
+        rows = {}
+        for case, place in cases.items():
+            image = part.images[place]
+            title = f"{case}:\n{image.name}\n{METRICS['psnr'].format(float(psnr[place]))} dB"
+            rows[title] = _cells(folder / "outputs", image, group, scales, source, crop)
+        pixels = image_grid(list(rows.values()), column_titles=columns, row_titles=list(rows))
+        write_image(folder / file, DecodedImage(pixels))
+        written.append(folder / file)
+    return written
+
+
+def methods_by_model(methods: Sequence[Method]) -> dict[str, list[int]]:
+    """The indices of each model's methods."""
+    groups: dict[str, list[int]] = {}
+    for index, method in enumerate(methods):
+        if method.nfe:
+            groups.setdefault(method.name, []).append(index)
+    return groups
+
+
+def representative(methods: Sequence[Method], indices: Sequence[int]) -> int:
+    """The method that represents a model: its default sampler, else the first one with the most steps."""
+    return max(indices, key=lambda index: (methods[index].own, methods[index].steps or 0))
+
+
+def select_images(psnr: np.ndarray) -> dict[str, int]:
+    """{'worst', 'median', 'best'} -> index by psnr [P]; only worst and best of two, 'only' of one."""
+    order = np.argsort(psnr, kind="stable")
+    cases = {"worst": int(order[0]), "median": int(order[(len(order) - 1) // 2]), "best": int(order[-1])}
+    if len(order) == 1:
+        return {"only": cases["worst"]}
+    return cases if len(order) > 2 else {name: cases[name] for name in ("worst", "best")}
+
+
+def _cells(
+    outputs: Path,
+    image: EvaluatedImage,
+    methods: Sequence[Method],
+    scales: Sequence[int],
+    source: Source,
+    crop: int | None,
+) -> list[np.ndarray]:
+    whole = source[image.index]["image"]
+    truths = {scale: crop_ground_truth(whole, scale, crop) for scale in scales}
+    low_res = {scale: low_res_of(truth[None], scale)[0] for scale, truth in truths.items()}
+
+    def output(method: Method) -> np.ndarray:
+        return read_rgb(output_path(outputs / method.folder, image.name, 0))
+
+    return grid_row(
+        truths[scales[0]],
+        low_res,
+        {scale: output(bicubic(scale)) for scale in scales},
+        [output(method) for method in methods],
+    )

@@ -1,6 +1,6 @@
 """The schedule search: finds the best sampling settings of a model at a fixed NFE, and stores them with the model.
 
-For each solver and budget, `successive_halving.minimize` optimizes one metric on crops of held-out images. The result
+For each solver and budget, `candidates.minimize` optimizes one metric on crops of held-out images. The result
 is then checked on crops of other images, and stored only if it beats the model's default there.
 """
 
@@ -11,36 +11,32 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sr3_jax import __version__
+from sr3_jax.data.crops import Crops, search_and_check
+from sr3_jax.diffusion.solvers import solver_options
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation import successive_halving, tables
-from sr3_jax.evaluation.crop_evaluator import (
-    MIN_CROPS_FRECHET,
-    CropEvaluator,
-    cost,
-    objective,
-    open_crops,
-    open_search_suite,
-)
-from sr3_jax.evaluation.successive_halving import SearchSpace, steps_for
+from sr3_jax.evaluation.candidates import CropEvaluator, SearchSpace, cost, minimize, objective, steps_for
+from sr3_jax.evaluation.results import LEVEL, bootstrap, reported_metrics, table
+from sr3_jax.features.lpips import LEAST_SIDE
+from sr3_jax.features.metric_suite import MetricSuite, least_side, open_suite
+from sr3_jax.features.networks import open_network
 from sr3_jax.files import make_folder, to_json, write_text
-from sr3_jax.inference.model import load
-from sr3_jax.inference.sampling_file import (
-    StoredSampling,
-    config_fingerprint,
-    params_fingerprint,
-    sampling_path,
-    write_sampling,
-)
-from sr3_jax.metrics import SEARCH_METRICS, search_metric
+from sr3_jax.inference.model import Model, load
+from sr3_jax.inference.sampling_file import sampling_path, store_sampling
+from sr3_jax.metrics import SEARCH_METRICS, Metric, search_metric
 from sr3_jax.sampling import SOLVERS, Sampling
 from sr3_jax.train.weights import locate_model
+
+MAX_BATCH = 8
+CROPS, CROPS_FRECHET = 32, 128  # by default
+MIN_CROPS_FRECHET = 100  # with fewer, rank and bias of the covariance outweigh the images
+_COLUMNS = ("psnr", "ssim", "consistency", "lpips", "frechet_alexnet")  # of search.md
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class ScheduleSearch:
 
     def markdown(self) -> str:
         """The table and the choice, as in search.md."""
-        return tables.search_markdown(self.report)
+        return search_markdown(self.report)
 
 
 def search_schedule(
@@ -140,14 +136,13 @@ def search_schedule(
     if store:
         make_folder(target.parent)  # fails now rather than after an hour
     folder = make_folder(Path(output_dir))
-    sets, batch_size = open_crops(
-        loaded, data, eval_data, metric=metric, crop=crop, count=crops, limit=limit, seed=seed
-    )
+    sets = _open_crops(loaded, data, eval_data, metric=metric, crop=crop, count=crops, limit=limit, seed=seed)
+    batch_size = min(MAX_BATCH, *(len(one.images) for one in sets))
     description = ""
     search, check = (
         CropEvaluator(
             loaded,
-            one,
+            one.whole_batches(batch_size),
             folder / "search.jsonl",
             suite=suite,
             batch_size=batch_size,
@@ -169,7 +164,7 @@ def search_schedule(
             augment=loaded.network.augment,
             guidance=bool(loaded.network.num_classes and loaded.config["data"]["label_dropout"]),
         )
-        best, images = successive_halving.minimize(
+        best, images = minimize(
             space,
             objective(search, metric, default=own_defaults[budget], guarded=guarded),
             candidates=candidates,
@@ -204,16 +199,72 @@ def search_schedule(
     }
     report["choice"] = describe_choice(report, chosen, default)
     write_text(folder / "search.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "search.md", tables.search_markdown(report))
+    write_text(folder / "search.md", search_markdown(report))
     if chosen is not None and store:
-        sampling = Sampling(**chosen["sampling"])
-        how = provenance(report, chosen, default)
-        weights, config = params_fingerprint(loaded.params), config_fingerprint(loaded.config)
-        write_sampling(target, StoredSampling(sampling, weights, config, loaded.name, how))
+        store_sampling(
+            target,
+            Sampling(**chosen["sampling"]),
+            params=loaded.params,
+            config=loaded.config,
+            name=loaded.name,
+            found=provenance(report, chosen, default),
+        )
     return ScheduleSearch(
         report,
         tuple(folder / f"search.{suffix}" for suffix in ("md", "json", "jsonl")),
         target if chosen is not None and store else None,
+    )
+
+
+def _open_crops(
+    model: Model,
+    data: str,
+    eval_data: str | None,
+    *,
+    metric: str,
+    crop: int,
+    count: int | None,
+    limit: int | None,
+    seed: int,
+) -> tuple[Crops, Crops]:
+    """The crops to search on and those to check the result on. UserError if they do not fit model and metric."""
+    least, section = least_side([model.scale]), model.config["data"]
+    if crop % model.scale or crop < least:
+        raise UserError(f"crop={crop} must be a multiple of the scale, {model.scale}, and at least {least}")
+    sets = search_and_check(
+        data,
+        eval_data,
+        crop=crop,
+        count=count or (CROPS_FRECHET if metric == "frechet" else CROPS),
+        square=section["framing"] == "square",
+        shrink=section["shrink"],
+        limit=limit,
+        seed=seed,
+    )
+    fewest = min(len(one.images) for one in sets)
+    if metric == "frechet" and fewest < MIN_CROPS_FRECHET:
+        raise UserError(
+            f"metric=frechet needs {MIN_CROPS_FRECHET} crops to search on and as many to check on, got {fewest}: use "
+            "smaller crops, more crops or more images"
+        )
+    return sets
+
+
+def open_search_suite(metric: str, crop: int) -> MetricSuite:
+    """The metrics to compute for a search by `metric`, with AlexNet's features if it needs them.
+
+    Raises:
+        UserError: the metric needs larger crops, or weights that are not installed.
+    """
+    if metric == "lpips" and crop < LEAST_SIDE:
+        raise UserError(
+            f"metric=lpips needs crop={LEAST_SIDE} or more pixels, got {crop}: use another metric or larger crops"
+        )
+    suite = open_suite(features="none")
+    if metric in ("lpips", "frechet") and suite.lpips is None:
+        raise UserError(f"metric={metric} is not available, use another one. {suite.omitted[0]}")
+    return (
+        replace(suite, network=open_network("alexnet", lpips=suite.lpips)) if metric == "frechet" else suite
     )
 
 
@@ -272,7 +323,7 @@ def _gain(
     difference = columns[metric] - usual[metric]
     if not np.all(np.isfinite(difference)):
         return None
-    return tables.bootstrap(difference if search_metric(metric).higher_is_better else -difference)
+    return bootstrap(difference if search_metric(metric).higher_is_better else -difference)
 
 
 def choose(
@@ -307,7 +358,7 @@ def provenance(
     report: Mapping[str, Any], best: Mapping[str, Any], default: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """How the sampling settings were found, for the file next to the model."""
-    names = [
+    names = (
         "metric",
         "data",
         "eval_data",
@@ -317,7 +368,7 @@ def provenance(
         "seed",
         "guarded",
         "version",
-    ]
+    )
     key = search_metric(report["metric"]).key
     found = {name: report[name] for name in names}
     found |= {"value": best["check"][key], "metrics": best["check"]}
@@ -342,3 +393,63 @@ def describe_choice(
         f"Chosen: {sampling.solver} in {sampling.steps} steps (NFE {chosen['nfe']}), {metric.heading} {value}; the "
         f"model's default has {usual}, on crops that the search did not use."
     )
+
+
+# ---- The page
+
+
+def search_markdown(report: Mapping[str, Any]) -> str:
+    """search.md: the protocol of the search, its table, and the choice."""
+    metric = search_metric(report["metric"])
+    shown = reported_metrics([{"summary": row["check"]} for row in report["rows"]])
+    shown = [other for other in shown if other.key in {*_COLUMNS, metric.key}]
+    headings = ["solver", "NFE", "steps", "which", "spacing", "log-SNR", "noise", "other"]
+    headings += [f"{metric.heading}, searched", *(other.heading for other in shown), "gain"]
+    body = [_search_cells(row, metric, shown) for row in report["rows"]]
+    where = report["eval_data"] or "the other images of the same data"
+    lines = [
+        f"# Schedule search: {report['model']}",
+        "",
+        f"By {metric.heading} on {report['search_crops']} crops of {report['crop']} pixels of {report['data']}, "
+        f"{report['tried']} candidates, seed {report['seed']}. The columns after the searched one are computed on "
+        f"{report['check_crops']} crops of {where}, which the search did not use. Gain: how much better than the "
+        f"solver's default there, with a {LEVEL:.0%} interval over the crops.",
+        "",
+        table(headings, body),
+        "",
+        report["choice"],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _search_cells(row: Mapping[str, Any], metric: Metric, shown: Sequence[Metric]) -> list[str]:
+    sampling = Sampling(**row["sampling"])
+    ends = ["-" if end is None else f"{end:.1f}" for end in (sampling.log_snr_min, sampling.log_snr_max)]
+    noise = [f"{name}={getattr(sampling, name):g}" for name in solver_options(sampling.solver)]
+    default = Sampling()
+    other = [
+        f"{name}={getattr(sampling, name):g}"
+        for name in ("guidance", "augment", "back_projection")
+        if getattr(sampling, name) != getattr(default, name)
+    ]
+    gain = row["gain"]
+    return [
+        sampling.solver,
+        str(row["nfe"]),
+        str(sampling.steps),
+        row["which"],
+        sampling.spacing or "default",
+        "-" if ends == ["-", "-"] else f"{ends[0]} to {ends[1]}",
+        ", ".join(noise) or "-",
+        ", ".join(other) or "-",
+        _value(row["search"], metric),
+        *(_value(row["check"], one) for one in shown),
+        f"{gain['mean']:.4f} ({gain['low']:.4f} to {gain['high']:.4f})"
+        if gain and row["which"] == "best"
+        else "-",
+    ]
+
+
+def _value(values: Mapping[str, float | None], metric: Metric) -> str:
+    return metric.format(values[metric.key]) if metric.key in values else "-"

@@ -3,11 +3,11 @@
 PATH.onnx?OPTIONS defines the preprocessing, as far as the file's input does not:
 
     resnet.onnx                                            [0,1], resized to the input size of the file
-    resnet.onnx?resize=256&crop=224&normalise=imagenet     the usual protocol of ImageNet classifiers
-    resnet.onnx?crop=224&normalise=imagenet                the same without resizing, for 256x256 outputs
+    resnet.onnx?resize=256&crop=224&normalize=imagenet     the usual protocol of ImageNet classifiers
+    resnet.onnx?crop=224&normalize=imagenet                the same without resizing, for 256x256 outputs
 
 resize=N resizes to N x N by anti-aliased bicubic, then crop=N takes the center of N x N. If the file has a fixed
-input size, images of another size are then resized to it. normalise is unit for [0,1] (the default), signed for
+input size, images of another size are then resized to it. normalize is unit for [0,1] (the default), signed for
 [-1,1], levels for 0..255, or imagenet for ImageNet's mean and standard deviation per channel. Layout, channels (1 or
 3) and type are read from the file.
 
@@ -29,7 +29,7 @@ from sr3_jax.features.classifier_file import check_images
 from sr3_jax.features.weights import read_file
 from sr3_jax.image_ops import pad_batch, resize_bicubic
 
-NORMALISE = ("unit", "signed", "levels", "imagenet")
+NORMALIZE = ("unit", "signed", "levels", "imagenet")
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # BT.601, as in Pillow
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -42,11 +42,11 @@ class Preprocessing:
 
     resize: int | None = None
     crop: int | None = None
-    normalise: str = "unit"
+    normalize: str = "unit"
 
 
 def read_options(text: str) -> Preprocessing:
-    """Parse `resize=256&crop=224&normalise=imagenet`, each optional. UserError for anything else."""
+    """Parse `resize=256&crop=224&normalize=imagenet`, each optional. UserError for anything else."""
     try:
         pairs = urllib.parse.parse_qsl(text, strict_parsing=True, keep_blank_values=True) if text else []
     except ValueError:
@@ -55,12 +55,12 @@ def read_options(text: str) -> Preprocessing:
     for name, value in pairs:
         if name in ("resize", "crop") and value.isascii() and value.isdigit() and int(value) > 0:
             given[name] = int(value)
-        elif name == "normalise" and value in NORMALISE:
+        elif name == "normalize" and value in NORMALIZE:
             given[name] = value
         else:
             raise UserError(
                 f"option {name}={value} of an ONNX classifier is invalid: use resize=N, crop=N and "
-                f"normalise={'|'.join(NORMALISE)}"
+                f"normalize={'|'.join(NORMALIZE)}"
             )
     return Preprocessing(**given)
 
@@ -127,11 +127,11 @@ class OnnxClassifier:
             x = x @ np.array(LUMA, np.float32)[:, None]
         if TYPES[self.session.get_inputs()[0].type] == np.uint8:
             x = np.rint(x)
-        elif options.normalise == "signed":
+        elif options.normalize == "signed":
             x = x / 127.5 - 1.0
-        elif options.normalise != "levels":
+        elif options.normalize != "levels":
             x = x / 255.0
-        if options.normalise == "imagenet":
+        if options.normalize == "imagenet":
             x = (x - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_DEVIATION, np.float32)
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if self.layout == "NCHW" else x, np.float32)
 
@@ -176,8 +176,8 @@ def load(path: Path, options: str = "") -> OnnxClassifier:
         raise UserError(
             f"{path} has the input {inputs[0].shape} without 1 or 3 channels: use an image classifier"
         )
-    if preprocessing.normalise == "imagenet" and channels != 3:
-        raise UserError(f"{path} takes grayscale images: leave out normalise=imagenet")
+    if preprocessing.normalize == "imagenet" and channels != 3:
+        raise UserError(f"{path} takes grayscale images: leave out normalize=imagenet")
     classes = outputs[0].shape[-1] if outputs[0].shape else 0
     return OnnxClassifier(
         name=path.name + (f"?{options}" if options else ""),

@@ -1,15 +1,19 @@
-"""Titled grids of images, to look at. Runs on the host, with NumPy and Pillow only."""
+"""Titled grids of images, to look at, and which part of large images they show. On the host, with NumPy and Pillow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
 GUTTER = 2  # pixels between cells
 FONT_SIZE = 12  # pixels
+MAX_WHOLE = 256  # pixels; of larger images a window is shown at full size
+WINDOW = 192
 
 
 def image_grid(
@@ -61,6 +65,54 @@ def image_grid(
             x, y = (widths[c] - cell.width) // 2, (heights[r] - cell.height) // 2
             canvas.paste(cell, (int(lefts[c]) + x, int(tops[r]) + y))
     return np.array(canvas)
+
+
+def grid_row(
+    ground_truth: np.ndarray,
+    low_res: Mapping[int, np.ndarray],
+    bicubic: Mapping[int, np.ndarray],
+    outputs: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """The cells of one image, all showing the same window.
+
+    They are the low-res image and bicubic interpolation at each scale, the outputs and the ground truth. All images
+    are uint8 [H,W,3]; their sizes may differ but share the top left corner. `low_res` and `bicubic` are by scale.
+    """
+    multiple = math.lcm(*low_res)
+    images = [ground_truth, *bicubic.values(), *outputs]
+    height, width = (min(image.shape[axis] for image in images) for axis in (0, 1))
+    height, width = height // multiple * multiple, width // multiple * multiple
+    first = next(iter(bicubic.values()))
+    rows, columns = detail_window(ground_truth[:height, :width], first[:height, :width], multiple=multiple)
+    cells = []
+    for scale, small in low_res.items():
+        window = [slice(side.start // scale, side.stop // scale) for side in (rows, columns)]
+        cells += [small[window[0], window[1]], bicubic[scale][rows, columns]]
+    return [*cells, *(output[rows, columns] for output in outputs), ground_truth[rows, columns]]
+
+
+def detail_window(ground_truth: np.ndarray, bicubic: np.ndarray, *, multiple: int) -> tuple[slice, slice]:
+    """The rows and columns to show of an image uint8 [H,W,3]: all of a small one, else WINDOW x WINDOW.
+
+    The window is where the squared error of bicubic interpolation is largest, i.e. where methods can differ: the
+    finest structure of the image rather than its strongest edge. It starts and ends at multiples of `multiple`, so
+    that it corresponds to a window of the low-res image.
+    """
+    height, width = ground_truth.shape[:2]
+    if max(height, width) <= MAX_WHOLE:
+        return slice(0, height), slice(0, width)
+    rows, columns = (min(WINDOW, side) // multiple for side in (height, width))  # of the window, in blocks
+    rows, columns = max(1, rows), max(1, columns)
+    error = np.square(ground_truth.astype(np.float64) - bicubic).sum(axis=2)
+    error = error[: height // multiple * multiple, : width // multiple * multiple]
+    blocks = error.reshape(height // multiple, multiple, width // multiple, multiple).sum(axis=(1, 3))
+    sums = sliding_window_view(blocks, rows, axis=0).sum(axis=-1)
+    sums = sliding_window_view(sums, columns, axis=1).sum(axis=-1)
+    top, left = np.unravel_index(int(sums.argmax()), sums.shape)
+    return (
+        slice(int(top) * multiple, int(top + rows) * multiple),
+        slice(int(left) * multiple, int(left + columns) * multiple),
+    )
 
 
 def _fit_row(row: Sequence[np.ndarray]) -> list[PillowImage.Image]:

@@ -76,6 +76,21 @@ def write_sampling(path: Path, stored: StoredSampling) -> None:
         ) from error
 
 
+def store_sampling(
+    path: Path,
+    sampling: Sampling,
+    *,
+    params: Params,
+    config: Mapping[str, Any],
+    name: str,
+    found: Mapping[str, Any],
+) -> None:
+    """Write settings that were found for a model. UserError if they cannot be written."""
+    write_sampling(
+        path, StoredSampling(sampling, params_fingerprint(params), config_fingerprint(config), name, found)
+    )
+
+
 def read_sampling(path: Path) -> StoredSampling:
     """Read a file of `write_sampling`. UserError for any other file."""
     try:

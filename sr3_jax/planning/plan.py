@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 import sr3_jax
-from sr3_jax.distributed.sharding import AXES, make_mesh
+from sr3_jax.distributed.sharding import AXES, make_mesh, mesh_sizes
 from sr3_jax.errors import UserError
 from sr3_jax.files import write_text
 from sr3_jax.planning import programs as costs
@@ -78,7 +78,7 @@ def plan(
     """
     config = experiment.config
     estimate = estimate or topology.chip.backend != "tpu"
-    sizes = mesh_sizes(config["mesh"], topology.count)
+    sizes = mesh_sizes(topology.count, **config["mesh"])
     check_batch(config, devices=topology.count, processes=1)
     state = costs.abstract_state_on(experiment, sizes)
     verdicts: dict[str, Any] = {}
@@ -121,25 +121,6 @@ def plan(
         "programs": verdicts,
         "fits": all(result["fits"] for result in verdicts.values()),
     }
-
-
-def mesh_sizes(section: Mapping[str, int], count: int) -> tuple[int, int]:
-    """The sizes of ('data', 'fsdp') over `count` devices, as `make_mesh` computes them, without the devices.
-
-    Raises:
-        UserError: they do not multiply to `count`.
-    """
-    data, fsdp = section["data"], section["fsdp"]
-    if fsdp == -1 and data > 0:
-        fsdp = count // data
-    elif data == -1 and fsdp > 0:
-        data = count // fsdp
-    if data < 1 or fsdp < 1 or data * fsdp != count:
-        raise UserError(
-            f"mesh.data={section['data']} and mesh.fsdp={section['fsdp']} do not fit {count} devices: "
-            f"give sizes whose product is {count}, or -1 for one of them"
-        )
-    return data, fsdp
 
 
 # ---- The verdict.

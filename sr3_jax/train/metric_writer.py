@@ -22,6 +22,7 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from sr3_jax.errors import UserError
+from sr3_jax.files import read_jsonl
 from sr3_jax.storage import atomic_write
 
 PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
@@ -226,23 +227,28 @@ def _drop_later_lines(path: Path, first_step: int) -> None:
     """Remove incomplete lines, and those of steps after first_step; the others keep their bytes."""
     if not path.exists():
         return
+
+    def is_valid(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and _step_of(json.loads(line)) <= first_step
+        except ValueError:
+            return False
+
     lines = path.read_bytes().splitlines(keepends=True)
-    valid = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= first_step]
+    valid = [line for line in lines if is_valid(line)]
     if len(valid) < len(lines):
         with atomic_write(path) as file:
             file.write(b"".join(valid))
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinity if the line is invalid."""
+def _step_of(row: Any) -> float:
+    """The step of a row of metrics.jsonl; infinity if the row is invalid."""
     try:
-        return float(json.loads(line)["step"])
+        return float(row["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The valid rows of a run's metrics.jsonl; [] if there is no such file."""
-    log = workdir / METRICS_FILE
-    lines = log.read_bytes().splitlines() if log.is_file() else []
-    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
+    return [row for row in read_jsonl(workdir / METRICS_FILE) if math.isfinite(_step_of(row))]

@@ -117,7 +117,7 @@ def test_rows_of_one_sampler_are_compared():
 
 def test_distances_of_sets_are_compared_over_the_same_resamples(tmp_path):
     """The regression's features are further from the ground truth's than SR3's, by more than chance."""
-    from sr3_jax.features.cache import FeatureCache
+    from sr3_jax.evaluation.cache import FeatureCache
     from sr3_jax.features.statistics import FeatureProtocol
 
     found, count = evaluation(), 200
@@ -181,7 +181,7 @@ def test_a_stamp_names_the_commit_that_started_a_training_run(tmp_path):
 def test_an_experiment_is_collected_without_single_images_and_with_credits(tmp_path):
     out, docs = tmp_path / "out", tmp_path / "docs"
     experiment_folder(out)
-    (tmp_path / "who.csv").write_text("file,author,licence,package\na.jpg,Ann,CC0,pack\nb.jpg,Bob,CC0,pack\n")
+    (tmp_path / "who.csv").write_text("file,author,license,package\na.jpg,Ann,CC0,pack\nb.jpg,Bob,CC0,pack\n")
     arguments = ["results", "photos", str(out), "--docs", str(docs), "--credits", str(tmp_path / "who.csv")]
     assert collect.main(arguments) == 0
     found = json.loads((docs / "results" / "photos.json").read_text())

@@ -1,4 +1,4 @@
-"""The small classifier trained from scratch: its layers in NumPy, its training, its file, its command."""
+"""The small classifier trained from scratch: its training, its file, its command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from plain_layers import convolution
 from safetensors.numpy import load, save
 
 from experiments import train_classifier as training
@@ -42,53 +41,6 @@ def quarters(count, side=12, seed=0):
         row, column = divmod(int(label), 2)
         image[row * half :][:half, column * half :][:, :half] += 100
     return images, labels
-
-
-def group_norm(x, params, groups):
-    parts = x.reshape(*x.shape[:3], groups, -1)
-    mean = parts.mean(axis=(1, 2, 4), keepdims=True)
-    variance = parts.var(axis=(1, 2, 4), keepdims=True)
-    x = ((parts - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
-    return x * params["scale"] + params["bias"]
-
-
-def same(x, kernel, stride):
-    """A convolution with SAME padding: ceil(side / stride) positions, the odd padding at the end."""
-    size = kernel.shape[0]
-    margins = []
-    for side in x.shape[1:3]:
-        total = max((-(-side // stride) - 1) * stride + size - side, 0)
-        margins.append((total // 2, total - total // 2))
-    return convolution(np.pad(x, ((0, 0), *margins, (0, 0))), kernel.transpose(3, 2, 0, 1), stride)
-
-
-def plain_network(params, x):
-    """Patches of 2, width 8: 2, 4 and 8 groups, for 8, 16 and 32 channels."""
-    x = np.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
-    places = [x[:, row::2, column::2] for row in range(2) for column in range(2)]
-    x = same(np.concatenate(places, axis=-1), params["stem"]["kernel"], 1)
-    for level, groups in enumerate((2, 4, 8)):
-        block = params[f"_Residual_{level}"]
-        before = group_norm(x, block["Norm_0"]["GroupNorm_0"], groups if level == 0 else groups // 2)
-        h = np.maximum(before, 0)
-        stride = 2 if level else 1
-        skip = same(h, block["skip"]["kernel"], stride) if level else x
-        h = same(h, block["Conv_0"]["kernel"], stride)
-        h = np.maximum(group_norm(h, block["Norm_1"]["GroupNorm_0"], groups), 0)
-        x = skip + same(h, block["Conv_1"]["kernel"], 1)
-    x = np.maximum(group_norm(x, params["Norm_0"]["GroupNorm_0"], 8), 0).reshape(len(x), -1)
-    features = np.maximum(x @ params["features"]["kernel"] + params["features"]["bias"], 0)
-    return features, features @ params["head"]["kernel"] + params["head"]["bias"]
-
-
-@pytest.mark.parametrize("size", [(12, 12), (14, 11)])
-def test_the_network_agrees_with_numpy(size):
-    params = random_params(TINY, size)
-    x = np.random.default_rng(1).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
-    found = TINY.apply({"params": params}, x)
-    wanted = plain_network(jax.tree.map(lambda a: a.astype(np.float64), params), x.astype(np.float64))
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_it_learns_and_a_seed_reproduces_the_weights():

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import string
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from experiments import split_photos
 
 
 def split(folder, out, *options):
-    command = [sys.executable, str(ROOT / "experiments" / "split_photos.py"), str(folder), str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return split_photos.main([str(folder), str(out), *options])
 
 
 @pytest.fixture
@@ -37,8 +33,7 @@ def opened(path):
 
 
 def test_whole_photographs_are_held_out_at_half_their_size(photographs, tmp_path):
-    done = split(photographs, tmp_path / "out", "--hold-out=2", "--side=16", "--tiles=4")
-    assert done.returncode == 0, done.stderr
+    assert split(photographs, tmp_path / "out", "--hold-out=2", "--side=16", "--tiles=4") == 0
     trained = {path.stem for path in (tmp_path / "out" / "train").iterdir()}
     tiles = sorted((tmp_path / "out" / "tiles").iterdir())
     held_out = {path.stem.rpartition("-")[0] for path in tiles}
@@ -53,7 +48,7 @@ def test_whole_photographs_are_held_out_at_half_their_size(photographs, tmp_path
 
 
 def test_training_and_test_squares_of_the_classifier_form_a_chessboard(photographs, tmp_path):
-    assert split(photographs, tmp_path / "out", "--hold-out=2", "--side=16").returncode == 0
+    assert split(photographs, tmp_path / "out", "--hold-out=2", "--side=16") == 0
     places = {}
     for name in ("gallery", "probe"):
         for path in sorted((tmp_path / "out" / name).rglob("*.png")):
@@ -74,7 +69,7 @@ def test_training_and_test_squares_of_the_classifier_form_a_chessboard(photograp
 
 
 def test_a_small_photograph_is_not_downscaled(photographs, tmp_path):
-    assert split(photographs, tmp_path / "out", "--hold-out=1", "--side=24", "--tiles=99").returncode == 0
+    assert split(photographs, tmp_path / "out", "--hold-out=1", "--side=24", "--tiles=99") == 0
     tiles = list((tmp_path / "out" / "tiles").iterdir())
     assert len(tiles) == 12 and opened(tiles[0]).shape == (
         24,
@@ -84,34 +79,36 @@ def test_a_small_photograph_is_not_downscaled(photographs, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["photo0.jpg", "deeper/photo0.png", "PHOTO0.png"])
-def test_names_whose_tiles_would_collide_fail(photographs, tmp_path, other):
+def test_names_whose_tiles_would_collide_fail(photographs, tmp_path, capsys, other):
     (photographs / other).parent.mkdir(exist_ok=True)
     Image.open(photographs / "photo0.png").save(photographs / other)
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / "mine.png").touch()
-    done = split(photographs, tmp_path / "out", "--hold-out=2", "--side=16")
-    assert done.returncode == 2 and "photo0" in done.stderr and done.stderr.count("\n") == 1
+    assert split(photographs, tmp_path / "out", "--hold-out=2", "--side=16") == 2
+    error = capsys.readouterr().err
+    assert "photo0" in error and error.count("\n") == 1
     assert (tmp_path / "out" / "train" / "mine.png").exists()
 
 
-def test_a_long_name_fails_only_for_a_held_out_photograph(photographs, tmp_path):
+def test_a_long_name_fails_only_for_a_held_out_photograph(photographs, tmp_path, capsys):
     names = [letter * 58 + ".png" for letter in string.ascii_letters]
     first, *_, last = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     for name, code in ((last, 0), (first, 2)):
         Image.open(photographs / "photo0.png").save(photographs / name)
-        done = split(photographs, tmp_path / "out", "--hold-out=1", "--side=16")
-        assert done.returncode == code and (first in done.stderr) == bool(code)
+        assert split(photographs, tmp_path / "out", "--hold-out=1", "--side=16") == code
+        assert (first in capsys.readouterr().err) == bool(code)
 
 
 def test_large_photographs_give_forty_squares(photographs, tmp_path):
     (photographs / "big.png").parent.mkdir(exist_ok=True)
     for number in range(5):
         Image.new("RGB", (160, 200), (number, 0, 0)).save(photographs / f"photo{number}.png")
-    assert split(photographs, tmp_path / "out", "--hold-out=1", "--side=16").returncode == 0
+    assert split(photographs, tmp_path / "out", "--hold-out=1", "--side=16") == 0
     # Half the size has 10 x 12 squares of 8 pixels, half of them black.
     assert [len(list((tmp_path / "out" / name).rglob("*.png"))) for name in ("gallery", "probe")] == [40, 40]
 
 
-def test_too_few_photographs_fail(photographs, tmp_path):
-    done = split(photographs, tmp_path / "out", "--hold-out=5", "--side=16")
-    assert done.returncode == 2 and "--hold-out 5" in done.stderr and done.stderr.count("\n") == 1
+def test_too_few_photographs_fail(photographs, tmp_path, capsys):
+    assert split(photographs, tmp_path / "out", "--hold-out=5", "--side=16") == 2
+    error = capsys.readouterr().err
+    assert "--hold-out 5" in error and error.count("\n") == 1

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from sr3_jax.diffusion.schedule import cosine, linear
-from sr3_jax.evaluation import successive_halving
-from sr3_jax.evaluation.successive_halving import (
+from sr3_jax.diffusion.schedule import SPACINGS, cosine, linear
+from sr3_jax.evaluation import candidates as searching
+from sr3_jax.evaluation.candidates import (
     OutOfTime,
     SearchSpace,
     initial_candidates,
@@ -76,7 +76,7 @@ def recorded(objective=noisy):
 
 
 def test_the_better_half_goes_on_to_the_next_round(monkeypatch):
-    monkeypatch.setattr(successive_halving, "REFINEMENTS", 0)
+    monkeypatch.setattr(searching, "REFINEMENTS", 0)
     scored, calls = recorded()
     found, _ = minimize(search_space(), scored, candidates=16, rounds=ROUNDS, seed=0)
     rounds = {count: [candidate for candidate, of in calls if of == count] for count in ROUNDS}
@@ -160,7 +160,7 @@ def test_initial_candidates_are_valid_and_all_differ(solver, steps, schedule):
     assert {(candidate.solver, candidate.steps) for candidate in candidates} == {(solver, steps)}
     assert {(candidate.guidance, candidate.augment) for candidate in candidates} == {(1.0, 0.0)}
     if steps > 1:
-        assert {candidate.spacing for candidate in candidates} == {None, *successive_halving.SPACINGS}
+        assert {candidate.spacing for candidate in candidates} == {None, *SPACINGS}
 
 
 def test_guidance_and_augment_are_searched_if_the_network_supports_them():
@@ -179,11 +179,8 @@ def test_guidance_and_augment_are_searched_if_the_network_supports_them():
 
 def test_refinement_stays_in_the_range_of_the_training_schedule():
     def objective(candidate, count):  # decreases beyond both ends
-        low, high = (
-            {"log_snr_min": -10.1, "log_snr_max": 13.8}
-            | successive_halving._log_snr_ends(search_space(), candidate)
-        ).values()
-        return low - high + 1e-3 * candidate.variance
+        levels = candidate.grid(TRAINING).log_snr
+        return float(levels[-1] - levels[1]) + 1e-3 * candidate.variance
 
     found, _ = minimize(search_space(), objective, candidates=6, rounds=(8,), seed=0)
     levels = found.grid(TRAINING).log_snr

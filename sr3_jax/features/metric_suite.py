@@ -20,14 +20,14 @@ import numpy as np
 
 from sr3_jax import metrics
 from sr3_jax.errors import UserError
-from sr3_jax.features.cache import feature_keys
 from sr3_jax.features.classifiers import Classifier, correct, load_classifier
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import Statistics, load_statistics
+from sr3_jax.files import sha256_hex
 from sr3_jax.image_ops import degrade, pad_batch, to_uint8, to_unit, upsample
 
-REVISION = 1  # of the functions in sr3_jax.metrics; cached values of another revision are computed again
+REVISION = 2  # of the functions in sr3_jax.metrics; cached values of another revision are computed again
 MIN_CLASSES_TOP5 = 10  # with fewer classes top-5 accuracy says little
 
 Columns = Mapping[str, np.ndarray]
@@ -107,14 +107,15 @@ class MetricSuite:
 
     def feature_keys(self, pixels: str, image: np.ndarray) -> list[str]:
         """The keys of the features of an image with this hash: the hash itself, or one key per patch."""
-        return feature_keys(pixels, len(self.network.patches(image)) if self.network else 1)
+        patches = len(self.network.patches(image)) if self.network else 1
+        return feature_keys(pixels, patches)
 
 
 def open_suite(
     *,
     features: str | None = None,
     classifier: str | None = None,
-    labelled: bool = False,
+    labeled: bool = False,
     patch: int = 0,
     reference: Path | None = None,
     batch_size: int = 1,
@@ -124,7 +125,7 @@ def open_suite(
     Args:
         features: the network of the metrics of the set, as `open_network` takes it.
         classifier: as `load_classifier` takes it; None for no accuracy.
-        labelled: whether the images have labels.
+        labeled: whether the images have labels.
         patch: side in pixels of the squares whose features are compared in larger images; 0: whole images.
         reference: a file of statistics to compare with, instead of those of the ground truth.
 
@@ -141,11 +142,11 @@ def open_suite(
     network = open_network(features, lpips=lpips, classifier=opened)
     if patch and network is not None:
         network = network.in_patches(patch)
-    if opened is not None and not labelled:
+    if opened is not None and not labeled:
         omitted.append(f"Accuracy is omitted: the images have no labels for {opened.name}.")
     image = [standard_metrics()]
     image += [lpips_metric(lpips)] if lpips else []
-    image += [accuracy(opened)] if opened is not None and labelled else []
+    image += [accuracy(opened)] if opened is not None and labeled else []
     samples = [pixel_diversity()]
     samples += [lpips_diversity(lpips, batch_size=batch_size)] if lpips else []
     return MetricSuite(
@@ -216,6 +217,11 @@ def lpips_diversity(lpips: Lpips, *, batch_size: int = 1) -> SampleMetrics:
     return SampleMetrics(f"diversity lpips {lpips.sha256}", compute, min_side=LEAST_SIDE)
 
 
+def feature_keys(pixels: str, patches: int) -> list[str]:
+    """The keys of an image's features: the hash of its pixels, or one key for each of several patches."""
+    return [pixels] if patches == 1 else [sha256_hex({pixels: patch}) for patch in range(patches)]
+
+
 # ---- Ground truth, low-res image and bicubic interpolation
 
 
@@ -270,7 +276,7 @@ def _standard_metrics(
         "psnr_luma": metrics.psnr_luma(output, ground_truth, crop=scale),
         "ssim_luma": metrics.ssim_luma(output, ground_truth, crop=scale),
         "consistency": metrics.consistency(output, low_res),
-        "mean_colour_error": metrics.mean_colour_error(output, low_res),
+        "mean_color_error": metrics.mean_color_error(output, low_res),
     }
 
 
