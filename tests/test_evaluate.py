@@ -467,3 +467,17 @@ def test_invalid_options_fail_with_the_value(workspace, tmp_path, capsys, extra,
     assert run(workspace, *(text.format(workspace=workspace) for text in extra), out=tmp_path) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sr3 evaluate: ")]
     assert len(lines) == 1 and [word for word in words if word not in lines[0]] == []
+
+
+def test_degraded_inputs_are_the_same_for_every_method_and_run(workspace, tmp_path):
+    def rows(out, *extra) -> list:
+        assert run(workspace, *extra, out=out) == 0
+        return json.loads((out / "evaluation.json").read_text())
+
+    clean = rows(tmp_path / "a")
+    photo = rows(tmp_path / "a", "--degradation", "photo")  # in the same folder: nothing of it is reused
+    assert photo["outputs_reused"] == 0 and photo["protocol"]["degradation"] == "photo"
+    again = rows(tmp_path / "b", "--degradation", "photo")
+    for one, two, three in zip(clean["rows"], photo["rows"], again["rows"], strict=True):
+        psnr = [row["metrics"]["psnr"]["mean"] for row in (one, two, three)]
+        assert psnr[0] != psnr[1] == psnr[2]

@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")
     parser.add_argument("--crop", type=count, metavar="C", help="only the center of each image, C x C pixels")
     parser.add_argument(
+        "--degradation", default="clean", metavar="NAME",
+        help="how low-res images are made: clean (bicubic), photo (blur, noise, JPEG) or wild (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch", type=count, default=1, metavar="B",
         help="outputs sampled at once, for many small images of one size (default: 1)",
     )  # fmt: skip
@@ -98,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch,
             limit=args.limit,
             crop=args.crop,
+            degradation=args.degradation,
             unsearched=args.unsearched,
             use_labels=not args.no_labels,
             classifier=args.classifier,

@@ -216,6 +216,7 @@ class Settings:
     limit: int | None = None
     crop: int | None = None
     process: tuple[int, int] = (0, 1)
+    degradation: str = "clean"
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,16 +246,24 @@ class MethodRunner:
         self.method, self.num_samples = method, method.num_samples(settings.samples)
         self._suite, self._features = suite, features
         self._seed, self._batch_size = settings.seed, settings.batch_size
+        self._degradation = settings.degradation
         self._image_metrics = [
             one for one in suite.image if one.of_ground_truth or not method.is_ground_truth
         ]
         # What outputs depend on besides the method. The version stands for the code between weights and outputs.
         common = {"seed": settings.seed, "version": __version__, "batch": settings.batch_size}
         common |= {"hardware": hardware()}
+        if settings.degradation != "clean":
+            common |= {"degradation": settings.degradation}
         self._cache = OutputCache(
             folder / method.folder, {**method.settings, **common}, process=settings.process[0]
         )
         self._compiled: set[tuple[int, ...]] = set()
+
+    def _low_res(self, chunk: Sequence[Place], batch: np.ndarray) -> np.ndarray:
+        """Low-res images of the ground truth of a chunk, padded; a random degradation depends on its pixels only."""
+        seeds = self._stack([degradation_seed(truth.hash) for truth, _ in chunk])
+        return low_res_of(batch, self.method.scale, degradation=self._degradation, seeds=seeds)
 
     def run(self, truths: Sequence[GroundTruth]) -> list[Result]:
         """All samples of up to B images of one size: from the cache where possible, else sampled."""
@@ -293,7 +302,7 @@ class MethodRunner:
             batch = Batch(
                 self._stack([self._image(place, images) for place in chunk]),
                 ground_truth,
-                low_res_of(ground_truth, self.method.scale),
+                self._low_res(chunk, ground_truth),
                 self._stack([np.int64(truth.label) for truth, _ in chunk]),
             )
             for group in groups:
@@ -314,7 +323,7 @@ class MethodRunner:
         batch = self._stack([truth.image for truth, _ in chunk])
         if self.method.is_ground_truth:
             return batch, None
-        low_res = low_res_of(batch, self.method.scale)
+        low_res = self._low_res(chunk, batch)
         hashes = self._stack([np.uint32(int(truth.hash[:8], 16)) for truth, _ in chunk])
         samples = self._stack([np.uint32(sample) for _, sample in chunk])
         keys = jax.block_until_ready(_output_keys(np.uint32(self._seed), hashes, samples))
@@ -409,6 +418,11 @@ class MethodRunner:
             known |= {one.key: dict(one.compute(stack)) for one in missing}
             self._cache.add([replace(together, metrics=known)], [None])
         return {name: value for one in groups for name, value in known[one.key].items()}
+
+
+def degradation_seed(truth_hash: str) -> np.uint32:
+    """The seed of the random degradation of an image, from the hash of its pixels."""
+    return np.uint32(int(truth_hash[8:16], 16))
 
 
 @jax.jit

@@ -70,6 +70,7 @@ def make_report(
             "samples": settings.samples,
             "seed": settings.seed,
             "crop": settings.crop,
+            "degradation": settings.degradation,
             "batch": settings.batch_size,
             "processes": settings.process[1],
             **networks,
@@ -297,6 +298,13 @@ def _model_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_DEGRADATIONS = {
+    "clean": "downsampled by anti-aliased bicubic",
+    "photo": "degraded as photographs are (preset photo), with a seed from its pixels",
+    "wild": "degraded as in Real-ESRGAN (preset wild), with a seed from its pixels",
+}
+
+
 def protocol(report: Mapping[str, Any]) -> list[str]:
     """How the metrics were computed, one sentence per line."""
     settings = report["protocol"]
@@ -306,8 +314,8 @@ def protocol(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{count} image{'s' * (count != 1)} of {settings['source']}{crop}, {per_image}, seed "
         f"{settings['seed']}.",
-        "low-res: ground truth cropped at the bottom and right to a multiple of the scale, downsampled by "
-        "anti-aliased bicubic, rounded to 8 bits.",
+        "low-res: ground truth cropped at the bottom and right to a multiple of the scale, "
+        f"{_DEGRADATIONS[settings.get('degradation', 'clean')]}, rounded to 8 bits.",
     ]
     columns = reported_metrics(report["rows"])
     for metric in columns:

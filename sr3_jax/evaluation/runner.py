@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sr3_jax.data.sources import Source, open_source
+from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed.processes import wait_for_all
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import results
@@ -28,6 +29,7 @@ from sr3_jax.evaluation.outputs import (
     MethodRunner,
     Settings,
     bicubic,
+    degradation_seed,
     ground_truth,
     model_methods,
     unique_labels,
@@ -83,6 +85,7 @@ def evaluate(
     patch: int = 0,
     reference: Path | None = None,
     save_reference: Path | None = None,
+    degradation: str = "clean",
     command: Sequence[str] = (),
     process: tuple[int, int] = (0, 1),
     on_output: Callable[[int, int], None] = lambda count, total: None,
@@ -110,6 +113,7 @@ def evaluate(
         patch: compare the features of patches of this many pixels squared; 0: of whole images.
         reference: a file of statistics to compare with, instead of those of the ground truth.
         save_reference: where to write the statistics of the ground truth.
+        degradation: how low-res images are made: 'clean' (bicubic), 'photo' or 'wild' (`degradations.PRESETS`).
         command: the command line, for evaluation.json.
         process: the index of this process and the number of processes; each takes a share of the images.
         on_output: called with the number of outputs finished since the last call, and the total of this process.
@@ -121,6 +125,8 @@ def evaluate(
         UserError: an argument is invalid, no image can be used, or a file cannot be written.
     """
     started = time.perf_counter()
+    if degradation not in PRESETS:
+        raise UserError(f"degradation must be one of {', '.join(PRESETS)}, got {degradation!r}")
     loaded = [model if isinstance(model, Model) else load(model) for model in models]
     labels = unique_labels([model.name if isinstance(model, Model) else model for model in models])
     scales = list(dict.fromkeys(model.scale for model in loaded))
@@ -148,7 +154,7 @@ def evaluate(
     folder = make_folder(Path(output_dir))
     outputs = make_folder(folder / "outputs")
     index, count = process
-    settings = Settings(samples, seed, batch_size, limit, crop, process)
+    settings = Settings(samples, seed, batch_size, limit, crop, process, degradation)
     part = evaluate_images(compared, source, outputs, suite, settings, on_output)
     if count > 1:
         part.write(outputs, index)
@@ -169,7 +175,7 @@ def evaluate(
         command=command,
     )
     written = results.write_tables(folder, report)
-    written += write_grids(folder, part, compared, source, crop=crop)
+    written += write_grids(folder, part, compared, source, settings)
     if save_reference and suite.network is not None:
         cache = FeatureCache(outputs, suite.network.protocol)
         truth = cache.get([key for image in part.images for key in image.results[0].ground_truth_features])
@@ -302,7 +308,7 @@ def _check_classes(source: Source, models: Sequence[Model], classifier: Classifi
 
 
 def write_grids(
-    folder: Path, part: Part, methods: Sequence[Method], source: Source, *, crop: int | None
+    folder: Path, part: Part, methods: Sequence[Method], source: Source, settings: Settings
 ) -> list[Path]:
     """Write grid.png: the worst, median and best image by PSNR of the first model, for every model.
 
@@ -327,7 +333,7 @@ def write_grids(
         for case, place in cases.items():
             image = part.images[place]
             title = f"{case}:\n{image.name}\n{METRICS['psnr'].format(float(psnr[place]))} dB"
-            rows[title] = _cells(folder / "outputs", image, group, scales, source, crop)
+            rows[title] = _cells(folder / "outputs", image, group, scales, source, settings)
         pixels = image_grid(list(rows.values()), column_titles=columns, row_titles=list(rows))
         write_image(folder / file, DecodedImage(pixels))
         written.append(folder / file)
@@ -363,11 +369,19 @@ def _cells(
     methods: Sequence[Method],
     scales: Sequence[int],
     source: Source,
-    crop: int | None,
+    settings: Settings,
 ) -> list[np.ndarray]:
     whole = source[image.index]["image"]
-    truths = {scale: crop_ground_truth(whole, scale, crop) for scale in scales}
-    low_res = {scale: low_res_of(truth[None], scale)[0] for scale, truth in truths.items()}
+    truths = {scale: crop_ground_truth(whole, scale, settings.crop) for scale in scales}
+    low_res = {
+        scale: low_res_of(
+            truth[None],
+            scale,
+            degradation=settings.degradation,
+            seeds=np.array([degradation_seed(sha256_hex(truth))]),
+        )[0]
+        for scale, truth in truths.items()
+    }
 
     def output(method: Method) -> np.ndarray:
         return read_rgb(output_path(outputs / method.folder, image.name, 0))

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 
 from sr3_jax import metrics
+from sr3_jax.degradations import PRESETS
 from sr3_jax.errors import UserError
 from sr3_jax.features.classifiers import Classifier, correct, load_classifier
 from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import Statistics, load_statistics
 from sr3_jax.files import sha256_hex
-from sr3_jax.image_ops import degrade, pad_batch, to_uint8, to_unit, upsample
+from sr3_jax.image_ops import pad_batch, to_uint8, to_unit, upsample
 
 REVISION = 2  # of the functions in sr3_jax.metrics; cached values of another revision are computed again
 MIN_CLASSES_TOP5 = 10  # with fewer classes top-5 accuracy says little
@@ -241,9 +242,18 @@ def crop_ground_truth(image: np.ndarray, scale: int, crop: int | None) -> np.nda
     return np.ascontiguousarray(image[: height // scale * scale, : width // scale * scale])
 
 
-def low_res_of(ground_truth: np.ndarray, scale: int) -> np.ndarray:
-    """The low-res images uint8 [B,h,w,3] of ground truth uint8 [B,H,W,3]."""
-    return np.asarray(_low_res(ground_truth, scale=scale))
+def low_res_of(
+    ground_truth: np.ndarray, scale: int, *, degradation: str = "clean", seeds: np.ndarray | None = None
+) -> np.ndarray:
+    """The low-res images uint8 [B,h,w,3] of ground truth uint8 [B,H,W,3].
+
+    Args:
+        degradation: 'clean' (bicubic), 'photo' or 'wild', see `degradations.PRESETS`.
+        seeds: uint32 [B] of a random degradation.
+    """
+    if seeds is None:
+        seeds = np.zeros(len(ground_truth), np.uint32)
+    return np.asarray(_low_res(ground_truth, seeds, scale=scale, degradation=degradation))
 
 
 def bicubic_of(low_res: np.ndarray, scale: int) -> np.ndarray:
@@ -256,9 +266,10 @@ def stack_padded(arrays: Sequence[np.ndarray | np.generic], batch_size: int) -> 
     return pad_batch(np.stack(arrays), batch_size)
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def _low_res(ground_truth: jax.Array, *, scale: int) -> jax.Array:
-    return to_uint8(degrade(to_unit(ground_truth), scale))
+@functools.partial(jax.jit, static_argnames=("scale", "degradation"))
+def _low_res(ground_truth: jax.Array, seeds: jax.Array, *, scale: int, degradation: str) -> jax.Array:
+    keys = jax.vmap(jax.random.key)(seeds)
+    return to_uint8(PRESETS[degradation].apply(keys, to_unit(ground_truth), scale))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
