@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
                 continue
             near = difflib.get_close_matches(name, [one for one in known if one.startswith("--")], n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-            self.error(f"unrecognized arguments: {name}{hint}")
+            self.error(f"unrecognized arguments: {argument}{hint}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)} (see `{self.prog} --help`)\n")

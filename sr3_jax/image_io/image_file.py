@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import io
 import os
 import re
@@ -288,10 +289,10 @@ def _readable_formats() -> tuple[str, ...]:
     """Formats to open: HEIC if its plugin is installed. Also makes libtiff silent, before the first file is opened."""
     _silence_libtiff()
     try:
-        import pillow_heif
+        plugin = importlib.import_module("pillow_heif")
     except ImportError:
         return _FORMATS
-    pillow_heif.register_heif_opener()
+    plugin.register_heif_opener()
     return (*_FORMATS, "HEIF")
 
 
