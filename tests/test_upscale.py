@@ -263,10 +263,10 @@ def test_images_of_equal_size_share_full_batches(tmp_path):
         np.testing.assert_array_equal(read_rgb(job.target), nearest(images[job.source.name]))
 
 
-@pytest.mark.parametrize("most", [10**6, 16])
+@pytest.mark.parametrize("most", [10**6, 64])
 def test_outscale_applies_the_model_as_often_as_needed(tmp_path, most):
     """The model is 2x; each pass has noise of its own, and sizes are exact for odd sides, also in tiles."""
-    rgb = pixels(9, 13)
+    rgb = pixels(41, 71)
     source = put(tmp_path / "in" / "a.png", rgb)
     lanczos = Image.Resampling.LANCZOS
 
@@ -277,9 +277,9 @@ def test_outscale_applies_the_model_as_often_as_needed(tmp_path, most):
         return read_rgb(job.target)
 
     np.testing.assert_array_equal(outputs(2.0), nearest(rgb))
-    small = Image.fromarray(nearest(rgb)).resize((20, 14), lanczos)  # 19.5 and 13.5, to even
+    small = Image.fromarray(nearest(rgb)).resize((106, 62), lanczos)  # 106.5 and 61.5, to even
     np.testing.assert_array_equal(outputs(1.5), np.asarray(small))
-    five = Image.fromarray(nearest(rgb, 8)).resize((65, 45), lanczos)
+    five = Image.fromarray(nearest(rgb, 8)).resize((355, 205), lanczos)
     np.testing.assert_array_equal(outputs(5.0), np.asarray(five))
     noise = outputs(4.0, noise=40).astype(int) - nearest(rgb, 4)
     assert len(np.unique(noise[:2, :2].reshape(-1))) > 4, "both passes add noise"

@@ -23,7 +23,9 @@ class Bar(tqdm):
         """One line for a log file."""
         name = f"{self.desc.rstrip(': ')}: " if getattr(self, "desc", None) else ""
         total = f" of {self.total}" if self.total else ""
-        return f"{name}{self.done}{total} {self.unit}s done after {tqdm.format_interval(int(seconds))}"
+        now = getattr(self, "postfix", None)
+        detail = f" ({now})" if now else ""
+        return f"{name}{self.done}{total} {self.unit}s done after {tqdm.format_interval(int(seconds))}{detail}"
 
 
 @contextmanager
