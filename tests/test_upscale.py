@@ -84,6 +84,7 @@ def test_single_file_goes_to_a_folder_or_a_file(tmp_path):
 def test_a_name_too_long_for_the_output_is_that_images_failure(tmp_path):
     put(tmp_path / "in" / ("n" * 250 + ".png"), pixels())
     put(tmp_path / "in" / "a.png", pixels())
+    (tmp_path / "out").mkdir()
     found = find_images([tmp_path / "in"], tmp_path / "out", suffix="_twice")
     result = upscale_files(StandIn(), found.jobs)
     assert [path.name for path in result.done] == ["a_twice.png"]
@@ -266,7 +267,7 @@ def test_images_of_equal_size_share_full_batches(tmp_path):
 @pytest.mark.parametrize("most", [10**6, 64])
 def test_outscale_applies_the_model_as_often_as_needed(tmp_path, most):
     """The model is 2x; each pass has noise of its own, and sizes are exact for odd sides, also in tiles."""
-    rgb = pixels(41, 71)
+    rgb = pixels(41, 71) // 2
     source = put(tmp_path / "in" / "a.png", rgb)
     lanczos = Image.Resampling.LANCZOS
 
@@ -281,8 +282,8 @@ def test_outscale_applies_the_model_as_often_as_needed(tmp_path, most):
     np.testing.assert_array_equal(outputs(1.5), np.asarray(small))
     five = Image.fromarray(nearest(rgb, 8)).resize((355, 205), lanczos)
     np.testing.assert_array_equal(outputs(5.0), np.asarray(five))
-    noise = outputs(4.0, noise=40).astype(int) - nearest(rgb, 4)
-    assert len(np.unique(noise[:2, :2].reshape(-1))) > 4, "both passes add noise"
+    noise = outputs(4.0, noise=40)[0, 0].astype(int) - rgb[0, 0]
+    assert (noise % 2).any(), "both passes add the same noise"
     for wrong in (0.5, 65.0, float("nan")):
         with pytest.raises(UserError, match="outscale"):
             upscale_files(StandIn(), [Job(source, tmp_path / "x.png")], outscale=wrong)

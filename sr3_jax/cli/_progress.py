@@ -25,7 +25,9 @@ class Bar(tqdm):
         total = f" of {self.total}" if self.total else ""
         now = getattr(self, "postfix", None)
         detail = f" ({now})" if now else ""
-        return f"{name}{self.done}{total} {self.unit}s done after {tqdm.format_interval(int(seconds))}{detail}"
+        return (
+            f"{name}{self.done}{total} {self.unit}s done after {tqdm.format_interval(int(seconds))}{detail}"
+        )
 
 
 @contextmanager
