@@ -425,7 +425,7 @@ def test_printable_escapes_control_characters_and_invalid_bytes():
     assert printable("かな 😀") == "かな 😀"
 
 
-def test_reading_prints_nothing(made):
+def test_reading_prints_nothing(made, tmp_path):
     """Warnings of Pillow and of libtiff do not reach the terminal, which may show a progress bar."""
     code = (
         "import sys; from pathlib import Path; from sr3_jax.image_io.image_file import read_image\n"
@@ -433,7 +433,16 @@ def test_reading_prints_nothing(made):
         "    try: read_image(path)\n"
         "    except ValueError: pass\n"
     )
-    paths = [*made.good, *made.bad]
+    damaged = bytearray(
+        encode(
+            np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8),
+            "TIFF",
+            compression="tiff_adobe_deflate",
+        )
+    )
+    damaged[200:260] = bytes(60)  # libtiff prints 'incorrect data check'
+    (tmp_path / "damaged.tif").write_bytes(damaged)
+    paths = [*made.good, *made.bad, tmp_path / "damaged.tif"]
     run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, check=True)
     assert (run.stdout, run.stderr) == (b"", b"")
 
