@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
@@ -52,6 +53,20 @@ def unique_file_name(name: str, taken: set[str]) -> str:
         result, number = f"{clean}_{number}", number + 1
     taken.add(result.lower())
     return result
+
+
+def safetensors_bytes(arrays: dict[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; equal inputs give equal bytes.
+
+    The library orders tensors but writes the metadata in random order.
+    """
+    data = save(arrays, dict(metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Image operations: uint8 <-> [-1,1], the one bicubic resize of this package, padding.
+"""Image operations: uint8 <-> [-1,1], the one bicubic resize of this package, padding, sizes.
 
 All are pure. Those that return a `jax.Array` may be called inside `jit`, with static sizes and scales. Shape legend:
 B batch, H height, W width, C channels.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image as PillowImage
 
 from sr3_jax.types import Image
 
@@ -98,3 +99,24 @@ def pad_image(x: np.ndarray, height: int, width: int) -> np.ndarray:
 def pad_batch(x: np.ndarray, size: int) -> np.ndarray:
     """Pad a host array [B,...] to [size,...] with copies of its last element, since programs compile per batch size."""
     return np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
+
+
+def count_passes(outscale: float, scale: int) -> int:
+    """How many times a model of this scale has to be applied to enlarge an image by at least `outscale`."""
+    count = 1
+    while scale > 1 and scale**count < outscale:
+        count += 1
+    return count
+
+
+def scaled_size(size: tuple[int, int], outscale: float) -> tuple[int, int]:
+    """(height, width) times `outscale`, each rounded to the nearest integer of at least 1."""
+    height, width = (max(1, round(side * outscale)) for side in size)
+    return height, width
+
+
+def resize_lanczos(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize uint8 [H,W,3] to (height, width) with Pillow's Lanczos filter, which antialiases; equal sizes pass."""
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(PillowImage.fromarray(image).resize(size[::-1], PillowImage.Resampling.LANCZOS))

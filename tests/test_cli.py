@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from stand_in import StandIn
 
 import sr3_jax
 from sr3_jax import cli
+from sr3_jax.cli._progress import progress_bar
 from sr3_jax.cli.main import commands, main
 from sr3_jax.config import build
 from sr3_jax.config.load import complete
@@ -91,7 +93,11 @@ def test_version(capsys):
         (["upscale", "a", "-o", "b", "--batch-size", "-1"], "--batch-size: -1 "),
         (["upscale", "a", "-o", "b", "--seed", "-1"], "--seed: -1 "),
         (["upscale", "a", "-o", "b", "--max-megapixels", "nan"], "--max-megapixels: nan"),
-        (["upscale", "a", "-o", "b", "--step", "3"], "unrecognized arguments: --step"),
+        (["upscale", "a", "-o", "b", "--step", "3"], "unrecognized arguments: --step: did you mean --steps?"),
+        (["upscale", "a", "--outptu=b"], "did you mean --output?"),
+        (["train", "--config=photos_4x", "--work-dir", "b"], "did you mean --workdir?"),
+        (["upscale", "a", "-o", "b", "--quality", "0"], "--quality: 0 "),
+        (["upscale", "a", "-o", "b", "--quality", "9", "--format=png"], "--quality=9 has no effect"),
         (["upscale", "a", "-o", "b", "--two\nlines"], r"unrecognized arguments: --two\nlines"),
         (["upscale", "absent", "-o", "b"], "input 'absent' does not exist"),
         (["upscale", os.fsdecode(b"\xff\n"), "-o", "b"], r"input '\xff\n' does not exist"),
@@ -159,6 +165,58 @@ def test_real_closed_pipe(buffered):
     assert run.wait() == 141
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_full_or_closed_stdout(closed):
+    """A command whose report cannot be printed is done: one line, and no exit code that launchers restart on."""
+    where = "&-" if closed else "/dev/full"
+    run = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m sr3_jax --help >{where}', sys.executable],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
+    assert run.returncode == (0 if closed else 2)
+    assert run.stderr.count("\n") == (0 if closed else 1)
+
+
+def test_absent_device_is_one_line(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(pixels(), "PNG"))
+    run = subprocess.run(
+        [sys.executable, "-m", "sr3_jax", "upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "absent"},
+    )
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "JAX_PLATFORMS=absent" in run.stderr
+
+
+def test_texts_in_errors_and_logs_cannot_control_the_terminal(command, capsys):
+    command(
+        "paints",
+        "import logging\nfrom sr3_jax.errors import UserError\ndef add_arguments(parser): pass\n"
+        "def run(args): logging.getLogger('sr3_jax.x').info('a\\x1b[31m'); raise UserError('b\\x1b[31m')\n",
+    )
+    logger = logging.getLogger("sr3_jax")
+    state = logger.level, logger.propagate, list(logger.handlers)
+    try:
+        assert main(["paints"]) == 2
+    finally:
+        logger.level, logger.propagate, logger.handlers = state
+    error = capsys.readouterr().err
+    assert error.count("\\x1b[31m") == 2 and "\x1b" not in error
+
+
+def test_progress_prints_lines_where_stderr_is_a_file(capsys):
+    with progress_bar(total=3, unit="image", every=0.01) as bar:
+        bar.update()
+        time.sleep(0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and "1 of 3 images" in lines[-1]
+
+
 def test_log_messages_go_to_stderr_without_prefix(command, capsys):
     command(
         "talks",
@@ -205,6 +263,27 @@ def test_options_are_passed_to_the_model(folder, stand_in, capsys):
     assert x == y != z
     assert main(["upscale", source, "-o", str(folder / "small"), "--max-megapixels", "0.0001"]) == 1
     assert "limit of 0.0001 megapixels" in capsys.readouterr().err
+
+
+def test_names_formats_and_quality_of_outputs(folder, stand_in):
+    source, out = folder / "in" / "a.png", folder / "out"
+    options = ["--format=jpg", "--suffix=_2x"]
+    assert main(["upscale", "-i", str(source), str(folder / "in" / "sub"), "-o", str(out), *options]) == 0
+    assert sorted(os.listdir(out)) == ["a_2x.jpg", "deep_2x.jpg"]
+    assert main(["upscale", str(source), "-o", str(folder / "low.jpg"), "--quality", "20"]) == 0
+    assert (folder / "low.jpg").stat().st_size < (out / "a_2x.jpg").stat().st_size
+    assert main(["upscale", str(source), "-o", str(folder / "low.webp"), "--quality", "20"]) == 0
+    assert (read_rgb(folder / "low.webp") != read_rgb(source).repeat(2, 0).repeat(2, 1)).any(), "lossless"
+    assert main(["upscale", str(source), "-o", str(folder / "x.png"), "--suffix=_2x"]) == 2
+
+
+def test_outscale_limits_what_the_last_pass_gets(folder, stand_in, capsys):
+    """A 2x model needs two passes for 3x; the second one gets 20x28 pixels."""
+    command = ["upscale", str(folder / "in" / "a.png"), "-o", str(folder / "out"), "--outscale=3"]
+    assert main([*command, "--max-megapixels=0.0005"]) == 1
+    assert "28x20 pixels before the last pass" in capsys.readouterr().err
+    assert main([*command, "--max-megapixels=0.0006"]) == 0
+    assert read_rgb(folder / "out" / "a.png").shape == (30, 42, 3)
 
 
 def test_options_may_be_between_inputs(folder, stand_in):
@@ -265,6 +344,13 @@ def test_real_model_end_to_end(folder, capsys):
     assert main(["upscale", str(folder / "in" / "odd.png"), "-o", str(folder / "two.png"), *options]) == 0
     assert read_rgb(folder / "two.png").shape == (36, 52, 3)
     assert (folder / "two.png").read_bytes() == (folder / "one" / "odd.png").read_bytes()
+    odd = str(folder / "in" / "odd.png")
+    for name, option in (("whole", "--outscale=4"), ("tiled", "--tile=64"), ("cpu", "--device=cpu")):
+        assert main(["upscale", odd, "-o", str(folder / f"{name}.png"), *options, option]) == 0
+        assert (folder / f"{name}.png").read_bytes() == (folder / "two.png").read_bytes(), option
+    half = str(folder / "half.png")
+    assert main(["upscale", odd, "-o", half, *options, "--outscale=2.5", "--dtype=bfloat16"]) == 0
+    assert read_rgb(Path(half)).shape == (22, 32, 3)
     assert main(["upscale", str(folder / "in"), "-o", str(folder / "three"), *options, "--solver", "x"]) == 2
     assert "solver must be one of" in capsys.readouterr().err
 

@@ -417,3 +417,10 @@ def test_a_range_is_two_ascending_numbers_within_bounds(text):
 def test_resizing_between_rounds_needs_a_second_round():
     config = load_config("photos_4x", ["--config.degradation.resize=0.5,1"])
     assert "config.degradation.resize" in error_of(check_config, config)
+
+
+def test_control_characters_in_a_stored_config_are_refused():
+    """They would reach the terminal wherever the config is printed."""
+    stored = json.loads(json.dumps(complete({})))
+    stored["stage"]["name"] = "\x1b]0;title\x07"
+    assert "control characters" in error_of(complete_stored, stored, "out/run")

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from sr3_jax import files, storage
 from sr3_jax.errors import UserError
@@ -130,3 +131,16 @@ def test_unwritable_folders_fail_with_their_path(tmp_path):
     with pytest.raises(UserError, match=r"a\.json"):
         files.write_text(tmp_path / "none" / "a.json", "{}")
     assert list(files.make_folder(tmp_path / "new" / "deep").iterdir()) == []
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    """The metadata of a safetensors file comes in random order from the library."""
+    arrays = {"b": np.arange(6, dtype=np.float32), "a": np.ones((2, 3), np.float32)}
+    metadata = {name: f"é {name}" for name in "zyxwvu"}
+    made = {files.safetensors_bytes(arrays, metadata) for _ in range(10)}
+    assert len(made) == 1
+    (tmp_path / "a.safetensors").write_bytes(made.pop())
+    with safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
+        assert file.metadata() == metadata
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array)

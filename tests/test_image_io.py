@@ -15,7 +15,7 @@ import hostile
 import numpy as np
 import pytest
 from hostile import chunk, encode, exif, pixels, png, tiff
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable
@@ -382,20 +382,67 @@ def test_exif_too_long_for_jpeg_is_dropped(tmp_path):
     assert read_image(tmp_path / "a.jpg").exif is None
 
 
+@pytest.mark.parametrize("file_format", ["AVIF", "JPEG2000"])
+def test_phone_formats_are_read(file_format):
+    if not features.check({"AVIF": "avif", "JPEG2000": "jpg_2000"}[file_format]):
+        pytest.skip(f"this Pillow has no {file_format}")
+    image = read_image(encode(np.full((16, 24, 3), 90, np.uint8), file_format))
+    assert image.rgb.shape == (16, 24, 3) and np.abs(image.rgb.astype(int) - 90).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "JPEG XL"),
+        (b"\xff\x0a" + bytes(40), "JPEG XL"),
+    ],
+)
+def test_formats_that_cannot_be_read_are_named(head, named):
+    with pytest.raises(ImageError, match=named):
+        read_image(head)
+
+
+@pytest.mark.parametrize("sample_format", [1, 3])
+def test_32_bit_color_tiff_is_unsupported_not_damaged(sample_format):
+    """Unsigned integers and floats: Pillow has no mode for either."""
+    rows = bytes(4 * 4 * 3 * 4)
+    entries = [
+        (256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 146),
+        (277, 3, 1, 3), (278, 3, 1, 4), (279, 4, 1, len(rows)), (339, 3, 3, 140),
+    ]  # fmt: skip
+    tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + tags + bytes(4)
+    data = head + struct.pack("<6H", *[32] * 3, *[sample_format] * 3) + rows
+    with pytest.raises(ImageError, match="not supported"):
+        read_image(data)
+    with pytest.raises(ImageError, match=r"damaged|truncated"):
+        read_image(data[:100])
+
+
 def test_printable_escapes_control_characters_and_invalid_bytes():
     assert printable(Path(os.fsdecode(b"\xff/a\nb\x1b[31m 'q'.png"))) == "\\xff/a\\nb\\x1b[31m 'q'.png"
     assert printable("かな 😀") == "かな 😀"
 
 
-def test_reading_prints_nothing(made):
-    """Pillow's warnings do not reach the terminal, which may show a progress bar."""
+def test_reading_prints_nothing(made, tmp_path):
+    """Warnings of Pillow and of libtiff do not reach the terminal, which may show a progress bar."""
     code = (
         "import sys; from pathlib import Path; from sr3_jax.image_io.image_file import read_image\n"
         "for path in map(Path, sys.argv[1:]):\n"
         "    try: read_image(path)\n"
         "    except ValueError: pass\n"
     )
-    paths = [path for path in (*made.good, *made.bad) if path.parent.name == "good" or path.suffix != ".tif"]
+    damaged = bytearray(
+        encode(
+            np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8),
+            "TIFF",
+            compression="tiff_adobe_deflate",
+        )
+    )
+    damaged[200:260] = bytes(60)  # libtiff prints 'incorrect data check'
+    (tmp_path / "damaged.tif").write_bytes(damaged)
+    paths = [*made.good, *made.bad, tmp_path / "damaged.tif"]
     run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, check=True)
     assert (run.stdout, run.stderr) == (b"", b"")
 

@@ -188,6 +188,45 @@ def test_the_test_split_depends_only_on_names(tmp_path):
     assert set(tests[0]) != {"0.png", "1.png", "10.png", "11.png"}  # not simply the first
 
 
+def test_folders_of_splits_become_splits(tmp_path, capsys):
+    for index, place in enumerate(("train/cat", "train/dog", "val/cat", "test/dog")):
+        for number in range(2):
+            save(tmp_path / "in" / place / f"{number}.png", 2 * index + number)
+    assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 0
+    found = {
+        split: [(name, label) for name, _, label in records("mine", split)]
+        for split in ("train", "validation", "test")
+    }
+    assert {split: sorted(found[split]) for split in found} == {
+        "train": [
+            ("train/cat/0.png", 0),
+            ("train/cat/1.png", 0),
+            ("train/dog/0.png", 1),
+            ("train/dog/1.png", 1),
+        ],
+        "validation": [("val/cat/0.png", 0), ("val/cat/1.png", 0)],
+        "test": [("test/dog/0.png", 1), ("test/dog/1.png", 1)],
+    }
+    arguments = ["prepare", str(tmp_path / "in"), "--name", "other"]
+    assert main([*arguments, "--test-count=1"]) == 2
+    save(tmp_path / "in" / "more" / "a.png")
+    assert main(arguments) == 2
+    assert "more/a.png" in capsys.readouterr().err
+
+
+def test_the_same_images_give_the_same_bytes(tmp_path):
+    """In each process: the order of a protobuf's fields depends on it."""
+    for index in range(4):
+        save(tmp_path / "in" / "ab"[index % 2] / f"{index}.png", index)
+    made = []
+    for name in ("one", "two", "three"):
+        command = ["prepare", str(tmp_path / "in"), "--name", "mine", "--data-dir", str(tmp_path / name)]
+        subprocess.run([sys.executable, "-m", "sr3_jax", *command], check=True, capture_output=True)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        made.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
+    assert made[0] == made[1] == made[2]
+
+
 def test_user_errors_exit_with_code_2(tmp_path, capsys, data_dir):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -81,6 +81,31 @@ def test_single_file_goes_to_a_folder_or_a_file(tmp_path):
     assert find_images([source], tmp_path / "folder.png").jobs[0].target == tmp_path / "folder.png" / "a.png"
 
 
+def test_a_name_too_long_for_the_output_is_that_images_failure(tmp_path):
+    put(tmp_path / "in" / ("n" * 250 + ".png"), pixels())
+    put(tmp_path / "in" / "a.png", pixels())
+    (tmp_path / "out").mkdir()
+    found = find_images([tmp_path / "in"], tmp_path / "out", suffix="_twice")
+    result = upscale_files(StandIn(), found.jobs)
+    assert [path.name for path in result.done] == ["a_twice.png"]
+    assert "too long a name" in result.failed[0][1]
+
+
+def test_suffixes_and_formats(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.JPG", "b.gif", "c.png"):
+        put(Path("in") / name, encode(pixels(), "JPEG"))
+
+    def names(**options):
+        return [job.target.name for job in find_images([Path("in")], Path("out"), **options).jobs]
+
+    assert names(suffix="_4x") == ["a_4x.JPG", "b_4x.gif.jpg", "c_4x.png"]
+    assert names(file_format="jpg") == ["a.JPG", "b.jpg", "c.jpg"]
+    assert find_images([Path("in/c.png")], Path("out.v2")).jobs[0].target == Path("out.v2/c.png")
+    with pytest.raises(UserError, match="suffix"):
+        find_images([Path("in")], Path("out"), suffix="/../x")
+
+
 def test_file_given_by_the_user_is_always_a_job(tmp_path):
     source = put(tmp_path / "notes.txt", b"hello")
     assert len(find_images([source], tmp_path / "out").jobs) == 1
@@ -125,6 +150,9 @@ def test_links_are_followed_without_cycles(tmp_path):
         (["in"], "out.png", "output 'out.png'"),
         (["in/a.png", "in/b.png"], "out.png", "output 'out.png'"),
         (["in/a.png"], "out.gif", r"output 'out\.gif'"),
+        (["in/a.png"], "out.avif", r"output 'out\.avif'"),
+        (["in/a.png"], "out.pdf", r"output 'out\.pdf'"),
+        (["in/a.png"], "o" * 300, "too long a name"),
         (["in"], "file", "output 'file'"),
         (["in"], "file/deeper", "output 'file/deeper' .*'file'"),
         (["in/a.png"], "file/x.png", "output 'file/x.png' .*'file'"),
@@ -234,6 +262,31 @@ def test_images_of_equal_size_share_full_batches(tmp_path):
     assert sorted(shape for shape, _, _ in model.calls) == [(4, 8, 9, 3)] * 2 + [(4, 8, 11, 3)]
     for job in jobs:
         np.testing.assert_array_equal(read_rgb(job.target), nearest(images[job.source.name]))
+
+
+@pytest.mark.parametrize("most", [10**6, 64])
+def test_outscale_applies_the_model_as_often_as_needed(tmp_path, most):
+    """The model is 2x; each pass has noise of its own, and sizes are exact for odd sides, also in tiles."""
+    rgb = pixels(41, 71) // 2
+    source = put(tmp_path / "in" / "a.png", rgb)
+    lanczos = Image.Resampling.LANCZOS
+
+    def outputs(outscale, **options):
+        job = Job(source, tmp_path / "out" / f"{outscale}.png")
+        result = upscale_files(StandIn(most=most, **options), [job], outscale=outscale)
+        assert result.failed == ()
+        return read_rgb(job.target)
+
+    np.testing.assert_array_equal(outputs(2.0), nearest(rgb))
+    small = Image.fromarray(nearest(rgb)).resize((106, 62), lanczos)  # 106.5 and 61.5, to even
+    np.testing.assert_array_equal(outputs(1.5), np.asarray(small))
+    five = Image.fromarray(nearest(rgb, 8)).resize((355, 205), lanczos)
+    np.testing.assert_array_equal(outputs(5.0), np.asarray(five))
+    noise = outputs(4.0, noise=40)[0, 0].astype(int) - rgb[0, 0]
+    assert (noise % 2).any(), "both passes add the same noise"
+    for wrong in (0.5, 65.0, float("nan")):
+        with pytest.raises(UserError, match="outscale"):
+            upscale_files(StandIn(), [Job(source, tmp_path / "x.png")], outscale=wrong)
 
 
 def test_existing_outputs_are_skipped_unless_overwrite(tmp_path):
@@ -417,9 +470,9 @@ def test_writing_does_not_block_the_device(tmp_path, monkeypatch):
 
     write = upscale.write_image
 
-    def slow(path, image):
+    def slow(path, image, **options):
         assert second.wait(20), "the device waits for the first image to be written"
-        write(path, image)
+        write(path, image, **options)
 
     model = StandIn(before=lambda images: second.set() if len(model.calls) > 1 else None)
     monkeypatch.setattr(upscale, "write_image", slow)

@@ -61,9 +61,8 @@ def generate_images(
     args: argparse.Namespace, paths: list[str], low_res: list[Path] | None, *, keep: bool
 ) -> int:
     """Generate images with the stages at these paths and write the contact sheets; exit code 0."""
-    from tqdm import tqdm
-
     from sr3_jax import files
+    from sr3_jax.cli._progress import progress_bar
     from sr3_jax.distributed.processes import start_processes, wait_for_all
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.errors import UserError
@@ -89,10 +88,7 @@ def generate_images(
     process = start_processes()
     steps = cascade.prepare(job, processes=process[1])
     total = len(range(process[0], count, process[1])) * len(stage_list)
-    with (
-        tqdm(total=total, unit="image", disable=None, file=sys.stderr) as bar,
-        stop_signals("this batch") as stopped,
-    ):
+    with progress_bar(total=total, unit="image") as bar, stop_signals("this batch") as stopped:
 
         def advance(done: int) -> None:
             bar.update(done)

@@ -1,6 +1,6 @@
 """Option values of the commands: numbers with ranges, comma-separated lists, one value per stage.
 
-`count`, `seed`, `positive`, `counts` and `names` are argparse types; the others raise `UserError`.
+`count`, `seed`, `percent`, `positive`, `counts` and `names` are argparse types; the others raise `UserError`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,14 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
+def percent(text: str) -> int:
+    """An integer from 1 to 100."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{value} is out of range: it must be from 1 to 100")
+    return value
+
+
 def positive(text: str) -> float:
     """A number above 0."""
     value = float(text)
@@ -81,7 +89,7 @@ def names(text: str) -> list[str]:
 
 
 # The names in error messages.
-count.__name__, seed.__name__, positive.__name__ = "integer", "integer", "number"
+count.__name__, seed.__name__, percent.__name__, positive.__name__ = "integer", "integer", "integer", "number"
 counts.__name__, names.__name__ = "list of integers", "list of names"
 
 

@@ -77,14 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 (3 with several processes) if images could not be used."""
-    from tqdm import tqdm
-
+    from sr3_jax.cli._progress import progress_bar
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import evaluate
 
     process = start_processes()
-    with tqdm(unit="output", disable=None, file=sys.stderr) as bar, stop_signals("this batch") as stopped:
+    with progress_bar(unit="output") as bar, stop_signals("this batch") as stopped:
 
         def progress(finished: int, total: int) -> None:
             bar.total = total

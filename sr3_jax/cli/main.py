@@ -18,14 +18,35 @@ from typing import NoReturn
 
 import sr3_jax.cli
 from sr3_jax import __version__
-from sr3_jax.image_io.errors import printable
+from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.storage import is_disk_full
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as in shells
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, and which names the nearest option of an unknown one."""
+
+    def check_options(self, arguments: Sequence[str], *, extra: bool) -> None:
+        """Exit with code 2 if a long option is unknown.
+
+        argparse itself reports missing arguments first, which an unknown option often causes.
+
+        Args:
+            extra: whether the command also takes --config.SECTION.FIELD.
+        """
+        for argument in arguments:
+            if argument == "--":
+                return
+            name = argument.partition("=")[0]
+            known = self._option_string_actions
+            if not name.startswith("--") or " " in name or name in known:
+                continue
+            if extra and name.startswith("--config."):
+                continue
+            near = difflib.get_close_matches(name, [one for one in known if one.startswith("--")], n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {argument}{hint}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)} (see `{self.prog} --help`)\n")
@@ -37,7 +58,7 @@ class _Plain(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(record.getMessage(), file=sys.stderr)
+        tqdm.write("\n".join(map(printable, record.getMessage().split("\n"))), file=sys.stderr)
 
 
 def commands() -> dict[str, str]:
@@ -64,17 +85,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()
-        return code
+        return code if _flushed() else code or 2
     except SystemExit as stop:  # argparse: --help, and errors, which it has printed
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # `sr3 ... | head`: the flush at exit must not fail again
-        with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `sr3 ... | head`
+        _discard_stdout()
         return _BROKEN_PIPE
+
+
+def _flushed() -> bool:
+    """Flush stdout, if the process has one; say so if that fails, as on a full disk: the command itself is done."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        print(f"sr3: done, but stdout cannot be written ({reason(error)})", file=sys.stderr)
+        return False
+    return True
+
+
+def _discard_stdout() -> None:
+    """Send stdout nowhere, so that the flush at exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -99,7 +138,9 @@ def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog=f"sr3 {name}", description=module.__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
-    if getattr(module, "PASS_UNKNOWN", False):
+    takes_more = getattr(module, "PASS_UNKNOWN", False)
+    parser.check_options(rest, extra=takes_more)
+    if takes_more:
         parsed, unknown = parser.parse_known_args(rest)
         parsed.rest = unknown
     elif "--" in rest:  # parse_intermixed_args drops it
@@ -109,7 +150,8 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         return module.run(parsed)
     except UserError as error:
-        print(f"sr3 {name}: {error}", file=sys.stderr)
+        # Texts from model files and file names could control the terminal.
+        print("\n".join(printable(line) for line in f"sr3 {name}: {error}".split("\n")), file=sys.stderr)
         _abandon(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
@@ -124,6 +166,11 @@ def _dispatch(arguments: list[str]) -> int:
             disk = f"the disk of {printable(where)} is full" if where else "the disk is full"
             print(f"sr3 {name}: {disk}: make room and run the same command again", file=sys.stderr)
             _abandon(2)
+            return 2
+        if str(error).startswith("Unable to initialize backend"):  # jax has no type for it
+            asked = os.environ.get("JAX_PLATFORMS", "")
+            fix = f"JAX_PLATFORMS={printable(asked)}" if asked else "--device"
+            print(f"sr3 {name}: {fix} asks for a device that jax does not find: use cpu", file=sys.stderr)
             return 2
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             traceback.print_exc()

@@ -1,11 +1,13 @@
 """Make a TFDS data set from a folder of images, to be used as tfds:NAME:train.
 
-Every image is decoded in full; unusable files are listed. Subfolders become classes. Exit code 1 if files were skipped.
+Every image is decoded in full; unusable files are listed. Subfolders become classes, and folders
+train, val and test become splits. Exit code 1 if files were skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -41,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 if files were skipped; UserError if no data set was written."""
-    from tqdm import tqdm
-
+    from sr3_jax.cli._progress import Bar, progress_bar
     from sr3_jax.data import store
     from sr3_jax.data.prepare import NothingPrepared, prepare
     from sr3_jax.errors import UserError
@@ -59,29 +60,27 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(f"  {printable(path)}: {reason}" for path, reason in rejected), file=sys.stderr)
 
     data_dir = Path(args.data_dir).expanduser() if args.data_dir else store.data_dir()
-    bars: list[tqdm] = []  # created at the first image, so that errors come without a bar
+    bars: list[Bar] = []  # made at the first image, so that errors come without a bar
+    with contextlib.ExitStack() as stack:
 
-    def advance(total: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=total, desc=args.name, unit=" images"))
-        bars[0].update()
+        def advance(total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress_bar(total=total, unit="image")))
+            bars[0].update()
 
-    try:
-        made = prepare(
-            Path(args.path),
-            name=args.name,
-            data_dir=data_dir,
-            test_count=args.test_count,
-            test_fraction=args.test_fraction,
-            overwrite=args.overwrite,
-            progress=advance,
-        )
-    except NothingPrepared as error:
-        report(error.rejected)
-        raise
-    finally:
-        for bar in bars:
-            bar.close()
+        try:
+            made = prepare(
+                Path(args.path),
+                name=args.name,
+                data_dir=data_dir,
+                test_count=args.test_count,
+                test_fraction=args.test_fraction,
+                overwrite=args.overwrite,
+                progress=advance,
+            )
+        except NothingPrepared as error:
+            report(error.rejected)
+            raise
     classes = f", {len(made.labels)} classes" if made.labels else ""
     for split, count in made.examples.items():
         print(f"tfds:{args.name}:{split}  {count} images{classes}")

@@ -67,12 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, also if the model's default is kept."""
-    from tqdm import tqdm
-
+    from sr3_jax.cli._progress import progress_bar
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import search_schedule
 
-    with tqdm(unit="batch", disable=None, file=sys.stderr) as bar, stop_signals("this batch") as stopped:
+    with progress_bar(unit="batch") as bar, stop_signals("this batch") as stopped:
 
         def progress(description: str) -> None:
             bar.set_description(description, refresh=False)

@@ -12,15 +12,20 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from sr3_jax.cli._options import count, local_path, positive, seed
+from sr3_jax.cli._options import count, local_path, percent, positive, seed
+from sr3_jax.image_io.image_file import OUTPUT_FORMATS
 
 _NAMED = 5  # skipped files in the summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", nargs="+", type=local_path, metavar="INPUT", help="an image file or a folder"
+        "inputs", nargs="*", type=local_path, metavar="INPUT", help="an image file or a folder"
     )
+    parser.add_argument(
+        "-i", "--input", nargs="+", action="extend", default=[], type=local_path, dest="more_inputs",
+        metavar="INPUT", help="the same as INPUT by itself",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", required=True, type=local_path, metavar="OUT",
         help="output folder; for a single image also the output file",
@@ -41,9 +46,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config.model.augment (default: the model's own)",
     )  # fmt: skip
     parser.add_argument(
+        "--outscale", type=positive, metavar="X",
+        help="enlarge by X instead of the model's scale, such as 2, 3, 8 or 1.5: the model is applied as often as "
+        "needed, then a Lanczos filter shrinks the result",
+    )  # fmt: skip
+    parser.add_argument(
         "--tile", type=count, metavar="N",
         help="maximum side of a tile in pixels of the input, for less memory (default: 1024 / scale)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"),
+        help="type of activations; bfloat16 is faster on accelerators, with small differences (default: the model's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu", "tpu"), help="where to compute (default: the best one present)"
+    )
+    parser.add_argument(
+        "--format", choices=OUTPUT_FORMATS, help="file format of the outputs (default: that of each input)"
+    )
+    parser.add_argument(
+        "--quality", type=percent, metavar="Q",
+        help="1 to 100, of JPEG and WebP outputs (default: JPEG at 95, WebP lossless)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--suffix",
+        default="",
+        metavar="TEXT",
+        help="append to the names of outputs: _4x makes a.png a_4x.png",
+    )
     parser.add_argument(
         "--seed", type=seed, default=0, metavar="S", help="the same seed gives the same output (default: 0)"
     )
@@ -61,17 +91,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from sr3_jax.cli._progress import progress_bar
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.errors import UserError
     from sr3_jax.image_io.errors import printable
     from sr3_jax.inference.upscale_files import Job, UpscaleResult, find_images, split_finished, upscale_files
 
-    found = find_images(args.inputs, args.output)
-    if not found.jobs and not found.failed:
+    if args.device:
+        import jax
+
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
+    inputs = args.inputs + args.more_inputs
+    if args.quality is not None and args.format in ("png", "tif"):
         raise UserError(
-            f"no images in {', '.join(printable(path) for path in args.inputs)}: name other inputs"
+            f"--quality={args.quality} has no effect on --format={args.format}: use --format jpg or webp"
         )
+    found = find_images(inputs, args.output, file_format=args.format, suffix=args.suffix)
+    if not found.jobs and not found.failed:
+        raise UserError(f"no images in {', '.join(printable(path) for path in inputs)}: name other inputs")
     mine, of = start_processes()
     jobs, unusable = found.jobs[mine::of], found.failed[mine::of]  # all processes see the same list
     for path, failure in unusable:
@@ -84,12 +122,14 @@ def run(args: argparse.Namespace) -> int:
         from sr3_jax.inference import model as models
 
         model = models.load(args.model)
+        if args.dtype:
+            model = model.with_dtype(args.dtype)
         sampling = model.sampling.override(steps=args.steps, solver=args.solver)
         if args.denoise is not None:
             sampling = dataclasses.replace(sampling, augment=args.denoise)
         batch_size = args.batch_size or jax.local_device_count()
         with (
-            tqdm(total=len(to_do), unit="image", disable=None, file=sys.stderr) as bar,
+            progress_bar(total=len(to_do), unit="image") as bar,
             stop_signals("this image") as stopped,
         ):
 
@@ -111,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 batch_size=batch_size,
                 tile=args.tile,
+                outscale=args.outscale,
+                quality=args.quality,
                 overwrite=args.overwrite,
                 max_megapixels=args.max_megapixels,
                 on_result=report,

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import pkgutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,8 @@ def complete_stored(given: Any, owner: str) -> dict[str, Any]:
     problem = f"the config of {owner} does not fit this version of sr3_jax"
     if not isinstance(given, Mapping) or not all(isinstance(values, Mapping) for values in given.values()):
         raise UserError(f"{problem} (it is not a dict of sections); train or export the model again")
+    if any(not text.isprintable() for text in _texts(given)):
+        raise UserError(f"{problem} (it has a text with control characters); do not use it")
     values, migrated = migrate(given)
     if migrated:
         _log.info("migrated the config of %s: %s", owner, ", ".join(migrated))
@@ -134,6 +136,19 @@ def complete_stored(given: Any, owner: str) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{problem} ({error}); use the version that wrote it") from None
     return config
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys included: those of a model file may be printed later."""
+    waiting = [value]  # not recursive: a hostile file may be deeply nested
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
 
 
 def migrate(given: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:

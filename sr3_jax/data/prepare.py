@@ -27,6 +27,10 @@ _VERSION = "1.0.0"
 _PER_SHARD = 10_000  # images per ArrayRecord file: about a gigabyte of photographs
 _PER_WRITE = 64  # images
 _ORIENTATION = 274  # EXIF tag
+_SPLIT_OF = {  # folder names of the usual layouts, in lower case
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 class NothingPrepared(UserError):
@@ -60,17 +64,18 @@ def prepare(
 ) -> Prepared:
     """Write the images under `root` as the data set DATA_DIR/NAME with the splits 'train' and, if asked for, 'test'.
 
+    Folders train, val and test (at least two of them, and no others) become the splits 'train', 'validation', 'test'.
     Each example has 'image', 'file_name' (relative to `root`), and 'label' if every image is exactly one folder deep
-    in at least two folders. Plain RGB JPEG and PNG files are stored unchanged, others as PNG with the same pixels. The
-    images of 'test' are chosen by a hash of their names. The data set is written atomically: an interrupted run leaves
-    nothing under its name.
+    (in the folder of its split, if there are such) in at least two folders. Plain RGB JPEG and PNG files are stored
+    unchanged, others as PNG with the same pixels. The images of 'test' are chosen by a hash of their names. The same
+    images give the same bytes. The data set is written atomically: an interrupted run leaves nothing under its name.
 
     Args:
       test_count, test_fraction: size of the split 'test'; at most one of them.
       progress: called with the number of images after each one.
 
     Raises:
-      UserError: the name is taken or invalid.
+      UserError: the name is taken or invalid, or folders of splits are mixed with others.
       DataUnavailable: a file cannot be read because of its storage.
       NothingPrepared: no image can be read, or none would be left for 'train'.
     """
@@ -79,6 +84,12 @@ def prepare(
     images, rejected = scan.images, list(scan.rejected)
     if not images:
         raise NothingPrepared(f"'{printable(root)}' has no readable image: use a folder of images", rejected)
+    by_folder = _splits_of_folders(root, images)
+    if by_folder and (test_count or test_fraction):
+        raise UserError(
+            f"'{printable(root)}' already has the splits {', '.join(by_folder)} as folders: omit the size of the test "
+            "split"
+        )
     if test_fraction:
         test_count = max(1, round(test_fraction * len(images)))
     if test_count >= len(images):
@@ -86,14 +97,17 @@ def prepare(
             f"a test split of {test_count} leaves none of the {len(images)} images for training: use fewer"
         )
         raise NothingPrepared(message, rejected)
-    labels = _labels(root, images)
+    depth = 1 if by_folder else 0
+    labels = _labels(root, images, depth)
     splits = {"test": test_count} if test_count else {}
     left = images
     with store.atomic_data_set(data_dir, name, _VERSION, overwrite=overwrite) as work:
-        writer = _Writer(work, name, labels, ["train", *splits])
-        for split, most in (splits | {"train": len(images)}).items():
+        sizes = {split: len(paths) for split, paths in by_folder.items()} or splits | {"train": len(images)}
+        writer = _Writer(work, name, labels, sorted(sizes, key=lambda split: split != "train"), depth)
+        for split, most in sizes.items():
             done: set[Path] = set()
             candidates = left if split == "train" else sorted(left, key=lambda path: _hash(path, root))
+            candidates = by_folder.get(split, candidates)
             with ThreadPoolExecutor(threads) as pool:
                 for path, data in _in_order(_checked, candidates, pool, ahead=4 * threads):
                     if writer.examples[split] == most:
@@ -131,8 +145,29 @@ def _hash(path: Path, root: Path) -> bytes:
     return hashlib.sha256(os.fsencode(path.relative_to(root))).digest()
 
 
-def _labels(root: Path, images: list[Path]) -> list[str]:
-    parts = [path.relative_to(root).parts for path in images]
+def _splits_of_folders(root: Path, images: list[Path]) -> dict[str, list[Path]]:
+    """The images of each split if the folders of `root` are train, val and test, at least two of them; else {}."""
+    splits: dict[str, list[Path]] = {}
+    others: list[Path] = []
+    for path in images:
+        folder, *names = path.relative_to(root).parts
+        split = _SPLIT_OF.get(folder.lower()) if names else None
+        if split is None:
+            others.append(path)
+        else:
+            splits.setdefault(split, []).append(path)
+    if len(splits) < 2:  # 'train' by itself may be a class, next to 'car' and 'plane'
+        return {}
+    if others:
+        raise UserError(
+            f"'{printable(root)}' has folders of splits ({', '.join(splits)}) and other images such as "
+            f"'{printable(others[0].relative_to(root))}': move those into the folder of a split, or rename the folders"
+        )
+    return splits
+
+
+def _labels(root: Path, images: list[Path], depth: int) -> list[str]:
+    parts = [path.relative_to(root).parts[depth:] for path in images]
     folders = sorted({part[0] for part in parts}, key=os.fsencode)
     one_deep = all(len(part) == 2 for part in parts)
     return [printable(folder) for folder in folders] if one_deep and len(folders) > 1 else []
@@ -192,10 +227,21 @@ def _in_order(
             future.cancel()
 
 
+def _serializer(specs: Any) -> Any:
+    """TFDS's serializer of examples, but equal examples give equal bytes."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    class Deterministic(ExampleSerializer):
+        def serialize_example(self, example: Any) -> bytes:
+            return self.get_tf_example(example).SerializeToString(deterministic=True)
+
+    return Deterministic(specs)
+
+
 class _Writer:
     """Appends examples to the splits of a new data set."""
 
-    def __init__(self, data_dir: Path, name: str, labels: list[str], splits: list[str]) -> None:
+    def __init__(self, data_dir: Path, name: str, labels: list[str], splits: list[str], depth: int) -> None:
         import tensorflow_datasets as tfds
 
         folder = data_dir / name / _VERSION
@@ -213,15 +259,17 @@ class _Writer:
             builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
         self._writer = tfds.core.SequentialWriter(info, _PER_SHARD, file_format="array_record")
+        # protobuf orders the fields of an example at random in each process unless told otherwise, which TFDS does not.
+        self._writer._serializer = _serializer(info.features.get_serialized_info())
         self._writer.initialize_splits(splits)
-        self._labels = labels
+        self._labels, self._depth = labels, depth
         self._waiting: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
         self.examples = dict.fromkeys(splits, 0)
 
     def add(self, split: str, file_name: Path, data: bytes) -> None:
         example: dict[str, Any] = {"image": data, "file_name": printable(file_name)}
         if self._labels:
-            example["label"] = printable(file_name.parts[0])
+            example["label"] = printable(file_name.parts[self._depth])
         self._waiting[split].append(example)
         self.examples[split] += 1
         if len(self._waiting[split]) == _PER_WRITE:

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_file
+from sr3_jax.files import safetensors_bytes
 from sr3_jax.image_ops import pad_batch
 from sr3_jax.storage import atomic_write
 
@@ -35,7 +35,7 @@ def write_classifier(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(save(flat, metadata))
+            file.write(safetensors_bytes(flat, metadata))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): use another path") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 _REASONS = {
     errno.EACCES: "permission denied",
@@ -16,6 +16,16 @@ _REASONS = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is exceeded",
     errno.EROFS: "the disk is read-only",
+}
+
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
+_UNREADABLE = {
+    "HEIC": "is a HEIC image: install the extra sr3_jax[heic] to read it",
+    "JPEG XL": "is a JPEG XL image, which cannot be read: convert it to PNG",
+    "AVIF": "is an AVIF image, which this version of Pillow cannot read: update Pillow, or convert the image to PNG",
+    "JPEG2000": "is a JPEG 2000 image, which this version of Pillow cannot read: update Pillow, or convert the image",
 }
 
 
@@ -34,6 +44,15 @@ def sniff(head: bytes) -> str | None:
     # Many text files start with 'BM', so the size of BMP's second header must be a known one too.
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124):
         return "BMP"
+    if head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
+        return "JPEG2000"
+    if head.startswith((b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a")):
+        return "JPEG XL"
+    if head[4:8] == b"ftyp":  # ISO media: the major brand, then the compatible ones
+        if head[8:12] in (b"avif", b"avis") or b"avif" in head[16:]:
+            return "AVIF"
+        if head[8:12] in _HEIC_BRANDS:
+            return "HEIC"
     return None
 
 
@@ -52,6 +71,8 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
         count = re.search(r"(\d+) pixels", text)
         size = f"has {int(count[1]) / 1e6:.0f} megapixels" if count else "has too many pixels"
         return f"{size}, above the limit of {max_megapixels:g}"
+    if isinstance(error, UnidentifiedImageError) and claimed in _UNREADABLE and not _reads(claimed):
+        return _UNREADABLE[claimed]
     if isinstance(error, UnidentifiedImageError):
         return f"is a damaged {claimed} file" if claimed else "is not an image in a supported format"
     if isinstance(error, OSError) and error.errno is not None:
@@ -59,6 +80,12 @@ def reason(error: Exception, *, head: bytes = b"", max_megapixels: float = 0.0) 
     if "truncated" in text.lower():
         return "is truncated"
     return f"is damaged ({text or type(error).__name__})"
+
+
+def _reads(file_format: str) -> bool:
+    """Whether the installed Pillow, or its HEIC plugin, decodes this format."""
+    name = "HEIF" if file_format == "HEIC" else file_format
+    return name in Image.OPEN and features.check(_CODECS.get(file_format, "jpg")) is True
 
 
 def printable(path: object) -> str:

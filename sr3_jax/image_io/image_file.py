@@ -6,8 +6,12 @@ caller can put the path in front. Shape legend: H height, W width.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib
 import io
 import os
+import re
 import stat
 import threading
 import warnings
@@ -17,7 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io import metadata
@@ -29,8 +33,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_MAX_MEGAPIXELS = 200.0
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")  # no others: for EPS, Pillow starts Ghostscript
-_WRITERS = {
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "TIFF",
+    "GIF",
+    "BMP",
+    "AVIF",
+    "JPEG2000",
+)  # no others: for EPS, Pillow starts Ghostscript
+WRITERS = {
     ".png": "PNG",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -46,10 +59,23 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "WEBP": {"lossless": True, "exact": True},
     "TIFF": {"compression": "tiff_adobe_deflate"},
 }
+LOSSY_FORMATS = ("JPEG", "WEBP")
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's limit is slightly below 65535
 _MAX_JPEG_EXIF = 65533  # bytes in one JPEG segment
-WRITABLE_SUFFIXES = frozenset(_WRITERS)
-IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {".gif", ".bmp"}
+WRITABLE_SUFFIXES = frozenset(WRITERS)
+OUTPUT_FORMATS = ("png", "jpg", "webp", "tif")  # the usual suffix of each, without the dot
+# With formats that need an extra or cannot be read, so that such files are named and not passed over.
+IMAGE_SUFFIXES = WRITABLE_SUFFIXES | {
+    ".gif",
+    ".bmp",
+    ".avif",
+    ".jp2",
+    ".j2k",
+    ".jpx",
+    ".heic",
+    ".heif",
+    ".jxl",
+}
 
 # Pillow warns about odd tags and large images. Both are handled here, and warnings would break up a progress bar.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -246,9 +272,54 @@ def _open_header(file: IO[bytes], max_megapixels: float) -> Image.Image:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = max(1, int(max_megapixels * 1e6))
         try:
-            return Image.open(file, formats=_FORMATS)
+            return Image.open(file, formats=_readable_formats())
+        except UnidentifiedImageError:
+            file.seek(0)
+            if sniff(file.read(32)) == "TIFF" and _has_unsupported_layout(file):
+                raise ImageError(
+                    "has a TIFF pixel layout that is not supported: convert it to 8 or 16 bits per channel"
+                ) from None
+            raise
         finally:
             Image.MAX_IMAGE_PIXELS = before
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    """Formats to open: HEIC if its plugin is installed. Also makes libtiff silent, before the first file is opened."""
+    _silence_libtiff()
+    try:
+        plugin = importlib.import_module("pillow_heif")
+    except ImportError:
+        return _FORMATS
+    plugin.register_heif_opener()
+    return (*_FORMATS, "HEIF")
+
+
+def _silence_libtiff() -> None:
+    """Remove libtiff's handlers that print on stderr; Pillow raises an exception for what matters."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+        found = re.search(r"/.*/libtiff[^/\n]*\.so[^/\n]*", maps)
+        if found:  # Pillow's own copy, which is loaded already
+            library = ctypes.CDLL(found[0])
+            for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+                getattr(library, name).restype = ctypes.c_void_p
+                getattr(library, name)(None)
+    except (OSError, AttributeError):
+        pass  # another system: lines on stderr do no harm
+
+
+def _has_unsupported_layout(file: IO[bytes]) -> bool:
+    """Whether Pillow parses this TIFF but has no mode for its pixels, such as 32-bit or floating-point RGB."""
+    file.seek(0)
+    try:
+        TiffImagePlugin.TiffImageFile(file)
+    except SyntaxError as error:
+        return "mode" in str(error)
+    except Exception:  # damaged
+        return False
+    return False
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -268,7 +339,13 @@ def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> Non
     Raises:
         ImageError: it cannot.
     """
-    file_format = _WRITERS.get(path.suffix.lower())
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long a name, or a folder that may not be entered
+        raise ImageError(f"could not be written: {reason(error)}") from error
+    file_format = WRITERS.get(path.suffix.lower())
     if file_format is None:
         raise ImageError(f"cannot be written as '{path.suffix}': use .png, .jpg, .webp or .tif")
     if alpha and file_format == "JPEG":
@@ -279,10 +356,12 @@ def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> Non
         )
 
 
-def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> None:
-    """Write `image` in the format of the suffix: JPEG with quality 95 and full chroma, the others losslessly.
+def write_image(path: Path, image: DecodedImage, *, durable: bool = True, quality: int | None = None) -> None:
+    """Write `image` in the format of the suffix: JPEG with full chroma, the others losslessly.
 
     The write is atomic (`storage.atomic_write`, also for `durable`); the folder must exist.
+
+        quality: 1 to 100, of JPEG and lossy WebP; None for JPEG at 95 and lossless WebP. Other formats are lossless.
 
     Raises:
         ImageError: the image cannot be written.
@@ -290,8 +369,10 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True) -> Non
     path = Path(path)
     height, width = image.rgb.shape[:2]
     require_writable(path, height=height, width=width, alpha=image.alpha is not None)
-    file_format = _WRITERS[path.suffix.lower()]
+    file_format = WRITERS[path.suffix.lower()]
     options = dict(_SAVE_OPTIONS[file_format])
+    if quality is not None and file_format in LOSSY_FORMATS:
+        options |= {"quality": quality} if file_format == "JPEG" else {"quality": quality, "lossless": False}
     if image.icc_profile:
         options["icc_profile"] = image.icc_profile
     if image.exif and not (file_format == "JPEG" and len(image.exif) > _MAX_JPEG_EXIF):

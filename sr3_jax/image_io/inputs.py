@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
-from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, WRITABLE_SUFFIXES, sniff_file
+from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, WRITABLE_SUFFIXES, WRITERS, sniff_file
 from sr3_jax.storage import SCRATCH_PREFIX
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -40,39 +42,50 @@ class Found:
     failed: tuple[tuple[Path, str], ...] = ()
 
 
-def find_images(inputs: Iterable[Path], output: Path) -> Found:
+def find_images(
+    inputs: Iterable[Path], output: Path, *, file_format: str | None = None, suffix: str = ""
+) -> Found:
     """Pair input images with output files.
 
     Args:
         inputs: files, taken whatever they contain, and folders, searched recursively for files with the suffix or the
             first bytes of an image.
         output: a folder, in which the structure of input folders is repeated; for a single file also an image file.
+        file_format: of all outputs, one of `OUTPUT_FORMATS`; None for that of each input where it can be written.
+        suffix: appended to the name of each output, before its extension, such as '_4x'.
 
     Raises:
         UserError: an input is missing, the output cannot be written or is an input too, or two inputs have the same
             output.
     """
     inputs, output = [Path(path) for path in inputs], Path(output)
+    if os.path.basename(suffix) != suffix or "\0" in suffix:
+        raise UserError(f"suffix '{printable(suffix)}' must be part of a file name: use one such as _4x")
     for path in inputs:
         if not os.path.lexists(path):
             raise UserError(f"input '{printable(path)}' does not exist: check the path")
     if not inputs:
         raise UserError("inputs must not be empty: give at least one image or folder")
-    to_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
+    to_file = _names_a_file(output) and not os.path.isdir(output)
     _check_output(output, inputs, to_file)
+    if to_file and (suffix or file_format):
+        raise UserError(
+            f"output '{printable(output)}' is a file, which already has a name and a format: omit suffix and format, "
+            "or give a folder"
+        )
     ignored: list[Path] = []
     failed: list[tuple[Path, str]] = []
     jobs: dict[str, Job] = {}  # by the target's absolute path
     for path in inputs:
         sources: Iterable[tuple[Path, Path]] = [(path, output)]
-        if path.is_dir():
+        if os.path.isdir(path):
             files, failures = walk(path, exclude=output, hidden=True)
             images = [file for file in files if _is_image(file)]
             ignored += sorted({*files} - {*images})
             failed += failures
             sources = ((file, output / file.relative_to(path).parent) for file in images)
         for source, folder in sources:
-            job = Job(source, output if to_file else folder / _target_name(source))
+            job = Job(source, output if to_file else folder / _target_name(source, file_format, suffix))
             other = jobs.setdefault(os.path.abspath(job.target), job)
             if os.path.abspath(other.source) != os.path.abspath(source):
                 raise UserError(
@@ -91,12 +104,12 @@ def split_finished(jobs: Iterable[Job], *, overwrite: bool = False) -> tuple[lis
     to_do: list[Job] = []
     finished: list[Job] = []
     for job in jobs:
-        (finished if job.target.is_file() and not overwrite else to_do).append(job)
+        (finished if os.path.isfile(job.target) and not overwrite else to_do).append(job)
     return to_do, finished
 
 
 def _check_output(output: Path, inputs: list[Path], to_file: bool) -> None:
-    if to_file and (len(inputs) > 1 or inputs[0].is_dir()):
+    if to_file and (len(inputs) > 1 or os.path.isdir(inputs[0])):
         raise UserError(
             f"output '{printable(output)}' is an image file, but there is more than one input image: use a folder"
         )
@@ -105,12 +118,18 @@ def _check_output(output: Path, inputs: list[Path], to_file: bool) -> None:
             f"output '{printable(output)}' cannot be written as {output.suffix}: "
             "use .png, .jpg, .webp or .tif"
         )
-    if not to_file and output.exists() and not output.is_dir():
+    if not to_file and os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"output '{printable(output)}' is a file: use a folder")
+    try:
+        os.lstat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made, or explained below
+    except OSError as error:
+        raise UserError(f"output '{printable(output)}' {reason(error)}: use another") from error
     nearest = output.parent if to_file else output
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(
             f"output '{printable(output)}' cannot be created because '{printable(nearest)}' is not a writable "
             "folder: use another"
@@ -165,17 +184,28 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES or sniff_file(path) is not None
 
 
-def _target_name(source: Path) -> str:
-    """The source's name, with a second suffix if its own cannot be written or would lose transparency.
+def _names_a_file(output: Path) -> bool:
+    """Whether the suffix is that of an image or of another format that Pillow knows, such as .pdf; not 'out.v2'."""
+    suffix = output.suffix.lower()
+    return suffix in IMAGE_SUFFIXES or suffix in Image.registered_extensions()
 
-    The suffix is appended because 'a.gif' and 'a.png' may be in the same folder.
+
+def _target_name(source: Path, file_format: str | None = None, added: str = "") -> str:
+    """The source's stem plus `added`, with the suffix of `file_format`.
+
+    Without a format the source's own suffix stays, with a second one if it cannot be written or would lose
+    transparency. The suffix is appended because 'a.gif' and 'a.png' may be in the same folder.
     """
     suffix = source.suffix.lower()
+    if file_format is not None:
+        keeps = WRITERS.get(suffix) == WRITERS[f".{file_format}"]
+        return f"{source.stem}{added}{source.suffix if keeps else f'.{file_format}'}"
+    stem = source.stem + added
     if suffix in WRITABLE_SUFFIXES and suffix not in _JPEG_SUFFIXES:
-        return source.name
-    file_format = sniff_file(source)
-    if suffix in _JPEG_SUFFIXES and file_format in (None, "JPEG"):
-        return source.name
-    new_suffix = _SUFFIX_OF.get(file_format or "", ".png")
-    name = source.name + new_suffix
-    return name if len(os.fsencode(name)) <= _MAX_NAME else source.stem + new_suffix
+        return stem + source.suffix
+    found = sniff_file(source)
+    if suffix in _JPEG_SUFFIXES and found in (None, "JPEG"):
+        return stem + source.suffix
+    new_suffix = _SUFFIX_OF.get(found or "", ".png")
+    name = stem + source.suffix + new_suffix
+    return name if len(os.fsencode(name)) <= _MAX_NAME else stem + new_suffix

@@ -5,6 +5,7 @@ Shape legend: B batch, H height, W width, s the model's scale.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, visible_rgb
-from sr3_jax.image_ops import pad_image
+from sr3_jax.image_ops import count_passes, pad_image, resize_lanczos, scaled_size
 from sr3_jax.inference.tiling import Tiling
 from sr3_jax.sampling import Sampling
 from sr3_jax.types import Key
@@ -134,15 +135,44 @@ class BatchRunner:
             on_tiles=count,
         )
 
+    def rescaled(
+        self, images: list[np.ndarray], outscale: float, progress: list[Callable[[int, int], object]]
+    ) -> list[np.ndarray | str]:
+        """The outputs at `outscale` of images of one batch shape, or the reasons why they failed.
+
+        Args:
+            progress: for each image, gets the finished tiles of a pass and their number.
+        """
+        if images and self.is_large(images[0]):
+            outputs = [self._whole(image, report) for image, report in zip(images, progress, strict=True)]
+        else:
+            outputs = self.outputs(images)
+        for row, image in enumerate(images):
+            output = outputs[row]
+            for index in range(1, count_passes(outscale, self.model.scale)):
+                if isinstance(output, str):
+                    break
+                later = copy.copy(self)  # with noise of its own for each pass
+                later._seed = (self._seed + index) % 2**32
+                large = later.is_large(output)
+                output = later._whole(output, progress[row]) if large else later.outputs([output])[0]
+            if not isinstance(output, str):
+                height, width = image.shape[:2]
+                output = resize_lanczos(output, scaled_size((height, width), outscale))
+            outputs[row] = output
+        return outputs
+
     def less_for(self, image: np.ndarray) -> bool:
         """Make the batches or tiles of a large image smaller. False if they cannot be."""
         plan = self.model.tiling(*image.shape[:2], tile=self._tile)
         return self._less((plan.rows.size, plan.columns.size))
 
-    def _whole(self, image: np.ndarray) -> np.ndarray | str:
+    def _whole(
+        self, image: np.ndarray, progress: Callable[[int, int], object] = lambda done, count: None
+    ) -> np.ndarray | str:
         while True:
             try:
-                return np.concatenate(list(self.bands(image, lambda done, count: None)))
+                return np.concatenate(list(self.bands(image, progress)))
             except UserError:
                 raise
             except Exception as error:

@@ -357,6 +357,16 @@ class Model:
         )
         return output[:, : height * self.scale, : width * self.scale]
 
+    def with_dtype(self, dtype: str) -> Model:
+        """The model with activations of this type: 'float32', or 'bfloat16' for less memory and time on accelerators.
+
+        Raises:
+            UserError: another type.
+        """
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+        return replace(self, network=self.network.clone(dtype=dtype))
+
     def compile(
         self, shape: tuple[int, ...], *, labels: np.ndarray | None = None, sampling: Sampling | None = None
     ) -> None:

@@ -27,6 +27,7 @@ from sr3_jax.image_io.image_file import (
     write_image,
 )
 from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
+from sr3_jax.image_ops import count_passes, scaled_size
 from sr3_jax.inference.batching import (
     NO_MEMORY,
     BatchRunner,
@@ -41,6 +42,7 @@ from sr3_jax.storage import is_disk_full
 __all__ = ["Found", "Job", "UpscaleResult", "Upscaler", "find_images", "split_finished", "upscale_files"]
 
 DEFAULT_MAX_MEGAPIXELS = 64.0  # at 4x the output has a gigapixel, 3 GB
+_MAX_OUTSCALE = 64
 _THREADS = 4
 _WINDOW_BYTES = 512 * 2**20
 
@@ -70,6 +72,8 @@ def upscale_files(
     seed: int = 0,
     batch_size: int = 1,
     tile: int | None = None,
+    outscale: float | None = None,
+    quality: int | None = None,
     overwrite: bool = False,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     on_result: Callable[[Job, str | None], object] = lambda job, failure: None,
@@ -87,8 +91,11 @@ def upscale_files(
         sampling: settings of the sampler; None for the model's own.
         batch_size: images or tiles per batch.
         tile: maximum side of a tile in pixels of the input; None for the model's default.
+        outscale: enlarge by this factor, 1 to 64, instead of the model's scale: the model is applied as often as
+            needed, and a Lanczos filter shrinks the result to round(outscale * side), all in memory.
+        quality: of JPEG and WebP outputs, as in `write_image`.
         overwrite: otherwise existing targets are skipped.
-        max_megapixels: larger inputs fail.
+        max_megapixels: larger inputs fail, also those of the second and later passes of the model.
         on_result: called in this thread after each image, with the reason if it failed and None if it was written.
         on_tiles: called in this thread with the finished tiles of a large image and their number.
 
@@ -97,6 +104,9 @@ def upscale_files(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if outscale is not None and not 1 <= outscale <= _MAX_OUTSCALE:
+        raise UserError(f"outscale must be from 1 to {_MAX_OUTSCALE}, got {outscale:g}")
+    factor = model.scale if outscale is None else outscale
     jobs = list(jobs)
     to_do, finished = split_finished(jobs, overwrite=overwrite)
     failures: dict[Job, str] = {}
@@ -120,7 +130,14 @@ def upscale_files(
 
     def read(job: Job) -> DecodedImage:
         image = read_image(job.source, max_megapixels=max_megapixels)
-        height, width = (model.scale * side for side in image.rgb.shape[:2])
+        height, width = image.rgb.shape[:2]
+        enlarged = model.scale ** (count_passes(factor, model.scale) - 1)  # the input of the last pass
+        if enlarged > 1 and height * width * enlarged**2 > max_megapixels * 1e6:
+            raise ImageError(
+                f"would have {width * enlarged}x{height * enlarged} pixels before the last pass of the model, above "
+                f"the limit of {max_megapixels:g} megapixels"
+            )
+        height, width = scaled_size((height, width), factor)
         require_writable(job.target, height=height, width=width, alpha=image.alpha is not None)
         return image
 
@@ -133,17 +150,24 @@ def upscale_files(
                 finish(job, _failure(error))
             for job, image in group:
                 notes[job] = image.notes
-            if group and device.is_large(group[0][1].rgb):
+            large = bool(group) and device.is_large(group[0][1].rgb)
+            if large and outscale is None:
                 for job, image in group:
                     progress = functools.partial(on_tiles, job)
-                    finish(job, _upscale_large(device, job, image, progress))
+                    finish(job, _upscale_large(device, job, image, progress, quality=quality))
                 continue
-            outputs = device.outputs([visible_rgb(image) for _, image in group])
+            if outscale is None:
+                outputs = device.outputs([visible_rgb(image) for _, image in group])
+            else:
+                images = [visible_rgb(image) for _, image in group]
+                outputs = device.rescaled(
+                    images, outscale, [functools.partial(on_tiles, job) for job, _ in group]
+                )
             for (job, image), output in zip(group, outputs, strict=True):
                 if isinstance(output, str):
                     finish(job, output)
                     continue
-                writes[writer.submit(_write, job.target, image, output)] = (job, output.nbytes)
+                writes[writer.submit(_write, job.target, image, output, quality)] = (job, output.nbytes)
             finish_writes(max_count=2 * batch_size, max_bytes=_WINDOW_BYTES)
         finish_writes(max_count=0, max_bytes=0)
     return UpscaleResult(
@@ -155,7 +179,12 @@ def upscale_files(
 
 
 def _upscale_large(
-    device: BatchRunner, job: Job, image: DecodedImage, progress: Callable[[int, int], object]
+    device: BatchRunner,
+    job: Job,
+    image: DecodedImage,
+    progress: Callable[[int, int], object],
+    *,
+    quality: int | None,
 ) -> str | None:
     """Upscale and write one image in tiles; the reason if it failed."""
     rgb = visible_rgb(image)
@@ -166,7 +195,7 @@ def _upscale_large(
                 _make_folder(job.target.parent)
                 write_bands(job.target, image, bands, scale=device.model.scale)
             else:
-                _write(job.target, image, np.concatenate(list(bands)))
+                _write(job.target, image, np.concatenate(list(bands)), quality)
             return None
         except ImageError as error:
             _raise_if_full(error)
@@ -187,10 +216,10 @@ def _make_folder(folder: Path) -> None:
         raise ImageError(f"could not be written: {reason(error)}") from error
 
 
-def _write(target: Path, image: DecodedImage, rgb: np.ndarray) -> None:
+def _write(target: Path, image: DecodedImage, rgb: np.ndarray, quality: int | None) -> None:
     """Write the upscaled pixels, uint8 [sH,sW,3], with the alpha and metadata of `image`."""
     _make_folder(target.parent)
-    write_image(target, with_pixels(image, rgb))
+    write_image(target, with_pixels(image, rgb), quality=quality)
 
 
 def _raise_if_full(error: BaseException) -> None:

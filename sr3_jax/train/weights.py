@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from sr3_jax.config.load import complete_stored
 from sr3_jax.errors import UserError
+from sr3_jax.files import safetensors_bytes
 from sr3_jax.storage import atomic_write
 from sr3_jax.train.checkpoints import CONFIG_FILE, first_line, load_ema, read_config
 from sr3_jax.types import Params
@@ -95,7 +95,7 @@ def export(path: Path, params: Params, config: Mapping[str, Any], *, dtype: str 
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": FORMAT, "config": json.dumps(config, sort_keys=True)}
         with atomic_write(path) as file:
-            file.write(save(flat, metadata))  # save_file would leave it unreadable to others
+            file.write(safetensors_bytes(flat, metadata))  # save_file would leave it unreadable to others
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be written ({first_line(error)}): use another path") from error
 
