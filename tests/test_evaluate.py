@@ -479,5 +479,5 @@ def test_degraded_inputs_are_the_same_for_every_method_and_run(workspace, tmp_pa
     assert photo["outputs_reused"] == 0 and photo["protocol"]["degradation"] == "photo"
     again = rows(tmp_path / "b", "--degradation", "photo")
     for one, two, three in zip(clean["rows"], photo["rows"], again["rows"], strict=True):
-        psnr = [row["metrics"]["psnr"]["mean"] for row in (one, two, three)]
+        psnr = [row["summary"]["psnr"]["mean"] for row in (one, two, three)]
         assert psnr[0] != psnr[1] == psnr[2]
