@@ -234,7 +234,7 @@ def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, 
             {"title": title, "table": tables.metrics_table(frames[title], MODEL_METRICS), **one}
             for title, one in evaluations.items()
         ],
-        "images": [f"images/{path.name}" for path in sorted((docs / "images").glob(f"{name}*"))],
+        "images": [f"images/{path.name}" for path in sorted((docs / "images").glob(f"{name}_bundled*"))],
     }
 
 
