@@ -7,6 +7,7 @@ B batch, H height, W width, C channels.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,6 @@ def resize_bicubic(x: jax.Array | np.ndarray, height: int, width: int) -> Image:
         raise ValueError(f"x must have a float dtype, got {x.dtype}: convert uint8 pixels with to_unit")
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height}x{width}")
-    shape = (x.shape[0], height, width, x.shape[3])
     return _resize_axis(_resize_axis(x.astype(jnp.float32), 1, height), 2, width)
 
 
@@ -68,7 +68,7 @@ def _resize_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
     shape[axis] = length
     out_shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
 
-    def add(total: jax.Array, tap: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def add(total: jax.Array, tap: Any) -> tuple[jax.Array, None]:
         position, weight = tap
         return total + weight.reshape(shape) * jnp.take(x, position, axis=axis, mode="clip"), None
 

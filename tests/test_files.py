@@ -144,3 +144,12 @@ def test_equal_models_are_equal_files(tmp_path):
         assert file.metadata() == metadata
         for name, array in arrays.items():
             np.testing.assert_array_equal(file.get_tensor(name), array)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 20_000_000, "{", "9" * 10_000])
+def test_json_from_outside_fails_with_one_kind_of_error(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError):  # noqa: PT011, any message
+        files.parse_json(text)
+    with pytest.raises(ValueError):  # noqa: PT011
+        files.read_json(tmp_path / "a.json")
