@@ -155,7 +155,7 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
     if kind == "tfds" and rest:
         return _open_tfds(name, rest, min_side, cache_mb)
     if kind == "folder" and rest:
-        return _open_folder(name, Path(rest).expanduser(), min_side, cache_mb)
+        return _open_folder(name, Path(os.path.expanduser(rest)), min_side, cache_mb)
     raise UserError(f"unknown data source '{printable(name)}': use {_NAMES}")
 
 
