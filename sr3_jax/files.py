@@ -21,6 +21,7 @@ from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.storage import SCRATCH_PREFIX, atomic_write, try_lock
 
 LOCK_FILE = ".lock"
+_LARGEST_JSON = 16 * 2**20  # characters; our own files have kilobytes
 
 
 class FolderInUse(UserError):
@@ -43,6 +44,31 @@ def to_json(scores: Mapping[str, float]) -> dict[str, float | None]:
 def from_json(scores: Mapping[str, float | None]) -> dict[str, float]:
     """The inverse of `to_json`."""
     return {key: math.inf if value is None else value for key, value in scores.items()}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The values of a JSON text from outside: a model file, a workdir, a data set.
+
+    Raises:
+        ValueError: it is not JSON, or is too large or too deeply nested.
+    """
+    if len(text) > _LARGEST_JSON:
+        raise ValueError(f"JSON of {len(text)} characters is too large")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The values of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as `parse_json`; or the text is not UTF-8.
+    """
+    with Path(path).open("rb") as file:
+        return parse_json(file.read(_LARGEST_JSON + 1).decode("utf-8"))
 
 
 def unique_file_name(name: str, taken: set[str]) -> str:

@@ -11,6 +11,8 @@ import fcntl
 import functools
 import os
 import re
+import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,39 @@ SCRATCH_PREFIX = ".sr3-"  # of names that no reader may use
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXT = re.compile(r"no space left|quota exceeded|file too large|OS error (28|122|27)\b", re.IGNORECASE)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def cache_folder(name: str) -> Path | None:
+    """The folder $XDG_CACHE_HOME/sr3_jax/NAME, or ~/.cache/sr3_jax/NAME, private to this user; it is created.
+
+    None if there is no such folder: without a home folder, in one that cannot be written, or if other users could have
+    written to it, since a cache may hold native programs.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base, "sr3_jax", name)
+    if not folder.is_absolute():  # expanduser leaves '~' as it is if the user has no home folder
+        return None
+    return folder if _make_private(folder) else None
+
+
+def temporary_folder(name: str) -> Path | None:
+    """As `cache_folder`, but in the folder of temporary files, for data that is needed without a home folder."""
+    folder = Path(tempfile.gettempdir(), f"sr3_jax-{os.getuid()}", name).absolute()
+    return folder if _make_private(folder) else None
+
+
+def _make_private(folder: Path) -> bool:
+    """Create a folder that only this user can write to, and its parent. Whether it and its parent are that."""
+    try:
+        for one in (folder.parent, folder):
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = one.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+                return False
+        folder.chmod(0o700)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

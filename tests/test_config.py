@@ -357,6 +357,12 @@ def test_a_stored_config_of_older_field_names_is_migrated_and_logged(caplog, mon
         ({"model": {"channels": 8, "layout": "vgg"}}, "config.model.layout"),
         ({"model": {"channels": "8"}}, "config.model.channels"),
         ({"model": None}, "sections"),
+        ({"model": {"channels": 10**9}}, "config.model.channels"),
+        ({"model": {"channels": 0}}, "config.model.channels"),
+        ({"model": {"channels": 8, "num_blocks": [10**7] * 4}}, "config.model.num_blocks"),
+        ({"model": {"channels": 8, "multipliers": [1] * 10**5}}, "config.model.multipliers"),
+        ({"model": {"channels": 8, "dropout": 10**400}}, "config.model.dropout"),
+        ({"diffusion": {"prediction": "v", "num_steps": 10**9}}, "config.diffusion.num_steps"),
         ({"diffusion": {}}, "config.diffusion.prediction"),  # a default here would sample noise
     ],
 )

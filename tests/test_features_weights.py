@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import resource
 import zipfile
 import zlib
 
@@ -95,6 +96,24 @@ def containers(pickled):
         "old, weights": b"".join([*start, pickled]),
         "old, keys": b"".join([*start, pickle.dumps({}, 2), pickled]),
     }
+
+
+@pytest.mark.parametrize("kind", containers(b""))
+def test_a_pickle_that_asks_for_a_huge_memo_is_refused(kind):
+    """Its nine bytes make the unpickler of Python allocate 4 GB."""
+    content = containers(b"\x80\x02Nr" + (2**29).to_bytes(4, "little") + b".")[kind]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="file "):
+        read_arrays(content, "file")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_groups_that_contain_the_same_group_twice_are_refused():
+    tree = {"a": np.zeros(1, np.float32)}
+    for _ in range(60):  # 2**60 arrays
+        tree = {"a": tree, "b": tree}
+    with pytest.raises(UserError, match="file "):
+        read_arrays(pickle.dumps(tree, 4), "file")
 
 
 @pytest.mark.parametrize("kind", containers(b""))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from sr3_jax import files, storage
+from sr3_jax.data import store
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.inputs import walk
+from sr3_jax.storage import cache_folder
 
 
 def test_jsonl_rows_are_appended_and_read_back(tmp_path):
@@ -144,3 +147,39 @@ def test_equal_models_are_equal_files(tmp_path):
         assert file.metadata() == metadata
         for name, array in arrays.items():
             np.testing.assert_array_equal(file.get_tensor(name), array)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 20_000_000, "{", "9" * 10_000])
+def test_json_from_outside_fails_with_one_kind_of_error(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError):
+        files.parse_json(text)
+    with pytest.raises(ValueError):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_caches_are_private_to_the_user_or_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = cache_folder("compiled")
+    assert folder == tmp_path / "cache" / "sr3_jax" / "compiled"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.parent.chmod(0o777)  # others could replace the folder
+    assert cache_folder("compiled") is None
+    folder.parent.chmod(0o700)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert cache_folder("compiled") is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder("compiled") is None
+
+
+def test_without_a_home_folder_nothing_is_made_in_or_read_from_the_working_folder(tmp_path, monkeypatch):
+    for variable in ("HOME", "XDG_CACHE_HOME", "SR3_DATA_DIR", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an id that is not in passwd
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder("compiled") is None
+    assert store.data_dir().is_relative_to(tmp_path / "tmp")
+    assert all(os.path.isabs(place) for place in store.search_path())
+    assert not (tmp_path / "~").exists()

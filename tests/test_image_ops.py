@@ -51,6 +51,8 @@ def test_to_uint8_clips_and_rounds_to_nearest():
         ((1, 9), (4, 36)),
         ((1, 1), (4, 4)),
         ((12, 1024), (12, 256)),
+        ((2, 20_000), (8, 80_000)),
+        ((2, 20_000), (2, 6_007)),
     ],
 )
 def test_bicubic_matches_pillow(size, target):
@@ -59,6 +61,16 @@ def test_bicubic_matches_pillow(size, target):
     assert ours.shape == (2, *target, 3) and ours.dtype == jnp.float32
     theirs = np.stack([pillow_bicubic(p.astype(np.float32), *target) for p in image])
     np.testing.assert_allclose((np.asarray(ours) + 1) * 127.5, theirs, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("target", [(4, 80_000), (1, 5_000)])
+def test_bicubic_needs_memory_for_the_pixels_only(target):
+    """Not for a weight per pair of an input and an output pixel: that is 6.4 GB here."""
+    x = jax.ShapeDtypeStruct((1, 1, 20_000, 3), jnp.float32)
+    compiled = jax.jit(image_ops.resize_bicubic, static_argnums=(1, 2)).lower(x, *target).compile()
+    memory = compiled.memory_analysis()
+    total = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    assert total < 20 * 2**20
 
 
 def test_bicubic_keeps_overshoot_and_constant_images():

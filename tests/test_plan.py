@@ -414,11 +414,6 @@ def test_the_cache_key_depends_on_what_the_program_depends_on(monkeypatch):
     assert key() != before
 
 
-def test_the_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert planning.cache_folder() == tmp_path / "sr3_jax" / "plans"
-
-
 def test_a_cache_that_cannot_be_written_does_not_lose_the_result(tmp_path):
     (tmp_path / "plans").write_text("a file instead of the folder")
     assert planning.plan(read(), CPU8, cache=tmp_path / "plans", programs=("train",))["programs"]["train"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sr3_jax.cli.main import main
 from sr3_jax.data import store
@@ -163,6 +164,27 @@ def test_unusable_files_are_listed_with_the_reason_and_the_others_stored(tmp_pat
     assert "is truncated" in listed[0] and "is empty" in listed[1]
     assert {name for name, _, _ in records("mixed", "train")} == {"good.png", r"caf\xe9.png"}
     assert "Traceback" not in err
+
+
+def test_files_that_break_decoders_lose_nothing_else(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "in"
+    save(folder / "good.png")
+    save(folder / "exif.jpg", exif=b"Exif\x00\x00no TIFF header")
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n 4\nzz not hex", zip=True)
+    save(folder / "profile.png", pnginfo=text)
+    whole = save(folder / "sparse.png").read_bytes()
+    with (folder / "sparse.png").open("wb") as file:
+        file.write(whole)
+        file.truncate(3 * 2**30)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # all are above Pillow's own limit, none above ours
+    code = main(["prepare", str(folder), "--name", "odd"])
+    stored = {name: data for name, data, _ in records("odd", "train")}
+
+    assert code in (0, 1) and {"good.png", "exif.jpg", "profile.png"} <= set(stored)
+    assert "sparse.png" in capsys.readouterr().err and "sparse.png" not in stored
+    for name in ("exif.jpg", "profile.png"):
+        np.testing.assert_array_equal(read_rgb(stored[name]), read_rgb(folder / name))
 
 
 def test_unusable_files_do_not_count_for_the_test_split(tmp_path):

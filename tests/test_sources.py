@@ -210,6 +210,24 @@ def test_the_newest_version_is_read(data_dir):
         open_source("tfds:two:3.0.0:train")
 
 
+def test_features_that_are_not_of_tfds_are_refused_and_not_imported(data_dir, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    array = {"image": np.zeros((4, 4, 3), np.uint8)}
+    feature = tfds.features.Tensor(shape=(4, 4, 3), dtype=np.uint8)
+    folder = write_tfds(data_dir, "evil", {"image": feature}, [array])
+    (tmp_path / "bait_module.py").write_text(f"open({str(tmp_path / 'bait')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (folder / "features.json").read_text()
+    name = "tensorflow_datasets.core.features.tensor_feature.Tensor"
+    for content in (text.replace(name, "bait_module.Tensor"), "[" * 100_000, "{"):
+        assert content != text
+        (folder / "features.json").write_text(content)
+        with pytest.raises(UserError, match="'tfds:evil:train'"):
+            open_source("tfds:evil:train")
+    assert not (tmp_path / "bait").exists()
+
+
 def test_tfds_errors_name_the_fix(data_dir, tmp_path):
     import tensorflow_datasets as tfds
 

@@ -163,10 +163,10 @@ def _labels(text: str | None, stage_list: list[Any], count: int) -> Any:
 
 def _remove_older(folder: Path, files: set[str]) -> None:
     """Remove the images that the manifest of an earlier run names and this run does not have."""
+    from sr3_jax.files import read_json
+
     try:
-        before = [
-            entry["file"] for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["images"]
-        ]
+        before = [entry["file"] for entry in read_json(folder / MANIFEST)["images"]]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for file in before:

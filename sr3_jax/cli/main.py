@@ -197,13 +197,16 @@ def _help(known: dict[str, str]) -> str:
 
 def _set_up() -> None:
     """Set up logging (ours on stderr, other libraries only from errors on) and the persistent compilation cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for variable, value in {
-        "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "sr3_jax", "compiled"),
+    from sr3_jax.storage import cache_folder
+
+    variables = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "GRPC_VERBOSITY": "ERROR",
         "GLOG_minloglevel": "2",
-    }.items():
+    }
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (compiled := cache_folder("compiled")) is not None:
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    for variable, value in variables.items():
         os.environ.setdefault(variable, value)
     try:
         from absl import logging as absl_logging

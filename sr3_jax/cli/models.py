@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,14 +34,15 @@ def _row(path: Path) -> tuple[str, ...]:
     from safetensors import safe_open
 
     from sr3_jax.config.load import complete, migrate
+    from sr3_jax.files import parse_json, read_json
 
     with safe_open(path, framework="numpy") as file:
-        config = complete(migrate(json.loads(file.metadata()["config"]))[0])
+        config = complete(migrate(parse_json(file.metadata()["config"]))[0])
         count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, no dict
     sampling = config["sampling"]
     stored = path.with_name(f"{path.stem}.sampling.json")  # of sr3 search-schedule
     if stored.is_file():
-        sampling = json.loads(stored.read_text(encoding="utf-8"))["sampling"]
+        sampling = read_json(stored)["sampling"]
     return (
         path.stem,
         f"{config['data']['scale']}x" if config["model"]["low_res"] else "base",

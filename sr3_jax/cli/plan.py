@@ -59,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")
     from sr3_jax.config import load_config
     from sr3_jax.files import write_text
-    from sr3_jax.planning.plan import cache_folder, plan
+    from sr3_jax.planning.plan import plan
     from sr3_jax.planning.report import report
     from sr3_jax.planning.topologies import parse
+    from sr3_jax.storage import cache_folder
     from sr3_jax.train.experiment import read
 
     topology = parse(args.topology)
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         programs=(args.only,) if args.only else ("train", "sample"),
         estimate=args.estimate,
         quick=args.quick,
-        cache=cache_folder(),
+        cache=cache_folder("plans"),
         refresh=args.refresh,
         watch=watch,
     )

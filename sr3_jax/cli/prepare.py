@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"skipped {len(rejected)} files:", file=sys.stderr)
             print("\n".join(f"  {printable(path)}: {reason}" for path, reason in rejected), file=sys.stderr)
 
-    data_dir = Path(args.data_dir).expanduser() if args.data_dir else store.data_dir()
     bars: list[Bar] = []  # made at the first image, so that errors come without a bar
+    data_dir = Path(os.path.expanduser(args.data_dir)) if args.data_dir else store.data_dir()
     with contextlib.ExitStack() as stack:
 
         def advance(total: int) -> None:

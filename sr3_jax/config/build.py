@@ -22,6 +22,8 @@ from sr3_jax.errors import UserError
 from sr3_jax.nn.unet import UNet
 from sr3_jax.types import Conditioning, Key, Params
 
+LARGEST_WIDTH = 16_384  # channels of a level
+
 Config = Mapping[str, Mapping[str, Any]]  # complete: every section and field of `fields.SECTIONS`
 
 
@@ -197,6 +199,11 @@ def _check_network(network: UNet) -> None:
         invalid(
             "model", "multipliers", network.multipliers, "hold one whole number of 1 or more for each level"
         )
+    if network.channels * max(network.multipliers) > LARGEST_WIDTH:
+        rule = (
+            f"give levels of at most {LARGEST_WIDTH} channels with config.model.channels={network.channels}"
+        )
+        invalid("model", "multipliers", network.multipliers, rule)
     if len(network.num_blocks) != levels or min(network.num_blocks) < 1:
         rule = f"hold {levels} whole numbers of 1 or more, one for each of config.model.multipliers"
         invalid("model", "num_blocks", network.num_blocks, rule)

@@ -23,9 +23,12 @@ class Field:
         or_function: whether 'MODULE:FUNCTION' is allowed besides the choices.
         least, most: inclusive bounds.
         above, below: exclusive bounds.
+        longest: the maximum number of items of a tuple of ints.
         fixed: whether a run must be resumed with the value that it was started with.
 
-    A tuple of floats is a range, (least, most): it must be ascending, and the bounds hold for both ends.
+    A tuple of floats is a range, (least, most): it must be ascending, and the bounds hold for both ends. For a tuple of
+    ints they hold for each item. Upper bounds are far above any use: they keep a broken or hostile model file from
+    exhausting time or memory.
     """
 
     default: Any
@@ -36,6 +39,7 @@ class Field:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    longest: int | None = None
     fixed: bool = False
 
     @property
@@ -52,6 +56,8 @@ class Field:
         """The rule for a value as words that follow 'must be'; '' where any value of the type is allowed."""
         if self.values:
             return f"one of {', '.join(map(str, self.values))}" + " or MODULE:FUNCTION" * self.or_function
+        if self.longest is not None:
+            return f"at most {self.longest} whole numbers from {self.least} to {self.most}"
         if self.least is not None and self.most is not None:
             return "ascending and " * self.is_range + f"from {self.least:.10g} to {self.most:.10g}"
         bounds = (
@@ -67,6 +73,9 @@ class Field:
         if self.is_range:
             ends = replace(self, default=0.0)
             return value[0] <= value[1] and all(ends.contains(end) for end in value)
+        if isinstance(value, tuple):
+            item = replace(self, default=0)
+            return len(value) <= (self.longest or len(value)) and all(map(item.contains, value))
         return (
             (not self.values or value in self.values or (self.or_function and ":" in value))
             and (self.least is None or value >= self.least)
@@ -160,26 +169,41 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             "The U-Net.",
             {
                 "channels": Field(
-                    default=128, least=4, fixed=True, help="Channels of level 0; a multiple of 4."
+                    default=128, least=4, most=4096, fixed=True, help="Channels of level 0; a multiple of 4."
                 ),
                 "multipliers": Field(
                     default=(1, 2, 4, 8, 8),
+                    least=1,
+                    most=64,
+                    longest=10,
                     fixed=True,
                     help="Width of each level as a multiple of `channels`; each level halves the resolution.",
                 ),
                 "num_blocks": Field(
                     default=(3, 3, 3, 3, 3),
+                    least=1,
+                    most=32,
+                    longest=10,
                     fixed=True,
                     help="Residual blocks per level on the downsampling path.",
                 ),
                 "attention_levels": Field(
-                    default=(), fixed=True, help="Levels with self-attention after each residual block."
+                    default=(),
+                    least=0,
+                    most=9,
+                    longest=10,
+                    fixed=True,
+                    help="Levels with self-attention after each residual block.",
                 ),
                 "mid_attention": Field(
                     default=True, fixed=True, help="Self-attention at the lowest resolution."
                 ),
                 "head_channels": Field(
-                    default=0, least=0, fixed=True, help="Channels of an attention head; 0 for a single head."
+                    default=0,
+                    least=0,
+                    most=4096,
+                    fixed=True,
+                    help="Channels of an attention head; 0 for a single head.",
                 ),
                 "layout": Field(
                     default="biggan",
@@ -212,7 +236,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     help="Dropout rate in the residual blocks during training.",
                 ),
                 "num_classes": Field(
-                    default=0, least=0, fixed=True, help="Number of class labels; 0 for none."
+                    default=0, least=0, most=1_000_000, fixed=True, help="Number of class labels; 0 for none."
                 ),
                 "augment": Field(
                     default=False,
@@ -243,6 +267,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                 "stem_channels": Field(
                     default=0,
                     least=0,
+                    most=4096,
                     fixed=True,
                     help="Width of the input convolution; 0 for `channels`.",
                 ),
@@ -301,7 +326,11 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     help="Noise schedule in training.",
                 ),
                 "num_steps": Field(
-                    default=2000, least=2, fixed=True, help="T, the number of noise levels in training."
+                    default=2000,
+                    least=2,
+                    most=100_000,
+                    fixed=True,
+                    help="T, the number of noise levels in training.",
                 ),
                 "beta_start": Field(
                     default=1e-6,
@@ -328,7 +357,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     or_function=True,
                     help="Solver: the paper's ancestral sampler, DDIM, DPM-Solver++(2M), Heun, or one of yours.",
                 ),
-                "steps": Field(default=25, least=1, help="Number of sampling steps."),
+                "steps": Field(default=25, least=1, most=100_000, help="Number of sampling steps."),
                 "back_projection": Field(
                     default=0,
                     least=0,
@@ -353,18 +382,23 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     help="Random crops, or the central square of each image resized to `crop`.",
                 ),
                 "crop": Field(
-                    default=128, least=1, help="Side of the training crops, in pixels of the source image."
+                    default=128,
+                    least=1,
+                    most=16_384,
+                    help="Side of the training crops, in pixels of the source image.",
                 ),
                 "mirror": Field(default=True, help="Flip half of the training crops left to right."),
                 "shrink": Field(
                     default=1,
                     least=1,
+                    most=64,
                     fixed=True,
                     help="Downsample each crop by this factor first, so that the stages of a cascade share data.",
                 ),
                 "scale": Field(
                     default=4,
                     least=1,
+                    most=64,
                     fixed=True,
                     help="Super-resolution factor; 1 if `model.low_res` is false.",
                 ),
@@ -392,6 +426,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                 "augment_largest": Field(
                     default=1.0,
                     above=0,
+                    most=100,
                     fixed=True,
                     help="Maximum strength: standard deviation of the blur in low-res pixels, or of the noise "
                     "for images in [-1, 1].",
@@ -521,6 +556,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                 "size": Field(
                     default=0,
                     least=0,
+                    most=16_384,
                     fixed=True,
                     help="Side of the output images, in pixels; 0 for any size.",
                 ),

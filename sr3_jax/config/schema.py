@@ -86,7 +86,7 @@ def check_type(section: str, name: str, value: Any, *, default: Any = None) -> A
     kind = type(field.default)
     plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
     if kind is float and type(plain) is int:
-        plain = float(plain)
+        plain = float(plain) if abs(plain) < 1e300 else math.inf
     if kind is int and type(plain) is float and plain.is_integer():
         plain = int(plain)
     if kind is tuple and not field.is_range and isinstance(plain, list | tuple):

@@ -14,19 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from sr3_jax.data import store
 from sr3_jax.data.sources import retried, scan_folder
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
-from sr3_jax.image_io.image_file import ImageError, UnreadableError, read_rgb
+from sr3_jax.image_io.image_file import ImageError, UnreadableError, is_plain, read_rgb
 
 _VERSION = "1.0.0"
 _PER_SHARD = 10_000  # images per ArrayRecord file: about a gigabyte of photographs
 _PER_WRITE = 64  # images
-_ORIENTATION = 274  # EXIF tag
+_LARGEST_FILE = 2**30  # bytes; files are read into memory
 _SPLIT_OF = {  # folder names of the usual layouts, in lower case
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test", "testing": "test",
@@ -178,6 +177,8 @@ def _checked(path: Path) -> bytes | ImageError:
 
     def read() -> bytes:
         try:
+            if (size := path.stat().st_size) > _LARGEST_FILE:
+                raise ImageError(f"has {size / 2**30:.1f} GiB, more than 1 GiB")
             return path.read_bytes()
         except OSError as error:
             raise UnreadableError(reason(error), error.errno or 0) from error
@@ -185,27 +186,13 @@ def _checked(path: Path) -> bytes | ImageError:
     try:
         data = retried(read, printable(path), permanent=(errno.EACCES, errno.EPERM))
         rgb = read_rgb(data)
-        if _is_plain(data, rgb):
+        if is_plain(data, rgb):
             return data
         file = io.BytesIO()
         Image.fromarray(rgb).save(file, "PNG")
         return file.getvalue()
     except ImageError as error:
         return error
-
-
-def _is_plain(data: bytes, rgb: np.ndarray) -> bool:
-    """Whether every decoder gives these pixels: 8-bit RGB, no rotation, opaque, one frame."""
-    with Image.open(io.BytesIO(data)) as header:
-        if (
-            header.mode != "RGB"
-            or header.size != rgb.shape[1::-1]
-            or header.getexif().get(_ORIENTATION, 1) != 1
-        ):
-            return False
-        if header.format == "PNG":  # bit depth; Pillow does not read EXIF that follows the pixels
-            return data[24] == 8 and not any(chunk in data for chunk in (b"eXIf", b"tRNS", b"acTL"))
-        return header.format in ("JPEG", "MPO")  # MPO: a JPEG followed by more images
 
 
 def _in_order(

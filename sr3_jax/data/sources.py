@@ -22,6 +22,7 @@ from PIL import Image
 
 from sr3_jax.data import store
 from sr3_jax.errors import UserError
+from sr3_jax.files import parse_json
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, UnreadableError, read_rgb, read_size
 from sr3_jax.image_io.inputs import walk
@@ -154,7 +155,7 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
     if kind == "tfds" and rest:
         return _open_tfds(name, rest, min_side, cache_mb)
     if kind == "folder" and rest:
-        return _open_folder(name, Path(rest).expanduser(), min_side, cache_mb)
+        return _open_folder(name, Path(os.path.expanduser(rest)), min_side, cache_mb)
     raise UserError(f"unknown data source '{printable(name)}': use {_NAMES}")
 
 
@@ -226,9 +227,33 @@ def _photos() -> Any:
     return found or store.build(Sr3Photos, where)
 
 
+def _check_features(path: Any, name: str) -> None:
+    """Refuse a data set with features that are not TFDS's own: TFDS imports any module that this file names."""
+    try:
+        pending = [parse_json(path.read_text())]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{printable(name)}' is damaged (features.json: {error}): prepare it again"
+        ) from error
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += value
+        elif isinstance(value, dict):
+            pending += value.values()
+            keys = ["pythonClassName", "python_class_name", *(["type"] if "content" in value else [])]
+            for used in (str(value[key]) for key in keys if key in value):
+                if not used.startswith("tensorflow_datasets.core.features."):
+                    raise UserError(
+                        f"'{printable(name)}' needs the feature {printable(used)}, which is not TFDS's own: use "
+                        "another data set, or `sr3 prepare` on its images"
+                    )
+
+
 def _read_tfds(name: str, folder: Any, split: str, min_side: int, cache_mb: int) -> Source:
     import tensorflow_datasets as tfds
 
+    _check_features(folder / "features.json", name)
     builder = tfds.builder_from_directory(str(folder))
     features = builder.info.features
     names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []

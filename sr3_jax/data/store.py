@@ -15,25 +15,37 @@ from pathlib import Path
 from typing import Any
 
 from sr3_jax.errors import UserError
-from sr3_jax.storage import is_disk_full, try_lock
+from sr3_jax.storage import is_disk_full, temporary_folder, try_lock
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VARIABLES = ("SR3_DATA_DIR", "TFDS_DATA_DIR")
 
 
 def data_dir() -> Path:
-    """The folder that data sets are written to: $SR3_DATA_DIR, else $TFDS_DATA_DIR, else ~/.cache/sr3_jax/datasets."""
+    """The folder that data sets are written to: $SR3_DATA_DIR, else $TFDS_DATA_DIR, else ~/.cache/sr3_jax/datasets.
+
+    Without a home folder it is in the folder of temporary files.
+
+    Raises:
+        UserError: that folder cannot be made, or belongs to another user.
+    """
     for chosen in (os.environ.get(variable, "") for variable in _VARIABLES):
         if chosen and "://" not in chosen:  # buckets are only read
-            return Path(chosen).expanduser()
-    return Path.home() / ".cache" / "sr3_jax" / "datasets"
+            return Path(os.path.expanduser(chosen))
+    home = Path(os.path.expanduser("~"))
+    if home.is_absolute():
+        return home / ".cache" / "sr3_jax" / "datasets"
+    if (folder := temporary_folder("datasets")) is None:  # no home folder, as in some containers
+        raise UserError("there is no home folder for data sets: set SR3_DATA_DIR to a folder")
+    return folder
 
 
 def search_path() -> list[str]:
     """The folders that are searched for a data set, in order; TFDS's default comes last."""
     places = [os.environ.get(variable, "") for variable in _VARIABLES]
     places += [str(data_dir()), "~/tensorflow_datasets"]
-    return list(dict.fromkeys(os.path.expanduser(place) for place in places if place))
+    expanded = [os.path.expanduser(place) for place in places if place]
+    return list(dict.fromkeys(place for place in expanded if not place.startswith("~")))  # no home folder
 
 
 def find(name: str, *, version: str | None = None, where: list[str] | None = None) -> Any | None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_file
-from sr3_jax.files import safetensors_bytes
+from sr3_jax.files import parse_json, safetensors_bytes
 from sr3_jax.image_ops import pad_batch
 from sr3_jax.storage import atomic_write
 
@@ -54,7 +54,7 @@ def read_classifier(path: Path, *, file_format: str) -> tuple[dict[str, np.ndarr
                 raise UserError(f"{path} is not a classifier: make one with sr3 train-classifier")
             names = file.keys()  # a list: the file itself is not iterable
             arrays = {name: file.get_tensor(name).astype(np.float32) for name in names}
-        return arrays, json.loads(metadata["classifier"]), sha256
+        return arrays, parse_json(metadata["classifier"]), sha256
 
 
 def classifier_format(path: Path) -> str:

@@ -157,9 +157,9 @@ def load_classifier(spec: str) -> Classifier:
     """
     path, _, options = spec.partition("?")
     if path.endswith(".onnx"):
-        return onnx.load(Path(path).expanduser(), options)
+        return onnx.load(Path(os.path.expanduser(path)), options)
     if spec.endswith(".safetensors"):
-        file = Path(spec).expanduser()
+        file = Path(os.path.expanduser(spec))
         if classifier_format(file) == linear_probe.FORMAT:
             return linear_probe.load(file)
         return load_network(file)

@@ -5,6 +5,7 @@ Shape legend: B batch, H height, W width, D features, K logits of classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def open_network(spec: str | None, *, lpips: Lpips | None, classifier: Any = Non
                 f"--features=inception needs a file of weights: use inception:{INCEPTION_FILE}, or alexnet, whose "
                 "distance is not FID"
             )
-        inception = load_inception(Path(path).expanduser())
+        inception = load_inception(Path(os.path.expanduser(path)))
         return Network(inception.protocol, lambda images: np.hstack(inception.outputs(images)), CLASSES)
     if name == "alexnet" and not path:
         if lpips is None:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -108,6 +109,7 @@ class _Reader(pickle.Unpickler):
     """An unpickler that resolves only the names in `known`."""
 
     def __init__(self, file: BinaryIO, known: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any]):
+        _check_memo(file)
         super().__init__(file, encoding="latin1")
         self.known, self.storage = known, storage
 
@@ -118,6 +120,15 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         return self.storage(pid)
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse a pickle that numbers an object beyond its count: the unpickler would allocate all numbers below it."""
+    start = file.tell()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > count:
+            raise _Unsupported("has an object number beyond the number of its objects")
+    file.seek(start)
 
 
 def _names() -> dict[tuple[str, str], Any]:
@@ -230,7 +241,8 @@ def _pickles(content: bytes) -> Any:
     return tree
 
 
-def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, np.ndarray]]:
+def _flatten(tree: Any, prefix: str = "", seen: set[int] | None = None) -> list[tuple[str, np.ndarray]]:
+    seen = set() if seen is None else seen
     if isinstance(tree, _Array):
         tree = tree.value
     elif isinstance(tree, _View):
@@ -239,8 +251,11 @@ def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, np.ndarray]]:
         return [(prefix, tree)]
     if not isinstance(tree, dict):
         raise _Unsupported(f"contains something other than arrays ({prefix or 'at the top level'!s:.80})")
+    if id(tree) in seen:  # groups in groups could double the number of arrays at each level
+        raise _Unsupported(f"contains the same group twice ({prefix!s:.80})")
+    seen.add(id(tree))
     return [
         entry
         for key, value in tree.items()
-        for entry in _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        for entry in _flatten(value, f"{prefix}.{key}" if prefix else str(key), seen)
     ]

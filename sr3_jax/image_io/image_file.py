@@ -226,6 +226,24 @@ def read_size(source: Path | bytes, *, max_megapixels: float = DEFAULT_MAX_MEGAP
         return (width, height) if swapped else (height, width)
 
 
+def is_plain(source: bytes, rgb: np.ndarray, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> bool:
+    """Whether every decoder gives these pixels [H,W,3]: an RGB JPEG or PNG, 8 bits, no rotation, opaque, one frame.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    with _opened(source, max_megapixels) as image:
+        try:
+            upright = image.getexif().get(metadata.ORIENTATION, 1) == 1
+        except Exception:  # broken EXIF data raises anything, in other decoders too
+            return False
+        if image.mode != "RGB" or image.size != rgb.shape[1::-1] or not upright:
+            return False
+        if image.format == "PNG":  # bit depth; Pillow does not read EXIF that follows the pixels
+            return source[24] == 8 and not any(chunk in source for chunk in (b"eXIf", b"tRNS", b"acTL"))
+        return image.format in ("JPEG", "MPO")  # MPO: a JPEG followed by more images
+
+
 @contextmanager
 def _opened(source: Path | bytes, max_megapixels: float) -> Iterator[Image.Image]:
     """The Pillow image in `source`, with its header checked. Every exception inside becomes an `ImageError`."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from sr3_jax import __version__
 from sr3_jax.errors import UserError
-from sr3_jax.files import sha256_hex, write_text
+from sr3_jax.files import read_json, sha256_hex, write_text
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import Model, load
 from sr3_jax.inference.sampling_file import params_fingerprint
@@ -175,7 +175,7 @@ def _record(folder: Path, step: PreparedStage, process: int) -> Path:
 
 def _fingerprint(record: Path) -> str | None:
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
+        return read_json(record)["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from sr3_jax.errors import UserError
-from sr3_jax.files import sha256_hex, write_text
+from sr3_jax.files import read_json, sha256_hex, write_text
 from sr3_jax.sampling import Sampling
 from sr3_jax.types import Params
 
@@ -94,7 +94,7 @@ def store_sampling(
 def read_sampling(path: Path) -> StoredSampling:
     """Read a file of `write_sampling`. UserError for any other file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if values.pop("format") != FORMAT:
             raise UserError("unknown format version")
         return StoredSampling(sampling=Sampling(**values.pop("sampling")), **values)

@@ -5,7 +5,6 @@ A stage is a model whose config has its name, image size and scale (`config.stag
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from sr3_jax.config.build import Stage
 from sr3_jax.errors import UserError
-from sr3_jax.files import unique_file_name
+from sr3_jax.files import read_json, unique_file_name
 from sr3_jax.train.checkpoints import CONFIG_FILE, newest_step, read_config
 from sr3_jax.train.weights import locate_model, read_export_config
 
@@ -59,9 +58,7 @@ def find_stages(paths: Sequence[str]) -> list[StageInfo]:
     plan = Path(paths[0]) / PLAN_FILE
     if len(paths) == 1 and plan.is_file():
         try:
-            paths = [
-                str(plan.parent / name) for name in json.loads(plan.read_text(encoding="utf-8"))["stages"]
-            ]
+            paths = [str(plan.parent / name) for name in read_json(plan)["stages"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{plan} is not a valid cascade file: name the folders of the stages one by one after --stages"

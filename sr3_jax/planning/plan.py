@@ -234,11 +234,6 @@ def _shapes(tree: Any) -> list[tuple[tuple[int, ...], int]]:
 # ---- The cache.
 
 
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/sr3_jax/plans."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sr3_jax" / "plans"
-
-
 def cache_key(config: Mapping[str, Mapping[str, Any]], **more: Any) -> str:
     """A hash of everything that a program depends on: config fields, `more`, library versions and source code."""
     fields = {

@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from sr3_jax.config.load import complete_stored
 from sr3_jax.distributed.sharding import process_max
 from sr3_jax.errors import UserError
-from sr3_jax.files import write_text
+from sr3_jax.files import read_json, write_text
 from sr3_jax.image_io.errors import printable
 from sr3_jax.storage import is_disk_full
 from sr3_jax.train.state import TrainState
@@ -57,15 +57,16 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / CONFIG_FILE
     try:
-        return complete_stored(json.loads(path.read_text(encoding="utf-8")), str(workdir))
+        stored = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"{workdir} has no {CONFIG_FILE}, so it is not a workdir: use one that sr3 train has written"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}): restore it from a backup, or use a new workdir"
         ) from None
+    return complete_stored(stored, str(workdir))
 
 
 class Checkpoints:

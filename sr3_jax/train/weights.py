@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from sr3_jax.config.load import complete_stored
 from sr3_jax.errors import UserError
-from sr3_jax.files import safetensors_bytes
+from sr3_jax.files import parse_json, safetensors_bytes
 from sr3_jax.storage import atomic_write
 from sr3_jax.train.checkpoints import CONFIG_FILE, first_line, load_ema, read_config
 from sr3_jax.types import Params
@@ -129,7 +129,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
                 )
             if "config" not in metadata:
                 raise UserError(f"{path} has no config: export the model again with sr3 export")
-            yield file, complete_stored(json.loads(metadata["config"]), f"model {path}")
+            yield file, complete_stored(parse_json(metadata["config"]), f"model {path}")
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
