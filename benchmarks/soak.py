@@ -79,9 +79,18 @@ def files(pattern: str) -> Callable[[Path], dict[str, bytes]]:
     """A function that reads the files of a pattern below a place."""
 
     def read(out: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.glob(pattern))}
+        return {str(path.relative_to(out)): _content(path) for path in sorted(out.glob(pattern))}
 
     return read
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; the header of a model file in sorted order."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    size = int.from_bytes(data[:8], "little")
+    return json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode() + data[8 + size :]
 
 
 def number_of(pattern: str) -> Callable[[Path], int]:
