@@ -1,4 +1,4 @@
-"""Writes docs/results.md, docs/models.md, docs/cascade.md and docs/pods/plans.md from the JSON files next to them.
+"""Writes the pages results, models, cascade, pods/plans and reliability of docs/ from the JSON files next to them.
 
     python -m experiments.pages                  # all of them
     python -m experiments.pages results models   # some of them
@@ -343,11 +343,82 @@ def plans_table(found: Sequence[Mapping[str, Any]]) -> str:
     return tables.markdown(pd.DataFrame(lines))
 
 
+# --- docs/reliability.md
+
+
+def write_reliability(docs: Path) -> None:
+    """docs/reliability.md from the figures of benchmarks/soak.py in docs/reliability/soak.json."""
+    path = docs / "reliability" / "soak.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run python benchmarks/soak.py -o {path}")
+    found = read_json(path)
+    parts = {**{f"sr3 {name}": part for name, part in found["kills"].items()}}
+    parts |= {"hostile images": found["images"], "hostile model files": found["models"]}
+    page = render(
+        "reliability.md",
+        command=" ".join(found["command"]),
+        date=found["date"],
+        minutes=f"{found['seconds'] / 60:.0f}",
+        hardware=found["hardware"],
+        versions=", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        kills=_kills_table(found["kills"]),
+        hostile=_hostile_table(found["images"], found["models"]),
+        silence=f"{found['limits']['silence']:g}",
+        memory=f"{found['limits']['memory_gb']:g}",
+        failures=[f"{name}: {failure}" for name, part in parts.items() for failure in part["failures"]],
+    )
+    write_text(docs / "reliability.md", page)
+
+
+def _kills_table(kills: Mapping[str, Any]) -> str:
+    lines = [
+        {
+            "command": f"`sr3 {name}`",
+            "compared with an uninterrupted run": part["compared"],
+            "SIGKILL": str(part["sigkill"]),
+            "SIGTERM": str(part["sigterm"]),
+            "lost or changed": str(len(part["failures"]) or "nothing"),
+        }
+        for name, part in kills.items()
+    ]
+    total = {key: str(sum(part[key.lower()] for part in kills.values())) for key in ("SIGKILL", "SIGTERM")}
+    lost = sum(len(part["failures"]) for part in kills.values())
+    lines.append(
+        dict.fromkeys(lines[0], "") | {"command": "all", "lost or changed": str(lost or "nothing")} | total
+    )
+    return tables.markdown(pd.DataFrame(lines))
+
+
+def _hostile_table(images: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    def line(what: str, count: int, outcome: str, one: Mapping[str, Any], failures: int) -> dict[str, str]:
+        return {
+            "input": f"{count} {what}",
+            "outcome": outcome,
+            "peak memory": f"{one['peak_gb']:.2f} GB",
+            "longest silence": f"{one['silence']:.1f} s",
+            "failures": str(failures),
+        }
+
+    def failures(part: Mapping[str, Any], command: str) -> int:
+        return sum(failure.startswith(command) for failure in part["failures"])
+
+    upscaled = f"{images['upscaled']} upscaled, {images['reported']} named as failed"
+    prepared = f"{images['prepared']} stored, the others named as failed"
+    refused = f"{models['refused']} fail with one sentence, {models['loaded']} are valid"
+    lines = [
+        line("images, `sr3 upscale`", images["count"], upscaled, images["upscale"], failures(images, "sr3 upscale")),
+        line("images, `sr3 prepare`", images["count"], prepared, images["prepare"], failures(images, "sr3 prepare")),
+        line("model files, `sr3 upscale`", models["count"], refused, models, len(models["failures"])),
+    ]  # fmt: skip
+    return tables.markdown(pd.DataFrame(lines))
+
+
 PAGES: Mapping[str, Callable[[Path], None]] = {
     "results": write_results,
     "models": write_models,
     "cascade": write_cascade,
     "pods": write_pods,
+    "reliability": write_reliability,
 }
 
 

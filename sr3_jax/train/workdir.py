@@ -91,7 +91,7 @@ def _check_folder_rename(workdir: Path) -> None:
         except OSError as error:
             raise UserError(
                 f"workdir {printable(workdir)} is on a file system that cannot rename folders ({reason(error)}), "
-                "which checkpoints need: use another one"
+                "which checkpoints need: use another one; a Cloud Storage bucket needs a hierarchical namespace"
             ) from error
         if not complete:
             raise UserError(

@@ -20,7 +20,7 @@ DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 @pytest.fixture
 def docs(tmp_path) -> Path:
     """A copy of the inputs of the pages, without the pages."""
-    for folder in ("results", "models", "cascade", "pods"):
+    for folder in ("results", "models", "cascade", "pods", "reliability"):
         shutil.copytree(DOCS / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.csv", "*.md"))
     (tmp_path / "images").mkdir()
     for path in (DOCS / "images").glob("*"):
@@ -35,6 +35,7 @@ def docs(tmp_path) -> Path:
         ("models", ["models.md", "models/photo_4x.csv"]),
         ("cascade", ["cascade.md"]),
         ("pods", ["pods/plans.md"]),
+        ("reliability", ["reliability.md"]),
     ],
 )
 def test_the_committed_pages_are_up_to_date(docs, page, files):
