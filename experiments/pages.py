@@ -220,10 +220,12 @@ def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, 
     _write_csv(all_rows, docs / "models" / f"{name}.csv", first="set")
     data = pd.DataFrame(facts["data"])[["name", "license", "images"]]
     some = next(iter(evaluations.values()))
-    recipes = pd.DataFrame(facts["recipes"]["rows"])
+    recipes = (
+        tables.markdown(pd.DataFrame(facts["recipes"]["rows"]).astype(str)) if "recipes" in facts else ""
+    )
     return {
         **facts,
-        "recipes_table": tables.markdown(recipes.astype(str)),
+        "recipes_table": recipes,
         "megabytes": (ROOT / facts["file"]).stat().st_size / 1e6,
         "scale": model.scale,
         "parameters": next(one["parameters"] for one in some["models"]),
