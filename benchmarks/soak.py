@@ -156,7 +156,7 @@ def make_cases(folder: Path) -> tuple[dict[str, Case], Path]:
         ("export", str(run), "-o", str(model)),
     ):
         subprocess.run([*SR3, *arguments], cwd=ROOT, env=environment(), check=True, capture_output=True)
-    steps = ("--steps", "40")
+    steps, stages = ("--steps", "40"), (str(model), str(model))
     cases = (
         Case(
             "train", ("train", f"--config={config}", "--workdir=OUT"), trained, "*/*.png",
@@ -178,7 +178,7 @@ def make_cases(folder: Path) -> tuple[dict[str, Case], Path]:
         ),
         Case(
             "cascade",
-            ("cascade", "--stages", *2 * [str(model)], "--low-res", str(small), "-o", "OUT", *steps, "--batch-size", "1"),
+            ("cascade", "--stages", *stages, "--low-res", str(small), "-o", "OUT", *steps, "--batch-size", "1"),
             files("0*.png"), "0*.png", "12 images of 2 stages", number_of("**/0*.png"), keeps=False,
         ),
         Case(
