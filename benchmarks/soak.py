@@ -303,20 +303,17 @@ def watch(command: list[str], log: Path, progress: Callable[[], Any]) -> Watched
     """Run a command with its output in a file; end it if `progress` stands still or if it takes too much memory."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
-    last, since, longest, ended, begun = progress(), time.monotonic(), 0.0, "", False
+    last, since, longest, ended = progress(), time.monotonic(), 0.0, ""
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        now = time.monotonic()
+        now, found = time.monotonic(), progress()
+        longest = max(longest, now - since)  # with the start, which is the longest one as a rule
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             return Watched(process.returncode, usage.ru_maxrss * 1024.0, longest, ended)
-        if (found := progress()) != last:
-            last, since, begun = found, now, True
-        if begun:  # the start is not silence
-            longest = max(longest, now - since)
-        if not ended and (
-            now - since > (2 * SILENCE if begun else _PATIENCE) or _resident(process.pid) > _ENOUGH
-        ):
+        if found != last:
+            last, since = found, now
+        if not ended and (now - since > 2 * SILENCE or _resident(process.pid) > _ENOUGH):
             ended = "memory" if _resident(process.pid) > _ENOUGH else "silence"
             process.kill()
         time.sleep(0.1)
