@@ -62,6 +62,8 @@ class Case:
         complete: a glob of files that must have their final bytes as soon as they exist.
         compared: the former in words, for the page.
         work: how much of the work is done at a place, in any unit; None for a command that does all of it at once.
+        keeps: whether a start after a kill keeps every finished file.
+        repeatable: whether the command may be run again once it is done.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Case:
     complete: str
     compared: str
     work: Callable[[Path], int] | None = None
+    keeps: bool = True
+    repeatable: bool = True
 
     def command(self, out: Path) -> list[str]:
         return [*SR3, *(argument.replace("OUT", str(out)) for argument in self.arguments)]
@@ -115,6 +119,17 @@ def trained(out: Path) -> dict[str, bytes]:
     }
 
 
+def prepared(out: Path) -> dict[str, bytes]:
+    """The images and file names of a data set; the order of the fields in a record is not fixed."""
+    import tensorflow_datasets as tfds
+
+    folder = out / "mine" / "1.0.0"
+    if not folder.is_dir():
+        return {}
+    records = tfds.builder_from_directory(str(folder)).as_data_source(split="train")
+    return {record["file_name"].decode(): record["image"].tobytes() for record in records}
+
+
 def evaluated(out: Path) -> dict[str, bytes]:
     """Output images, and the table without times."""
     table = (out / "evaluation.csv").read_text().splitlines()
@@ -127,6 +142,7 @@ def make_cases(folder: Path) -> tuple[dict[str, Case], Path]:
     """The commands by name, and the model that they use, which is trained here."""
     images = tiny.images(folder / "images", count=60, side=24)
     some = tiny.images(folder / "some", count=12, side=24)
+    small = tiny.images(folder / "small", count=12, side=6)
     sections = {
         "train": {"num_steps": 150, "log_every": 1},
         "checkpoint": {"every": 10, "keep": 2, "best": True},
@@ -140,7 +156,7 @@ def make_cases(folder: Path) -> tuple[dict[str, Case], Path]:
         ("export", str(run), "-o", str(model)),
     ):
         subprocess.run([*SR3, *arguments], cwd=ROOT, env=environment(), check=True, capture_output=True)
-    steps = ("--steps", "40")
+    steps, stages = ("--steps", "40"), (str(model), str(model))
     cases = (
         Case(
             "train", ("train", f"--config={config}", "--workdir=OUT"), trained, "*/*.png",
@@ -158,12 +174,12 @@ def make_cases(folder: Path) -> tuple[dict[str, Case], Path]:
         ),
         Case(
             "prepare", ("prepare", str(images), "--name", "mine", "--data-dir", "OUT"),
-            files("mine/*/*"), "mine/*/*", "all files of the data set",
+            prepared, "mine/*/*.json", "60 images and their names", repeatable=False,
         ),
         Case(
             "cascade",
-            ("cascade", "--stages", str(model), "--low-res", str(some), "-o", "OUT", *steps, "--batch-size", "1"),
-            files("0*.png"), "0*.png", "12 images", number_of("0*.png"),
+            ("cascade", "--stages", *stages, "--low-res", str(small), "-o", "OUT", *steps, "--batch-size", "1"),
+            files("0*.png"), "0*.png", "12 images of 2 stages", number_of("**/0*.png"), keeps=False,
         ),
         Case(
             "export", ("export", str(run), "-o", "OUT/model.safetensors"),
@@ -251,8 +267,12 @@ def soak_case(case: Case, folder: Path, *, kills: int, chance: random.Random) ->
                 for path, inode in before.items()
                 if not path.exists() or path.stat().st_ino != inode
             ]
-            check("finished but written again", lost)
-        code, err, _ = run(case, out)
+            check("finished but written again", case.keeps and lost)
+            if not case.repeatable and case.final(out):
+                break
+        code, err = 0, ""
+        if case.repeatable or not case.final(out):
+            code, err, _ = run(case, out)
         check("last start", code and f"{code}: {err}")
         if not code:
             found = case.final(out)
@@ -283,20 +303,17 @@ def watch(command: list[str], log: Path, progress: Callable[[], Any]) -> Watched
     """Run a command with its output in a file; end it if `progress` stands still or if it takes too much memory."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
-    last, since, longest, ended, begun = progress(), time.monotonic(), 0.0, "", False
+    last, since, longest, ended = progress(), time.monotonic(), 0.0, ""
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        now = time.monotonic()
+        now, found = time.monotonic(), progress()
+        longest = max(longest, now - since)  # with the start, which is the longest one as a rule
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             return Watched(process.returncode, usage.ru_maxrss * 1024.0, longest, ended)
-        if (found := progress()) != last:
-            last, since, begun = found, now, True
-        if begun:  # the start is not silence
-            longest = max(longest, now - since)
-        if not ended and (
-            now - since > (2 * SILENCE if begun else _PATIENCE) or _resident(process.pid) > _ENOUGH
-        ):
+        if found != last:
+            last, since = found, now
+        if not ended and (now - since > 2 * SILENCE or _resident(process.pid) > _ENOUGH):
             ended = "memory" if _resident(process.pid) > _ENOUGH else "silence"
             process.kill()
         time.sleep(0.1)

@@ -406,7 +406,7 @@ def _hostile_table(images: Mapping[str, Any], models: Mapping[str, Any]) -> str:
 
     upscaled = f"{images['upscaled']} upscaled, {images['reported']} named as failed"
     prepared = f"{images['prepared']} stored, the others named as failed"
-    refused = f"{models['refused']} fail with one sentence, {models['loaded']} are valid"
+    refused = f"{models['refused']} fail with one sentence, {models['loaded']} load"
     lines = [
         line("images, `sr3 upscale`", images["count"], upscaled, images["upscale"], failures(images, "sr3 upscale")),
         line("images, `sr3 prepare`", images["count"], prepared, images["prepare"], failures(images, "sr3 prepare")),

@@ -329,6 +329,6 @@ def test_full_disk_fails_with_one_sentence_and_leaves_nothing(tmp_path, data_dir
     save(tmp_path / "in" / "a.png", 1)
     with tiny.small_disk(50):
         assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 2
-    assert "is full" in capsys.readouterr().err.splitlines()[-1]
+    assert f"the data dir {data_dir} is full" in capsys.readouterr().err.splitlines()[-1]
     assert os.listdir(data_dir) == [".lock"]
     assert main(["prepare", str(tmp_path / "in"), "--name", "mine"]) == 0
