@@ -69,8 +69,8 @@ class Metric:
 
 
 _FRECHET = "Frechet distance between the features of the first output of each image and the reference"
-_KID = "kernel distance (unbiased squared MMD, unit 1e-3) between the same features"
-_KID += "; it can be negative by chance, or if outputs are very close to their own ground truth"
+_KID = "kernel distance (unbiased squared MMD, unit 1e-3) between the same features of different images"
+_KID += "; 0 for outputs that are distributed as the ground truth, below 0 by chance only"
 _IS = "Inception score of the outputs"
 
 METRICS: Mapping[str, Metric] = {

@@ -225,3 +225,17 @@ def test_inception_score_agrees_with_scipys_entropy():
     score = inception_score(logits, splits=3)
     assert score.mean == pytest.approx(np.mean(scores), rel=1e-10)
     assert score.deviation == pytest.approx(np.std(scores), rel=1e-10)
+
+
+def test_kid_of_paired_sets_leaves_the_pairs_out():
+    generator = np.random.default_rng(3)
+    a, b = generator.standard_normal((2, 12, 5))
+
+    def kernel(x, y) -> float:
+        return (x @ y / 5 + 1) ** 3
+
+    pairs = [(i, j) for i in range(12) for j in range(12) if i != j]
+    expected = np.mean([kernel(a[i], a[j]) + kernel(b[i], b[j]) - 2 * kernel(a[i], b[j]) for i, j in pairs])
+    assert kernel_distance(a, b, seed=0, paired=True).mean == pytest.approx(expected, rel=1e-6)
+    subsets = kernel_distance(a, b, seed=0, subsets=5000, subset_size=10, paired=True)
+    assert subsets.mean == pytest.approx(expected, abs=0.1)

@@ -30,8 +30,8 @@ def frechet(a, b):
 
 
 def kid(a, b):
-    """Of all pairs; test_features_statistics.py has its definition."""
-    return kernel_distance(a, b, seed=0).mean
+    """Of all pairs of different images; test_features_statistics.py has its definition."""
+    return kernel_distance(a, b, seed=0, paired=True).mean
 
 
 def test_metrics_follow_their_definitions():
@@ -175,3 +175,15 @@ def test_patches_tile_the_center():
     assert len(found) == 6 and all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert [patch.shape for patch in network.patches(image[:2])] == [(2, 11, 3)]
     assert "patches of 3x3" in network.protocol.preprocessing
+
+
+def test_kid_of_a_perfect_sampler_is_0_however_close_its_outputs_are_to_their_ground_truth():
+    """With the pairs of an output and its own ground truth, the ground truth itself scored far below 0."""
+    truth = features(0, 60)
+    near = truth + 0.1 * features(5, 60)
+    independent, copies, close = (
+        set_metrics.kernel_distance_interval(x, truth) for x in (features(1, 60), truth, near)
+    )
+    assert independent["low"] < 0 < independent["high"]
+    assert copies["mean"] == pytest.approx(0, abs=1e-6)
+    assert abs(close["mean"]) < 0.2 * (independent["high"] - independent["low"])

@@ -120,12 +120,12 @@ def ground_truth_metrics(
 
 
 def kernel_distance_interval(a: np.ndarray, b: np.ndarray, *, images: np.ndarray | None = None) -> Interval:
-    """KID of features [N,D] and [N,D], in units of 1e-3.
+    """KID of features [N,D] of outputs and [N,D] of their ground truth, in units of 1e-3, without the pairs (i,i).
 
     For up to SUBSET rows the interval comes from resamples of the images. For more it comes from the subsets: their
     standard deviation, scaled by the square root of the ratio of sizes, estimates that of the whole.
     """
-    spread = kernel_distance(a, b, seed=0, subset_size=SUBSET)
+    spread = kernel_distance(a, b, seed=0, subset_size=SUBSET, paired=True)
     if spread.deviation is None:
         kernels = [_kernel_without_diagonal(x, y) for x, y in ((a, a), (b, b), (a, b))]
         generator, values, rows = np.random.default_rng(0), [], _rows_by_image(images, len(a))

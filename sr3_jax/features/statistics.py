@@ -140,12 +140,22 @@ class Spread:
 
 
 def kernel_distance(
-    a: np.ndarray, b: np.ndarray, *, seed: int, subsets: int = 100, subset_size: int = 1000
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    seed: int,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    paired: bool = False,
 ) -> Spread:
     """KID (Binkowski et al. 2018): unbiased squared MMD of features [N,D] and [M,D], which may be negative.
 
     The kernel is (x.y / D + 1)^3. The result is the mean over `subsets` random subsets of each set, without
     replacement, or the value of all images if both sets have at most subset_size.
+
+    Args:
+        paired: row i of both sets belongs to the same image, such as an output and its ground truth. These pairs are
+            left out, as they would reward closeness to the ground truth, and a perfect sampler would score below 0.
 
     Raises:
         UserError: fewer than 2 images in a set.
@@ -158,20 +168,27 @@ def kernel_distance(
             f"KID needs at least 2 images in each set, got {len(a)} and {len(b)}: use more images"
         )
     if max(len(a), len(b)) <= subset_size:
-        return Spread(_discrepancy(a, b), None, 1, least)
+        return Spread(_discrepancy(a, b, paired=paired), None, 1, least)
     random = np.random.default_rng(seed)
-    values = [
-        _discrepancy(*(x[random.choice(len(x), least, replace=False)] for x in (a, b)))
-        for _ in range(subsets)
-    ]
+
+    def subset() -> float:
+        rows = random.choice(len(a), least, replace=False)
+        other = rows if paired else random.choice(len(b), least, replace=False)
+        return _discrepancy(a[rows], b[other], paired=paired)
+
+    values = [subset() for _ in range(subsets)]
     return Spread(float(np.mean(values)), float(np.std(values)), subsets, least)
 
 
-def _discrepancy(a: np.ndarray, b: np.ndarray) -> float:
+def _discrepancy(a: np.ndarray, b: np.ndarray, *, paired: bool) -> float:
     """Unbiased squared MMD, which excludes the kernel of an image with itself."""
     aa, bb, ab = ((x @ y.T / a.shape[1] + 1.0) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    within = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb))
-    return float(within - 2.0 * ab.mean())
+
+    def without_diagonal(kernel: np.ndarray) -> float:
+        return (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1))
+
+    between = without_diagonal(ab) if paired else ab.mean()
+    return float(without_diagonal(aa) + without_diagonal(bb) - 2.0 * between)
 
 
 def inception_score(logits: np.ndarray, *, splits: int = 10) -> Spread:
