@@ -140,3 +140,12 @@ def test_upscale_many_fails_at_the_image_that_cannot_be_read(model, tmp_path):
     assert next(outputs).shape == (32, 32, 3)
     with pytest.raises(UserError, match="not an image"):
         next(outputs)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ancestral"])
+def test_outputs_do_not_depend_on_global_settings_of_jax(model, solver):
+    image = pixels(6, 9, 3)
+    expected = model.upscale(image, seed=3, steps=2, solver=solver)
+    with jax.enable_x64(True), jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        found = model.upscale(image, seed=3, steps=2, solver=solver)
+    np.testing.assert_array_equal(found, expected)

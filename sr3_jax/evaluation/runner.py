@@ -43,6 +43,7 @@ from sr3_jax.image_io.grid import grid_row, image_grid
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.model import Model, load
 from sr3_jax.metrics import METRICS
+from sr3_jax.numerics import fixed_numerics
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Evaluation:
         return results.markdown(self.report)
 
 
+@fixed_numerics()
 def evaluate(
     models: Sequence[Model | str | Path],
     data: Source | str,

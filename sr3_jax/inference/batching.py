@@ -18,6 +18,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, visible_rgb
 from sr3_jax.image_ops import count_passes, pad_image, resize_lanczos, scaled_size
 from sr3_jax.inference.tiling import Tiling
+from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
 from sr3_jax.types import Key
 
@@ -97,7 +98,8 @@ class BatchRunner:
         try:
             padded = [pad_image(image[None], shape[0], shape[1])[0] for image in images]
             batch = np.stack(padded + padded[-1:] * (size - len(padded)))  # [size,H,W,3]
-            keys = jax.vmap(jax.random.key)(jnp.full([size], self._seed, jnp.uint32))
+            with fixed_numerics():
+                keys = jax.vmap(jax.random.key)(jnp.full([size], self._seed, jnp.uint32))
             outputs = np.asarray(self.model.upscale(batch, keys, sampling=self._sampling))
             scale = self.model.scale
             return [

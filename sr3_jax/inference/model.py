@@ -47,6 +47,7 @@ from sr3_jax.inference.program import generate_jit
 from sr3_jax.inference.sampling_file import find_sampling
 from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, cell_size, tile_image
 from sr3_jax.nn.unet import UNet, apply_unet
+from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.weights import load_weights, locate_model
 from sr3_jax.types import Denoiser, Key, Params
@@ -177,13 +178,15 @@ class Model:
             raise ValueError(f"image must be uint8 [h,w,3] or [B,h,w,3], got {images.dtype} {images.shape}")
         if not batched:
             images = images[None]
-        output = self._upscale_batch(images, _keys(seed, len(images)), **options)
+        output = self._upscale_batch(images, seed_keys(seed, len(images)), **options)
         return output if batched else output[0]
 
     def _upscale_decoded(
         self, image: DecodedImage, seed: int | Key, options: Mapping[str, Any]
     ) -> DecodedImage:
-        return with_pixels(image, self._upscale_batch(visible_rgb(image)[None], _keys(seed, 1), **options)[0])
+        return with_pixels(
+            image, self._upscale_batch(visible_rgb(image)[None], seed_keys(seed, 1), **options)[0]
+        )
 
     def _upscale_batch(
         self,
@@ -314,7 +317,7 @@ class Model:
         chosen = self.sampling if sampling is None else sampling
         plan = self.tiling(*image.shape[:2], tile=tile)
         size = (batch_size or jax.local_device_count()) if plan.count > 1 else 1
-        key = _keys(seed, 1).reshape(())
+        key = seed_keys(seed, 1).reshape(())
         for band in plan.bands():
             parts = []
             for first in range(0, len(band), size):
@@ -367,6 +370,7 @@ class Model:
             raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
         return replace(self, network=self.network.clone(dtype=dtype))
 
+    @fixed_numerics()
     def compile(
         self, shape: tuple[int, ...], *, labels: np.ndarray | None = None, sampling: Sampling | None = None
     ) -> None:
@@ -387,10 +391,11 @@ class Model:
         given = self._labels(None if labels is None else np.resize(labels, count), count)
         origins = np.zeros((count, 2), np.int32)
         arguments, settings = self._program(
-            self._output_shape(padded), padded, given, _keys(0, count), chosen, origins
+            self._output_shape(padded), padded, given, seed_keys(0, count), chosen, origins
         )
         generate_jit.lower(*arguments, **settings).compile()  # jit finds the result in its cache
 
+    @fixed_numerics()
     def generate(
         self,
         count: int,
@@ -486,6 +491,7 @@ class Model:
             self._copies[mesh] = jax.device_put(self.params, sharding.replicated(mesh))
         return self._copies[mesh]
 
+    @fixed_numerics()
     def _generate(
         self,
         shape: tuple[int, int, int, int],
@@ -545,7 +551,8 @@ class Model:
         return arguments, settings
 
 
-def _keys(seed: int | Key, count: int) -> Key:
+@fixed_numerics()
+def seed_keys(seed: int | Key, count: int) -> Key:
     """[count] equal keys from an int, so that an image's output does not depend on its batch; a key as it is."""
     if not isinstance(seed, int | np.integer):
         return seed

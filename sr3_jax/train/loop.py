@@ -19,6 +19,7 @@ from sr3_jax.data.sources import DataUnavailable, NoImages, Source, open_source,
 from sr3_jax.distributed import sharding
 from sr3_jax.distributed.signals import stop_signals
 from sr3_jax.errors import UserError
+from sr3_jax.numerics import fixed_numerics
 from sr3_jax.train import checkpoints
 from sr3_jax.train.experiment import Experiment, check_batch
 from sr3_jax.train.held_out import (
@@ -38,6 +39,7 @@ _log = logging.getLogger("sr3_jax")
 _OUT_OF_TIME = 1  # below the exit codes of signals
 
 
+@fixed_numerics()
 def train(experiment: Experiment, workdir: Path) -> int:
     """Train in a workdir, from its newest checkpoint if it has one.
 
