@@ -464,3 +464,13 @@ def test_fully_transparent_and_opaque_images_keep_their_colors():
     for level in (0, 255):
         alpha = np.full((*rgb.shape[:2], 1), level, np.uint8)
         np.testing.assert_array_equal(read_rgb(encode(np.concatenate([rgb, alpha], -1), "PNG")), rgb)
+
+
+@pytest.mark.parametrize("tags", [{254: 1}, {50706: b"\x01\x04\x00\x00"}])
+def test_camera_raw_files_are_named_and_their_preview_is_not_used(tmp_path, tags):
+    file = tmp_path / "photo.tif"
+    Image.fromarray(pixels(20, 30)).save(file, tiffinfo=tags)
+    with pytest.raises(ImageError, match="camera raw"):
+        read_image(file)
+    Image.fromarray(pixels(20, 30)).save(file, tiffinfo={254: 2})  # a page of a document
+    assert read_image(file).rgb.shape == (20, 30, 3)

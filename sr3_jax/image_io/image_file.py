@@ -258,6 +258,10 @@ def _opened(source: Path | bytes, max_megapixels: float) -> Iterator[Image.Image
                 width, height = image.size
                 if width < 1 or height < 1:
                     raise ImageError("has no pixels")
+                if _is_raw(image, head):
+                    raise ImageError(
+                        "is a camera raw file with a preview: develop it to a TIFF or JPEG first"
+                    )
                 if width * height > max_megapixels * 1e6:
                     raise ImageError(
                         f"has {width}x{height} pixels, above the limit of {max_megapixels:g} megapixels"
@@ -272,6 +276,17 @@ def _opened(source: Path | bytes, max_megapixels: float) -> Iterator[Image.Image
         if isinstance(error, OSError) and error.errno is not None and not isinstance(source, bytes):
             raise UnreadableError(why, error.errno) from error
         raise ImageError(why) from error
+
+
+_REDUCED, _SUBFILE, _DNG_VERSION = 1, 254, 50706  # TIFF tags, and the bit of a reduced-resolution image
+
+
+def _is_raw(image: Image.Image, head: bytes) -> bool:
+    """Whether this is a raw file based on TIFF (DNG, NEF, ARW, CR2, ...), of which Pillow reads a thumbnail only."""
+    if image.format != "TIFF":
+        return False
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    return bool(int(tags.get(_SUBFILE, 0)) & _REDUCED) or _DNG_VERSION in tags or head[8:10] == b"CR"
 
 
 def _open_regular(path: Path) -> IO[bytes]:
