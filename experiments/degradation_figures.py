@@ -24,7 +24,7 @@ from sr3_jax.image_ops import to_uint8, to_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
-SCALE, SIDE, ROWS = 4, 384, 3
+SCALE, SIDE, ROWS = 4, 320, 3
 COLUMNS = ("clean", "photo", "photo", "photo", "wild", "wild", "wild")
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0)
 MODEL, STRIP_SIDE = "photo_4x_robust", 224
