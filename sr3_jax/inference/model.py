@@ -458,7 +458,7 @@ class Model:
         if strength and not self.network.augment:
             raise UserError(
                 f"augment={strength:g} needs a model trained with config.model.augment, which {self.name} was not: "
-                "use augment=0"
+                "use augment=0, or a model such as photo_4x_robust"
             )
 
     def _labels(self, labels: np.ndarray | None, count: int) -> np.ndarray | None:
