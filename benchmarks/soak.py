@@ -21,7 +21,6 @@ import os
 import platform
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -303,25 +302,26 @@ def watch(command: list[str], log: Path, progress: Callable[[], Any]) -> Watched
     """Run a command with its output in a file; end it if `progress` stands still or if it takes too much memory."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
-    last, since, longest, ended = progress(), time.monotonic(), 0.0, ""
+    last, since, longest, peak, ended = progress(), time.monotonic(), 0.0, 0.0, ""
     while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        now, found = time.monotonic(), progress()
+        code = process.poll()
+        now, found, peak = time.monotonic(), progress(), max(peak, _peak(process.pid))
         longest = max(longest, now - since)  # with the start, which is the longest one as a rule
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return Watched(process.returncode, usage.ru_maxrss * 1024.0, longest, ended)
+        if code is not None:
+            return Watched(code, peak, longest, ended)
         if found != last:
             last, since = found, now
-        if not ended and (now - since > 2 * SILENCE or _resident(process.pid) > _ENOUGH):
-            ended = "memory" if _resident(process.pid) > _ENOUGH else "silence"
+        if not ended and (now - since > 2 * SILENCE or peak > _ENOUGH):
+            ended = "memory" if peak > _ENOUGH else "silence"
             process.kill()
         time.sleep(0.1)
 
 
-def _resident(pid: int) -> float:
-    with contextlib.suppress(OSError, IndexError):
-        return float(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+def _peak(pid: int | str = "self") -> float:
+    """The largest resident memory of a process in bytes; not getrusage's, which starts at that of the parent."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
+            return float(found[1]) * 1024
     return 0.0
 
 
@@ -427,10 +427,6 @@ def try_models(image: str, report: str, paths: list[str]) -> None:
         row = {"name": Path(path).name, "code": code, "seconds": time.monotonic() - started, "peak": peak}
         with open(report, "a") as file:
             file.write(json.dumps(row | {"err": err.getvalue()[-20_000:]}) + "\n")
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 # ---- All of it
