@@ -101,7 +101,7 @@ evaluate() { # FOLDER MODELS... -- OPTIONS...
 
 few=5,10,25 more=100 sweep=2,5,10,25,100
 [[ -z ${SR3_REHEARSE:-} ]] || few=1,2 more=3 sweep=2
-solvers=ancestral,ddim,dpmpp_2m,heun
+solvers=ddpm,ancestral,ddim,dpmpp_2m,heun
 
 photos_4x() {
     if stage data && [[ -n $dry || ! -d $out/tiles ]]; then

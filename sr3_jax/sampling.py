@@ -20,7 +20,7 @@ from sr3_jax.errors import UserError
 __all__ = ["SOLVERS", "Sampling"]
 
 _RANGES = {"variance": (0, 1), "eta": (0, 1), "augment": (0, 1), "guidance": (0, math.inf)}
-_NEUTRAL = {"variance": 1.0, "eta": 0.0}  # options of some solvers: the value that all solvers accept
+_NEUTRAL = {"variance": 0.5, "eta": 0.0}  # options of some solvers: the default, which all solvers accept
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sampling:
     """Settings of a sampler; hashable and comparable.
 
     Attributes:
-        solver: 'ancestral', 'ddim', 'dpmpp_2m', 'heun', or a user's own function as 'MODULE:FUNCTION'.
+        solver: 'ancestral', 'ddpm' (the paper's), 'ddim', 'dpmpp_2m', 'heun', or a user's own function as 'MODULE:FUNCTION'.
         steps: N, the number of reverse steps.
         spacing: 'log_snr', 'uniform', 'karras' or 'linear', see `diffusion.respace`; None for the solver's own.
         log_snr_min: log-SNR of the noisiest level, where sampling starts; None for the training schedule's.
@@ -49,7 +49,7 @@ class Sampling:
     spacing: Spacing | None = None
     log_snr_min: float | None = None
     log_snr_max: float | None = None
-    variance: float = 1.0
+    variance: float = 0.5
     eta: float = 0.0
     guidance: float = 1.0
     augment: float = 0.0

@@ -64,7 +64,7 @@ def test_the_reference_lists_every_field_with_its_default_and_help():
         assert f"{section}.{name}=" in text
         assert f"| `{name}`" in page and field.help in page
         assert field.help.endswith(".")
-    assert "ancestral, ddim, dpmpp_2m, heun" in page  # the choices of a field
+    assert "ancestral, ddpm, ddim, dpmpp_2m, heun" in page  # the choices of a field
 
 
 # ---- Valid configs

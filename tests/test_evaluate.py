@@ -442,7 +442,7 @@ def test_labels_are_short_and_unique():
     ("extra", "words"),
     [
         (["--steps", "5,x"], ["--steps", "5,x"]),
-        (["--solver", "euler"], ["solver", "euler", "ancestral, ddim"]),
+        (["--solver", "euler"], ["solver", "euler", "ancestral, ddpm, ddim"]),
         (["--samples", "-1"], ["--samples"]),
         (["--seed", "1e3"], ["--seed", "1e3"]),
         (["--limit", "0"], ["--limit", "0"]),

@@ -48,7 +48,7 @@ def test_presets_follow_the_papers_table(name):
     assert (diffusion["beta_start"], diffusion["beta_end"]) == (1e-6, 1e-2)
     assert (train["batch_size"], train["num_steps"]) == (256, 1_000_000)
     assert (optim["learning_rate"], optim["warmup_steps"], optim["decay"]) == (1e-4, 10_000, "constant")
-    assert (optim["ema_decay"], config["sampling"]["solver"]) == (0.9999, "ancestral")
+    assert (optim["ema_decay"], config["sampling"]["solver"]) == (0.9999, "ddpm")
 
 
 @pytest.mark.parametrize("name", SINGLE)

@@ -223,7 +223,7 @@ def test_check_can_use_other_images(workspace, tmp_path):
     ("extra", "words"),
     [
         (["--metric", "fid"], ["metric", "fid", "psnr, ssim", "lpips, frechet"]),
-        (["--solver", "euler"], ["solver", "euler", "ancestral, ddim"]),
+        (["--solver", "euler"], ["solver", "euler", "ancestral, ddpm, ddim"]),
         (["--solver", "ddim,"], ["solver", "''"]),
         (["--steps", "0"], ["--steps", "0"]),
         (["--minutes", "0"], ["--minutes", "0"]),

@@ -36,7 +36,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver",
         metavar="NAME,NAME",
-        help="solvers: ancestral, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: each model's own)",
+        help="solvers: ancestral, ddpm, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: each model's own)",
     )
     parser.add_argument(
         "--guidance",

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver",
         metavar="NAME",
-        help="ancestral, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: the model's own)",
+        help="ancestral, ddpm, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: the model's own)",
     )
     parser.add_argument(
         "--denoise", type=float, metavar="T",

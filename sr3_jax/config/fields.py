@@ -355,7 +355,7 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default="dpmpp_2m",
                     choices=_solvers,
                     or_function=True,
-                    help="Solver: the paper's ancestral sampler, DDIM, DPM-Solver++(2M), Heun, or one of yours.",
+                    help="Solver: ancestral, ddpm (the paper's: ancestral with larger variance), DDIM, DPM-Solver++(2M), Heun, or one of yours.",
                 ),
                 "steps": Field(default=25, least=1, most=100_000, help="Number of sampling steps."),
                 "back_projection": Field(

@@ -49,7 +49,7 @@ def sample(
         cond: conditioning, passed through to the network.
         shape: (B,H,W,C) of the images.
         schedule: the inference schedule, usually `respace(training_schedule, N)`.
-        solver: one of `ancestral`, `ddim`, `dpmpp_2m`, `heun`, or your own.
+        solver: one of `ancestral`, `ddpm`, `ddim`, `dpmpp_2m`, `heun`, or your own.
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
         space: the diffused variable: the image, or its residual to the upsampled low-res image.
         snapshots: keep y_t after every `snapshots` steps; 0 keeps none. Only these are held in memory.

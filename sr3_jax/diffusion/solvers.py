@@ -93,12 +93,14 @@ def _linear_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: Linea
     return Carry(y if z is None else y + row.noise * z, carry.memory)
 
 
-def ancestral(variance: float = 1.0) -> Solver:
-    """The paper's sampler (Algorithm 2) on any grid.
+def ancestral(variance: float = 0.5) -> Solver:
+    """The ancestral sampler on any grid; the last step adds no noise.
 
     Args:
         variance: v in [0,1]; sigma^2 = posterior^(1-v) * beta^v interpolates between the variance of the posterior
-            given y0 (v=0) and the paper's 1 - alpha_t (v=1). It matters for few steps. The last step adds no noise.
+            given y0 (v=0), which is too small with few steps, and the paper's beta = 1 - alpha_t (v=1), which is too
+            large. On a log-SNR grid, v=0.5 gives data of small variance within 2 % of its standard deviation from 25
+            steps on, where v=1 adds 30 % of visible noise.
     """
     if not 0.0 <= variance <= 1.0:
         raise ValueError(f"variance must be in [0, 1], got {variance}")
@@ -114,6 +116,11 @@ def ancestral(variance: float = 1.0) -> Solver:
         return _rows(LinearRow, gamma_t, from_y0, from_y, noise)
 
     return Solver(coefficients, SolverStep(_no_memory, _linear_step, stochastic=True))
+
+
+def ddpm() -> Solver:
+    """The paper's sampler (Algorithm 2): ancestral with variance 1 - alpha_t. It needs hundreds of steps."""
+    return ancestral(variance=1.0)
 
 
 def ddim(eta: float = 0.0) -> Solver:
@@ -165,6 +172,10 @@ def dpmpp_2m() -> Solver:
     return Solver(coefficients, SolverStep(jnp.zeros_like, _multistep_step, stochastic=False))
 
 
+HEUN_WIDEST = 8.0
+"""The largest ratio of noise levels sigma_t / sigma_s that Heun's correction is used for."""
+
+
 class HeunRow(NamedTuple):
     """Coefficients of y = a y0 + s eps at both ends of a step, and the weight of the change of eps over it."""
 
@@ -186,12 +197,15 @@ def _heun_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: HeunRow
         eps_s = (euler - row.a_s * denoise(euler, row.gamma_s)) / row.s_s
         return euler + row.half * (eps_s - eps)
 
-    # At s_s = 0 the new eps is 0/0, and the Euler step already gives y0_hat.
-    return Carry(jax.lax.cond(row.s_s > 0, correct, lambda y: y, euler), carry.memory)
+    return Carry(jax.lax.cond(row.half != 0, correct, lambda y: y, euler), carry.memory)
 
 
 def heun() -> Solver:
-    """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1): 2N - 1 NFE.
+    """Heun's method in x = y / sqrt(gamma) (Karras et al. 2022, Algorithm 1): at most 2N - 1 NFE.
+
+    A step that divides sigma by more than `HEUN_WIDEST` is an Euler (DDIM) step of one NFE. The correction assumes that
+    eps changes linearly over the step: over wider ones it throws y far off, and with fewer than eight steps all are
+    wide. The last step, to sigma = 0, is an Euler step too.
 
     It works best on the grid of `respace(..., 'karras')`. It is computed as an Euler (DDIM) step plus a correction for
     the change of eps over it: with sigma = s / a around 150, where sampling starts, x itself would lose precision in
@@ -202,6 +216,7 @@ def heun() -> Solver:
         gamma_t, gamma_s = _levels(schedule)
         a_t, s_t, a_s, s_s = (np.sqrt(x) for x in (gamma_t, 1 - gamma_t, gamma_s, 1 - gamma_s))
         half = a_s * (s_s / a_s - s_t / a_t) / 2
+        half = np.where(s_t / a_t <= HEUN_WIDEST * s_s / a_s, half, 0.0)
         return _rows(HeunRow, gamma_t, gamma_s, a_t, s_t, a_s, s_s, half)
 
     return Solver(
@@ -214,6 +229,7 @@ def heun() -> Solver:
 
 SOLVERS: Mapping[str, Callable[..., Solver]] = {
     "ancestral": ancestral,
+    "ddpm": ddpm,
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
     "heun": heun,

@@ -79,7 +79,7 @@ class Setting:
 
 
 SETTINGS = {
-    "variance": Setting(width=0.2, axis=3, tried=(0.0, 0.5)),
+    "variance": Setting(width=0.2, axis=3, tried=(0.0, 1.0)),
     # a third of the points without noise
     "eta": Setting(width=0.2, axis=3, spread=lambda x: max(0.0, 1.5 * x - 0.5), tried=(1.0, 0.5)),
     # half of them without; small values are more promising

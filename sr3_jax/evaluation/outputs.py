@@ -181,7 +181,10 @@ def model_methods(
             for count in steps or [model.sampling.steps]:
                 sampling = model.sampling.override(solver=solver, steps=count)
                 default = dataclasses.replace(
-                    sampling, spacing=None, log_snr_min=None, log_snr_max=None, variance=1.0, eta=0.0
+                    Sampling(solver, count),
+                    guidance=sampling.guidance,
+                    augment=sampling.augment,
+                    back_projection=sampling.back_projection,
                 )
                 samplings += [default, sampling] if unsearched and default != sampling else [sampling]
     fixed = {"weights": params_fingerprint(model.params), "setup": config_fingerprint(model.config)}

@@ -145,7 +145,7 @@ class Model:
             seed: the same seed gives the same output. An int, and then each image of a batch gets the noise that it
                 would get if upscaled by itself; or a `jax.random` key for the batch, or [B] keys.
             steps: number of sampling steps; None for the model's own.
-            solver: 'ancestral', 'ddim', 'dpmpp_2m', 'heun' or 'MODULE:FUNCTION'; None for the model's own. With other
+            solver: 'ancestral', 'ddpm', 'ddim', 'dpmpp_2m', 'heun' or 'MODULE:FUNCTION'; None for the model's own. With other
                 steps or another solver than the model's own, the solver's default grid is used
                 (`Sampling.override`).
             sampling: all settings of the sampler; None for the model's own.

@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+"""Which solver suits which prediction: short trainings of one network, sampled with every solver.
+
+    python experiments/solver_by_prediction.py -o docs/results/solver_by_prediction.json --workdir out/solver_by_prediction
+    python experiments/solver_by_prediction.py --table docs/results/solver_by_prediction.json
+
+Trains `photos_4x_small` on the bundled photographs with each prediction and several seeds, and measures each solver on
+center crops of the bundled test photographs. A run that is finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import sr3_jax
+from sr3_jax import metrics
+from sr3_jax.data.batches import center_crops
+from sr3_jax.data.sources import open_source
+from sr3_jax.diffusion import PREDICTIONS
+from sr3_jax.features.lpips import load_lpips
+from sr3_jax.image_ops import degrade, to_uint8, to_unit
+from sr3_jax.sampling import SOLVERS, Sampling
+
+TRAINING = {
+    "model.output_skip": 0,  # only for y0
+    "train.batch_size": 8,
+    "optim.decay": "cosine",
+    "eval.every": 1_000_000,
+    "train.log_every": 100,
+}
+
+
+def train(workdir: Path, prediction: str, seed: int, num_steps: int) -> None:
+    """One run of `sr3 train`; continued if it was interrupted."""
+    fields = TRAINING | {
+        "diffusion.prediction": prediction, "train.seed": seed, "train.num_steps": num_steps
+    }  # fmt: skip
+    options = [f"--config.{name}={value}" for name, value in fields.items()]
+    command = [sys.executable, "-m", "sr3_jax", "train", "--config=photos_4x_small", f"--workdir={workdir}"]
+    subprocess.run([*command, *options], check=True)
+
+
+def measure(workdir: Path, images: np.ndarray, steps: list[int]) -> list[dict[str, Any]]:
+    """PSNR and LPIPS of each solver and number of steps."""
+    model, lpips = sr3_jax.load(workdir), load_lpips()
+    low_res = np.asarray(to_uint8(degrade(to_unit(images), 4)))
+    rows = []
+    for solver in SOLVERS:
+        for count in steps:
+            output = model.upscale(low_res, sampling=Sampling(solver, count))
+            rows.append(
+                {
+                    "solver": solver,
+                    "steps": count,
+                    "psnr": float(np.mean(metrics.psnr(output, images))),
+                    "lpips": float(np.mean(lpips.distance(output, images))),
+                }
+            )
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: one row per solver and number of steps, the range over seeds per prediction."""
+    predictions = list(dict.fromkeys(run["prediction"] for run in report["runs"]))
+    heading = " | ".join(f"{name}: PSNR | {name}: LPIPS" for name in predictions)
+    lines = [f"| solver | steps | {heading} |", "|:---|---:|" + "---:|" * 2 * len(predictions)]
+    for first in report["runs"][0]["rows"]:
+        cells = []
+        for prediction in predictions:
+            for metric, digits in (("psnr", 1), ("lpips", 3)):
+                values = [
+                    row[metric]
+                    for run in report["runs"]
+                    for row in run["rows"]
+                    if run["prediction"] == prediction
+                    and (row["solver"], row["steps"]) == (first["solver"], first["steps"])
+                ]
+                cells.append(f"{min(values):.{digits}f} to {max(values):.{digits}f}")
+        lines.append(f"| {first['solver']} | {first['steps']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, help="JSON file")
+    parser.add_argument("--workdir", type=Path, help="folder of the runs")
+    parser.add_argument("--num-steps", type=int, default=500, help="training steps of each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", default="5,10,25,100", help="sampling steps")
+    parser.add_argument("--table", type=Path, help="print the table of this JSON file")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
+    images = center_crops(open_source("photos:test"), crop=128, count=8)["image"]
+    report: dict[str, Any] = {
+        "command": f"python experiments/solver_by_prediction.py --num-steps {args.num_steps} --seeds {args.seeds}",
+        "date": date.today().isoformat(),
+        "versions": {"sr3_jax": sr3_jax.__version__, "jax": jax.__version__},
+        "hardware": platform.machine(),
+        "training": TRAINING,
+        "images": len(images),
+        "runs": [],
+    }
+    for seed in range(args.seeds):
+        for prediction in PREDICTIONS:
+            workdir = args.workdir / f"{prediction}_{seed}"
+            train(workdir, prediction, seed, args.num_steps)
+            rows = measure(workdir, images, [int(count) for count in args.steps.split(",")])
+            report["runs"].append({"prediction": prediction, "seed": seed, "rows": rows})
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
