@@ -209,13 +209,13 @@ def test_pixels_gray_alpha_and_metadata_are_preserved(tmp_path):
     height, width = rgb.shape[:2]
     smooth = Image.fromarray(alpha).resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(after.alpha, np.asarray(smooth))
-    assert after.icc_profile == srgb()
+    assert after.metadata.icc_profile == srgb()
     gray = read_image(gray_job.target)
     assert gray.gray
     np.testing.assert_array_equal(gray.rgb[..., 0], nearest(rgb[..., 0]))
     upright = read_image(turned.target)
     np.testing.assert_array_equal(upright.rgb, nearest(np.rot90(rgb, -1)))
-    assert b"Maker" in (upright.exif or b"")
+    assert b"Maker" in (upright.metadata.exif or b"")
 
 
 def test_gray_output_is_the_luma_of_the_models_output(tmp_path):

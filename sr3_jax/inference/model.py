@@ -140,7 +140,8 @@ class Model:
         is divided among the devices of this process.
 
         Args:
-            image: a PIL image or the path of an image file (alpha, grayscale, EXIF and ICC profile are kept), or
+            image: a PIL image or the path of an image file (alpha, grayscale and metadata are kept: EXIF,
+                XMP, ICC profile, resolution and comment, in the `info` of the result), or
                 uint8 RGB [h,w,3] or [B,h,w,3].
             seed: the same seed gives the same output. An int, and then each image of a batch gets the noise that it
                 would get if upscaled by itself; or a `jax.random` key for the batch, or [B] keys.
