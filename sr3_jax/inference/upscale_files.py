@@ -30,12 +30,12 @@ from sr3_jax.image_io.image_file import (
 from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
 from sr3_jax.image_ops import count_passes, scaled_size
 from sr3_jax.inference.batching import (
-    NO_MEMORY,
     BatchRunner,
     Upscaler,
     device_failure,
     groups_by_shape,
     is_out_of_memory,
+    no_memory,
 )
 from sr3_jax.sampling import Sampling
 from sr3_jax.storage import is_disk_full
@@ -209,13 +209,13 @@ def _upscale_large(
         except ImageError as error:
             _raise_if_full(error)
             return str(error)
-        except UserError:
-            raise
         except Exception as error:  # device, compiler and network raise many types
             if not is_out_of_memory(error):
+                if isinstance(error, UserError):
+                    raise
                 return device_failure(error)
-            if not device.less_for(rgb):
-                return NO_MEMORY
+            if not device.less_for(rgb, error):
+                return no_memory(error)
 
 
 def _make_folder(folder: Path) -> None:
