@@ -120,7 +120,7 @@ _sweep_once = functools.cache(remove_leftovers)
 def _open_scratch(folder: Path) -> IO[bytes]:
     """A new locked file. The name does not derive from the target's, which may already have the maximum length."""
     while True:
-        file = open(folder / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp", "xb")  # noqa: SIM115
+        file = open(folder / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp", "x+b")  # noqa: SIM115
         try_lock(file, wait=True)
         if os.fstat(file.fileno()).st_nlink:
             return file

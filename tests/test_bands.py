@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hostile import exif, pixels, srgb
+from hostile import IPTC, exif, pixels, srgb
 from PIL import Image
 
 from sr3_jax.image_io.bands import write_bands
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_image, with_pixels, write_image
+from sr3_jax.image_io.metadata import Metadata
 
 SCALE = 3
 
@@ -30,17 +32,28 @@ def test_bands_equal_an_image_written_at_once(tmp_path, suffix, gray, alpha):
         rgb=np.repeat(pixels(50, 41)[..., :1], 3, -1) if gray else pixels(50, 41),
         alpha=pixels(50, 41, seed=3)[..., 0] if alpha else None,
         gray=gray,
-        icc_profile=None if gray else srgb(),
-        exif=exif(1) if suffix == ".png" else None,
+        metadata=Metadata(
+            icc_profile=None if gray else srgb(),
+            exif=exif(1),
+            xmp=b"<x:xmpmeta/>",
+            iptc=IPTC,
+            text=(("Comment", "caf\u00e9"), ("Author", "\u6771")),
+            dpi=(300.0, 150.0),
+        ),
     )
     large = output()
     write_bands(tmp_path / f"bands{suffix}", small, np.array_split(large, [1, 70, 71, 130]), scale=SCALE)
     write_image(tmp_path / f"whole{suffix}", with_pixels(small, large))
     bands, whole = (read_image(tmp_path / f"{name}{suffix}") for name in ("bands", "whole"))
     np.testing.assert_array_equal(bands.rgb, whole.rgb)
-    assert (bands.gray, bands.icc_profile) == (whole.gray, whole.icc_profile)
-    if suffix == ".png":
-        assert bands.exif == whole.exif is not None
+    assert bands.gray == whole.gray
+    assert bands.metadata.dpi == pytest.approx((300, 150), rel=1e-3)
+    assert replace(bands.metadata, exif=None) == replace(whole.metadata, exif=None)
+    for name in ("bands", "whole"):
+        with Image.open(tmp_path / f"{name}{suffix}") as image:
+            tags = image.getexif()
+            assert tags[271] == "Maker"
+            assert tags.get_ifd(34665)[36867] == "2020:01:01 00:00:00"
     if alpha:
         np.testing.assert_array_equal(bands.alpha, whole.alpha)
     with Image.open(tmp_path / f"bands{suffix}") as image:

@@ -252,6 +252,16 @@ def test_upscale_summarizes_its_results(folder, stand_in, capsys):
     assert counts(capsys.readouterr().out) == [2, 0, 0]
 
 
+def test_metadata_that_an_output_cannot_hold_is_named_in_one_line_per_run(folder, stand_in, capsys):
+    for name in "bc":
+        data = encode(pixels(), "JPEG", comment="x", dpi=(300, 300))
+        (folder / "in" / f"{name}.jpg").write_bytes(data)
+    arguments = ["upscale", str(folder / "in"), "-o", str(folder / "out"), "--format", "webp"]
+    assert main(arguments) == 0
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("note:")]
+    assert "comment" in line and "b.jpg and 1 more" in line and "resolution" not in line
+
+
 def test_options_are_passed_to_the_model(folder, stand_in, capsys):
     stand_in.noise = 40
     source = str(folder / "in" / "a.png")

@@ -8,26 +8,31 @@ import struct
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hostile
 import numpy as np
 import pytest
-from hostile import chunk, encode, exif, pixels, png, tiff
-from PIL import Image, ImageOps, features
+from hostile import IPTC, chunk, encode, exif, pixels, png, tiff
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import (
     DecodedImage,
     ImageError,
+    from_pillow,
+    not_storable,
     read_image,
     read_rgb,
     read_size,
     require_writable,
+    to_pillow,
     write_image,
 )
+from sr3_jax.image_io.metadata import Metadata
 
 # image_file ignores these warnings on import, but pytest resets the filters.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
@@ -200,14 +205,15 @@ def test_lossless_round_trip(tmp_path, kind):
     gray = np.repeat(pixels()[..., :1], 3, axis=-1)
     for alpha in (None, pixels(seed=2)[..., 0]):
         for rgb, is_gray in ((pixels(seed=1), False), (gray, True)):
-            before = DecodedImage(rgb, alpha, is_gray, icc_profile=None if is_gray else hostile.srgb())
+            profile = None if is_gray else hostile.srgb()
+            before = DecodedImage(rgb, alpha, is_gray, Metadata(icc_profile=profile))
             write_image(tmp_path / f"a{suffix}", before)
             after = read_image(tmp_path / f"a{suffix}")
             np.testing.assert_array_equal(after.rgb, rgb)
             np.testing.assert_array_equal(after.alpha, alpha) if alpha is not None else None
             assert (after.alpha is None) == (alpha is None)
             assert after.gray == (is_gray and kind != "WEBP")  # WebP has no grayscale mode
-            assert after.icc_profile == before.icc_profile
+            assert after.metadata == before.metadata
             assert after.format == kind
 
 
@@ -242,19 +248,21 @@ def test_cmyk_is_converted_by_its_profile_if_valid():
     profiled = read_image(encode(cmyk, "TIFF", icc_profile=cmyk_profile()))
     assert len(profiled.notes) == 1 and "profile" in profiled.notes[0]
     assert profiled.rgb.min() > 250  # the image has no black ink
-    assert profiled.icc_profile is None
+    assert profiled.metadata.icc_profile is None
     broken = read_image(encode(cmyk, "TIFF", icc_profile=b"?" * 200))
     np.testing.assert_array_equal(broken.rgb, plain.rgb)
 
 
 def test_mismatched_profiles_are_dropped_with_a_note():
-    assert read_image(encode(pixels(), "PNG", icc_profile=hostile.srgb())).icc_profile == hostile.srgb()
+    assert (
+        read_image(encode(pixels(), "PNG", icc_profile=hostile.srgb())).metadata.icc_profile == hostile.srgb()
+    )
     for data in (
         encode(pixels(), "PNG", icc_profile=hostile.srgb()[:90]),
         encode(pixels()[..., 0], "PNG", icc_profile=hostile.srgb()),  # an RGB profile in a gray image
     ):
         image = read_image(data)
-        assert image.icc_profile is None
+        assert image.metadata.icc_profile is None
         assert "profile" in image.notes[0]
 
 
@@ -377,9 +385,9 @@ def test_images_that_a_format_cannot_store_fail(tmp_path):
 
 
 def test_exif_too_long_for_jpeg_is_dropped(tmp_path):
-    image = DecodedImage(pixels(), exif=b"Exif\0\0" + bytes(70_000))
+    image = DecodedImage(pixels(), metadata=Metadata(exif=b"Exif\0\0" + bytes(70_000)))
     write_image(tmp_path / "a.jpg", image)
-    assert read_image(tmp_path / "a.jpg").exif is None
+    assert read_image(tmp_path / "a.jpg").metadata.exif is None
 
 
 @pytest.mark.parametrize("file_format", ["AVIF", "JPEG2000"])
@@ -474,3 +482,128 @@ def test_camera_raw_files_are_named_and_their_preview_is_not_used(tmp_path, tags
         read_image(file)
     Image.fromarray(pixels(20, 30)).save(file, tiffinfo={254: 2})  # a page of a document
     assert read_image(file).rgb.shape == (20, 30, 3)
+
+
+XMP = (
+    b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'>"
+    b"<rdf:Description rdf:about='' tiff:Orientation='6' exif:PixelXDimension='14'><dc:creator>\xc3\x89va</dc:creator>"
+    b"<exif:PixelYDimension>10</exif:PixelYDimension></rdf:Description></rdf:RDF></x:xmpmeta>"
+)
+_SEGMENT = struct.pack(">4sHHI", b"8BIM", 0x0404, 0, len(IPTC)) + IPTC + b"\0" * (len(IPTC) % 2)
+
+
+def with_metadata(kind: str) -> bytes:
+    """A file that other programs could have written, with all metadata that its format can hold."""
+    tags = Image.Exif()
+    tags[271] = "Maker"
+    options: dict[str, object] = {"xmp": XMP, "exif": tags, "dpi": (300, 150)}
+    if kind == "JPEG":
+        body = b"Photoshop 3.0\0" + _SEGMENT
+        options |= {
+            "extra": b"\xff\xed" + struct.pack(">H", len(body) + 2) + body,
+            "comment": "caf\u00e9".encode(),
+        }
+    elif kind == "PNG":
+        options["pnginfo"] = info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        info.add_text("Comment", "caf\u00e9")
+        info.add_text("Author", "\u6771\u4eac")
+        info.add_text("Raw profile type iptc", f"\niptc\n{len(_SEGMENT):8}\n{_SEGMENT.hex()}\n", zip=True)
+    elif kind == "TIFF":
+        tags[700], tags[34377] = XMP, _SEGMENT
+    else:
+        tags[282], tags[283], tags[296] = 300 / 2.54, 150 / 2.54, 3  # per centimeter
+    return encode(pixels(), kind, **options)
+
+
+HELD = {
+    "JPEG": {"xmp", "iptc", "dpi", "Comment"},
+    "PNG": {"xmp", "iptc", "dpi", "Comment", "Author"},
+    "TIFF": {"xmp", "iptc", "dpi"},
+    "WEBP": {"xmp", "dpi"},
+}
+NAMED = {"xmp": "XMP", "iptc": "IPTC data", "dpi": "resolution", "Comment": "comment", "Author": "texts"}
+
+
+@pytest.mark.parametrize("source", HELD)
+@pytest.mark.parametrize("target", HELD)
+def test_metadata_goes_wherever_the_format_can_hold_it_and_the_rest_is_named(tmp_path, source, target):
+    image = read_image(with_metadata(source))
+    path = tmp_path / f"out.{target.lower()}"
+    write_image(path, image)
+    after = read_image(path)
+    held = HELD[source] & HELD[target]
+    assert ("xmp" in held) == (after.metadata.xmp is not None)
+    assert after.metadata.iptc == (IPTC if "iptc" in held else None)
+    assert after.metadata.dpi == pytest.approx((300, 150), rel=1e-3)
+    assert dict(after.metadata.text) == {
+        name: text for name, text in (("Comment", "caf\u00e9"), ("Author", "\u6771\u4eac")) if name in held
+    }
+    with Image.open(path) as again:
+        assert again.getexif()[271] == "Maker"
+        if target != "WEBP":
+            assert again.info["dpi"] == pytest.approx((300, 150), rel=1e-3)
+    lost = " ".join(not_storable(path, image))
+    assert {name for name, word in NAMED.items() if word in lost} == HELD[source] - held
+
+
+def test_xmp_and_exif_of_a_turned_image_describe_the_upright_one(tmp_path):
+    """The orientation may be in XMP alone: it is applied once, and no reader of the output turns the image again."""
+    data = encode(pixels(), "JPEG", xmp=XMP.replace(b"'6'", b'"6"'))
+    image = read_image(data)
+    assert image.rgb.shape == (14, 10, 3)
+    for suffix in (".jpg", ".png", ".tif", ".webp"):
+        write_image(tmp_path / f"a{suffix}", image)
+        after = read_image(tmp_path / f"a{suffix}")
+        assert after.rgb.shape == (14, 10, 3), suffix
+        xmp = after.metadata.xmp or b""
+        assert b'tiff:Orientation="1"' in xmp
+        assert "\u00c9va".encode() in xmp
+        assert b"Dimension" not in xmp
+    both = encode(pixels(), "JPEG", xmp=XMP, exif=exif(3))
+    assert read_image(both).rgb.shape == (10, 14, 3)
+
+
+def test_huge_or_damaged_metadata_is_left_out_and_named():
+    huge, damaged = b"<x>" + b" " * 50_000_000, b"<x>\xff\xfe\0</x>"
+    tags = Image.Exif()
+    tags[700], tags[33723] = huge, b"no IPTC"
+    image = read_image(encode(pixels(), "TIFF", exif=tags))
+    assert (image.metadata.xmp, image.metadata.iptc, image.dropped) == (None, None, ("XMP", "IPTC data"))
+    image = read_image(encode(pixels(), "WEBP", lossless=True, xmp=huge))
+    assert (image.metadata.xmp, image.dropped) == (None, ("XMP",))
+    image = read_image(encode(pixels(), "JPEG", xmp=damaged, comment=b"latin \xe9"))
+    assert (image.metadata.xmp, image.dropped) == (None, ("XMP",))
+    np.testing.assert_array_equal(read_rgb(encode(pixels(), "WEBP", lossless=True, xmp=huge)), pixels())
+
+
+@pytest.mark.parametrize("before_pixels", [True, False])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_png_chunks_larger_than_pillow_accepts_do_not_cost_the_image(before_pixels, compressed):
+    text = b" " * 50_000_000
+    body = b"\1\0\0\0" + zlib.compress(text) if compressed else b"\0\0\0\0" + text + b" " * 20_000_000
+    bomb = chunk(b"iTXt", b"XML:com.adobe.xmp\0" + body)
+    plain = encode(pixels(), "PNG", dpi=(300, 300))
+    at = plain.index(b"IDAT") - 4 if before_pixels else plain.index(b"IEND") - 4
+    head, tail = plain[:at], plain[at:]
+    image = read_image(head + bomb + tail)
+    np.testing.assert_array_equal(image.rgb, pixels())
+    assert image.metadata.xmp is None
+    assert image.dropped
+    assert image.metadata.dpi == pytest.approx((300, 300), rel=1e-3)
+
+
+def test_comments_in_any_encoding_survive(tmp_path):
+    image = read_image(encode(pixels(), "JPEG", comment=b"caf\xe9"))
+    for suffix in (".jpg", ".png"):
+        write_image(tmp_path / f"a{suffix}", image)
+    with Image.open(tmp_path / "a.jpg") as again:
+        assert again.info["comment"] == b"caf\xe9"
+    assert dict(read_image(tmp_path / "a.png").metadata.text) == {"Comment": "caf\u00e9"}
+
+
+def test_pillow_images_keep_their_metadata():
+    with Image.open(io.BytesIO(with_metadata("JPEG"))) as image:
+        info = to_pillow(from_pillow(image)).info
+    assert (info["dpi"], info["comment"]) == ((300, 150), "caf\u00e9".encode())
+    assert b"va</dc:creator>" in info["xmp"]

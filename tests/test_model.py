@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
+from sr3_jax import memory
 from sr3_jax.cli import main as cli
 from sr3_jax.config import build
 from sr3_jax.config.load import complete
@@ -108,6 +109,29 @@ def test_per_image_keys_make_outputs_independent_of_the_batch(model):
     difference = np.abs(single[0].astype(int) - together[1])  # other batch sizes may round differently
     assert difference.max() <= 1 and difference.mean() < 0.01
     assert np.mean(model.upscale(images[:1], keys(8)) != together[0]) > 0.5
+
+
+def test_each_shape_is_compiled_once_and_only_run_if_it_fits_into_memory(model, monkeypatch):
+    compiled, free = [], 10**15
+
+    def listen(event: str, seconds: float, *, fun_name: str = "", **_) -> None:
+        if event.endswith("backend_compile_duration") and "generate_jit" in fun_name:
+            compiled.append(event)
+
+    def forbidden(*arguments, **options):
+        raise AssertionError("it ran")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: free)
+    for seed in range(3):
+        model.upscale(random_images(2, 9, 11), seed, steps=3)
+    assert len(compiled) == 1
+    free = 1000
+    monkeypatch.setattr(models, "generate_jit", forbidden)
+    for shape in ((2, 9, 11), (3, 7, 7)):  # one that has run before, and a new one
+        with pytest.raises(memory.OutOfMemory, match="--tile"):
+            model.upscale(random_images(*shape), steps=3)
+    assert len(compiled) == 2
 
 
 def test_batch_is_split_over_devices(model, monkeypatch):

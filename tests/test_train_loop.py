@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sr3_jax import image_ops, metrics
+from sr3_jax import image_ops, memory, metrics
 from sr3_jax.data import sources
 from sr3_jax.data.sources import Source
 from sr3_jax.degradations import PRESETS
@@ -244,6 +244,7 @@ class StandIn:
                 self.events.append(("dispatch", len(self.states)))
                 return compiled(state, batch, key)
 
+            dispatch.lower = compiled.lower
             return dispatch
 
         def fetch_finite(step, metrics, workdir):
@@ -342,6 +343,14 @@ def test_options_are_passed_to_the_step_and_the_ema_is_evaluated(folder, tmp_pat
     state = restored(tmp_path)
     assert same_bits(stand_in.evaluated[-1], state.ema_params)
     assert not same_bits(state.params, state.ema_params)
+
+
+def test_step_that_does_not_fit_into_memory_fails_before_it_runs(folder, tmp_path, monkeypatch):
+    stand_in = StandIn(monkeypatch)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 1)
+    with pytest.raises(UserError, match=r"config\.train\.batch_size"):
+        run(folder, tmp_path, plain(num_steps=2))
+    assert stand_in.states == []
 
 
 # ---- Stopping

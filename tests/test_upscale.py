@@ -17,6 +17,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import ImageError, read_image, read_rgb
 from sr3_jax.inference.tiling import Axis, Tiling
 from sr3_jax.inference.upscale_files import Job, find_images, upscale_files
+from sr3_jax.memory import OutOfMemory
 from sr3_jax.sampling import Sampling
 
 
@@ -209,13 +210,13 @@ def test_pixels_gray_alpha_and_metadata_are_preserved(tmp_path):
     height, width = rgb.shape[:2]
     smooth = Image.fromarray(alpha).resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(after.alpha, np.asarray(smooth))
-    assert after.icc_profile == srgb()
+    assert after.metadata.icc_profile == srgb()
     gray = read_image(gray_job.target)
     assert gray.gray
     np.testing.assert_array_equal(gray.rgb[..., 0], nearest(rgb[..., 0]))
     upright = read_image(turned.target)
     np.testing.assert_array_equal(upright.rgb, nearest(np.rot90(rgb, -1)))
-    assert b"Maker" in (upright.exif or b"")
+    assert b"Maker" in (upright.metadata.exif or b"")
 
 
 def test_gray_output_is_the_luma_of_the_models_output(tmp_path):
@@ -366,6 +367,28 @@ def test_image_that_does_not_fit_into_memory_is_divided_and_the_next_one_at_once
     outcome = upscale_files(Small(), jobs, tile=140)
     assert not outcome.failed
     assert tried[-2] <= 100 and tried[-1] == tried[-2] and max(tried[:-2]) > 100
+
+
+@pytest.mark.parametrize(
+    ("free", "batch_size", "tile"), [(50, 4, 140), (30, 2, 140), (10, 1, 140), (5, 1, 70)]
+)
+def test_what_fits_is_chosen_at_once_where_the_free_memory_is_known(tmp_path, free, batch_size, tile):
+    """Needed: 10 bytes for each tile of a batch, at tiles of 140."""
+    tried = []
+
+    class Small(StandIn):
+        def upscale_bands(self, image, seed, *, tile, batch_size, **options):
+            tried.append((batch_size, tile))
+            needed = 10 * batch_size * tile**2 // 140**2
+            if needed > free:
+                raise OutOfMemory("needs more", needed=needed, free=free)
+            return super().upscale_bands(image, seed, tile=tile, batch_size=batch_size, **options)
+
+    outcome = upscale_files(Small(), jobs_of(tmp_path, {"a.png": pixels(200, 200)}), tile=140, batch_size=4)
+    assert not outcome.failed
+    assert len(tried) <= 2
+    assert tried[-1][0] == batch_size
+    assert abs(tried[-1][1] - tile) <= 20
 
 
 def test_batch_that_runs_out_of_memory_is_divided(tmp_path):

@@ -10,9 +10,11 @@ import argparse
 import dataclasses
 import sys
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sr3_jax.cli._options import count, local_path, percent, positive, seed
+from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import OUTPUT_FORMATS
 
 _NAMED = 5  # skipped files in the summary
@@ -95,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.errors import UserError
-    from sr3_jax.image_io.errors import printable
     from sr3_jax.inference.upscale_files import Job, UpscaleResult, find_images, split_finished, upscale_files
 
     if args.device:
@@ -158,13 +159,11 @@ def run(args: argparse.Namespace) -> int:
                 on_result=report,
                 on_tiles=report_tiles,
             )
-    by_note: dict[str, list[Path]] = defaultdict(list)
-    for path, notes in result.notes:
-        for note in notes:
-            by_note[note].append(path)
-    for note, paths in by_note.items():
-        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        print(f"note: {printable(paths[0])}{others}: {note}")
+    for note, paths in _grouped(result.notes).items():
+        print(f"note: {_summary(paths)}: {note}")
+    if result.not_kept:
+        names = ", ".join(f"{name} ({_summary(paths)})" for name, paths in _grouped(result.not_kept).items())
+        print(f"note: not kept, too large or impossible in the output format: {names}", file=sys.stderr)
     if found.ignored and mine == 0:
         names = ", ".join(printable(path.name) for path in found.ignored[:_NAMED])
         more = ", ..." if len(found.ignored) > _NAMED else ""
@@ -173,3 +172,16 @@ def run(args: argparse.Namespace) -> int:
     who = f"process {mine} of {of}: " if of > 1 else ""
     print(f"{who}{len(result.done)} done, {len(result.skipped)} skipped (output exists), {failed} failed")
     return (3 if of > 1 else 1) if failed else 0
+
+
+def _grouped(texts: Iterable[tuple[Path, tuple[str, ...]]]) -> dict[str, list[Path]]:
+    """The paths of each text."""
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for path, found in texts:
+        for text in dict.fromkeys(found):
+            groups[text].append(path)
+    return groups
+
+
+def _summary(paths: Sequence[Path]) -> str:
+    return printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

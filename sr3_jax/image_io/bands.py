@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason
 from sr3_jax.image_io.image_file import DecodedImage, ImageError
 from sr3_jax.storage import atomic_write
@@ -82,10 +83,16 @@ def _write_png(
     color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     file.write(b"\x89PNG\r\n\x1a\n")
     chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0))
-    if image.icc_profile:
-        chunk(b"iCCP", b"ICC Profile\x00\x00" + zlib.compress(image.icc_profile))
-    if image.exif:
-        chunk(b"eXIf", image.exif.removeprefix(b"Exif\x00\x00"))
+    found = image.metadata
+    if found.icc_profile:
+        chunk(b"iCCP", b"ICC Profile\x00\x00" + zlib.compress(found.icc_profile))
+    if found.dpi:
+        chunk(b"pHYs", struct.pack(">IIB", *(round(dpi / 0.0254) for dpi in found.dpi), 1))
+    if found.exif:
+        chunk(b"eXIf", found.exif.removeprefix(b"Exif\x00\x00"))
+    if texts := metadata.png_chunks(found):
+        for kind, data, *_ in texts.chunks:
+            chunk(kind, data)
     packer = zlib.compressobj(6)
     before = np.zeros((1, width * channels), np.uint8)
     for strip in _strips(rows):
@@ -146,11 +153,13 @@ def _write_tiff(
             tile=(_STRIP_ROWS, width + -width % 16),
             compression="zlib",
             predictor=True,
-            iccprofile=image.icc_profile,
+            iccprofile=image.metadata.icc_profile,
             bigtiff=height * width * channels > 2**32 - 2**25,
             metadata=None,
             software=False,
         )
+        if tags := metadata.tiff_tags(image.metadata):
+            metadata.add_tiff_tags(file, tags)
     except Exception as error:
         if failed:
             raise failed[0] from None

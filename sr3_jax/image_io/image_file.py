@@ -16,7 +16,7 @@ import stat
 import threading
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from sr3_jax.errors import UserError
 from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason, sniff
+from sr3_jax.image_io.metadata import Metadata
 from sr3_jax.image_io.pixels import UnsupportedPixels, fill_transparent, raw_mode, to_pixels
 from sr3_jax.storage import atomic_write
 
@@ -61,7 +62,8 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 LOSSY_FORMATS = ("JPEG", "WEBP")
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's limit is slightly below 65535
-_MAX_JPEG_EXIF = 65533  # bytes in one JPEG segment
+_LARGEST_REREAD = 512 * 2**20  # bytes of a PNG that is read again without its large chunks
+_DROPPED = "sr3_jax dropped"  # key of their names in Image.info
 WRITABLE_SUFFIXES = frozenset(WRITERS)
 OUTPUT_FORMATS = ("png", "jpg", "webp", "tif")  # the usual suffix of each, without the dot
 # With formats that need an extra or cannot be read, so that such files are named and not passed over.
@@ -106,19 +108,19 @@ class DecodedImage:
         rgb: uint8 [H,W,3]; three equal channels if `gray`.
         alpha: uint8 [H,W], 255 is opaque; None for an image without transparency.
         gray: whether the image is grayscale.
-        icc_profile: the color profile, as stored in files.
-        exif: EXIF data without the orientation, as stored in files.
+        metadata: what its file says about the pixels.
         format: the file format that it was read from.
         notes: changes made by reading, one clause each.
+        dropped: names of metadata that reading left out, as too large or damaged.
     """
 
     rgb: np.ndarray
     alpha: np.ndarray | None = None
     gray: bool = False
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
+    metadata: Metadata = field(default_factory=Metadata)
     format: str = "PNG"
     notes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def sniff_file(path: Path) -> str | None:
@@ -163,11 +165,9 @@ def from_pillow(image: Image.Image) -> DecodedImage:
 
 
 def to_pillow(image: DecodedImage) -> Image.Image:
-    """Convert to a Pillow image in mode L, LA, RGB or RGBA, with the ICC profile and EXIF data in its `info`."""
+    """Convert to a Pillow image in mode L, LA, RGB or RGBA, with the metadata that Pillow knows in its `info`."""
     result = Image.fromarray(to_channels(image))
-    result.info |= {
-        name: value for name, value in (("icc_profile", image.icc_profile), ("exif", image.exif)) if value
-    }
+    result.info.update(metadata.pillow_info(image.metadata))
     return result
 
 
@@ -185,21 +185,25 @@ def with_pixels(image: DecodedImage, rgb: np.ndarray) -> DecodedImage:
 
 def _decode(image: Image.Image) -> DecodedImage:
     raw = raw_mode(image)
-    image.load()
+    try:
+        image.load()
+    except ValueError as error:
+        if not _is_large_chunk(error):  # one that follows the pixels of a PNG, which are decoded
+            raise
     pixels = to_pixels(image, raw)
     # After loading: that is when Pillow rotates TIFFs itself, and some PNGs store EXIF after the pixels.
     orientation = metadata.orientation(image)
-    exif, exif_notes = metadata.exif(image)
-    profile, profile_notes = metadata.profile(image, pixels.gray)
+    found, notes, dropped = metadata.read(image, gray=pixels.gray)
+    before = image.info.get(_DROPPED)
     file_format = image.format or ""
     return DecodedImage(
         rgb=_upright(pixels.rgb, orientation),
         alpha=None if pixels.alpha is None else _upright(pixels.alpha, orientation),
         gray=pixels.gray,
-        icc_profile=profile,
-        exif=exif,
+        metadata=found,
         format="JPEG" if file_format == "MPO" else file_format,
-        notes=(*pixels.notes, *exif_notes, *profile_notes, *metadata.frames(image)),
+        notes=(*pixels.notes, *notes, *metadata.frames(image)),
+        dropped=(*before, *dropped) if isinstance(before, tuple) else dropped,
     )
 
 
@@ -238,6 +242,8 @@ def is_plain(source: bytes, rgb: np.ndarray, *, max_megapixels: float = DEFAULT_
         except Exception:  # broken EXIF data raises anything, in other decoders too
             return False
         if image.mode != "RGB" or image.size != rgb.shape[1::-1] or not upright:
+            return False
+        if image.format == "PNG" and metadata.without_large_chunks(source)[1]:
             return False
         if image.format == "PNG":  # bit depth; Pillow does not read EXIF that follows the pixels
             return source[24] == 8 and not any(chunk in source for chunk in (b"eXIf", b"tRNS", b"acTL"))
@@ -313,8 +319,21 @@ def _open_header(file: IO[bytes], max_megapixels: float) -> Image.Image:
                     "has a TIFF pixel layout that is not supported: convert it to 8 or 16 bits per channel"
                 ) from None
             raise
+        except ValueError as error:
+            if not _is_large_chunk(error) or file.seek(0, os.SEEK_END) > _LARGEST_REREAD:
+                raise
+            file.seek(0)
+            data, dropped = metadata.without_large_chunks(file.read())
+            image = Image.open(io.BytesIO(data), formats=_readable_formats())
+            image.info[_DROPPED] = dropped
+            return image
         finally:
             Image.MAX_IMAGE_PIXELS = before
+
+
+def _is_large_chunk(error: ValueError) -> bool:
+    """Whether Pillow gave up because a text or a color profile in a PNG is larger than it accepts."""
+    return "PngImagePlugin.MAX_TEXT" in str(error) or "MAX_TEXT_MEMORY" in str(error)
 
 
 @functools.cache
@@ -389,11 +408,18 @@ def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> Non
         )
 
 
+def not_storable(path: Path, image: DecodedImage) -> tuple[str, ...]:
+    """Names of the metadata of `image` that the format of this suffix cannot hold."""
+    return metadata.fitting(image.metadata, WRITERS[path.suffix.lower()])[1]
+
+
 def write_image(path: Path, image: DecodedImage, *, durable: bool = True, quality: int | None = None) -> None:
     """Write `image` in the format of the suffix: JPEG with full chroma, the others losslessly.
 
-    The write is atomic (`storage.atomic_write`, also for `durable`); the folder must exist.
+    The write is atomic (`storage.atomic_write`, also for `durable`); the folder must exist. Metadata that the format
+    cannot hold is left out (`metadata.fitting`).
 
+    Args:
         quality: 1 to 100, of JPEG and lossy WebP; None for JPEG at 95 and lossless WebP. Other formats are lossless.
 
     Raises:
@@ -406,12 +432,7 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True, qualit
     options = dict(_SAVE_OPTIONS[file_format])
     if quality is not None and file_format in LOSSY_FORMATS:
         options |= {"quality": quality} if file_format == "JPEG" else {"quality": quality, "lossless": False}
-    if image.icc_profile:
-        options["icc_profile"] = image.icc_profile
-    if image.exif and not (file_format == "JPEG" and len(image.exif) > _MAX_JPEG_EXIF):
-        options["exif"] = image.exif
-        if file_format == "TIFF":
-            options["compression"] = "raw"  # Pillow cannot write EXIF through libtiff, which compresses
+    options |= metadata.save_options(image.metadata, file_format)
     try:
         with atomic_write(path, durable=durable) as file:
             Image.fromarray(to_channels(image)).save(file, format=file_format, **options)

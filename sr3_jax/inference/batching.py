@@ -5,6 +5,7 @@ Shape legend: B batch, H height, W width, s the model's scale.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,6 +19,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, visible_rgb
 from sr3_jax.image_ops import count_passes, pad_image, resize_lanczos, scaled_size
 from sr3_jax.inference.tiling import Tiling
+from sr3_jax.memory import OutOfMemory
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
 from sr3_jax.types import Key
@@ -26,13 +28,17 @@ T = TypeVar("T")
 _THREADS = 4
 _WINDOW_BYTES = 512 * 2**20
 _END: Any = object()
-NO_MEMORY = "needs more memory than the device has"
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception of a device, or of this machine, says that memory is missing."""
     text = str(error)
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+
+
+def no_memory(error: Exception) -> str:
+    """Why an image failed for which there is too little memory, whatever the batch and the tile."""
+    return str(error) if isinstance(error, OutOfMemory) else "needs more memory than the device has"
 
 
 def device_failure(error: Exception) -> str:
@@ -106,14 +112,14 @@ class BatchRunner:
                 output[: scale * image.shape[0], : scale * image.shape[1]]
                 for output, image in zip(outputs, images, strict=False)
             ]
-        except UserError:
-            raise
         except Exception as error:  # device, compiler and network raise many types
             if is_out_of_memory(error):
-                if self._less(shape):
+                if self._less(shape, images[0], error):
                     large = self.is_large(images[0])
                     return [self._whole(one) for one in images] if large else self.outputs(images)
-                return [NO_MEMORY] * len(images)
+                return [no_memory(error)] * len(images)
+            if isinstance(error, UserError):
+                raise
             if len(images) > 1:  # find the one that fails; the others keep their batch shape
                 return [output for image in images for output in self.outputs([image])]
             return [device_failure(error)]
@@ -164,10 +170,10 @@ class BatchRunner:
             outputs[row] = output
         return outputs
 
-    def less_for(self, image: np.ndarray) -> bool:
-        """Make the batches or tiles of a large image smaller. False if they cannot be."""
+    def less_for(self, image: np.ndarray, error: Exception) -> bool:
+        """Make the batches or tiles of a large image smaller after this error. False if they cannot be."""
         plan = self.model.tiling(*image.shape[:2], tile=self._tile)
-        return self._less((plan.rows.size, plan.columns.size))
+        return self._less((plan.rows.size, plan.columns.size), image, error)
 
     def _whole(
         self, image: np.ndarray, progress: Callable[[int, int], object] = lambda done, count: None
@@ -175,28 +181,58 @@ class BatchRunner:
         while True:
             try:
                 return np.concatenate(list(self.bands(image, progress)))
-            except UserError:
-                raise
             except Exception as error:
                 if not is_out_of_memory(error):
+                    if isinstance(error, UserError):
+                        raise
                     return device_failure(error)
-                if not self.less_for(image):
-                    return NO_MEMORY
+                if not self.less_for(image, error):
+                    return no_memory(error)
 
-    def _less(self, shape: tuple[int, ...]) -> bool:
-        """Halve the batch of this shape, as a multiple of the devices; then the tile. False if neither is possible."""
-        devices, size = jax.local_device_count(), self._limits.get(shape, self._batch_size)
-        if size > devices or (size > 1 and size % devices):
-            self._limits[shape] = max(1, size // 2 // devices * devices or min(devices, size // 2))
-            return True
-        for tile in (max(shape[:2]) // 2, 3 * max(shape[:2]) // 4):
-            try:
-                self.model.tiling(*shape[:2], tile=tile)
-            except UserError:  # no room for the halo
-                continue
+    def _less(self, shape: tuple[int, ...], image: np.ndarray, error: Exception) -> bool:
+        """Choose smaller batches of images or tiles of this shape, else smaller tiles. False if neither is possible.
+
+        Halves one of them; if the error says how much memory is free, as often as that needs, so that nothing is
+        compiled in vain.
+        """
+        share = error.free / error.needed if isinstance(error, OutOfMemory) else 1.0
+        size = least = self._limits.get(shape, self._batch_size)
+        for least in _smaller_batches(size):
+            self._limits[shape] = least
+            if least <= share * size:
+                return True
+        pixels = _tile_pixels(self.model.tiling(*image.shape[:2], tile=self._tile))
+        tile = None
+        for tile, plan in self._smaller_tiles(image):
             self._tile = tile
-            return True
-        return False
+            self._limits[plan.rows.size, plan.columns.size] = least
+            if least * _tile_pixels(plan) <= share * size * pixels:
+                break
+        return tile is not None or least < size
+
+    def _smaller_tiles(self, image: np.ndarray) -> list[tuple[int, Tiling]]:
+        """Halves of the tiles of an image that have room for their halo; if there is none, three quarters of one."""
+        plan = self.model.tiling(*image.shape[:2], tile=self._tile)
+        side = max(plan.rows.size, plan.columns.size)
+        found: list[tuple[int, Tiling]] = []
+        for tile in [*(side >> count for count in range(1, side.bit_length())), 3 * side // 4]:
+            if tile > side // 2 and found:
+                break
+            with contextlib.suppress(UserError):  # no room for the halo
+                found.append((tile, self.model.tiling(*image.shape[:2], tile=tile)))
+        return found
+
+
+def _smaller_batches(size: int) -> Iterator[int]:
+    """Halves of a batch: multiples of the number of devices, then fewer images than devices."""
+    devices = jax.local_device_count()
+    while size > devices or (size > 1 and size % devices):
+        size = max(1, size // 2 // devices * devices or min(devices, size // 2))
+        yield size
+
+
+def _tile_pixels(plan: Tiling) -> int:
+    return plan.rows.size * plan.columns.size
 
 
 def groups_by_shape(

@@ -43,7 +43,7 @@ from sr3_jax.image_io.image_file import (
 )
 from sr3_jax.image_ops import pad_image
 from sr3_jax.inference.batching import upscale_each
-from sr3_jax.inference.program import generate_jit
+from sr3_jax.inference.program import generate_jit, require_memory
 from sr3_jax.inference.sampling_file import find_sampling
 from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, cell_size, tile_image
 from sr3_jax.nn.unet import UNet, apply_unet
@@ -140,7 +140,8 @@ class Model:
         is divided among the devices of this process.
 
         Args:
-            image: a PIL image or the path of an image file (alpha, grayscale, EXIF and ICC profile are kept), or
+            image: a PIL image or the path of an image file (alpha, grayscale and metadata are kept: EXIF,
+                XMP, ICC profile, resolution and comment, in the `info` of the result), or
                 uint8 RGB [h,w,3] or [B,h,w,3].
             seed: the same seed gives the same output. An int, and then each image of a batch gets the noise that it
                 would get if upscaled by itself; or a `jax.random` key for the batch, or [B] keys.
@@ -159,6 +160,7 @@ class Model:
         Raises:
             UserError: the image cannot be read; `steps`, `solver`, `labels` or `sampling` do not fit this model.
             ValueError: an array that is not uint8 RGB.
+            OutOfMemory: a batch of images or tiles needs more memory than is free; it is a UserError and a MemoryError.
             FloatingPointError: the network's output is not finite.
         """
         options: dict[str, Any] = {
@@ -503,6 +505,7 @@ class Model:
         origins: np.ndarray | None = None,
     ) -> np.ndarray:
         arguments, settings = self._program(shape, images, labels, key, sampling, origins)
+        require_memory(arguments, settings)
         output, finite = generate_jit(*arguments, **settings)
         if not finite:
             raise FloatingPointError(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sr3_jax import memory
 from sr3_jax.degradations import ConditioningAugmentation
 from sr3_jax.diffusion.guidance import guided
 from sr3_jax.diffusion.process import Prediction
@@ -26,6 +27,7 @@ from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.train.examples import Batch, condition
 from sr3_jax.types import Denoiser, Key, Params
 
+_needed: dict[Any, int] = {}  # bytes per device, by the shapes and static values of a program
 _STATIC = (
     *("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation"),
     *("back_projection", "cell"),
@@ -108,3 +110,24 @@ def generate_jit(
     # Constrain the output too, so that XLA cannot choose another sharding than rows over devices.
     output = jax.lax.with_sharding_constraint(to_uint8(image), sharding.batch_sharding(mesh))
     return output, jnp.all(jnp.isfinite(image))
+
+
+def require_memory(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    """Check that `generate_jit` of these arguments and static values fits into what is free on its devices.
+
+    The first call of each shape compiles the program, and `generate_jit` then finds it in its cache.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
+    count, height, width, _ = settings["shape"]
+    what = f"sampling {count} x {width}x{height} pixels at once"
+    remedy = "use smaller batches or tiles (--batch-size, --tile), or free memory"
+    devices = settings["mesh"].local_devices
+    leaves, structure = jax.tree.flatten(
+        arguments[1:]
+    )  # the shapes of the parameters follow from the network
+    key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), *settings.values())
+    if key not in _needed:
+        _needed[key] = memory.needed_bytes(generate_jit.lower(*arguments, **settings).compile())
+    memory.require(_needed[key], devices, what=what, remedy=remedy)

@@ -20,6 +20,7 @@ from sr3_jax.image_io.errors import reason
 from sr3_jax.image_io.image_file import (
     DecodedImage,
     ImageError,
+    not_storable,
     read_image,
     require_writable,
     visible_rgb,
@@ -29,12 +30,12 @@ from sr3_jax.image_io.image_file import (
 from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
 from sr3_jax.image_ops import count_passes, scaled_size
 from sr3_jax.inference.batching import (
-    NO_MEMORY,
     BatchRunner,
     Upscaler,
     device_failure,
     groups_by_shape,
     is_out_of_memory,
+    no_memory,
 )
 from sr3_jax.sampling import Sampling
 from sr3_jax.storage import is_disk_full
@@ -56,12 +57,14 @@ class UpscaleResult:
         skipped: outputs that existed.
         failed: inputs, each with the reason.
         notes: inputs that reading changed, each with the changes.
+        not_kept: inputs with metadata that their outputs do not have, each with its names.
     """
 
     done: tuple[Path, ...]
     skipped: tuple[Path, ...]
     failed: tuple[tuple[Path, str], ...]
     notes: tuple[tuple[Path, tuple[str, ...]], ...]
+    not_kept: tuple[tuple[Path, tuple[str, ...]], ...] = ()
 
 
 def upscale_files(
@@ -111,6 +114,7 @@ def upscale_files(
     to_do, finished = split_finished(jobs, overwrite=overwrite)
     failures: dict[Job, str] = {}
     notes: dict[Job, tuple[str, ...]] = {}
+    not_kept: dict[Job, tuple[str, ...]] = {}
     writes: dict[Future[None], tuple[Job, int]] = {}  # pending, with their bytes
     device = BatchRunner(model, sampling=sampling, seed=seed, batch_size=batch_size, tile=tile)
 
@@ -144,12 +148,16 @@ def upscale_files(
     def shape(image: DecodedImage) -> tuple[int, ...]:
         return device.batch_shape(image.rgb)
 
+    def listed(texts: dict[Job, tuple[str, ...]]) -> tuple[tuple[Path, tuple[str, ...]], ...]:
+        return tuple((job.source, texts[job]) for job in to_do if texts.get(job) and job not in failures)
+
     with ThreadPoolExecutor(_THREADS, "write") as writer:
         for group, unread in groups_by_shape(to_do, read, shape, batch_size=batch_size):
             for job, error in unread:
                 finish(job, _failure(error))
             for job, image in group:
                 notes[job] = image.notes
+                not_kept[job] = (*image.dropped, *not_storable(job.target, image))
             large = bool(group) and device.is_large(group[0][1].rgb)
             if large and outscale is None:
                 for job, image in group:
@@ -174,7 +182,8 @@ def upscale_files(
         done=tuple(job.target for job in to_do if job not in failures),
         skipped=tuple(job.target for job in finished),
         failed=tuple((job.source, failures[job]) for job in to_do if job in failures),
-        notes=tuple((job.source, notes[job]) for job in to_do if notes.get(job) and job not in failures),
+        notes=listed(notes),
+        not_kept=listed(not_kept),
     )
 
 
@@ -200,13 +209,13 @@ def _upscale_large(
         except ImageError as error:
             _raise_if_full(error)
             return str(error)
-        except UserError:
-            raise
         except Exception as error:  # device, compiler and network raise many types
             if not is_out_of_memory(error):
+                if isinstance(error, UserError):
+                    raise
                 return device_failure(error)
-            if not device.less_for(rgb):
-                return NO_MEMORY
+            if not device.less_for(rgb, error):
+                return no_memory(error)
 
 
 def _make_folder(folder: Path) -> None:

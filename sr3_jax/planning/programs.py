@@ -21,6 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sr3_jax.distributed.sharding import AXES, batch_sharding, fsdp_spec, replicated
+from sr3_jax.memory import program_memory
 from sr3_jax.train.experiment import Experiment
 from sr3_jax.train.held_out import LOSS_LEVELS, held_out_jit
 from sr3_jax.train.state import TrainState, abstract_state
@@ -107,8 +108,7 @@ def compile_program(
     with watch(f"compiling the {title}"):
         try:
             with _without_compilation_cache():
-                stats = lowered.compile(compiler_options=dict(options)).memory_analysis()
-            found["memory"] = _memory(stats)
+                found["memory"] = program_memory(lowered.compile(compiler_options=dict(options)))
         except jax.errors.JaxRuntimeError as error:
             needed = out_of_memory(str(error))
             if needed is None:
@@ -127,17 +127,6 @@ def out_of_memory(message: str) -> int | None:
         return None
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
     return int(float(number) * 1024 ** " KMGT".index(unit or " "))
-
-
-def _memory(stats: Any) -> dict[str, int]:
-    found = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes,
-        "aliased": stats.alias_size_in_bytes,  # outputs that reuse the memory of arguments
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    return found | {"peak": sum(found.values()) - 2 * found["aliased"]}
 
 
 @contextlib.contextmanager

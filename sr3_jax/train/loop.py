@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sr3_jax import memory
 from sr3_jax.config import schema
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import DataUnavailable, NoImages, Source, open_source, squares
@@ -48,7 +49,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
 
     Raises:
         UserError: the config does not fit the machine, the data or the workdir; another run uses the workdir; the loss
-            is not finite; a checkpoint cannot be saved.
+            is not finite; a checkpoint cannot be saved; a step needs more memory than is free.
     """
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
@@ -127,6 +128,13 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 vote = stop_reason()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
                     with metrics.untimed():  # it compiles
+                        memory.require(
+                            memory.needed_bytes(train_step.lower(state, batch, key).compile()),
+                            mesh.local_devices,
+                            what="a training step",
+                            remedy="use a smaller config.train.batch_size or config.data.crop, a larger "
+                            "config.train.accumulation, or config.model.remat",
+                        )
                         state, step_metrics = train_step(state, batch, key)
                 else:
                     state, step_metrics = train_step(state, batch, key)
