@@ -237,3 +237,29 @@ def test_center_crops_skip_unusable_images(logged):
     assert "5 of 99" in logged[-1]
     with pytest.raises(UserError, match=r"fake.*crop=50"):
         center_crops(source(), crop=50, count=4)
+
+
+def pairs(count=7, scale=3):
+    """Low-res images whose pixels are every third one of the others."""
+
+    def load(index):
+        whole = image(index, scale * (4 + index % 3), 12)
+        return {"image": whole, "low_res": np.ascontiguousarray(whole[::scale, ::scale])}
+
+    return Source("pairs", load, count, scale=scale)
+
+
+def test_both_images_of_a_pair_are_cropped_and_flipped_together():
+    flipped, corners = [], set()
+    for batch in [
+        *take(batches(pairs(), seed=3, batch_size=4, crop=6), 12),
+        center_crops(pairs(), crop=6, count=4),
+    ]:
+        assert (batch["image"].shape[1:], batch["low_res"].shape[1:]) == ((6, 6, 3), (2, 2, 3))
+        for large, small in zip(batch["image"], batch["low_res"], strict=True):
+            flipped.append(large[0, 0, 2] > large[0, 1, 2])
+            where = slice(None, None, -1) if flipped[-1] else slice(None)
+            np.testing.assert_array_equal(large[:, where][::3, ::3], small[:, where])
+            corners.add(tuple(large[:, where][0, 0, 1:]))
+    assert {top % 3 for top, _ in corners} == {0} and len(corners) > 5
+    assert 10 < sum(flipped) < 38

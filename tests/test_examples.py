@@ -58,3 +58,13 @@ def test_only_the_condition_is_augmented_and_only_in_training(kind):
     _, cond = make_pair(crops, task)
     assert set(cond) == {"upsampled", "label"}
     np.testing.assert_array_equal(cond["upsampled"], clean)
+
+
+def test_given_low_res_images_are_the_condition_and_are_augmented_too():
+    crops = batch() | {"low_res": np.random.default_rng(1).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)}
+    target, cond = make_pair(crops, Task(scale=2))
+    np.testing.assert_array_equal(target, to_unit(crops["image"]))
+    np.testing.assert_allclose(cond["upsampled"], upsample(to_unit(crops["low_res"]), 2), atol=1e-6)
+    task = Task(scale=2, augmentation=ConditioningAugmentation("noise", 0.9, share=1.0))
+    _, augmented = make_pair(crops, task, jax.random.key(0))
+    assert np.any(np.asarray(augmented["upsampled"]) != cond["upsampled"])

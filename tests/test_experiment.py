@@ -55,6 +55,7 @@ def test_an_experiment_follows_its_config():
         assert (beta[0], beta[-1]) == (pytest.approx(1e-4), pytest.approx(2e-2))
 
 
+PAIRS = {"source": "pairs:low:high"}
 BASE_MODEL = {"model": {"low_res": False}, "data": {"scale": 1}, "diffusion": {"space": "image"}}
 
 
@@ -78,6 +79,9 @@ BASE_MODEL = {"model": {"low_res": False}, "data": {"scale": 1}, "diffusion": {"
         ({"data": {"label_dropout": 0.5}}, "data.label_dropout", 0.5),
         ({"stage": {"size": 6}}, "stage.size", 6),
         ({"data": {"framing": "square"}, "stage": {"size": 32}}, "stage.size", 32),
+        ({"data": PAIRS | {"degradation": "photo"}}, "data.degradation", "photo"),
+        ({"data": PAIRS | {"framing": "square"}}, "data.framing", "square"),
+        ({"data": PAIRS | {"shrink": 2}}, "data.shrink", 2),
         (BASE_MODEL | {"data": {"scale": 2}}, "data.scale", 2),
         (BASE_MODEL | {"diffusion": {"space": "residual"}}, "diffusion.space", "residual"),
         (BASE_MODEL | {"stage": {"size": 8}}, "stage.size", 8),

@@ -281,6 +281,31 @@ def test_many_images_give_one_crop_each_evenly_spaced():
     assert crops.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 60, 70, 80, 90]
 
 
+def test_crops_of_pairs_are_cut_from_both_images_and_are_the_models_input(workspace, tmp_path, monkeypatch):
+    whole = np.random.default_rng(0).integers(0, 256, (39 * 4, 20 * 4, 3), dtype=np.uint8)
+    pair = {"image": whole, "low_res": whole[::4, ::4]}
+    crops = crops_of(Source("pair", lambda index: dict(pair), 1, scale=4), [0], crop=CROP, count=4, seed=0)
+    np.testing.assert_array_equal(crops.images[:, ::4, ::4], crops.low_res)
+    seen = []
+
+    def upscale(self, low_res, keys, **options):
+        seen.append(low_res)
+        return np.repeat(np.repeat(low_res, 4, axis=1), 4, axis=2)
+
+    monkeypatch.setattr(models.Model, "upscale", upscale)
+    suite = metric_suite.MetricSuite((metric_suite.standard_metrics(),))
+    of_pairs = candidates.CropEvaluator(
+        models.load(workspace / "m.safetensors"),
+        crops,
+        tmp_path / "s.jsonl",
+        suite=suite,
+        batch_size=4,
+        seed=0,
+    )
+    of_pairs.means(Sampling("ddim", 1), 4)
+    np.testing.assert_array_equal(seen[0], crops.low_res)
+
+
 def test_halves_share_no_image():
     first, second = halves(7)
     assert sorted([*first, *second]) == list(range(7)) and abs(len(first) - len(second)) == 1

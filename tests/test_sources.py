@@ -435,3 +435,72 @@ def test_sources_know_the_names_of_their_files(tmp_path, monkeypatch):
     assert Source("numbers", lambda index: {}, 3).file_name(2) == "00002"
     monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path))
     assert open_source("photos:test").file_name(5) == "kingfisher.jpg"
+
+
+# -- pairs
+
+
+def pair_files(root, names, *, scale=2, size=(6, 4)):
+    """Low-res images of `size` and high-res images `scale` times as large; returns their pixels by name."""
+    width, height = size
+    return {
+        (low, high): (
+            image(root / low, size, seed=index),
+            image(root / high, (scale * width, scale * height), seed=index + 100),
+        )
+        for index, (low, high) in enumerate(names)
+    }
+
+
+@pytest.mark.parametrize(
+    "names, folders",
+    [
+        ([("lr/a.png", "hr/a.png"), ("lr/b/a.png", "hr/b/a.jpg")], ("lr", "hr")),  # the same paths
+        ([("4/cgm3_LR4.png", "4/cgm3_HR.png"), ("4/cgm4_LR4.png", "4/cgm4_HR.png")], ("4", "4")),  # RealSR
+        ([("x/cgm3_LR4.png", "y/cgm3_HR.png")], ("x", "y")),
+        ([("x/0801x4.png", "y/0801.png"), ("x/0802x4.png", "y/0802.png")], ("x", "y")),  # DIV2K
+        ([("x/a-small.png", "y/a.png"), ("x/b-small.png", "y/b.png")], ("x", "y")),  # shared by all
+        ([("x/a.png", "y/a.png"), ("x/a_x2.png", "y/a_HR.png")], ("x", "y")),  # exact names come first
+    ],
+)
+def test_pairs_are_matched_by_name(tmp_path, names, folders):
+    pixels = pair_files(tmp_path, names)
+    source = open_source(f"pairs:{tmp_path / folders[0]}:{tmp_path / folders[1]}")
+    assert (len(source), source.scale) == (len(names), 2)
+    found = {source.file_name(index): source[index] for index in range(len(source))}
+    for (_, high), (low_res, high_res) in pixels.items():
+        item = found[high.split("/", 1)[1]]
+        np.testing.assert_array_equal(item["low_res"], low_res)
+        np.testing.assert_array_equal(item["image"], high_res)
+        assert not item["low_res"].flags.writeable
+
+
+def test_pairs_that_do_not_fit_are_named(tmp_path):
+    pair_files(tmp_path, [(f"lr/{name}.png", f"hr/{name}.png") for name in "abc"])
+    name = f"pairs:{tmp_path / 'lr'}:{tmp_path / 'hr'}"
+    assert len(open_source(name, scale=2)) == 3
+    with pytest.raises(UserError, match=r"3 of 3 pairs .* scale 4: 'a.png', 'b.png', 'c.png'.* 12x8 .* 6x4"):
+        open_source(name, scale=4)
+    image(tmp_path / "hr" / "b.png", (13, 8))
+    with pytest.raises(UserError, match=r"1 of 3 pairs .* scale 2: 'b.png'.* 13x8"):
+        open_source(name)
+    image(tmp_path / "hr" / "b.png", (12, 8))
+    image(tmp_path / "lr" / "b_LR.png", (6, 4))  # without a partner: b.png matches exactly
+    with pytest.raises(UserError, match=r"1 of 4 low-res images .* 'b_LR.png'"):
+        open_source(name)
+    (tmp_path / "lr" / "b_LR.png").unlink()
+    (tmp_path / "lr" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 3 high-res images .* 'a.png'"):
+        open_source(name)
+    image(tmp_path / "lr" / "a_LR2.png", (6, 4))
+    image(tmp_path / "lr" / "a_LR4.png", (3, 2))
+    with pytest.raises(UserError, match=r"'a_LR2.png', 'a_LR4.png' .* match 'a.png'"):
+        open_source(name)
+
+
+def test_low_res_images_may_have_the_size_of_the_others(tmp_path):
+    pair_files(tmp_path, [("lr/a.png", "hr/a.png")], scale=1)
+    source = open_source(f"pairs:{tmp_path / 'lr'}:{tmp_path / 'hr'}", scale=1)
+    assert source[0]["low_res"].shape == source[0]["image"].shape
+    with pytest.raises(UserError, match="framing=crop"):
+        squares(source, 4)

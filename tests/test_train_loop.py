@@ -25,6 +25,7 @@ import pytest
 
 from sr3_jax import image_ops, memory, metrics
 from sr3_jax.data import sources
+from sr3_jax.data.batches import center_crops
 from sr3_jax.data.sources import Source
 from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed import sharding
@@ -146,6 +147,22 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, folder, tmp
     names = (whole.name, tmp_path.name)
     early = [checkpoints.load_ema(tmp_path / name) for name in names]
     assert early[0][1] == 3 and same_bits(early[0], early[1])
+
+
+def test_pairs_are_trained_and_evaluated_on_and_resume_bit_for_bit(folder, tmp_path):
+    low_res = tiny.images(tmp_path / "lr", side=24 // 4, seed=9)  # not those that bicubic would give
+    source = f"pairs:{low_res}:{folder}"
+    sections = REAL | {"data": {"source": source, "eval_source": source}}
+    assert run(folder, tmp_path / "whole", sections) == 0
+    assert run(folder, tmp_path / "parts", sections, train={"num_steps": 3}) == 0
+    assert run(folder, tmp_path / "parts", sections) == 0
+    assert same_bits(restored(tmp_path / "whole"), restored(tmp_path / "parts"))
+    crops = center_crops(sources.open_source(source), crop=16, count=HELD_OUT)
+    bicubic = image_ops.to_uint8(image_ops.upsample(image_ops.to_unit(crops["low_res"]), 4))
+    wanted = float(metrics.psnr(bicubic, crops["image"]).mean())
+    assert lines(tmp_path / "whole")[-1]["eval_psnr_bicubic"] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(UserError, match=r"scale 2"):
+        run(folder, tmp_path / "other", sections | {"data": {"source": source, "scale": 2}})
 
 
 def test_complete_run_does_nothing_when_started_again(whole, folder, tmp_path, capsys):

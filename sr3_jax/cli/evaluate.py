@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--data", default="photos:test", metavar="SOURCE",
-        help="photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH (default: %(default)s)",
+        help="photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH or pairs:LR_DIR:HR_DIR (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", required=True, type=local_path, metavar="DIR", help="folder for the results"

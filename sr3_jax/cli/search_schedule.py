@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--data", required=True, metavar="SOURCE",
-        help="photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH, not used in training",
+        help="photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH or pairs:LR_DIR:HR_DIR, not used in training",
     )  # fmt: skip
     parser.add_argument(
         "--eval-data", metavar="SOURCE",

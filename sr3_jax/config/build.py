@@ -143,6 +143,7 @@ def check_config(config: Config) -> None:
         rule = f"be a multiple of {multiple} (for config.data.shrink, config.data.scale and the network's levels)"
         invalid("data", "crop", data["crop"], rule)
     _check_stage(config)
+    _check_pairs(config)
     prediction = config["diffusion"]["prediction"]
     if config["model"]["output_skip"] and prediction != "y0":
         invalid("diffusion", "prediction", prediction, "be y0 if config.model.output_skip is above 0")
@@ -191,6 +192,25 @@ def _check_stage(config: Config) -> None:
         invalid("model", "augment", True, "be false if config.data.augment is none")
     if data["label_dropout"] and not model["num_classes"]:
         invalid("data", "label_dropout", data["label_dropout"], "be 0 if config.model.num_classes is 0")
+
+
+def _check_pairs(config: Config) -> None:
+    """Fields that make low-res images or resample the others, where a source has low-res images."""
+    data, sources = config["data"], [config["data"][name] for name in ("source", "eval_source")]
+    if not any(source.startswith("pairs:") for source in sources):
+        return
+    for section, name, value in (
+        ("model", "low_res", True),
+        ("data", "framing", "crop"),
+        ("data", "shrink", 1),
+    ):
+        if config[section][name] != value:
+            invalid(
+                section, name, config[section][name], f"be {value} if a data source is pairs:LR_DIR:HR_DIR"
+            )
+    if sources[0].startswith("pairs:") and not build_degradation(config).is_clean:
+        rule = "be clean, without fields of config.degradation, if config.data.source is pairs:LR_DIR:HR_DIR"
+        invalid("data", "degradation", data["degradation"], rule)
 
 
 def _check_network(network: UNet) -> None:

@@ -371,7 +371,8 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             {
                 "source": Field(
                     default="photos:train",
-                    help="Training images: photos:SPLIT (bundled), folder:PATH, or tfds:NAME/CONFIG:SPLIT.",
+                    help="Training images: photos:SPLIT (bundled), folder:PATH, tfds:NAME/CONFIG:SPLIT, or "
+                    "pairs:LR_DIR:HR_DIR, which has low-res images too.",
                 ),
                 "eval_source": Field(
                     default="photos:test", help="Held-out images, named in the same way as `source`."

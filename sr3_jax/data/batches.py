@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.data.sources import ImageTooSmallError, Source, check_side
+from sr3_jax.data.sources import ImageTooSmallError, Source, center, check_side, cut
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import ImageError
 
@@ -39,7 +39,8 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches {'image': uint8 [b,crop,crop,3], 'label': int32 [b] if the source has labels}.
 
-    Each epoch is a new permutation of the images, with one crop of each.
+    Pairs also have 'low_res', uint8 [b,crop/scale,crop/scale,3], of the same parts of the images. Each epoch is a new
+    permutation of the images, with one crop of each.
 
     Args:
       batch_size: B, over all processes.
@@ -82,9 +83,7 @@ def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarr
                 continue
             tried.add(index)
             if (item := rejections.usable(index, crop)) is not None:
-                height, width = item["image"].shape[:2]
-                top, left = (height - crop) // 2, (width - crop) // 2
-                taken[index] = item | {"image": item["image"][top : top + crop, left : left + crop]}
+                taken[index] = center(item, crop)
                 break
     if not taken:
         raise UserError(
@@ -130,10 +129,15 @@ class _CropAt:
                 f"{_MAX_REJECTIONS} images of {self._source.name} in a row are unusable for "
                 f"crop={self._crop}: use a smaller crop or other data"
             )
-        height, width = item["image"].shape[:2]
-        top, left = down % (height - self._crop + 1), right % (width - self._crop + 1)
-        image = item["image"][top : top + self._crop, left : left + self._crop]
-        return item | {"image": image[:, ::-1] if self._mirror and mirror & 1 else image}
+        scale = self._source.scale or 1  # a corner is at a pixel of the low-res image
+        top, left = (
+            word % ((side - self._crop) // scale + 1) * scale
+            for word, side in zip((down, right), item["image"].shape[:2], strict=False)
+        )
+        item = cut(item, top, left, self._crop)
+        if self._mirror and mirror & 1:
+            item |= {name: item[name][:, ::-1] for name in ("image", "low_res") if name in item}
+        return item
 
 
 class _Rejections:
@@ -177,7 +181,9 @@ class _Rejections:
 
 
 def _stack(items: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    batch = {"image": np.stack([item["image"] for item in items])}
+    batch = {
+        name: np.stack([item[name] for item in items]) for name in ("image", "low_res") if name in items[0]
+    }
     if "label" in items[0]:
         batch["label"] = np.array([item["label"] for item in items], np.int32)
     return batch

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sr3_jax.data.sources import Source, open_source, squares
+from sr3_jax.data.sources import Source, cut, open_source, squares
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import ImageError
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
@@ -19,17 +19,25 @@ from sr3_jax.image_ops import degrade, to_uint8, to_unit
 
 @dataclass(frozen=True, eq=False)
 class Crops:
-    """images uint8 [N,C,C,3], labels int32 [N] where the source has them, and the number of images they come from."""
+    """Crops for a search.
+
+    Attributes:
+        images: uint8 [N,C,C,3].
+        labels: int32 [N] where the source has them.
+        source_images: the number of images they come from.
+        low_res: uint8 [N,C/scale,C/scale,3] where the source has them.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None
     source_images: int
+    low_res: np.ndarray | None = None
 
     def whole_batches(self, size: int) -> Crops:
         """Without the last crops that do not fill a batch."""
         count = len(self.images) // size * size
-        labels = None if self.labels is None else self.labels[:count]
-        return Crops(self.images[:count], labels, self.source_images)
+        labels, low_res = (None if one is None else one[:count] for one in (self.labels, self.low_res))
+        return Crops(self.images[:count], labels, self.source_images, low_res)
 
 
 def search_and_check(
@@ -40,6 +48,7 @@ def search_and_check(
     count: int,
     square: bool = False,
     shrink: int = 1,
+    scale: int | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> tuple[Crops, Crops]:
@@ -50,6 +59,7 @@ def search_and_check(
         crop: side of a crop in pixels, after downsampling.
         square: whether images are cropped to their central square first.
         shrink: the factor by which larger crops are downsampled, as for the stage of a cascade.
+        scale: that pairs must have.
         limit: only the first images of `data`.
 
     Raises:
@@ -58,7 +68,11 @@ def search_and_check(
     side = crop * shrink
 
     def opened(name: str) -> Source:
-        return squares(open_source(name, cache_mb=0), side) if square else open_source(name, min_side=side)
+        return (
+            squares(open_source(name, cache_mb=0), side)
+            if square
+            else open_source(name, min_side=side, scale=scale)
+        )
 
     first = opened(data)
     images = range(min(len(first), limit or len(first)))
@@ -82,6 +96,8 @@ def shrunk(crops: Crops, factor: int) -> Crops:
     """The crops downsampled as the stage of a cascade was trained on them (`config.data.shrink`)."""
     if factor == 1:
         return crops
+    if crops.low_res is not None:
+        raise UserError(f"pairs cannot be downsampled by config.data.shrink={factor}: use a folder of images")
     return replace(crops, images=np.asarray(to_uint8(degrade(to_unit(crops.images), factor))))
 
 
@@ -115,23 +131,28 @@ def crops_of(source: Source, numbers: Sequence[int], *, crop: int, count: int, s
             continue
         height, width = item["image"].shape[:2]
         down, right = height // crop, width // crop
-        tops, lefts = (height - down * crop) // 2, (width - right * crop) // 2
+        scale = source.scale or 1
+        tops, lefts = (
+            (height - down * crop) // 2 // scale * scale,
+            (width - right * crop) // 2 // scale * scale,
+        )
         words = np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(down * right)
         places = [divmod(int(place), right) for place in np.argsort(words, kind="stable")] if right else []
         items.append((item, [(tops + row * crop, lefts + column * crop) for row, column in places]))
-    found: list[tuple[np.ndarray, int | None]] = []
+    found: list[dict[str, Any]] = []
     for turn in range(max((len(places) for _, places in items), default=0)):
         for item, places in items:
             if turn < len(places) and len(found) < count:
                 top, left = places[turn]
-                found.append((item["image"][top : top + crop, left : left + crop], item.get("label")))
+                found.append(cut(item, top, left, crop))
     if not found:
         raise UserError(
             f"{source.name} has no image of {crop}x{crop} pixels or more{failure}: use a smaller --crop or other data"
         )
-    labeled = all(label is not None for _, label in found)
+    labeled = all("label" in item for item in found)
     return Crops(
-        np.stack([image for image, _ in found]),
-        np.array([label for _, label in found], np.int32) if labeled else None,
+        np.stack([item["image"] for item in found]),
+        np.array([item["label"] for item in found], np.int32) if labeled else None,
         sum(bool(places) for _, places in items),
+        np.stack([item["low_res"] for item in found]) if source.scale else None,
     )

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sr3_jax.data import store
+from sr3_jax.data.matching import is_low_res, match_files, named
 from sr3_jax.errors import UserError
 from sr3_jax.files import parse_json
 from sr3_jax.image_io.errors import printable
@@ -28,7 +29,7 @@ from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, UnreadableEr
 from sr3_jax.image_io.inputs import walk
 
 _log = logging.getLogger("sr3_jax")
-_NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH"
+NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH or pairs:LR_DIR:HR_DIR"
 MAX_IN_MEMORY = 4 * 2**30  # bytes
 _LISTED = 100  # unreadable files named in one message; others are only counted
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 14.5)
@@ -88,9 +89,10 @@ def retried(read: Callable[[], Any], what: str, *, permanent: Collection[int] = 
 class Source:
     """Random access to a data set: source[i] is {'image': uint8 [H,W,3], 'label': int if it has labels}.
 
-    Arrays are read-only and shared. Decoded images are cached until `cache_mb` is used up, and never evicted: for
-    epochs in random order this has more hits than evicting the oldest. Thread-safe. Reading an unusable image raises
-    ImageError ('NAME: reason'), and one that the operating system cannot read for half a minute DataUnavailable.
+    Pairs also have 'low_res', uint8 [H/scale,W/scale,3]. Arrays are read-only and shared. Decoded images are cached
+    until `cache_mb` is used up, and never evicted: for epochs in random order this has more hits than evicting the
+    oldest. Thread-safe. Reading an unusable image raises ImageError ('NAME: reason'), and one that the operating system cannot
+    read for half a minute DataUnavailable.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class Source:
         min_side: int = 0,
         cache_mb: int = 1024,
         num_classes: int | None = None,
+        scale: int | None = None,
     ) -> None:
         self.name = name
+        self.scale = scale  # of the low-res images that the data set has; None if it has none
         self.num_classes = num_classes  # of the labels, where the data set declares it
         self.describe = describe
-        self.file_name = file_name  # the image's file name where known, else its number
+        self.file_name = file_name  # the image's path in its folder where known, else its number
         self._load = load
         self._count = count
         self._min_side = min_side
@@ -130,24 +134,34 @@ class Source:
             check_side(item["image"].shape[:2], self._min_side)
         except ImageError as error:
             raise type(error)(f"{self.describe(index)}: {error}") from error
-        item["image"].flags.writeable = False
+        images = [item[name] for name in ("image", "low_res") if name in item]
+        for image in images:
+            image.flags.writeable = False
+        size = sum(image.nbytes for image in images)
         with self._lock:
-            if index not in self._cache and item["image"].nbytes <= self._free:
-                self._free -= item["image"].nbytes
+            if index not in self._cache and size <= self._free:
+                self._free -= size
                 self._cache[index] = item
         return dict(item)
 
 
-def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source:
-    """Open a data set: `photos:train`, `photos:test`, `tfds:NAME[/CONFIG][:VERSION]:SPLIT` or `folder:PATH`.
+def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024, scale: int | None = None) -> Source:
+    """Open a data set, named in one of these ways.
+
+    photos:train, photos:test: the bundled photographs.
+    tfds:NAME[/CONFIG][:VERSION]:SPLIT: a TFDS data set.
+    folder:PATH: the images of a folder.
+    pairs:LR_DIR:HR_DIR: low-res and high-res images of two folders, matched by name (`sr3_jax.data.matching`).
 
     Args:
       min_side: minimum short side in pixels. Smaller images of a folder are skipped with a warning; in a TFDS data set
         reading one raises ImageTooSmallError, since checking every image first would take too long.
       cache_mb: memory for decoded images.
+      scale: that pairs must have; None for that of the first pair.
 
     Raises:
-      UserError: the data set or split does not exist, or has no usable image.
+      UserError: the data set or split does not exist, or has no usable image; images have no partner, or one of another
+        size.
     """
     kind, _, rest = name.partition(":")
     if kind == "photos" and rest in ("train", "test"):
@@ -156,14 +170,22 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024) -> Source
         return _open_tfds(name, rest, min_side, cache_mb)
     if kind == "folder" and rest:
         return _open_folder(name, Path(os.path.expanduser(rest)), min_side, cache_mb)
-    raise UserError(f"unknown data source '{printable(name)}': use {_NAMES}")
+    if kind == "pairs" and rest.count(":") == 1 and all(rest.split(":")):
+        low_res, high_res = (Path(os.path.expanduser(path)) for path in rest.split(":"))
+        return _open_pairs(name, low_res, high_res, scale=scale, min_side=min_side, cache_mb=cache_mb)
+    raise UserError(f"unknown data source '{printable(name)}': use {NAMES}")
 
 
 def squares(source: Source, side: int, *, cache_mb: int = 1024) -> Source:
     """The largest center square of each image, area-resampled to `side` pixels: the paper's ImageNet protocol.
 
     Open `source` with cache_mb=0, so that only the squares are cached.
+
+    Raises:
+        UserError: the source has low-res images, which cannot be resampled with the others.
     """
+    if source.scale is not None:
+        raise UserError(f"{source.name} has low-res images, which need config.data.framing=crop, got square")
 
     def load(index: int) -> dict[str, Any]:
         item = source[index]
@@ -368,6 +390,20 @@ def scan_folder(root: Path, *, threads: int = 16) -> Scan:
 
 def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
     scan = scan_folder(root)
+    paths = _usable(name, root, scan, min_side)
+    return Source(
+        name,
+        lambda index: {"image": read_rgb(paths[index])},
+        len(paths),
+        describe=lambda index: printable(paths[index]),
+        file_name=lambda index: printable(paths[index].relative_to(root)),
+        min_side=min_side,
+        cache_mb=cache_mb,
+    )
+
+
+def _usable(name: str, root: Path, scan: Scan, min_side: int) -> list[Path]:
+    """The images of a folder that are large enough; logs the others. UserError if there are none."""
     paths = [path for path, size in zip(scan.images, scan.sizes, strict=True) if min(size) >= min_side]
     bad, small = len(scan.rejected), len(scan.images) - len(paths)
     if bad:
@@ -384,12 +420,91 @@ def _open_folder(name: str, root: Path, min_side: int, cache_mb: int) -> Source:
             f"'{printable(root)}' has no usable image ({bad} could not be read, {small} are under {min_side} pixels): "
             f"add images ({' '.join(sorted(IMAGE_SUFFIXES))}) or use a smaller crop"
         )
+    return paths
+
+
+# ---- Pairs
+
+
+def _open_pairs(
+    name: str, low_res: Path, high_res: Path, *, scale: int | None, min_side: int, cache_mb: int
+) -> Source:
+    scans = [scan_folder(root) for root in (low_res, high_res)]
+    sizes = {path: size for scan in scans for path, size in zip(scan.images, scan.sizes, strict=True)}
+    small, large = (
+        _usable(name, root, scan, 0) for root, scan in zip((low_res, high_res), scans, strict=True)
+    )
+    if os.path.realpath(low_res) == os.path.realpath(high_res):
+        small = [path for path in small if is_low_res(path.name)]
+        large = [path for path in large if not is_low_res(path.name)]
+    relative = [
+        [os.fspath(path.relative_to(root)) for path in paths]
+        for root, paths in ((low_res, small), (high_res, large))
+    ]
+    partners = match_files(relative[1], relative[0], where=os.fspath(low_res))
+    for which, paths, lonely in (
+        ("high-res", relative[1], [index for index, partner in enumerate(partners) if partner is None]),
+        ("low-res", relative[0], sorted(set(range(len(small))) - set(partners))),
+    ):
+        if lonely:
+            raise UserError(
+                f"{len(lonely)} of {len(paths)} {which} images of {printable(name)} have no partner of the same name: "
+                f"{named([paths[index] for index in lonely])}; add it, or remove them"
+            )
+    pairs = [
+        (small[partner], path) for partner, path in zip(partners, large, strict=True) if partner is not None
+    ]
+    found = scale or max(1, sizes[pairs[0][1]][0] // sizes[pairs[0][0]][0])
+    wrong = [pair for pair in pairs if tuple(found * side for side in sizes[pair[0]]) != sizes[pair[1]]]
+    if wrong:
+        (height, width), (tall, wide) = (sizes[path] for path in wrong[0])
+        names = named([os.fspath(path.relative_to(high_res)) for _, path in wrong])
+        raise UserError(
+            f"{len(wrong)} of {len(pairs)} pairs of {printable(name)} do not have scale {found}: {names}; the first "
+            f"has {wide}x{tall} pixels and a low-res image of {width}x{height}, use exactly {found} times its size"
+        )
+    usable = [pair for pair in pairs if min(sizes[pair[1]]) >= min_side]
+    if len(usable) < len(pairs):
+        share = f"{len(pairs) - len(usable)} of {len(pairs)} pairs of {printable(name)}"
+        _log.warning("skipped %s: the high-res short side is under %d pixels", share, min_side)
+    if not usable:
+        raise UserError(
+            f"{printable(name)} has no pair with a high-res short side of {min_side} pixels: use a smaller crop"
+        )
+
+    def load(index: int) -> dict[str, Any]:
+        item = {name: read_rgb(path) for name, path in zip(("low_res", "image"), usable[index], strict=True)}
+        if tuple(found * side for side in item["low_res"].shape[:2]) != item["image"].shape[:2]:
+            raise ImageError(f"no longer has {found} times the size of its low-res image")
+        return item
+
     return Source(
         name,
-        lambda index: {"image": read_rgb(paths[index])},
-        len(paths),
-        describe=lambda index: printable(paths[index]),
-        file_name=lambda index: printable(paths[index].name),
-        min_side=min_side,
+        load,
+        len(usable),
+        describe=lambda index: printable(usable[index][1]),
+        file_name=lambda index: printable(usable[index][1].relative_to(high_res)),
         cache_mb=cache_mb,
+        scale=found,
     )
+
+
+def cut(item: Mapping[str, Any], top: int, left: int, side: int) -> dict[str, Any]:
+    """An item of a source with only a square of its image, and the same part of its low-res image if it has one.
+
+    Args:
+        top, left, side: in pixels of the image; multiples of the scale if there is a low-res image.
+    """
+    result = {**item, "image": item["image"][top : top + side, left : left + side]}
+    if "low_res" in item:
+        scale = item["image"].shape[0] // item["low_res"].shape[0]
+        top, left, side = top // scale, left // scale, side // scale
+        result["low_res"] = item["low_res"][top : top + side, left : left + side]
+    return result
+
+
+def center(item: Mapping[str, Any], side: int) -> dict[str, Any]:
+    """`cut` at the center; with a low-res image, up to half its scale beside it."""
+    scale = item["image"].shape[0] // item["low_res"].shape[0] if "low_res" in item else 1
+    top, left = ((length - side) // 2 // scale * scale for length in item["image"].shape[:2])
+    return cut(item, top, left, side)

@@ -298,14 +298,15 @@ class CropEvaluator:
         self._network = suite.network
         self._batch_size, self._seed = batch_size, seed
         self._on_batch = on_batch
-        self._low_res = low_res_of(crops.images, model.scale)
+        given = crops.low_res
+        self._low_res = low_res_of(crops.images, model.scale) if given is None else given
         self.count = len(crops.images)
         self.deadline = math.inf  # of time.monotonic()
         self.tried: set[Sampling] = set()
         self._settings = sha256_hex({
             "weights": params_fingerprint(model.params),
             "setup": config_fingerprint(model.config),
-            "crops": sha256_hex(crops.images),
+            "crops": sha256_hex(crops.images) + ("" if given is None else sha256_hex(given)),
             "seed": seed,
             "batch": batch_size,
             "metrics": [group.key for group in self._metrics],

@@ -101,7 +101,7 @@ def evaluate(
 
     Args:
         models: models, or what `load` takes: shipped names, workdirs, .safetensors files.
-        data: a source, or its name: photos:test, tfds:NAME[/CONFIG]:SPLIT or folder:PATH.
+        data: a source, or its name: photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH or pairs:LR_DIR:HR_DIR.
         steps, solvers: of the samplers; empty for those of each model's default.
         samples: outputs of each image and model.
         batch_size: outputs sampled at once; images of one size share a batch.

@@ -238,6 +238,7 @@ def _open_crops(
         count=count or (CROPS_FRECHET if metric == "frechet" else CROPS),
         square=section["framing"] == "square",
         shrink=section["shrink"],
+        scale=model.scale,
         limit=limit,
         seed=seed,
     )

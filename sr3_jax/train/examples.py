@@ -48,15 +48,18 @@ class Task:
         image = to_unit(batch["image"])
         return image if self.shrink == 1 else degrade(image, self.shrink)
 
-    def low_res(self, target: Image, key: Key | None = None) -> Image | None:
-        """The low-res image [B,H/s,W/s,C] of a target [B,H,W,C]; None for a base stage.
+    def low_res(self, batch: Batch, target: Image, key: Key | None = None) -> Image | None:
+        """The low-res images [B,H/s,W/s,C] of a batch: those that it has, else made; None for a base stage.
 
         Args:
+            target: `self.target(batch)`.
             key: one key for the batch or [B] keys, for a random degradation. In evaluation each example has its own
                 fixed key; None downsamples by bicubic.
         """
         if self.scale is None:
             return None
+        if "low_res" in batch:  # pairs
+            return to_unit(batch["low_res"])
         if key is None or self.degradation.is_clean:
             return degrade(target, self.scale)
         return self.degradation.apply(key, target, self.scale)
@@ -91,16 +94,17 @@ def make_pair(
     """The target [B,H/shrink,W/shrink,C] in [-1,1] of uint8 crops, and its condition.
 
     Args:
-        batch: 'image' uint8 [B,H,W,C], and 'label' int32 [B] if there are labels.
+        batch: 'image' uint8 [B,H,W,C], 'label' int32 [B] if there are labels, and 'low_res' uint8 [B,H/s,W/s,C] of
+            pairs, for which `task.degradation` is clean.
         key: for degradation, augmentation and label dropout; None applies none of them, as in evaluation.
         low_res: the low-res images [B,H/s,W/s,C] where they are known already; None makes them.
     """
     target = task.target(batch)
     if low_res is None and key is not None and not task.degradation.is_clean:
         key, degradation_key = jax.random.split(key)
-        low_res = task.low_res(target, degradation_key)
+        low_res = task.low_res(batch, target, degradation_key)
     elif low_res is None:
-        low_res = task.low_res(target)
+        low_res = task.low_res(batch, target)
     label, strength = batch.get("label"), None
     if key is not None:
         augment_key, label_key = jax.random.split(key)

@@ -82,7 +82,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
         image = task.target(batch)
         repeated = jnp.arange(len(image)) % rows
         # Example i has the same degradation in every evaluation and every run.
-        low_res = task.low_res(image, jax.random.split(jax.random.key(0), rows)[repeated])
+        low_res = task.low_res(batch, image, jax.random.split(jax.random.key(0), rows)[repeated])
         cond = condition(low_res, task.scale, batch.get("label"))
         output = to_uint8(
             sample(
@@ -117,7 +117,7 @@ class HeldOutEvaluation:
     """Evaluates weights on a fixed set of crops with fixed keys, so that metrics compare across steps and runs.
 
     Args:
-        batch: host crops, uint8 'image' [B,H,W,3] and perhaps 'label' [B]; any B.
+        batch: host crops, as `data.batches.center_crops` makes them; any B.
         steps: number of sampling steps.
         solver: name of the solver.
         stopped: asked during an evaluation; it is left as soon as the answer is not 0. Only without other processes,

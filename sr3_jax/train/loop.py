@@ -192,7 +192,7 @@ def _open_data(config: Mapping[str, Any]) -> tuple[Source, dict[str, np.ndarray]
 
     def source(name: str) -> Source:
         if data["framing"] == "crop":
-            return open_source(name, min_side=data["crop"], cache_mb=data["cache_mb"])
+            return open_source(name, min_side=data["crop"], cache_mb=data["cache_mb"], scale=data["scale"])
         whole = open_source(name, min_side=data["crop"], cache_mb=0)
         return squares(whole, data["crop"], cache_mb=data["cache_mb"])
 
