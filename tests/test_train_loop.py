@@ -148,6 +148,14 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, folder, tmp
     assert early[0][1] == 3 and same_bits(early[0], early[1])
 
 
+def test_writers_of_the_config_are_used(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch)
+    for writers in ("none", "tensorboard"):
+        workdir = tmp_path / writers
+        assert run(folder, workdir, plain(num_steps=1, log_every=1), train={"writers": writers}) == 0
+        assert lines(workdir) and (workdir / "tensorboard").exists() == (writers == "tensorboard")
+
+
 def test_complete_run_does_nothing_when_started_again(whole, folder, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "copy")
     before = lines(workdir)
