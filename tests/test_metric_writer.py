@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 
 from sr3_jax.errors import UserError
 from sr3_jax.train import metric_writer
-from sr3_jax.train.metric_writer import MetricWriter
+from sr3_jax.train.metric_writer import WRITERS, MetricWriter
 
 
 def lines(workdir):
@@ -104,7 +104,7 @@ def test_images_are_written_as_png_without_partial_files(tmp_path):
 
 
 def test_disabled_writer_does_nothing(tmp_path, capfd):
-    with MetricWriter(tmp_path / "run", total_steps=10, enabled=False) as writer:
+    with MetricWriter(tmp_path / "run", total_steps=10, enabled=False, writers=WRITERS) as writer:
         writer.write_scalars(1, {"loss": 1.0})
         writer.write_image(1, "grid", np.zeros((4, 4, 3), np.uint8))
         writer.progress(10, loss=1.0)
@@ -235,3 +235,97 @@ def test_full_disk_gives_one_warning_and_later_lines_are_valid(tmp_path):
     assert len(warnings) == 3 and all("cannot be written" in line for line in warnings)
     assert [row["step"] for row in metric_writer.read_metrics(tmp_path)] == [1, 40]
     assert not list((tmp_path / "samples").iterdir())
+
+
+# --- Weights & Biases
+
+
+def wandb_records(workdir):
+    """The records of each offline run of a workdir, in order: LevelDB's log format, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in sorted((workdir / "wandb").glob("offline-run-*/*.wandb")):
+        data, position, records, partial = path.read_bytes(), 7, [], b""
+        while position + 7 <= len(data):
+            if (left := -position % 32768) and left < 7:
+                position += left
+            length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+            partial += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # a whole record, or its last part
+                records.append(Record.FromString(partial))
+                partial = b""
+        yield records
+
+
+def rows(records):
+    return [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return wandb
+
+
+def test_wandb_gets_metrics_images_and_config_and_is_resumed(tmp_path, offline):
+    image = np.zeros((6, 8, 3), np.uint8)
+    options = {
+        "total_steps": 9,
+        "writers": ("wandb",),
+        "config": {"model": {"channels": 4, "multipliers": (1, 2)}},
+    }
+    with MetricWriter(tmp_path / "run", **options) as writer:
+        writer.write_scalars(1, {"loss": 0.5})
+        writer.write_scalars(2, {"loss": 0.25})
+        writer.write_image(2, "samples", image)
+    with MetricWriter(tmp_path / "run", first_step=1, **options) as writer:
+        writer.write_scalars(2, {"loss": 0.25})
+    first, second = wandb_records(tmp_path / "run")
+    logged = [{key: row[key] for key in row if key[0] != "_"} for row in rows(first)]
+    assert logged[:2] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    assert logged[2]["step"] == 2 and any(key.startswith("samples") for key in logged[2])
+    (file,) = (tmp_path / "run" / "wandb").rglob("*.png")
+    np.testing.assert_array_equal(np.asarray(PillowImage.open(file)), image)
+    assert [row["loss"] for row in rows(second)] == [0.25]  # written again after a resume
+    runs = [record.run for part in (first, second) for record in part if record.HasField("run")]
+    assert len(runs) >= 2 and len({run.run_id for run in runs}) == 1
+    assert runs[0].display_name == "run" and runs[0].project == "sr3_jax"
+    given = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert given["model"] == {"channels": 4, "multipliers": [1, 2]}
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("where", ["init", "log"])
+def test_wandb_that_fails_is_one_warning_and_the_other_logs_go_on(
+    tmp_path, offline, monkeypatch, capsys, where
+):
+    calls = []
+
+    def fail(*arguments, **options):
+        calls.append(where)
+        raise ValueError("no route\nto host")
+
+    if where == "init":
+        monkeypatch.setattr(offline, "init", fail)
+    with MetricWriter(tmp_path, total_steps=9, writers=WRITERS) as writer:
+        if where == "log":
+            monkeypatch.setattr(offline.Run, "log", fail)
+        for step in (1, 2, 3):
+            writer.write_scalars(step, {"loss": 0.5})
+    assert len(calls) == 1
+    assert "(no route to host)" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert [step for _, step, _ in board(tmp_path)[0]] == [1, 2, 3]
+
+
+def test_wandb_that_is_not_installed_is_a_users_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"config\.train\.writers.*pip install"):
+        MetricWriter(tmp_path, total_steps=9, writers=WRITERS)

@@ -165,6 +165,14 @@ def test_pairs_are_trained_and_evaluated_on_and_resume_bit_for_bit(folder, tmp_p
         run(folder, tmp_path / "other", sections | {"data": {"source": source, "scale": 2}})
 
 
+def test_writers_of_the_config_are_used(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch)
+    for writers in ("none", "tensorboard"):
+        workdir = tmp_path / writers
+        assert run(folder, workdir, plain(num_steps=1, log_every=1), train={"writers": writers}) == 0
+        assert lines(workdir) and (workdir / "tensorboard").exists() == (writers == "tensorboard")
+
+
 def test_complete_run_does_nothing_when_started_again(whole, folder, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "copy")
     before = lines(workdir)

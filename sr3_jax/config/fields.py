@@ -512,6 +512,11 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default=0, least=0, most=2**32 - 1, help="Seed of parameters, noise and data order."
                 ),
                 "log_every": Field(default=50, least=1, help="Steps between two lines of metrics."),
+                "writers": Field(
+                    default="tensorboard",
+                    choices=("tensorboard", "wandb", "tensorboard+wandb", "none"),
+                    help="Where metrics and samples go besides metrics.jsonl and samples/; wandb is Weights & Biases.",
+                ),
                 "init_from": Field(
                     default="",
                     help="Model whose parameters to start from: a shipped name, a workdir or a .safetensors file.",

@@ -29,7 +29,7 @@ from sr3_jax.train.held_out import (
     evaluate_and_log,
     evaluation_is_missing,
 )
-from sr3_jax.train.metric_writer import MetricWriter
+from sr3_jax.train.metric_writer import MetricWriter, check_writers
 from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
 from sr3_jax.train.step import jit_train_step, make_train_step
 from sr3_jax.train.step_metrics import StepMetrics
@@ -53,6 +53,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
     """
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
+    writers = config["train"]["writers"].split("+")
+    check_writers(writers)
     mesh = sharding.make_mesh(**config["mesh"])
     check_batch(config, devices=mesh.size, processes=jax.process_count())
     try:
@@ -107,6 +109,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
             first_step=first_step,
             enabled=jax.process_index() == 0,
             minutes=minutes,
+            writers=writers,
+            config=config,
         ) as writer:
             writer.message(_describe(experiment, state, mesh, source, first_step))
             metrics = StepMetrics(

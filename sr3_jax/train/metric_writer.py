@@ -1,21 +1,23 @@
-"""Logging of a training run: metrics.jsonl, TensorBoard, sample PNGs and a progress bar.
+"""Logging of a training run: metrics.jsonl, sample PNGs, TensorBoard, Weights & Biases and a progress bar.
 
 Only process 0 logs. The others pass `enabled=False`, which turns every method into a no-op. Logging never stops
-training: if a log cannot be written (disk full, lost network storage), one warning says so, and training goes on.
+training: if a log cannot be written (disk full, lost network), one warning says so, and training goes on.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -27,10 +29,30 @@ from sr3_jax.storage import atomic_write
 
 PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
 METRICS_FILE = "metrics.jsonl"
+WRITERS = ("tensorboard", "wandb")
+_UPLOAD_SECONDS = 20.0  # at the end of a run: a preempted machine has 30
+
+
+class Log(Protocol):
+    """One place that the metrics and images of a run are written to. A method may raise any exception."""
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step; they may be NaN or infinite."""
+        ...
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Write uint8 [H,W,3]."""
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """Flush and close; `failed` says that an exception ends the run."""
+        ...
 
 
 class MetricWriter:
     """Writes the logs of a training run into its workdir. Use it as a context manager, or call `close`.
+
+    metrics.jsonl and samples/ are always written, since resuming reads the former.
 
     Args:
         total_steps: the number of steps of the run, for the progress bar.
@@ -38,9 +60,11 @@ class MetricWriter:
             these steps again, and so is an incomplete last line.
         enabled: False on all processes but the first.
         minutes: time limit of the run, counted from now; None for no limit. The progress shows the earlier end.
+        writers: names of the other logs, from `WRITERS`.
+        config: the config of the run, for Weights & Biases.
 
     Raises:
-        UserError: the workdir cannot be written.
+        UserError: the workdir cannot be written, or the package of a log is not installed.
     """
 
     def __init__(
@@ -51,6 +75,8 @@ class MetricWriter:
         first_step: int = 0,
         enabled: bool = True,
         minutes: float | None = None,
+        writers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.workdir = Path(workdir)
         self.total_steps = total_steps
@@ -60,20 +86,24 @@ class MetricWriter:
         self._first: tuple[int, float] | None = None  # step and time of the first call of `progress`
         self._last_line = -math.inf
         self._bar: tqdm | None = None
-        self._line_is_cut = False  # by a failed write
         self._failed: set[str] = set()
+        self._logs: dict[str, Log] = {}
         if not enabled:
             return
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            _drop_later_lines(self.workdir / METRICS_FILE, first_step)
-            # Open for the whole run and unbuffered: a line is in the file when `write_scalars` returns.
-            self._lines = open(self.workdir / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115
-            self._board = _TensorBoard(self.workdir / "tensorboard", first_step)
+            self._logs[METRICS_FILE] = _Jsonl(self.workdir / METRICS_FILE, first_step)
+            self._logs["samples"] = _Samples(self.workdir / "samples")
+            if "tensorboard" in writers:
+                self._logs["TensorBoard"] = _TensorBoard(self.workdir / "tensorboard", first_step)
         except OSError as error:
             raise UserError(
                 f"workdir {workdir} cannot be written ({error.strerror}): use another one"
             ) from error
+        if "wandb" in writers:
+            check_writers(writers)
+            with self._non_fatal("Weights & Biases"):
+                self._logs["Weights & Biases"] = _Wandb(self.workdir, config or {})
         if sys.stderr.isatty():
             width = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 in some containers
             self._bar = tqdm(
@@ -86,32 +116,20 @@ class MetricWriter:
             )
 
     def write_scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Append {"step": step, name: value, ...} to metrics.jsonl, flush it, and write the values to TensorBoard.
+        """Append {"step": step, name: value, ...} to metrics.jsonl, flush it, and write the values to the other logs.
 
         JSON has no NaN and infinity, so metrics.jsonl has null instead.
         """
-        if not self.enabled:
-            return
-        numbers = {name: float(value) for name, value in values.items()}
-        line = {"step": int(step)} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        with self._non_fatal(METRICS_FILE):
-            data = b"\n" * self._line_is_cut + json.dumps(line).encode() + b"\n"
-            self._line_is_cut = True
-            self._line_is_cut = self._lines.write(data) != len(data)
-        with self._non_fatal("TensorBoard"):
-            self._board.write_scalars(int(step), numbers)
+        numbers = {name: float(value) for name, value in values.items()} if self.enabled else {}
+        for name, log in self._logs.items():
+            with self._non_fatal(name):
+                log.write_scalars(int(step), numbers)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write uint8 [H,W,3] atomically to WORKDIR/samples/NAME_STEP.png, and to TensorBoard."""
-        if not self.enabled:
-            return
-        with self._non_fatal("samples"):
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            with atomic_write(folder / f"{name}_{int(step):07d}.png") as file:
-                PillowImage.fromarray(np.asarray(image)).save(file, format="PNG")
-        with self._non_fatal("TensorBoard"):
-            self._board.write_image(int(step), name, np.asarray(image))
+        """Write uint8 [H,W,3] atomically to WORKDIR/samples/NAME_STEP.png, and to the other logs."""
+        for title, log in self._logs.items():
+            with self._non_fatal(title):
+                log.write_image(int(step), name, np.asarray(image))
 
     def progress(
         self, step: int, *, loss: float | None = None, images_per_second: float | None = None
@@ -143,33 +161,37 @@ class MetricWriter:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Flush and close all logs; a second call does nothing."""
-        if not self.enabled or self._lines.closed:
-            return
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and close all logs; a second call does nothing.
+
+        Args:
+            failed: whether an exception ends the run.
+        """
         if self._bar is not None:
             self._bar.close()
-        for log in (self._lines, self._board):
-            with suppress(OSError):
-                log.close()
+        logs, self._logs = self._logs, {}
+        for log in logs.values():
+            with suppress(Exception):
+                log.close(failed=failed)
 
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     @contextmanager
     def _non_fatal(self, log: str) -> Iterator[None]:
-        """Turn an error of the file system into one warning per log."""
+        """Turn an error into one warning per log."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # the libraries of others raise anything
             if log not in self._failed:
                 self._failed.add(log)
-                reason = error.strerror or type(error).__name__
+                text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
                 self.message(
-                    f"{log} of {self.workdir} cannot be written ({reason}): training goes on without it"
+                    f"{log} of {self.workdir} cannot be written ({text or type(error).__name__}): training goes on "
+                    "without it"
                 )
 
     def _seconds_left(self, step: int, now: float) -> float | None:
@@ -185,6 +207,45 @@ class MetricWriter:
     def _fraction_done(self, step: int, now: float) -> float:
         of_time = (now - self._started) / (60 * self._minutes) if self._minutes else 0.0
         return min(1.0, max(of_time, step / max(self.total_steps, 1)))
+
+
+class _Jsonl:
+    """metrics.jsonl, open for the whole run and unbuffered: a line is in the file when `write_scalars` returns."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        _drop_later_lines(path, first_step)
+        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._line_is_cut = False  # by a failed write
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        data = b"\n" * self._line_is_cut + json.dumps(line).encode() + b"\n"
+        self._line_is_cut = True
+        self._line_is_cut = self._lines.write(data) != len(data)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        pass
+
+    def close(self, *, failed: bool) -> None:
+        self._lines.close()
+
+
+class _Samples:
+    """Images as FOLDER/NAME_STEP.png."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._folder.mkdir(exist_ok=True)
+        with atomic_write(self._folder / f"{name}_{step:07d}.png") as file:
+            PillowImage.fromarray(image).save(file, format="PNG")
+
+    def close(self, *, failed: bool) -> None:
+        pass
 
 
 class _TensorBoard:
@@ -216,11 +277,69 @@ class _TensorBoard:
         self._write(step, summary=self._summary.image(name, image, dataformats="HWC"))
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._file.close()
 
     def _write(self, step: int, **content: Any) -> None:
         self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
+
+
+class _Wandb:
+    """A Weights & Biases run; its environment variables (WANDB_PROJECT, WANDB_MODE, ...) hold.
+
+    The id of the run is in WORKDIR/wandb/run_id, so that a resumed training continues it. Rows have the step as a value
+    that the plots use as their axis, since the library drops a row whose own step number is not above the last one: a
+    resumed run repeats steps, and in offline mode the library does not know the last one.
+    """
+
+    def __init__(self, workdir: Path, config: Mapping[str, Any]) -> None:
+        import wandb  # the extra `wandb`
+
+        file = workdir / "wandb" / "run_id"  # the library writes its own files to the same folder
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            with atomic_write(file) as opened:
+                opened.write(f"{secrets.token_hex(6)}\n".encode())
+        name = workdir.absolute().name
+        self._wandb = wandb
+        self._run: Any = wandb.init(
+            id=file.read_text().strip(),
+            resume="allow",
+            dir=str(workdir),
+            project=os.environ.get("WANDB_PROJECT", "sr3_jax"),
+            name=os.environ.get("WANDB_NAME", name),
+            config=json.loads(json.dumps(config)),
+            settings=wandb.Settings(
+                console="off",  # stderr stays ours
+                finish_timeout=_UPLOAD_SECONDS,
+            ),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._log({"step": step, **values})
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._log({"step": step, name: self._wandb.Image(image)})
+
+    def close(self, *, failed: bool) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=int(failed))
+
+    def _log(self, values: dict[str, Any]) -> None:
+        run, self._run = self._run, None  # after an error it is not tried again: each try may take seconds
+        if run is not None:
+            run.log(values)
+            self._run = run
+
+
+def check_writers(writers: Sequence[str]) -> None:
+    """UserError if the package of a log is not installed."""
+    if "wandb" in writers and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "config.train.writers has wandb, which is not installed: run pip install 'sr3_jax[wandb]', or use "
+            "config.train.writers=tensorboard"
+        )
 
 
 def _drop_later_lines(path: Path, first_step: int) -> None:
