@@ -34,6 +34,7 @@ from sr3_jax.sampling import SOLVERS, Sampling
 TRAINING = {
     "model.output_skip": 0,  # only for y0
     "train.batch_size": 8,
+    "data.crop": 32,
     "optim.decay": "cosine",
     "eval.every": 1_000_000,
     "train.log_every": 100,

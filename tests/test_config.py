@@ -408,6 +408,17 @@ def test_degradation_presets_set_the_fields_that_are_not_given():
     assert build_degradation(load_config("photos_4x")).is_clean
 
 
+def test_eps_prediction_implies_an_ancestral_solver_unless_one_is_given():
+    def solver(*overrides: str) -> str:
+        return load_config("photos_4x_small", ["--config.model.output_skip=0", *overrides])["sampling"]["solver"]
+
+    eps = "--config.diffusion.prediction=eps"
+    assert solver() == solver("--config.diffusion.prediction=v") == "dpmpp_2m"
+    assert solver(eps) == "ancestral"
+    assert solver(eps, "--config.sampling.solver=heun") == "heun"
+    assert load_config("faces_16_128")["sampling"]["solver"] == "ddpm"
+
+
 def test_fields_of_a_degradation_have_the_defaults_of_its_rounds():
     rounds = asdict(DegradationRound())
     assert schema.defaults()["degradation"] == rounds

@@ -355,7 +355,9 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default="dpmpp_2m",
                     choices=_solvers,
                     or_function=True,
-                    help="Solver: ancestral, ddpm (the paper's: ancestral with larger variance), DDIM, DPM-Solver++(2M), Heun, or one of yours.",
+                    help="Solver: ancestral, ddpm (the paper's: ancestral with more noise), ddim, dpmpp_2m "
+                    "(DPM-Solver++(2M)), heun, or one of yours; unless given, it is ancestral if the network "
+                    "predicts eps.",
                 ),
                 "steps": Field(default=25, least=1, most=100_000, help="Number of sampling steps."),
                 "back_projection": Field(

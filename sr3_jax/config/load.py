@@ -31,6 +31,9 @@ from sr3_jax.config.schema import (
 from sr3_jax.errors import UserError
 
 _log = logging.getLogger("sr3_jax")
+# Near pure noise, eps prediction determines the image poorly. Deterministic solvers keep that first error; an ancestral
+# one forgets it (docs/results.md, "Solver by prediction").
+_EPS_SOLVER = "ancestral"
 PRESETS = "sr3_jax.configs"  # the package of presets
 # Fields that a stored config of any version has; with a default in their place the model would silently sample noise.
 _ALWAYS_STORED = (("model", "channels"), ("diffusion", "prediction"), ("data", "scale"))
@@ -64,10 +67,13 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     explicit = _parse_overrides(overrides, config)
     for (section, name), value in explicit.items():
         config[section][name] = value
+    chosen = _names(given) | set(explicit)
     if config["model"]["regression"]:
         _imply_regression(config, given=_names(given), explicit=set(explicit))
     if config["data"]["degradation"] != "clean":
-        _imply_degradation(config, given=_names(given) | set(explicit))
+        _imply_degradation(config, given=chosen)
+    if ("sampling", "solver") not in chosen and config["diffusion"]["prediction"] == "eps":
+        config["sampling"]["solver"] = _EPS_SOLVER
     check_ranges(config)
     return config
 

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
         optim={"learning_rate": 1e-3, "warmup_steps": 200, "decay": "cosine", "ema_decay": 0.999},
         train={"num_steps": 3000, "batch_size": 64},
         eval={"every": 1000, "num_images": 256},
-        sampling={"steps": 25, "solver": "dpmpp_2m"},
+        sampling={"steps": 25},
         checkpoint={"every": 1000, "keep": 1},
         stage={"name": "base", "size": 8},
     )

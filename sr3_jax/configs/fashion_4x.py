@@ -40,6 +40,6 @@ def get_config() -> ConfigDict:
         optim={"learning_rate": 1e-3, "warmup_steps": 200, "decay": "cosine", "ema_decay": 0.999},
         train={"num_steps": 5000, "batch_size": 32},
         eval={"every": 1000, "num_images": 256},
-        sampling={"steps": 10, "solver": "dpmpp_2m"},
+        sampling={"steps": 10},
         checkpoint={"every": 1000, "keep": 1},
     )

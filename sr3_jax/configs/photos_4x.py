@@ -42,6 +42,6 @@ def get_config() -> ConfigDict:
         },
         train={"num_steps": 1_000_000, "batch_size": 16},
         eval={"every": 1000, "num_images": 8},
-        sampling={"steps": 10, "solver": "dpmpp_2m", "back_projection": 3},
+        sampling={"steps": 10, "back_projection": 3},
         checkpoint={"every": 500},
     )
