@@ -86,8 +86,8 @@ METRICS: Mapping[str, Metric] = {
         Metric("ssim_luma", "SSIM-Y", 4, True, "image", "SSIM of the same luma and crop as PSNR-Y"),
         Metric(
             "consistency", "consist.", 2, False, "image",
-            "mean squared error between the output, downsampled by the bicubic that made the low-res image, and the "
-            "low-res image; unit 1e-5, range 0-1",
+            "mean squared error between the output, downsampled by anti-aliased bicubic, and the low-res image; unit "
+            "1e-5, range 0-1",
         ),
         Metric(
             "mean_color_error", "color", 2, False, "image",
@@ -165,18 +165,20 @@ def ssim_luma(a: jax.Array, b: jax.Array, *, crop: int) -> jax.Array:
     return _ssim(_luma(a, crop), _luma(b, crop))
 
 
-@jax.jit
-def consistency(output: jax.Array, low_res: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="rows")
+def consistency(output: jax.Array, low_res: jax.Array, *, rows: tuple[int, int] | None = None) -> jax.Array:
     """Mean squared error between the downsampled output and low_res; levels in [0,1], unit 1e-5.
 
     The output is downsampled by the anti-aliased bicubic that made low_res and clipped to the range of an image,
     but not rounded. The ground truth itself therefore has 0.13, the rounding error of low_res. The paper reports
-    2.68 for SR3 on faces 16->128.
+    2.68 for SR3 on faces 16->128. With `rows`, only these rows of the low-res image count, from the first to before
+    the second.
     Raises ValueError unless output is an integer multiple of low_res, the same in both directions.
     """
     output, low_res = _pair(output, low_res)
     shrunk = resize_bicubic(output, *low_res.shape[1:3])
-    return 1e5 / PEAK**2 * _mean(jnp.square(jnp.clip(shrunk, 0.0, PEAK) - low_res))
+    difference = (jnp.clip(shrunk, 0.0, PEAK) - low_res)[:, slice(*rows or (None,))]
+    return 1e5 / PEAK**2 * _mean(jnp.square(difference))
 
 
 @jax.jit

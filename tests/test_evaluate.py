@@ -17,6 +17,7 @@ from sr3_jax.cli.main import main
 from sr3_jax.data.sources import Source, open_source
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import evaluate, outputs, results, runner
+from sr3_jax.evaluation.inputs import GroundTruth
 from sr3_jax.evaluation.outputs import Settings, bicubic, model_methods, unique_labels
 from sr3_jax.features import metric_suite
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
@@ -220,7 +221,7 @@ def test_each_scale_has_its_own_bicubic(workspace, tmp_path, capsys):
     assert "| double  |    2x |" in out and "center 32x32" in out
     center = read_rgb(workspace / "in" / "a-tall.png")[11:43, 3:35]
     assert np.array_equal(
-        metric_suite.crop_ground_truth(read_rgb(workspace / "in" / "a-tall.png"), 4, 32), center
+        GroundTruth.of("a", {"image": read_rgb(workspace / "in" / "a-tall.png")}, 4, 32).image, center
     )
 
 
@@ -385,7 +386,9 @@ def test_class_conditional_model_receives_the_label_of_each_image(workspace, tmp
             image.shape[0]: given[low_res.tobytes()]
             for image in truths
             if (
-                low_res := metric_suite.low_res_of(metric_suite.crop_ground_truth(image, 4, None)[None], 4)[0]
+                low_res := metric_suite.low_res_of(
+                    GroundTruth.of("a", {"image": image}, 4, None).image[None], 4
+                )[0]
             ).tobytes()
             in given
         }
@@ -481,3 +484,136 @@ def test_degraded_inputs_are_the_same_for_every_method_and_run(workspace, tmp_pa
     for one, two, three in zip(clean["rows"], photo["rows"], again["rows"], strict=True):
         psnr = [row["summary"]["psnr"]["mean"] for row in (one, two, three)]
         assert psnr[0] != psnr[1] == psnr[2]
+
+
+# ---- Pairs, and the outputs of other programs
+
+
+def program(folder, workspace, *, levels=9, suffix="_out", cut=True):
+    """A folder with the ground truth plus some levels, of the size that a program gives that upscales by 4."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (height, width) in SIZES.items():
+        rgb = read_rgb(workspace / "in" / f"{name}.png").astype(int) + levels
+        rgb = rgb[: height // 4 * 4, : width // 4 * 4] if cut else rgb
+        write_image(folder / f"{name}{suffix}.png", DecodedImage(np.clip(rgb, 0, 255).astype(np.uint8)))
+    return folder
+
+
+def test_two_folders_are_enough(workspace, tmp_path, capsys):
+    mine = program(tmp_path / "mine", workspace)
+    command = [
+        "evaluate",
+        f"--outputs=mine={mine}",
+        f"--data=folder:{workspace / 'in'}",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    found = report(tmp_path / "out")
+    assert [(row["method"], row["scale"], row["nfe"]) for row in found["rows"]] == [
+        ("bicubic", 4, 0),
+        ("mine", 4, None),
+    ]
+    for name, (height, width) in SIZES.items():
+        truth = read_rgb(workspace / "in" / f"{name}.png")[None, : height // 4 * 4, : width // 4 * 4]
+        low_res = image_ops.to_uint8(image_ops.degrade(image_ops.to_unit(truth), 4))
+        output = read_rgb(mine / f"{name}_out.png")[None]
+        values = found["rows"][1]["images"][name]
+        assert values["psnr"] == pytest.approx([float(metrics.psnr(output, truth)[0])], rel=1e-4)
+        wanted = float(metrics.consistency(output, low_res)[0])
+        assert values["consistency"] == pytest.approx([wanted], rel=1e-3)
+    assert str(mine) in (tmp_path / "out" / "evaluation.md").read_text()
+    assert not list((tmp_path / "out" / "outputs" / "mine").rglob("*.png"))  # no copies
+    assert read_rgb(tmp_path / "out" / "grid.png").shape[1] > 3 * 40
+    # Whole sizes are as good, and only what changed is scored again.
+    program(mine, workspace, levels=20, cut=False)
+    assert main(command) == 0
+    again = report(tmp_path / "out")
+    assert again["rows"][0] == found["rows"][0]
+    assert again["rows"][1]["summary"]["psnr"]["mean"] < found["rows"][1]["summary"]["psnr"]["mean"]
+
+
+def test_outputs_are_compared_with_models_image_by_image(workspace, finished, tmp_path):
+    copies = finished / "outputs" / "one" / "ddim-1"
+    worse = program(tmp_path / "worse", workspace, levels=40, suffix="")
+    options = ["--outputs", f"same={copies}", "--outputs", f"worse={worse}", "--steps=1"]
+    assert run(workspace, *options, out=tmp_path / "out") == 0
+    found = report(tmp_path / "out")
+    assert [row["method"] for row in found["rows"]] == ["bicubic", "one", "same", "worse"]
+    one, same = (
+        {key: found["rows"][row]["images"][name][key] for name in SIZES for key in ("psnr", "ssim")}
+        for row in (1, 2)
+    )
+    assert one == same
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    table = text[text.index("Differences to one 4x ddim 1") :].split("\n\n")[1].splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[5].strip() for line in table[2:]}
+    assert set(cells) == {"bicubic", "same", "worse"}
+    assert cells["same"] == "+0.00 [+0.00, +0.00]"
+    difference = found["rows"][3]["summary"]["psnr"]["mean"] - found["rows"][1]["summary"]["psnr"]["mean"]
+    assert cells["worse"].startswith(f"{difference:+.2f} [")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda folder: (folder / "a-tall_out.png").unlink(), ["1 of 3", "'a-tall.png'"]),
+    (lambda folder: (folder / "a-tall_out.png").write_bytes(b"no image"), ["1 of 3", "'a-tall.png'", "not readable"]),
+    (
+        lambda folder: write_image(folder / "b-wide_out.png", DecodedImage(np.zeros((40, 51, 3), np.uint8))),
+        ["1 of 3", "'b-wide_out.png'", "51x40", "52x41"],
+    ),
+    (
+        lambda folder: (folder / "c-wide_out.png").write_bytes((folder / "c-wide_out.png").read_bytes()[:-99]),
+        ["c-wide_out.png"],
+    ),
+])  # fmt: skip
+def test_missing_or_unsuitable_outputs_are_named(workspace, tmp_path, capsys, spoil, words):
+    mine = program(tmp_path / "mine", workspace)
+    spoil(mine)
+    data = f"--data=folder:{workspace / 'in'}"
+    assert main(["evaluate", f"--outputs=mine={mine}", data, "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_pairs_give_the_models_input(workspace, tmp_path, monkeypatch, capsys):
+    """Low-res images that bicubic would not give; crops are at their pixels."""
+    low_res = {}
+    for name, (height, width) in SIZES.items():
+        cut = read_rgb(workspace / "in" / f"{name}.png")[: height // 4 * 4, : width // 4 * 4]
+        (tmp_path / "hr").mkdir(exist_ok=True)
+        (tmp_path / "lr").mkdir(exist_ok=True)
+        low_res[name] = np.ascontiguousarray(cut[1::4, 2::4])
+        write_image(tmp_path / "hr" / f"{name}_HR.png", DecodedImage(np.ascontiguousarray(cut)))
+        write_image(tmp_path / "lr" / f"{name}_LR4.png", DecodedImage(low_res[name]))
+    given = []
+
+    def upscale(self, images, key, **options):
+        given.extend(images)
+        return np.repeat(np.repeat(images, 4, axis=1), 4, axis=2)
+
+    monkeypatch.setattr("sr3_jax.inference.model.Model.upscale", upscale)
+    data = f"--data=pairs:{tmp_path / 'lr'}:{tmp_path / 'hr'}"
+    command = ["evaluate", "--steps=1", data, "-o", str(tmp_path / "out"), "--model"]
+    one = str(workspace / "one.safetensors")
+    assert main([*command, one]) == 0
+    assert {image.tobytes() for image in given} == {image.tobytes() for image in low_res.values()}
+    row = report(tmp_path / "out")["rows"][1]
+    for name, small in low_res.items():
+        output = np.repeat(np.repeat(small[None], 4, axis=1), 4, axis=2)
+        wanted = float(metrics.consistency(output, small[None])[0])
+        assert row["images"][f"{name}_HR"]["consistency"] == pytest.approx([wanted], rel=1e-3, abs=1e-4)
+    assert "low-res: those of the pairs" in (tmp_path / "out" / "evaluation.md").read_text()
+    given.clear()
+    assert main([*command, one, "--crop=32"]) == 0
+    assert {image.shape for image in given} == {(8, 8, 3)}
+    assert all(any(image.tobytes() in _windows(small) for small in low_res.values()) for image in given)
+    capsys.readouterr()
+    assert (
+        main([*command, str(workspace / "double.safetensors")]) == 2 and "scale 2" in capsys.readouterr().err
+    )
+    assert main([*command, one, "--degradation=photo"]) == 2 and "photo" in capsys.readouterr().err
+
+
+def _windows(image, side=8):
+    rows, columns = (length - side + 1 for length in image.shape[:2])
+    return {image[y : y + side, x : x + side].tobytes() for y in range(rows) for x in range(columns)}

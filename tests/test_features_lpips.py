@@ -43,6 +43,15 @@ def test_distance_agrees_with_numpy(random_lpips, height, width):
     np.testing.assert_allclose(random_lpips.distance(a, b), expected, rtol=2e-5)
 
 
+@pytest.mark.parametrize(("height", "width"), [(400, 41), (333, 70)])
+def test_distance_of_a_large_image_does_not_depend_on_its_bands(random_lpips, monkeypatch, height, width):
+    a, b = images(height, width)
+    whole = random_lpips.distance(a, b)
+    monkeypatch.setattr(lpips, "LARGE", 1000)
+    monkeypatch.setattr(lpips, "BAND", 48 * width)
+    np.testing.assert_allclose(random_lpips.distance(a, b), whole, rtol=1e-5)
+
+
 @needs_weights
 @pytest.mark.parametrize(
     ("size", "expected"),

@@ -1,4 +1,4 @@
-"""Evaluate models on held-out images, next to bicubic interpolation: tables, JSON and image grids.
+"""Evaluate models and other programs' outputs, next to bicubic interpolation: tables, JSON and image grids.
 
 Each image is downsampled, upscaled by each model with each solver and number of steps, and compared with the ground
 truth. DIR gets evaluation.json, .md and .csv, grids of the worst, median and best image, and every output. The same
@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from sr3_jax.cli._options import count, counts, local_path, names, seed
+from sr3_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", action="append", metavar="PATH_OR_NAME",
-        help="shipped model, exported .safetensors file or workdir; repeat to compare models (default: photo_4x)",
+        help="shipped model, exported .safetensors file or workdir; repeat to compare models "
+        "(default: photo_4x, unless there are --outputs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--outputs", action="append", default=[], type=_named_folder, metavar="NAME=FOLDER",
+        help="also score these images, made by another program and named as those of --data; repeat for more programs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale", type=count, metavar="N",
+        help="of --outputs (default: that of the models or pairs, else 4)",
     )  # fmt: skip
     parser.add_argument(
         "--data", default="photos:test", metavar="SOURCE",
@@ -75,6 +86,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _named_folder(text: str) -> tuple[str, str]:
+    """'NAME=FOLDER' as (name, folder)."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, got {text!r}")
+    return name, folder
+
+
+def _by_name(given: Sequence[tuple[str, str]]) -> dict[str, str]:
+    names = [name for name, _ in given]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--outputs has two folders named {twice}: give each program its own name")
+    return dict(given)
+
+
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 (3 with several processes) if images could not be used."""
     from sr3_jax.cli._progress import progress_bar
@@ -91,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
             exit_if_stopped(stopped())
 
         done = evaluate(
-            list(dict.fromkeys(args.model or ["photo_4x"])),
+            list(dict.fromkeys(args.model or ([] if args.outputs else ["photo_4x"]))),
             args.data,
             args.output,
             steps=args.steps,
@@ -102,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
             limit=args.limit,
             crop=args.crop,
             degradation=args.degradation,
+            outputs=_by_name(args.outputs),
+            scale=args.scale,
             unsearched=args.unsearched,
             use_labels=not args.no_labels,
             classifier=args.classifier,

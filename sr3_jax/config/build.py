@@ -208,7 +208,8 @@ def _check_pairs(config: Config) -> None:
             invalid(
                 section, name, config[section][name], f"be {value} if a data source is pairs:LR_DIR:HR_DIR"
             )
-    if sources[0].startswith("pairs:") and not build_degradation(config).is_clean:
+    clean = data["degradation"] == "clean" and build_degradation(config).is_clean
+    if sources[0].startswith("pairs:") and not clean:
         rule = "be clean, without fields of config.degradation, if config.data.source is pairs:LR_DIR:HR_DIR"
         invalid("data", "degradation", data["degradation"], rule)
 

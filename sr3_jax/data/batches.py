@@ -181,9 +181,9 @@ class _Rejections:
 
 
 def _stack(items: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    batch = {
-        name: np.stack([item[name] for item in items]) for name in ("image", "low_res") if name in items[0]
-    }
+    batch = {"image": np.stack([item["image"] for item in items])}
+    if "low_res" in items[0]:
+        batch["low_res"] = np.stack([item["low_res"] for item in items])
     if "label" in items[0]:
         batch["label"] = np.array([item["label"] for item in items], np.int32)
     return batch

@@ -91,8 +91,8 @@ class Source:
 
     Pairs also have 'low_res', uint8 [H/scale,W/scale,3]. Arrays are read-only and shared. Decoded images are cached
     until `cache_mb` is used up, and never evicted: for epochs in random order this has more hits than evicting the
-    oldest. Thread-safe. Reading an unusable image raises ImageError ('NAME: reason'), and one that the operating system cannot
-    read for half a minute DataUnavailable.
+    oldest. Thread-safe. Reading an unusable image raises ImageError ('NAME: reason'), and one that the operating system
+    cannot read for half a minute DataUnavailable.
     """
 
     def __init__(

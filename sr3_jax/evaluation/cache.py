@@ -77,7 +77,7 @@ class OutputCache:
             if pixels not in (None, output.pixels):
                 continue
             # Hashing the file is much faster than decoding it.
-            if output.file is None or output.file == _file_hash(output_path(self.folder, image, sample)):
+            if output.file is None or output.file == file_hash(output_path(self.folder, image, sample)):
                 return output
         return None
 
@@ -112,7 +112,7 @@ class OutputCache:
             write_image(path, DecodedImage(image), durable=False)  # `find` checks the file
         except ImageError as error:
             raise UserError(f"{printable(path)} {error}") from error
-        return _file_hash(path)
+        return file_hash(path)
 
     def _learn(self, output: Output) -> None:
         """Add an output to the index. Metrics of one output accumulate, whatever lines and files they are in."""
@@ -137,7 +137,8 @@ def output_path(folder: Path, image: str, sample: int) -> Path:
     return folder / (f"{image}.png" if sample == 0 else f"{image}.{sample + 1}.png")
 
 
-def _file_hash(path: Path) -> str | None:
+def file_hash(path: Path) -> str | None:
+    """SHA-256 of a file; None if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:

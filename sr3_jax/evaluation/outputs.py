@@ -11,6 +11,7 @@ arrays. A batch is always padded to B with copies: another shape would be anothe
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,19 +22,16 @@ import jax
 import numpy as np
 
 from sr3_jax import __version__
+from sr3_jax.data.matching import match_files, named
+from sr3_jax.data.sources import Source, scan_folder
 from sr3_jax.distributed.processes import hardware
 from sr3_jax.errors import UserError
-from sr3_jax.evaluation.cache import FeatureCache, Output, OutputCache, Result, output_path
-from sr3_jax.features.metric_suite import (
-    Batch,
-    ImageMetrics,
-    MetricSuite,
-    bicubic_of,
-    low_res_of,
-    stack_padded,
-)
+from sr3_jax.evaluation.cache import FeatureCache, Output, OutputCache, Result, file_hash, output_path
+from sr3_jax.evaluation.inputs import GroundTruth, low_res_of_truths
+from sr3_jax.features.metric_suite import Batch, ImageMetrics, MetricSuite, bicubic_of, stack_padded
 from sr3_jax.files import sha256_hex, unique_file_name
-from sr3_jax.image_io.image_file import read_rgb
+from sr3_jax.image_io.errors import printable
+from sr3_jax.image_io.image_file import ImageError, read_rgb
 from sr3_jax.inference.model import Model
 from sr3_jax.inference.sampling_file import config_fingerprint, params_fingerprint
 from sr3_jax.sampling import Sampling
@@ -51,10 +49,12 @@ class Method:
     """A way to upscale: one row of the table.
 
     Attributes:
-        name: 'ground truth' (whose row has the metrics of a perfect method), 'bicubic' or the model's label.
+        name: 'ground truth' (whose row has the metrics of a perfect method), 'bicubic' or the label of a model or of
+            another program.
         settings: plain values that determine the outputs; outputs of other settings are not reused.
         model, sampling: None for the ground truth and bicubic interpolation.
         uses_labels: whether the model receives the labels of the images.
+        files: the output of each image by its name, for the outputs of another program; None for all others.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Method:
     model: Model | None = None
     sampling: Sampling | None = None
     uses_labels: bool = False
+    files: Mapping[str, Path] | None = None
 
     @property
     def is_ground_truth(self) -> bool:
@@ -70,7 +71,7 @@ class Method:
 
     @property
     def sampler(self) -> Sampling | None:
-        """Its sampling settings; None if it is deterministic: a regression model, bicubic or the ground truth."""
+        """Its sampling settings; None if it has one output per image, as regression models and bicubic do."""
         return None if self.model is None or self.model.network.regression else self.sampling
 
     @property
@@ -82,8 +83,15 @@ class Method:
         return self.sampler.steps if self.sampler else None
 
     @property
-    def nfe(self) -> int:
-        """Network evaluations per image."""
+    def is_baseline(self) -> bool:
+        """Whether it is the ground truth or bicubic interpolation."""
+        return self.model is None and self.files is None
+
+    @property
+    def nfe(self) -> int | None:
+        """Network evaluations per image; None where they are not known."""
+        if self.files is not None:
+            return None
         return self.sampler.nfe if self.sampler else int(self.model is not None)
 
     @property
@@ -200,6 +208,47 @@ def model_methods(
     return found
 
 
+def program_outputs(label: str, folder: Path, source: Source, names: Sequence[str], *, scale: int) -> Method:
+    """The outputs of another program: images of a folder, matched to those of the source by `data.matching`.
+
+    Args:
+        label: its name in tables.
+        names: of the first images of the source; each needs an output, of its size or, as if upscaled from a low-res
+            image, of the largest multiple of the scale in it.
+
+    Raises:
+        UserError: outputs are missing or have another size.
+    """
+    scan = scan_folder(folder)
+    files = [os.fspath(path.relative_to(folder)) for path in scan.images]
+    wanted = [source.file_name(place) for place in range(len(names))]
+    matches = match_files(wanted, files, where=os.fspath(folder))
+    if missing := [path for path, match in zip(wanted, matches, strict=True) if match is None]:
+        unreadable = f" ({len(scan.rejected)} files there are not readable images)" if scan.rejected else ""
+        raise UserError(
+            f"outputs {label}: {len(missing)} of {len(wanted)} images have no output in '{printable(folder)}'"
+            f"{unreadable}: {named(missing)}; add it, or evaluate fewer images with --limit"
+        )
+    found = [match for match in matches if match is not None]
+    wrong = []
+    for place, match in enumerate(found):
+        try:
+            height, width = source[place]["image"].shape[:2]
+        except ImageError:  # it is going to be skipped with its reason
+            continue
+        if scan.sizes[match] not in ((height, width), (height // scale * scale, width // scale * scale)):
+            wrong.append((files[match], scan.sizes[match], (height, width)))
+    if wrong:
+        _, (height, width), (tall, wide) = wrong[0]
+        raise UserError(
+            f"outputs {label}: {len(wrong)} of {len(found)} images in '{printable(folder)}' do not have the size of "
+            f"their ground truth: {named([file for file, *_ in wrong])}; the first has {width}x{height} pixels, "
+            f"use {wide}x{tall}"
+        )
+    paths = {name: scan.images[match] for name, match in zip(names, found, strict=True)}
+    return Method(label, scale, {"outputs": "files"}, files=paths)
+
+
 def unique_labels(names: Sequence[str | Path]) -> list[str]:
     """A short unique label for each model path or name: its last component, safe as a file name."""
     taken = {BICUBIC, GROUND_TRUTH.replace(" ", "_")}
@@ -222,14 +271,27 @@ class Settings:
     degradation: str = "clean"
 
 
-@dataclass(frozen=True, eq=False)
-class GroundTruth:
-    """A ground-truth image uint8 [H,W,3] at a method's scale, with the hash of its pixels and its label."""
+def read_output(method: Method, folder: Path, truth: GroundTruth, sample: int = 0) -> np.ndarray:
+    """The pixels uint8 [H,W,3] of an output, from its file.
 
-    name: str
-    image: np.ndarray
-    hash: str
-    label: int
+    Args:
+        folder: that of all outputs.
+
+    Raises:
+        UserError: the file of another program cannot be read, or changed its size.
+    """
+    if method.files is None:
+        return read_rgb(output_path(folder / method.folder, truth.name, sample))
+    path, (height, width) = method.files[truth.name], truth.image.shape[:2]
+    try:
+        image = read_rgb(path)[truth.top : truth.top + height, truth.left : truth.left + width]
+    except ImageError as error:
+        raise UserError(f"outputs {method.name}: '{printable(path)}' {error}: make it again") from error
+    if image.shape != truth.image.shape:
+        raise UserError(
+            f"outputs {method.name}: '{printable(path)}' is smaller than its ground truth: make it again"
+        )
+    return np.ascontiguousarray(image)
 
 
 Place = tuple[GroundTruth, int]  # an image and the index of a sample of it
@@ -258,15 +320,16 @@ class MethodRunner:
         common |= {"hardware": hardware()}
         if settings.degradation != "clean":
             common |= {"degradation": settings.degradation}
+        self._folder = folder
+        self._hashes: dict[str, str] = {}
         self._cache = OutputCache(
             folder / method.folder, {**method.settings, **common}, process=settings.process[0]
         )
         self._compiled: set[tuple[int, ...]] = set()
 
     def _low_res(self, chunk: Sequence[Place], batch: np.ndarray) -> np.ndarray:
-        """Low-res images of the ground truth of a chunk, padded; a random degradation depends on its pixels only."""
-        seeds = self._stack([degradation_seed(truth.hash) for truth, _ in chunk])
-        return low_res_of(batch, self.method.scale, degradation=self._degradation, seeds=seeds)
+        truths = [truth for truth, _ in chunk]
+        return low_res_of_truths(truths, batch, self.method.scale, self._degradation)
 
     def run(self, truths: Sequence[GroundTruth]) -> list[Result]:
         """All samples of up to B images of one size: from the cache where possible, else sampled."""
@@ -276,7 +339,7 @@ class MethodRunner:
             cached = self._cache.find(truth.name, sample, self._input_hash(truth))
             if cached is not None:
                 outputs[truth, sample] = cached
-        reused = [] if self.method.is_ground_truth else [truth for truth, _ in outputs]
+        reused = [truth for truth, _ in outputs] if self._samples_outputs else []
         images: dict[Place, np.ndarray] = {}
         todo = [place for place in places if place not in outputs or self._missing(place[0], outputs[place])]
         todo.sort(key=lambda place: place in outputs)  # those to sample first, in full batches
@@ -315,7 +378,7 @@ class MethodRunner:
                         found[row][key] = {name: float(column[row]) for name, column in columns.items()}
         for place, more in zip(chunk, found, strict=True):
             outputs[place] = replace(outputs[place], metrics={**outputs[place].metrics, **more})
-        written = [] if self.method.is_ground_truth else new
+        written = new if self._samples_outputs else []
         self._cache.add(
             [outputs[place] for place in chunk],
             [images[place] if place in written else None for place in chunk],
@@ -323,9 +386,9 @@ class MethodRunner:
 
     def _sample(self, chunk: Sequence[Place]) -> tuple[np.ndarray, float | None]:
         """Outputs [B,H,W,3] of a chunk, padded, and the seconds per output."""
+        if not self._samples_outputs:
+            return self._stack([self._image(place, {}) for place in chunk]), None
         batch = self._stack([truth.image for truth, _ in chunk])
-        if self.method.is_ground_truth:
-            return batch, None
         low_res = self._low_res(chunk, batch)
         hashes = self._stack([np.uint32(int(truth.hash[:8], 16)) for truth, _ in chunk])
         samples = self._stack([np.uint32(sample) for _, sample in chunk])
@@ -338,19 +401,31 @@ class MethodRunner:
         images = self.method.upscale(low_res, keys, labels)
         return images, (time.perf_counter() - start) / self._batch_size
 
+    @property
+    def _samples_outputs(self) -> bool:
+        """Whether outputs are made and written here, not given as the ground truth and files are."""
+        return not self.method.is_ground_truth and self.method.files is None
+
     def _stack(self, arrays: Sequence[np.ndarray | np.generic]) -> np.ndarray:
         return stack_padded(arrays, self._batch_size)
 
     def _input_hash(self, truth: GroundTruth) -> str:
-        """A hash of everything that an output depends on besides the method's settings."""
-        return f"{truth.hash} label {truth.label}" if self.method.uses_labels else truth.hash
+        """A hash of everything that an output and its metrics depend on besides the method's settings."""
+        if truth.name not in self._hashes:
+            found = f"{truth.hash} label {truth.label}" if self.method.uses_labels else truth.hash
+            if truth.low_res is not None:
+                found += f" low-res {sha256_hex(truth.low_res)}"
+            if self.method.files is not None:
+                found += f" file {file_hash(self.method.files[truth.name])} at {truth.top}, {truth.left}"
+            self._hashes[truth.name] = found
+        return self._hashes[truth.name]
 
     def _image(self, place: Place, images: dict[Place, np.ndarray]) -> np.ndarray:
         """The pixels of an output, read from its file if they are not in `images`."""
         if place not in images:
             truth, sample = place
-            file = output_path(self._cache.folder, truth.name, sample)
-            images[place] = truth.image if self.method.is_ground_truth else read_rgb(file)
+            given = self.method.is_ground_truth
+            images[place] = truth.image if given else read_output(self.method, self._folder, truth, sample)
         return images[place]
 
     def _wanted(self, truth: GroundTruth) -> dict[str, ImageMetrics]:
@@ -421,11 +496,6 @@ class MethodRunner:
             known |= {one.key: dict(one.compute(stack)) for one in missing}
             self._cache.add([replace(together, metrics=known)], [None])
         return {name: value for one in groups for name, value in known[one.key].items()}
-
-
-def degradation_seed(truth_hash: str) -> np.uint32:
-    """The seed of the random degradation of an image, from the hash of its pixels."""
-    return np.uint32(int(truth_hash[8:16], 16))
 
 
 @jax.jit

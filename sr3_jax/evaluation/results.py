@@ -22,7 +22,7 @@ import numpy as np
 from sr3_jax import __version__
 from sr3_jax.distributed.processes import hardware
 from sr3_jax.evaluation.cache import FeatureCache, Part, Result
-from sr3_jax.evaluation.outputs import Method, Settings
+from sr3_jax.evaluation.outputs import BICUBIC, GROUND_TRUTH, Method, Settings
 from sr3_jax.features import set_metrics
 from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.features.metric_suite import MetricSuite
@@ -34,6 +34,7 @@ RESAMPLES = 1000
 LEVEL = 0.95
 ROW_KEYS = ("method", "scale", "solver", "steps", "nfe")  # identify a row
 ROW_HEADINGS = ("method", "scale", "solver", "steps", "NFE")
+BASELINES = (GROUND_TRUTH, BICUBIC)
 _TEXT_HEADINGS = {"method", "solver"}  # left-aligned; the others are right-aligned
 
 
@@ -46,6 +47,8 @@ def make_report(
     *,
     source: str,
     seconds: float,
+    pairs: bool = False,
+    programs: Mapping[str, str] | None = None,
     command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of evaluation.json.
@@ -54,6 +57,8 @@ def make_report(
         outputs: the folder of the outputs, with the cache of their features.
         source: the name of the data set.
         seconds: wall time of the evaluation.
+        pairs: the data set has the low-res images.
+        programs: the folders of other programs' outputs, by label.
     """
     rows, networks = summarize(part, methods, outputs, suite)
     report: dict[str, Any] = {
@@ -70,7 +75,8 @@ def make_report(
             "samples": settings.samples,
             "seed": settings.seed,
             "crop": settings.crop,
-            "degradation": settings.degradation,
+            "degradation": "pairs" if pairs else settings.degradation,
+            "programs": dict(programs or {}),
             "batch": settings.batch_size,
             "processes": settings.process[1],
             **networks,
@@ -254,6 +260,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         rows_table(report["rows"]),
         f"{LEVEL:.0%} intervals:",
         rows_table(report["rows"], intervals=True),
+        *_paired_part(report["rows"]),
         "\n".join(f"- {line}" for line in [*protocol(report), *_model_lines(report)]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -268,6 +275,36 @@ def rows_table(rows: Sequence[Mapping[str, Any]], *, intervals: bool = False) ->
         for row in rows
     ]
     return table([*first, *(metric.heading for metric in columns)], body)
+
+
+def _paired_part(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The differences of all rows to the first model or program over the same images; empty if it is the only one."""
+    first = next((row for row in rows if row["method"] not in BASELINES), None)
+    others = [
+        row for row in rows if first is not None and row not in (first,) and row["method"] != GROUND_TRUTH
+    ]
+    if first is None or not any(row["method"] not in BASELINES for row in others):
+        return []
+    columns = [metric for metric in reported_metrics(rows) if metric.group in ("image", "classifier")]
+    body = [
+        [*_row_cells(row)[:4], *(_difference(row, first, metric) for metric in columns)] for row in others
+    ]
+    name = " ".join(cell for cell in _row_cells(first)[:4] if cell)
+    title = f"Differences to {name} over the same images, {LEVEL:.0%} intervals:"
+    return [title, table([*ROW_HEADINGS[:4], *(metric.heading for metric in columns)], body)]
+
+
+def _difference(row: Mapping[str, Any], other: Mapping[str, Any], metric: Metric) -> str:
+    """'MEAN [LOW, HIGH]' of a row minus another one; empty if a value is missing or infinite."""
+    pairs = [
+        (values.get(metric.key), other["images"][name].get(metric.key))
+        for name, values in row["images"].items()
+    ]
+    if any(one is None or None in one for pair in pairs for one in pair):
+        return ""
+    found = bootstrap(np.array([np.mean(ours) - np.mean(theirs) for ours, theirs in pairs]))
+    mean, low, high = (metric.format(found[key], signed=True) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def comma_separated(report: Mapping[str, Any]) -> str:
@@ -311,12 +348,18 @@ def protocol(report: Mapping[str, Any]) -> list[str]:
     count, samples = settings["images"], settings["samples"]
     crop = f", the center {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
     per_image = f"{samples} outputs each" if samples > 1 else "one output each"
+    degradation = settings.get("degradation", "clean")
+    made = (
+        "ground truth cropped at the bottom and right to a multiple of the scale, "
+        f"{_DEGRADATIONS.get(degradation)}, rounded to 8 bits"
+    )
     lines = [
         f"{count} image{'s' * (count != 1)} of {settings['source']}{crop}, {per_image}, seed "
         f"{settings['seed']}.",
-        "low-res: ground truth cropped at the bottom and right to a multiple of the scale, "
-        f"{_DEGRADATIONS[settings.get('degradation', 'clean')]}, rounded to 8 bits.",
+        f"low-res: {'those of the pairs, as they are' if degradation == 'pairs' else made}.",
     ]
+    for label, folder in settings.get("programs", {}).items():
+        lines.append(f"{label}: the images in {folder}, made by another program.")
     columns = reported_metrics(report["rows"])
     for metric in columns:
         detail = _protocol_detail(metric, settings)

@@ -1,14 +1,15 @@
-"""The evaluation of models on held-out images: `evaluate` runs everything and writes the results.
+"""The evaluation of models and of other programs' outputs on held-out images.
 
-Images of one size are processed in batches, each by all methods. Finished outputs and their metrics are cached, so
-that an interrupted evaluation continues where it stopped. Several processes divide the images; the first one merges
-their results.
+`evaluate` runs everything and writes the results. Images of one size are processed in batches, each by all methods.
+Finished outputs and their metrics are cached, so that an interrupted evaluation continues where it stopped. Several
+processes divide the images; the first one merges their results.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,28 +23,31 @@ from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed.processes import wait_for_all
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation import results
-from sr3_jax.evaluation.cache import EvaluatedImage, FeatureCache, Part, output_path
+from sr3_jax.evaluation.cache import EvaluatedImage, FeatureCache, Part
+from sr3_jax.evaluation.inputs import GroundTruth
 from sr3_jax.evaluation.outputs import (
-    GroundTruth,
     Method,
     MethodRunner,
     Settings,
     bicubic,
-    degradation_seed,
     ground_truth,
     model_methods,
+    program_outputs,
+    read_output,
     unique_labels,
 )
 from sr3_jax.features.classifiers import Classifier
 from sr3_jax.features.lpips import LEAST_SIDE
-from sr3_jax.features.metric_suite import MetricSuite, crop_ground_truth, least_side, low_res_of, open_suite
+from sr3_jax.features.metric_suite import MetricSuite, least_side, open_suite
 from sr3_jax.features.statistics import save_statistics, statistics_of
-from sr3_jax.files import make_folder, sha256_hex, unique_file_name
+from sr3_jax.files import make_folder, unique_file_name
 from sr3_jax.image_io.grid import grid_row, image_grid
-from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
+from sr3_jax.image_io.image_file import DecodedImage, ImageError, write_image
 from sr3_jax.inference.model import Model, load
 from sr3_jax.metrics import METRICS
 from sr3_jax.numerics import fixed_numerics
+
+DEFAULT_SCALE = 4  # where neither models nor pairs have one
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,13 @@ def evaluate(
     reference: Path | None = None,
     save_reference: Path | None = None,
     degradation: str = "clean",
+    outputs: Mapping[str, str | Path] | None = None,
+    scale: int | None = None,
     command: Sequence[str] = (),
     process: tuple[int, int] = (0, 1),
     on_output: Callable[[int, int], None] = lambda count, total: None,
 ) -> Evaluation | None:
-    """Evaluate models on held-out images, next to bicubic interpolation.
+    """Evaluate models and the outputs of other programs on held-out images, next to bicubic interpolation.
 
     Each image is downsampled, upscaled by each model with each solver and number of steps, and compared with the
     ground truth. `output_dir` gets evaluation.json, .md and .csv, image grids and, in outputs/, every output. The
@@ -115,7 +121,11 @@ def evaluate(
         patch: compare the features of patches of this many pixels squared; 0: of whole images.
         reference: a file of statistics to compare with, instead of those of the ground truth.
         save_reference: where to write the statistics of the ground truth.
-        degradation: how low-res images are made: 'clean' (bicubic), 'photo' or 'wild' (`degradations.PRESETS`).
+        degradation: how low-res images are made: 'clean' (bicubic), 'photo' or 'wild' (`degradations.PRESETS`). Pairs
+            have their own.
+        outputs: folders with another program's output for each image, by the name of the program. File names match as
+            `sr3_jax.data.matching` says, and sizes are those of the ground truth.
+        scale: of `outputs`; None for that of the pairs or the models, else DEFAULT_SCALE.
         command: the command line, for evaluation.json.
         process: the index of this process and the number of processes; each takes a share of the images.
         on_output: called with the number of outputs finished since the last call, and the total of this process.
@@ -130,10 +140,18 @@ def evaluate(
     if degradation not in PRESETS:
         raise UserError(f"degradation must be one of {', '.join(PRESETS)}, got {degradation!r}")
     loaded = [model if isinstance(model, Model) else load(model) for model in models]
-    labels = unique_labels([model.name if isinstance(model, Model) else model for model in models])
+    programs = dict(outputs or {})
+    if not loaded and not programs:
+        raise UserError("there is nothing to evaluate: give a model or outputs")
+    labels = unique_labels(
+        [*(model.name if isinstance(model, Model) else model for model in models), *programs]
+    )
     scales = list(dict.fromkeys(model.scale for model in loaded))
+    program_scale = _program_scale(scales, scale, data) if programs else None
+    scales = list(dict.fromkeys([*scales, *([program_scale] if program_scale else [])]))
     least = _check_sizes(scales, crop=crop, patch=patch, save_reference=save_reference)
-    source = data if isinstance(data, Source) else open_source(data, min_side=crop or least)
+    source = data if isinstance(data, Source) else open_source(data, min_side=crop or least, scale=scales[0])
+    _check_pairs(source, scales, degradation)
     labeled = _has_labels(source)
     suite = open_suite(
         features=features,
@@ -149,29 +167,37 @@ def evaluate(
         raise UserError(f"save_reference={save_reference} needs a network: set features")
     compared = [ground_truth(scale) for scale in scales] if suite.of_ground_truth else []
     compared += [bicubic(scale) for scale in scales]
-    for model, label in zip(loaded, labels, strict=True):
+    for model, label in zip(loaded, labels, strict=False):
         compared += model_methods(
             model, label, solvers=solvers, steps=steps, unsearched=unsearched, use_labels=use_labels
         )
-    folder = make_folder(Path(output_dir))
-    outputs = make_folder(folder / "outputs")
-    index, count = process
     settings = Settings(samples, seed, batch_size, limit, crop, process, degradation)
-    part = evaluate_images(compared, source, outputs, suite, settings, on_output)
+    for label, path in zip(labels[len(loaded) :], programs.values(), strict=True):
+        root, names = Path(path).expanduser(), image_names(source, settings)
+        compared.append(program_outputs(label, root, source, names, scale=program_scale or DEFAULT_SCALE))
+    folder = make_folder(Path(output_dir))
+    outputs_dir = make_folder(folder / "outputs")
+    index, count = process
+    part = evaluate_images(compared, source, outputs_dir, suite, settings, on_output)
     if count > 1:
-        part.write(outputs, index)
+        part.write(outputs_dir, index)
         wait_for_all()
         if index > 0:
             return None
-        part = Part.merge([Part.read(outputs, number) for number in range(count)])
+        part = Part.merge([Part.read(outputs_dir, number) for number in range(count)])
     if not part.images:
         raise UserError(f"none of the images of {source.name} can be used; the first: {part.failed[0][1]}")
     report = results.make_report(
         part,
         compared,
-        outputs,
+        outputs_dir,
         suite,
         settings,
+        pairs=source.scale is not None,
+        programs={
+            label: os.fspath(path)
+            for label, path in zip(labels[len(loaded) :], programs.values(), strict=True)
+        },
         source=source.name if isinstance(data, Source) else data,
         seconds=time.perf_counter() - started,
         command=command,
@@ -179,11 +205,41 @@ def evaluate(
     written = results.write_tables(folder, report)
     written += write_grids(folder, part, compared, source, settings)
     if save_reference and suite.network is not None:
-        cache = FeatureCache(outputs, suite.network.protocol)
+        cache = FeatureCache(outputs_dir, suite.network.protocol)
         truth = cache.get([key for image in part.images for key in image.results[0].ground_truth_features])
         width = truth.shape[1] - suite.network.logits
         save_statistics(save_reference, statistics_of(truth[:, :width], suite.network.protocol))
     return Evaluation(report, tuple(written), tuple(report["failed"]), report["outputs_reused"])
+
+
+def _program_scale(scales: Sequence[int], scale: int | None, data: Source | str) -> int:
+    """The scale of other programs' outputs. UserError if models of several scales leave it open."""
+    if scale is not None:
+        return scale
+    if len(scales) > 1:
+        raise UserError(
+            f"outputs next to models of scales {' and '.join(map(str, scales))} need a scale: set --scale"
+        )
+    if scales:
+        return scales[0]
+    if isinstance(data, str) and data.startswith("pairs:"):
+        data = open_source(data, cache_mb=0)
+    return (data.scale if isinstance(data, Source) else None) or DEFAULT_SCALE
+
+
+def _check_pairs(source: Source, scales: Sequence[int], degradation: str) -> None:
+    """UserError if a source has low-res images of another scale, or would need others."""
+    if source.scale is None:
+        return
+    if list(scales) != [source.scale]:
+        raise UserError(
+            f"{source.name} has pairs of scale {source.scale}, not {' and '.join(map(str, scales))}: use models of "
+            "that scale"
+        )
+    if degradation != "clean":
+        raise UserError(
+            f"degradation={degradation} cannot be used with pairs, whose low-res images are given: omit it"
+        )
 
 
 def _check_sizes(scales: Sequence[int], *, crop: int | None, patch: int, save_reference: Path | None) -> int:
@@ -231,7 +287,7 @@ def evaluate_images(
             on_output(per_image, total)
             continue
         truths = {
-            scale: [_ground_truth(image, item, scale, settings.crop) for image, item in batch]
+            scale: [GroundTruth.of(image.name, item, scale, settings.crop) for image, item in batch]
             for scale in {method.scale for method in compared}
         }
         found = []
@@ -246,16 +302,20 @@ def evaluate_images(
 # ---- Images
 
 
+def image_names(source: Source, settings: Settings) -> list[str]:
+    """Unique names for files of the evaluated images, the same in all processes."""
+    taken: set[str] = set()
+    count = min(len(source), settings.limit or len(source))
+    return [unique_file_name(Path(source.file_name(index)).stem, taken) for index in range(count)]
+
+
 def _batches(
     source: Source, settings: Settings
 ) -> Iterator[list[tuple[EvaluatedImage, Mapping[str, Any]]] | tuple[int, str]]:
     """Up to `batch_size` images of one size, or the index of an image that cannot be read and the reason."""
     crop, batch_size, process = settings.crop, settings.batch_size, settings.process
     waiting: dict[tuple[int, int], list[tuple[EvaluatedImage, Mapping[str, Any]]]] = {}
-    taken: set[str] = set()
-    for index in range(min(len(source), settings.limit or len(source))):
-        # All processes need the same names.
-        name = unique_file_name(Path(source.file_name(index)).stem, taken)
+    for index, name in enumerate(image_names(source, settings)):
         if index % process[1] != process[0]:
             continue
         try:
@@ -271,13 +331,6 @@ def _batches(
         elif sum(map(len, waiting.values())) >= 4 * batch_size:  # bounds the memory
             yield waiting.pop(max(waiting, key=lambda other: len(waiting[other])))
     yield from waiting.values()
-
-
-def _ground_truth(
-    image: EvaluatedImage, item: Mapping[str, Any], scale: int, crop: int | None
-) -> GroundTruth:
-    pixels = crop_ground_truth(item["image"], scale, crop)
-    return GroundTruth(image.name, pixels, sha256_hex(pixels), item.get("label", 0))
 
 
 def _has_labels(source: Source) -> bool:
@@ -346,7 +399,7 @@ def methods_by_model(methods: Sequence[Method]) -> dict[str, list[int]]:
     """The indices of each model's methods."""
     groups: dict[str, list[int]] = {}
     for index, method in enumerate(methods):
-        if method.nfe:
+        if not method.is_baseline:
             groups.setdefault(method.name, []).append(index)
     return groups
 
@@ -373,23 +426,15 @@ def _cells(
     source: Source,
     settings: Settings,
 ) -> list[np.ndarray]:
-    whole = source[image.index]["image"]
-    truths = {scale: crop_ground_truth(whole, scale, settings.crop) for scale in scales}
-    low_res = {
-        scale: low_res_of(
-            truth[None],
-            scale,
-            degradation=settings.degradation,
-            seeds=np.array([degradation_seed(sha256_hex(truth))]),
-        )[0]
-        for scale, truth in truths.items()
-    }
+    item = source[image.index]
+    truths = {scale: GroundTruth.of(image.name, item, scale, settings.crop) for scale in scales}
+    low_res = {scale: truth.low_res_image(scale, settings.degradation) for scale, truth in truths.items()}
 
     def output(method: Method) -> np.ndarray:
-        return read_rgb(output_path(outputs / method.folder, image.name, 0))
+        return read_output(method, outputs, truths[method.scale])
 
     return grid_row(
-        truths[scales[0]],
+        truths[scales[0]].image,
         low_res,
         {scale: output(bicubic(scale)) for scale in scales},
         [output(method) for method in methods],

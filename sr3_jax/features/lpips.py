@@ -37,6 +37,11 @@ _SHAPES = {
     "AlexNet_0.Conv_4": (3, 3, 256, 256),
 }
 
+LARGE = 2**22  # pixels; metrics of larger images are computed in bands, for their memory
+BAND = 2**20  # pixels of a band
+_STRIDES = (4, 8, 16, 16, 16)  # of the layers, in pixels
+_REACH = 96  # pixels, a multiple of 16; a position of the last layer depends on 80 pixels on either side of its stride
+
 Weights = Mapping[str, jax.Array]
 
 
@@ -52,7 +57,8 @@ class Lpips:
     def distance(self, a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
         """Two uint8 [B,H,W,3] -> float32 [B]: 0 for identical images, about 0.7 for unrelated ones.
 
-        It is compiled for each shape.
+        It is compiled for each shape. Large images go through in bands of rows that overlap by the network's reach,
+        which changes the distance by rounding only.
 
         Raises:
             ValueError: other types, unequal shapes, or sides under 31 pixels (LEAST_SIDE).
@@ -66,6 +72,8 @@ class Lpips:
             raise ValueError(
                 f"LPIPS needs at least {LEAST_SIDE}x{LEAST_SIDE} pixels, got {a.shape[1]}x{a.shape[2]}"
             )
+        if a.shape[1] * a.shape[2] > LARGE:
+            return _by_bands(self.weights, np.asarray(a), np.asarray(b))
         return _distance(self.weights, jnp.asarray(a), jnp.asarray(b))
 
 
@@ -124,12 +132,43 @@ def alexnet(weights: Weights, image: jax.Array) -> list[jax.Array]:
 def _distance(weights: Weights, a: jax.Array, b: jax.Array) -> jax.Array:
     """Squared differences of normalized features, weighted by the heads and averaged over positions."""
     total = jnp.zeros(a.shape[0], jnp.float32)
-    both = alexnet(weights, jnp.concatenate([a, b]).astype(jnp.float32))
-    for i, layer in enumerate(both):
+    for layer in _differences(weights, a, b):
+        total += jnp.mean(layer, axis=(1, 2))
+    return total
+
+
+def _differences(weights: Weights, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+    """The weighted squared difference at each position of each layer, [B,h,w]."""
+    found = []
+    for i, layer in enumerate(alexnet(weights, jnp.concatenate([a, b]).astype(jnp.float32))):
         unit_a, unit_b = jnp.split(_unit(layer), 2)
         head = weights[f"NetLinLayer_{i}.Conv_0.kernel"].reshape(1, 1, 1, -1)
-        total += jnp.mean(jnp.sum(jnp.square(unit_a - unit_b) * head, axis=-1), axis=(1, 2))
-    return total
+        found.append(jnp.sum(jnp.square(unit_a - unit_b) * head, axis=-1))
+    return found
+
+
+@jax.jit
+def _row_means(weights: Weights, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+    return [jnp.mean(layer, axis=2) for layer in _differences(weights, a, b)]
+
+
+def _by_bands(weights: Weights, a: np.ndarray, b: np.ndarray) -> jax.Array:
+    """`_distance`, one band of rows after the other."""
+    height, width = a.shape[1:3]
+    size = max(1, BAND // width // _STRIDES[-1]) * _STRIDES[-1]
+    rows: list[list[np.ndarray]] = [[] for _ in _STRIDES]
+    for top in range(0, height, size):
+        bottom = min(top + size, height)
+        first = max(0, top - _REACH)
+        band = slice(first, min(height, bottom + _REACH))
+        for layer, stride, means in zip(
+            rows, _STRIDES, _row_means(weights, a[:, band], b[:, band]), strict=True
+        ):
+            end = None if bottom == height else (bottom - first) // stride
+            layer.append(np.asarray(means)[:, (top - first) // stride : end])
+    return jnp.asarray(
+        sum(np.concatenate(layer, axis=1).mean(axis=1, dtype=np.float64) for layer in rows), jnp.float32
+    )
 
 
 def _unit(x: jax.Array) -> jax.Array:

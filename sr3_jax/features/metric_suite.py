@@ -22,7 +22,7 @@ from sr3_jax import metrics
 from sr3_jax.degradations import PRESETS
 from sr3_jax.errors import UserError
 from sr3_jax.features.classifiers import Classifier, correct, load_classifier
-from sr3_jax.features.lpips import LEAST_SIDE, Lpips, load_lpips
+from sr3_jax.features.lpips import BAND, LARGE, LEAST_SIDE, Lpips, load_lpips
 from sr3_jax.features.networks import Network, open_network
 from sr3_jax.features.statistics import Statistics, load_statistics
 from sr3_jax.files import sha256_hex
@@ -167,6 +167,8 @@ def standard_metrics() -> ImageMetrics:
 
     def compute(batch: Batch) -> Columns:
         scale = batch.outputs.shape[1] // batch.low_res.shape[1]
+        if batch.outputs.shape[1] * batch.outputs.shape[2] > LARGE:
+            return _standard_by_bands(batch, scale)
         return jax.device_get(_standard_metrics(*batch[:3], scale=scale))
 
     return ImageMetrics(f"standard {REVISION}", compute)
@@ -223,23 +225,13 @@ def feature_keys(pixels: str, patches: int) -> list[str]:
     return [pixels] if patches == 1 else [sha256_hex({pixels: patch}) for patch in range(patches)]
 
 
-# ---- Ground truth, low-res image and bicubic interpolation
+# ---- Low-res image and bicubic interpolation
 
 
 def least_side(scales: Sequence[int]) -> int:
     """The shortest side in pixels for which all metrics are defined at all of these scales."""
     sides = [scale * -(-(metrics.WINDOW + 2 * scale) // scale) for scale in scales]
     return max([math.lcm(*scales), *sides])
-
-
-def crop_ground_truth(image: np.ndarray, scale: int, crop: int | None) -> np.ndarray:
-    """The ground truth of an image [H,W,3]: its center of `crop` x `crop`, cut to a multiple of the scale."""
-    height, width = image.shape[:2]
-    if crop is not None:
-        top, left = (height - crop) // 2, (width - crop) // 2
-        image = image[top : top + crop, left : left + crop]
-        height = width = crop
-    return np.ascontiguousarray(image[: height // scale * scale, : width // scale * scale])
 
 
 def low_res_of(
@@ -289,6 +281,59 @@ def _standard_metrics(
         "consistency": metrics.consistency(output, low_res),
         "mean_color_error": metrics.mean_color_error(output, low_res),
     }
+
+
+def _standard_by_bands(batch: Batch, scale: int) -> Columns:
+    """`_standard_metrics` of large images, one band of rows after the other; equal to it but for rounding."""
+    outputs, truth, low_res, _ = batch
+    height, width = outputs.shape[1:3]
+    size = max(1, BAND // width // scale) * scale
+    found = _pixel_metrics(outputs, truth, size, luma=False)
+    inner = slice(scale, -scale)
+    found |= _pixel_metrics(outputs[:, inner, inner], truth[:, inner, inner], size, luma=True)
+
+    def inconsistency(rows: slice) -> jax.Array:
+        # The kernel of the downsampling reaches 2 low-res pixels to either side.
+        first, last = max(0, rows.start - 2 * scale), min(height, rows.stop + 2 * scale)
+        kept = ((rows.start - first) // scale, (rows.stop - first) // scale)
+        return metrics.consistency(
+            outputs[:, first:last], low_res[:, first // scale : last // scale], rows=kept
+        )
+
+    found["consistency"] = _mean_of_bands(height, size, 0, inconsistency)
+    shift = outputs.mean(axis=(1, 2), dtype=np.float64) - low_res.mean(axis=(1, 2), dtype=np.float64)
+    return found | {"mean_color_error": np.abs(shift).max(axis=1)}
+
+
+def _pixel_metrics(a: np.ndarray, b: np.ndarray, size: int, *, luma: bool) -> dict[str, np.ndarray]:
+    """PSNR and SSIM in RGB or luma, from bands of `size` rows."""
+    suffix = "_luma" if luma else ""
+    psnr, ssim = (metrics.psnr_luma, metrics.ssim_luma) if luma else (metrics.psnr, metrics.ssim)
+    options = {"crop": 0} if luma else {}
+
+    def error(rows: slice) -> np.ndarray:
+        return 10.0 ** (-0.1 * np.asarray(psnr(a[:, rows], b[:, rows], **options), np.float64))
+
+    windows = a.shape[1] - metrics.WINDOW + 1
+    with np.errstate(divide="ignore"):
+        decibels = -10.0 * np.log10(_mean_of_bands(a.shape[1], size, 0, error))
+    return {
+        f"psnr{suffix}": decibels,
+        f"ssim{suffix}": _mean_of_bands(
+            windows, size, metrics.WINDOW - 1, lambda rows: ssim(a[:, rows], b[:, rows], **options)
+        ),
+    }
+
+
+def _mean_of_bands(
+    count: int, size: int, overlap: int, mean_of: Callable[[slice], jax.Array | np.ndarray]
+) -> np.ndarray:
+    """The mean [B] over `count` rows of a metric whose mean over `size` rows needs `overlap` more."""
+    total = np.zeros(())
+    for top in range(0, count, size):
+        rows = min(size, count - top)
+        total = total + np.asarray(mean_of(slice(top, top + rows + overlap)), np.float64) * rows
+    return total / count
 
 
 def _open_reference(path: Path, network: Network | None) -> Statistics:
