@@ -36,7 +36,14 @@ LINK = re.compile(r"(\]\(|src=\"|href=\")([^)\s\"]+)")
 API: dict[str, tuple[str, tuple[str, ...]]] = {
     "sr3_jax": (
         "Load a model, upscale and generate.",
-        ("sr3_jax", "sr3_jax.inference.model", "sr3_jax.sampling", "sr3_jax.types", "sr3_jax.errors"),
+        (
+            "sr3_jax",
+            "sr3_jax.inference.loading",
+            "sr3_jax.inference.model",
+            "sr3_jax.sampling",
+            "sr3_jax.types",
+            "sr3_jax.errors",
+        ),
     ),
     "diffusion": ("The pure core: schedules, process, loss, solvers, sampling.", ("sr3_jax.diffusion",)),
     "nn": ("The U-Net and its blocks.", ("sr3_jax.nn",)),

@@ -35,7 +35,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.evaluation.results import LEVEL, RESAMPLES
 from sr3_jax.evaluation.runner import select_images
 from sr3_jax.files import unique_file_name, write_text
-from sr3_jax.inference.model import load
+from sr3_jax.inference.loading import load
 from sr3_jax.inference.sampling_file import sampling_path, store_sampling
 from sr3_jax.sampling import Sampling
 

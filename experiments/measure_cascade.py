@@ -34,7 +34,8 @@ from sr3_jax.evaluation.results import bootstrap
 from sr3_jax.features.classifiers import correct, load_classifier
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
-from sr3_jax.inference.model import Model, load
+from sr3_jax.inference.loading import load
+from sr3_jax.inference.model import Model
 from sr3_jax.inference.sampling_file import params_fingerprint
 from sr3_jax.train.checkpoints import read_config
 from sr3_jax.train.metric_writer import read_metrics

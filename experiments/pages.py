@@ -1,4 +1,4 @@
-"""Writes the pages results, models, cascade, pods/plans and reliability of docs/ from the JSON files next to them.
+"""Writes the pages results, models, cascade, pods/plans, reliability and large_images of docs/ from JSON files.
 
     python -m experiments.pages                  # all of them
     python -m experiments.pages results models   # some of them
@@ -194,7 +194,7 @@ def provenance(
 
 def write_models(docs: Path) -> None:
     """docs/models.md: a card for each docs/models/NAME.json, with NAME_evaluations.json; fails on other weights."""
-    from sr3_jax.inference.model import load
+    from sr3_jax.inference.loading import load
     from sr3_jax.inference.sampling_file import params_fingerprint
 
     cards = []
@@ -415,12 +415,68 @@ def _hostile_table(images: Mapping[str, Any], models: Mapping[str, Any]) -> str:
     return tables.markdown(pd.DataFrame(lines))
 
 
+# --- docs/large_images.md
+
+
+def write_large_images(docs: Path) -> None:
+    """docs/large_images.md from the figures of benchmarks/large_images.py in docs/large_images.json."""
+    path = docs / "large_images.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run python benchmarks/large_images.py -o {path}")
+    found = read_json(path)
+    memory = [row for part in ("memory", "limited", "whole") for row in found.get(part, ())]
+    every = [*memory, *found.get("throughput", ())]
+    facts = "{command}: {date}, {hardware}, {software}"
+    lines = [
+        facts.format(
+            **row | {"command": f"`{row['command']}`"},
+            software=", ".join(f"{name} {version}" for name, version in row["versions"].items()),
+        )
+        for row in every
+    ]
+    page = render(
+        "large_images.md",
+        memory=tables.markdown(pd.DataFrame([_memory_line(row) for row in memory]), left=4),
+        throughput=tables.markdown(pd.DataFrame([_throughput_line(row) for row in found["throughput"]])),
+        provenance="\n".join(f"- {line}" for line in dict.fromkeys(lines)),
+    )
+    write_text(docs / "large_images.md", page)
+
+
+def _memory_line(row: Mapping[str, Any]) -> dict[str, str]:
+    is_whole = "tiles" not in row
+    each = row["seconds"] / 60 if is_whole else row["seconds_per_tile"]
+    return {
+        "input": row["input"],
+        "output": row["format"].upper().replace("TIF", "TIFF").replace("JPG", "JPEG")
+        + (f", outscale {row['outscale']:g}" if row.get("outscale", 4) != 4 else ""),
+        "model": "tiny" if is_whole else row["model"],
+        "limit": "4 GB of address space" if row.get("address_space_gb") else "",
+        "tiles": "all" if is_whole else f"{row['tiles']} of {row['of']}",
+        "peak memory": f"{row['peak_gb']:.2f} of {row['limit_gb']:g} GB",
+        "growth": "" if is_whole else f"{row['growth_gb'] * 1000:.0f} MB",
+        "time": f"{each:.1f} min" if is_whole else f"{each:.1f} s per tile",
+    }
+
+
+def _throughput_line(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "folder": row["mix"],
+        "devices": str(row["devices"]),
+        "images": str(row["images"]),
+        "pieces": str(row["pieces"]),
+        "slots": str(row["slots"]),
+        "images per second": f"{row['images'] / row['seconds']:.1f}",
+    }
+
+
 PAGES: Mapping[str, Callable[[Path], None]] = {
     "results": write_results,
     "models": write_models,
     "cascade": write_cascade,
     "pods": write_pods,
     "reliability": write_reliability,
+    "large_images": write_large_images,
 }
 
 

@@ -22,14 +22,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sr3_jax.inference.model import Model, load
+    from sr3_jax.inference.loading import load
+    from sr3_jax.inference.model import Model
     from sr3_jax.sampling import Sampling
 
 __version__ = "0.1.0"
 __all__ = ["Model", "Sampling", "__version__", "load"]
 
 _LAZY = {
-    "load": "sr3_jax.inference.model",
+    "load": "sr3_jax.inference.loading",
     "Model": "sr3_jax.inference.model",
     "Sampling": "sr3_jax.sampling",
 }

@@ -154,4 +154,7 @@ def resize_lanczos(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize uint8 [H,W,3] to (height, width) with Pillow's Lanczos filter, which antialiases; equal sizes pass."""
     if image.shape[:2] == size:
         return image
-    return np.asarray(PillowImage.fromarray(image).resize(size[::-1], PillowImage.Resampling.LANCZOS))
+    lanczos = PillowImage.Resampling.LANCZOS
+    # Columns first, as `image_io.bands.resize_bands`: Pillow 13 prefers rows for some sizes.
+    columns = PillowImage.fromarray(image).resize((size[1], len(image)), lanczos)
+    return np.asarray(columns.resize(size[::-1], lanczos))

@@ -39,7 +39,7 @@ class StandIn:
         on_tiles(plan.count)
         yield from np.array_split(output, 3)
 
-    def upscale(self, images, key, *, sampling=None):
+    def upscale(self, images, key, *, sampling=None, tile=None):
         """uint8 [B,H,W,3], keys [B] -> uint8 [B,sH,sW,3]."""
         steps, solver = (None, None) if sampling is None else (sampling.steps, sampling.solver)
         assert images.dtype == np.uint8

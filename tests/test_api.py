@@ -14,7 +14,7 @@ import sr3_jax
 from sr3_jax.cli.main import main
 from sr3_jax.config import build
 from sr3_jax.errors import UserError
-from sr3_jax.inference.model import from_config
+from sr3_jax.inference.loading import from_config
 from sr3_jax.train.weights import export
 from tests import tiny
 

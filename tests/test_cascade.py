@@ -87,7 +87,7 @@ def test_stage_output_equals_upscale_of_the_stage_before(exported, tmp_path):
 
 
 def stages_model(path: str) -> Model:
-    from sr3_jax.inference.model import load
+    from sr3_jax.inference.loading import load
 
     return load(path)
 

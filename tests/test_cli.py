@@ -21,13 +21,13 @@ from stand_in import StandIn
 
 import sr3_jax
 from sr3_jax import cli
-from sr3_jax.cli._progress import progress_bar
+from sr3_jax.cli._progress import Pace, progress_bar
 from sr3_jax.cli.main import commands, main
 from sr3_jax.config import build
 from sr3_jax.config.load import complete
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.image_file import read_rgb
-from sr3_jax.inference import model
+from sr3_jax.inference import loading
 from sr3_jax.train.weights import export
 
 # image_file ignores these warnings on import, but pytest resets the filters.
@@ -40,7 +40,7 @@ def stand_in(monkeypatch):
     """The model that `sr3 upscale` loads; `loaded` has the names that it asked for."""
     stand_in = StandIn()
     stand_in.loaded = []
-    monkeypatch.setattr(model, "load", lambda name: (stand_in.loaded.append(name), stand_in)[1])
+    monkeypatch.setattr(loading, "load", lambda name: (stand_in.loaded.append(name), stand_in)[1])
     return stand_in
 
 
@@ -209,6 +209,30 @@ def test_texts_in_errors_and_logs_cannot_control_the_terminal(command, capsys):
     assert error.count("\\x1b[31m") == 2 and "\x1b" not in error
 
 
+def test_time_left_is_bounded_by_the_first_piece_and_then_leaves_its_compilation_out():
+    now = 0.0
+    pace = Pace(clock=lambda: now)
+
+    def after(seconds: float, done: int) -> str:
+        nonlocal now
+        now += seconds
+        return pace.left(done, 10)
+
+    assert after(0, 0) == ""
+    assert after(65, 1) == "about 09:45 left or less" and not pace.is_known
+    assert after(10, 3) == "about 00:35 left" and pace.is_known
+    assert after(5, 4) == "about 00:30 left" and after(30, 10) == ""
+    assert after(100, 0) == "about 00:50 left", "the next image is of the same kind"
+    assert after(20, 2) == "about 01:20 left"
+
+
+def test_large_image_is_announced_with_the_time_that_it_takes(folder, stand_in, capsys):
+    stand_in.most = 80
+    (folder / "in" / "large.png").write_bytes(encode(pixels(200, 90), "PNG"))
+    assert main(["upscale", str(folder / "in" / "large.png"), "-o", str(folder / "large.png")]) == 0
+    assert "left" not in capsys.readouterr().err, "there was one report only"
+
+
 def test_progress_prints_lines_where_stderr_is_a_file(capsys):
     with progress_bar(total=3, unit="image", every=0.01) as bar:
         bar.update()
@@ -344,7 +368,7 @@ def test_unreadable_folder_counts_as_failed(folder, stand_in, capsys, monkeypatc
 def test_real_model_end_to_end(folder, capsys):
     """An exported tiny model: odd sizes, and the same bytes in every run."""
     config = complete(tiny.config())
-    network = model.build_network(config["model"])
+    network = build.build_network(config["model"])
     shapes = jax.eval_shape(lambda key: build.init_params(network, key), jax.random.key(0))
     params = tiny.perturbed(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
     export(folder / "tiny.safetensors", params, config)

@@ -410,7 +410,9 @@ def test_degradation_presets_set_the_fields_that_are_not_given():
 
 def test_eps_prediction_implies_an_ancestral_solver_unless_one_is_given():
     def solver(*overrides: str) -> str:
-        return load_config("photos_4x_small", ["--config.model.output_skip=0", *overrides])["sampling"]["solver"]
+        return load_config("photos_4x_small", ["--config.model.output_skip=0", *overrides])["sampling"][
+            "solver"
+        ]
 
     eps = "--config.diffusion.prediction=eps"
     assert solver() == solver("--config.diffusion.prediction=v") == "dpmpp_2m"

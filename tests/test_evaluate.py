@@ -21,7 +21,7 @@ from sr3_jax.evaluation.inputs import GroundTruth
 from sr3_jax.evaluation.outputs import Settings, bicubic, model_methods, unique_labels
 from sr3_jax.features import metric_suite
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
-from sr3_jax.inference.model import from_config, load
+from sr3_jax.inference.loading import from_config, load
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.experiment import read
 from sr3_jax.train.weights import export

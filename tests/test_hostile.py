@@ -13,7 +13,7 @@ from sr3_jax.cli.main import main
 from sr3_jax.data.sources import open_source
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import read_image
-from sr3_jax.inference import model
+from sr3_jax.inference import loading
 from sr3_jax.inference.upscale_files import find_images
 
 # image_file ignores these warnings on import, but pytest resets the filters.
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
 def test_upscale(made, tmp_path, monkeypatch, capsys, batch_size):
     folder, files = made
     assert len(files.good) + len(files.bad) > 200
-    monkeypatch.setattr(model, "load", lambda name: StandIn())
+    monkeypatch.setattr(loading, "load", lambda name: StandIn())
     out = tmp_path / "out"
     arguments = ["upscale", str(folder), "-o", str(out), "--batch-size", str(batch_size)]
     assert main(arguments) == 1
@@ -60,7 +60,7 @@ def test_upscale(made, tmp_path, monkeypatch, capsys, batch_size):
 def test_upscale_of_files_given_one_by_one(made, tmp_path, monkeypatch, capsys):
     """As a shell expands `*`: one call with every file as an argument."""
     folder, files = made
-    monkeypatch.setattr(model, "load", lambda name: StandIn())
+    monkeypatch.setattr(loading, "load", lambda name: StandIn())
     monkeypatch.chdir(folder / "names")
     names = sorted(path.name for path in files.good if path.parent.name == "names")
     assert main(["upscale", "-o", str(tmp_path / "out"), "--", *names]) == 0

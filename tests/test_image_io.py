@@ -375,10 +375,12 @@ def test_images_that_a_format_cannot_store_fail(tmp_path):
         ("a.JPG", (9, 9), True, "transparency"),
         ("a.jpg", (65501, 9), False, "9x65501.*JPEG"),
         ("a.webp", (9, 16384), False, "16384x9.*WEBP"),
+        ("a.webp", (8001, 8000), False, "8000x8001.*lossless WebP"),
     ):
         with pytest.raises(ImageError, match=why):
             require_writable(tmp_path / name, height=sides[0], width=sides[1], alpha=alpha)
     require_writable(tmp_path / "a.png", height=70000, width=70000, alpha=True)
+    require_writable(tmp_path / "a.webp", height=8001, width=8000, alpha=False, quality=90)
     with pytest.raises(ImageError, match="transparency"):
         write_image(tmp_path / "a.jpg", DecodedImage(pixels(), alpha=pixels()[..., 0]))
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from sr3_jax.config import build
 from sr3_jax.config.load import complete
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
-from sr3_jax.inference import model as models
+from sr3_jax.inference import loading as models
 from sr3_jax.inference import program, tiling
+from sr3_jax.inference.upscale_files import Job, upscale_files
 from sr3_jax.metrics import consistency
 from sr3_jax.sampling import Sampling
 from sr3_jax.train import checkpoints, experiment, weights
@@ -144,7 +147,7 @@ def test_batch_is_split_over_devices(model, monkeypatch):
         seen.append(output)
         return output, finite
 
-    monkeypatch.setattr(models, "generate_jit", upscale)
+    monkeypatch.setattr(program, "generate_jit", upscale)
     images = np.concatenate([random_images(1, 8, 8)] * 16)
     images[8:] = 255 - images[8:]
     output = model.upscale(images, keys(*range(16)))
@@ -221,21 +224,13 @@ def test_buckets_are_few_close_and_multiples_of_the_unit():
         assert len(set(sides.values())) < 100
 
 
-def test_image_of_the_training_size_is_not_padded(model, monkeypatch):
+def test_image_of_the_training_size_is_not_padded(model):
     """A network trained on whole small images depends on where they end."""
     assert tiling.bucket(7, 1, exact=10) == 7 and tiling.bucket(7, 2, exact=10) == 8
     assert tiling.bucket(11, 1, exact=10) == 16
-    generate_jit = []
-    real = models.Model._generate
-
-    def spied(self, shape, *arguments, **options):
-        generate_jit.append(shape)
-        return real(self, shape, *arguments, **options)
-
-    monkeypatch.setattr(models.Model, "_generate", spied)
-    crop = model.config["data"]["crop"]
-    model.upscale(np.zeros((1, crop // 4, crop // 4, 3), np.uint8), jax.random.key(0), steps=1)
-    assert generate_jit[0][1:3] == (crop, crop)
+    side = model.config["data"]["crop"] // 4
+    plan = model.tiling(side, side)
+    assert (plan.count, plan.rows.size, plan.columns.size) == (1, side, side)
 
 
 def test_labels_are_required_checked_and_used():
@@ -371,11 +366,37 @@ def test_bands_of_a_large_image_are_its_output_from_top_to_bottom():
     np.testing.assert_array_equal(np.concatenate(bands), strong.upscale(image, seed=1, tile=64))
 
 
-def test_batch_of_large_images_equals_the_images_by_themselves():
-    strong = make(size=0.3, diffusion={"prediction": "y0"})
-    images = random_images(2, 80, 20)
-    together = strong.upscale(images, seed=1, tile=64)
-    np.testing.assert_array_equal(together[1], strong.upscale(images[1], seed=1, tile=64))
+def test_tiles_share_batches_across_rows():
+    """2 x 3 tiles on 4 devices are 2 batches, not 3."""
+    image, counts = random_images(1, 150, 70)[0], []
+    model = make(size=0.3, diffusion={"prediction": "y0"})
+    bands = list(model.upscale_bands(image, seed=1, tile=72, batch_size=4, on_tiles=counts.append))
+    assert counts == [4, 2] and len(bands) == 3
+    whole = model.upscale(image, seed=1, tile=10**4)
+    assert np.mean(np.abs(np.concatenate(bands).astype(int) - whole) > 1) < 0.001
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_outscale_of_an_array_equals_that_of_a_file_and_of_a_stream(tmp_path, tile):
+    model = make(size=0.3, diffusion={"prediction": "y0"})
+    image = random_images(1, 20, 70)[0]
+    PillowImage.fromarray(image).save(tmp_path / "a.png")
+    for outscale in (1.5, 5.0):  # one pass, and two
+        job = Job(tmp_path / "a.png", tmp_path / f"{outscale}.png")
+        assert not upscale_files(model, [job], seed=3, tile=tile, outscale=outscale).failed
+        expected = np.asarray(PillowImage.open(job.target))
+        assert expected.shape == (round(20 * outscale), round(70 * outscale), 3)
+        np.testing.assert_array_equal(model.upscale(image, 3, tile=tile, outscale=outscale), expected)
+        np.testing.assert_array_equal(
+            np.asarray(model.upscale(PillowImage.fromarray(image), 3, tile=tile, outscale=outscale)), expected
+        )
+        (streamed,) = model.upscale_many([image], 3, batch_size=1, tile=tile, outscale=outscale)
+        np.testing.assert_array_equal(streamed, expected)
+    by_key = model.upscale(image, jax.random.key(3), outscale=5.0)
+    assert by_key.shape == (100, 350, 3)
+    for wrong in (0.5, 65.0):
+        with pytest.raises(UserError, match=f"outscale .*{wrong:g}"):
+            model.upscale(image, outscale=wrong)
 
 
 # ---- Loading
@@ -395,6 +416,46 @@ def workdir(tmp_path_factory) -> Path:
     with checkpoints.Checkpoints(folder) as store:
         store.save(state)
     return folder
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from sr3_jax.inference.loading import load
+from sr3_jax.inference.upscale_files import Job, upscale_files
+
+model, folder = load(sys.argv[1]), Path(sys.argv[2])
+for name, outscale in (("small.png", None), ("large.png", None), ("large.jpg", None), ("large.tif", 3)):
+    job = Job(folder / f"{name.split('.')[0]}.png", folder / "out" / name)
+    assert not upscale_files(model, [job], tile=128, outscale=outscale).failed
+    print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_image(workdir, tmp_path):
+    """The output has 25 MB of pixels more, of which the peak of a process of its own shows nothing."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the peak of a process is measured by Linux only")
+    for name, height in (("small", 200), ("large", 4000)):
+        PillowImage.fromarray(random_images(1, 20, 13)[0]).resize((130, height)).save(
+            tmp_path / f"{name}.png"
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(workdir), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    small, *large = (int(line) / 1024 for line in done.stdout.split())
+    assert max(large) - small < 12
+
+
+def test_batch_of_large_images_equals_the_images_by_themselves():
+    strong = make(size=0.3, diffusion={"prediction": "y0"})
+    images = random_images(2, 80, 20)
+    together = strong.upscale(images, seed=1, tile=64)
+    np.testing.assert_array_equal(together[1], strong.upscale(images[1], seed=1, tile=64))
 
 
 def test_workdir_and_export_give_the_same_bytes(workdir, model, tmp_path, capsys):

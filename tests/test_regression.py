@@ -13,7 +13,7 @@ from sr3_jax.config import count_parameters, load_config
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation.outputs import model_methods
-from sr3_jax.inference import model as models
+from sr3_jax.inference import loading as models
 from sr3_jax.train import experiment, held_out, loop
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.step import batch_losses

@@ -16,7 +16,7 @@ from sr3_jax.diffusion import solvers
 from sr3_jax.diffusion.sampler import sample, sample_with_coefficients
 from sr3_jax.diffusion.schedule import linear, respace
 from sr3_jax.errors import UserError
-from sr3_jax.inference import model as models
+from sr3_jax.inference import loading as models
 from sr3_jax.inference import program, sampling_file
 from sr3_jax.inference.sampling_file import StoredSampling
 from sr3_jax.sampling import SOLVERS, Sampling

@@ -26,7 +26,7 @@ from sr3_jax.features.networks import Network
 from sr3_jax.features.statistics import FeatureProtocol
 from sr3_jax.image_io.image_file import ImageError, read_rgb
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
-from sr3_jax.inference import model as models
+from sr3_jax.inference import loading as models
 from sr3_jax.inference import sampling_file
 from sr3_jax.sampling import Sampling
 from sr3_jax.train import weights

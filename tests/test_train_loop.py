@@ -30,7 +30,7 @@ from sr3_jax.data.sources import Source
 from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
-from sr3_jax.inference.model import load
+from sr3_jax.inference.loading import load
 from sr3_jax.train import checkpoints, experiment, held_out, loop, step_metrics, weights
 from sr3_jax.train.state import abstract_state
 from tests import tiny

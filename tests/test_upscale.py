@@ -14,8 +14,9 @@ from PIL import Image
 from stand_in import StandIn
 
 from sr3_jax.errors import UserError
-from sr3_jax.image_io.image_file import ImageError, read_image, read_rgb
-from sr3_jax.inference.tiling import Axis, Tiling
+from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_image, read_rgb
+from sr3_jax.inference.batching import BatchRunner, upscale_each
+from sr3_jax.inference.tiling import Axis, Tiling, tile_image
 from sr3_jax.inference.upscale_files import Job, find_images, upscale_files
 from sr3_jax.memory import OutOfMemory
 from sr3_jax.sampling import Sampling
@@ -348,7 +349,7 @@ def test_large_image_is_written_in_tiles_with_progress(tmp_path, suffix):
     model = StandIn(most=80)
     outcome = upscale_files(model, jobs, on_tiles=lambda *one: seen.append(one))
     count = model.tiling(200, 90).count
-    assert not outcome.failed and seen == [(jobs[0], count, count)] and count > 1
+    assert not outcome.failed and seen == [(jobs[0], 0, count), (jobs[0], count, count)] and count > 1
     if suffix != ".jpg":
         np.testing.assert_array_equal(read_rgb(jobs[0].target), nearest(images["large.png"]))
 
@@ -389,6 +390,60 @@ def test_what_fits_is_chosen_at_once_where_the_free_memory_is_known(tmp_path, fr
     assert len(tried) <= 2
     assert tried[-1][0] == batch_size
     assert abs(tried[-1][1] - tile) <= 20
+
+
+def test_memory_that_runs_out_halves_the_batch_by_devices_then_the_tile_for_this_shape_only(tmp_path):
+    """8 simulated devices: batches of 32, 16, 8, and then smaller tiles; remembered for images of the same shape."""
+    images = {f"{i}.png": pixels(side, side, seed=i) for i, side in enumerate((200, 200, 170, 20))}
+    tried = []
+
+    class Small(StandIn):
+        def upscale_bands(self, image, seed, *, tile, batch_size, **options):
+            tried.append((len(image), batch_size, tile))
+            if len(image) == 200 and (tile is None or tile > 100):
+                raise MemoryError
+            return super().upscale_bands(image, seed, tile=tile, batch_size=batch_size, **options)
+
+    model = Small(most=140)
+    outcome = upscale_files(model, jobs_of(tmp_path, images), batch_size=32)
+    assert not outcome.failed
+    assert [size for length, size, tile in tried if length == 200 and tile is None] == [32, 16, 8]
+    last = [(size, tile) for length, size, tile in tried if length == 200][-2:]
+    assert last[0] == last[1] and last[0][1] <= 100, (
+        "the second one was tried with what did not fit for the first"
+    )
+    assert [one for one in tried if one[0] == 170] == [(170, 32, None)], "another shape fits as before"
+    assert [shape[0] for shape, _, _ in model.calls if shape[1] == 20] == [32]
+
+
+def test_large_images_of_a_stream_are_computed_once_each():
+    """Not once for each image that a batch has room for."""
+    asked = []
+
+    class Counting(StandIn):
+        def upscale_bands(self, image, seed, **options):
+            asked.append(image.shape)
+            return super().upscale_bands(image, seed, **options)
+
+    runner = BatchRunner(Counting(most=80), sampling=None, seed=0, batch_size=4, tile=None)
+    images = [pixels(100, 90, seed=1), pixels(8, 9), pixels(100, 90, seed=2)]
+    results = list(upscale_each(runner, images, lambda rgb: DecodedImage(rgb=rgb), batch_size=4))
+    assert asked == [(100, 90, 3)] * 2
+    for image, (_, _, output) in zip(images, results, strict=True):
+        np.testing.assert_array_equal(output, nearest(image))
+
+
+def test_twenty_sizes_on_four_devices_take_24_slots(tmp_path):
+    """With the tiles of the shipped model: one height and three widths after padding, 7 + 7 + 6 images."""
+
+    class Shipped(StandIn):
+        def tiling(self, height, width, *, tile=None):
+            return tile_image(height, width, most=256, stride=8, scale=4, exact=36)
+
+    images = {f"{i:02}.png": pixels(177 + i % 8, 217 + i, seed=i) for i in range(1, 21)}
+    model = Shipped(scale=1)
+    assert not upscale_files(model, jobs_of(tmp_path, images), batch_size=4).failed
+    assert sum(shape[0] for shape, _, _ in model.calls) == 24
 
 
 def test_batch_that_runs_out_of_memory_is_divided(tmp_path):

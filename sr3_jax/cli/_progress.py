@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -58,3 +59,39 @@ def progress_bar(*, unit: str, total: int | None = None, every: float = 30.0) ->
         finally:
             ended.set()
             ticker.join()
+
+
+class Pace:
+    """Estimates the time that is left of pieces of work of one kind, from those that are done.
+
+    The first report of the first piece includes compilation: it gives an upper bound, until there is a second one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = (0, 0.0)  # what was done at that time
+        self._seconds = 0.0  # each, without compilation; 0 while it is not known
+        self._is_first = True
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the time of a piece is known without compilation."""
+        return bool(self._seconds)
+
+    def left(self, done: int, of: int) -> str:
+        """The time left after `done` of `of`, in words; '' if nothing is known. Call it with the start, too."""
+        now = self._clock()
+        if done == 0:
+            self._since, self._is_first = (0, now), not self._seconds
+        count, seconds = done - self._since[0], now - self._since[1]
+        bound = False
+        if self._is_first and count > 0:
+            self._since, self._is_first, bound = (done, now), False, True
+            each = seconds / count
+        elif count > 0 and not self._is_first:
+            each = self._seconds = seconds / count
+        else:
+            each = self._seconds
+        if not each or done == of:
+            return ""
+        return f"about {tqdm.format_interval(round(each * (of - done)))} left{' or less' * bound}"

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export; exit code 0."""
     from sr3_jax.errors import UserError
-    from sr3_jax.inference.model import load
+    from sr3_jax.inference.loading import load
     from sr3_jax.inference.sampling_file import copy_sampling, sampling_path
     from sr3_jax.train.weights import export, locate_model, read_export
 

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from sr3_jax.cli._progress import progress_bar
+    from sr3_jax.cli._progress import Pace, progress_bar
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.errors import UserError
@@ -120,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
     if to_do:  # otherwise there is no need to load the model
         import jax
 
-        from sr3_jax.inference import model as models
+        from sr3_jax.inference import loading
 
-        model = models.load(args.model)
+        model = loading.load(args.model)
         if args.dtype:
             model = model.with_dtype(args.dtype)
         sampling = model.sampling.override(steps=args.steps, solver=args.solver)
@@ -142,8 +142,14 @@ def run(args: argparse.Namespace) -> int:
                 exit_if_stopped(stopped())
 
             def report_tiles(job: Job, done: int, of: int) -> None:
-                bar.set_postfix_str(f"{printable(job.source.name)}: tile {done} of {of}")
+                name, left = printable(job.source.name), pace.left(done, of)
+                if left and pace.is_known and not announced:  # also where the bar is cut off or not shown
+                    announced.add(name)
+                    tqdm.write(f"{name}: {of} tiles, {left} at the pace of the first ones", file=sys.stderr)
+                bar.set_postfix_str(f"{name}: tile {done} of {of}{left and f', {left}'}")
                 exit_if_stopped(stopped())
+
+            pace, announced = Pace(), set[str]()
 
             result = upscale_files(
                 model,

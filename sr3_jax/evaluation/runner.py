@@ -43,7 +43,8 @@ from sr3_jax.features.statistics import save_statistics, statistics_of
 from sr3_jax.files import make_folder, unique_file_name
 from sr3_jax.image_io.grid import grid_row, image_grid
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, write_image
-from sr3_jax.inference.model import Model, load
+from sr3_jax.inference.loading import load
+from sr3_jax.inference.model import Model
 from sr3_jax.metrics import METRICS
 from sr3_jax.numerics import fixed_numerics
 

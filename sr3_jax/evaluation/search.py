@@ -27,7 +27,8 @@ from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.features.metric_suite import MetricSuite, least_side, open_suite
 from sr3_jax.features.networks import open_network
 from sr3_jax.files import make_folder, to_json, write_text
-from sr3_jax.inference.model import Model, load
+from sr3_jax.inference.loading import load
+from sr3_jax.inference.model import Model
 from sr3_jax.inference.sampling_file import sampling_path, store_sampling
 from sr3_jax.metrics import SEARCH_METRICS, Metric, search_metric
 from sr3_jax.sampling import SOLVERS, Sampling

@@ -1,70 +1,141 @@
-"""Write large images from top to bottom, without holding them in memory. PNG and TIFF (BigTIFF above 4 GB).
+"""Resize and write large images as bands of rows, from top to bottom, without holding them in memory.
 
-Shape legend: H height, W width, C channels, s the scale.
+PNG, TIFF (BigTIFF above 4 GB) and JPEG. Shape legend: H height, W width, C channels.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason
-from sr3_jax.image_io.image_file import DecodedImage, ImageError
+from sr3_jax.image_io.image_file import WRITERS, DecodedImage, ImageError, save_options
 from sr3_jax.storage import atomic_write
 
-BAND_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
+BAND_FORMATS = ("PNG", "TIFF", "JPEG")
 _STRIP_ROWS = 64
-_ALPHA_MARGIN = 4  # rows that a bicubic resize sees beyond its own
+_SUPPORT = {Image.Resampling.BICUBIC: 2.0, Image.Resampling.LANCZOS: 3.0}  # pixels, of the filters
 
 
-def write_bands(path: Path, image: DecodedImage, bands: Iterable[np.ndarray], *, scale: int) -> None:
+def is_written_in_bands(path: Path) -> bool:
+    """Whether `write_bands` can write the format of this suffix."""
+    return WRITERS.get(path.suffix.lower()) in BAND_FORMATS
+
+
+def resize_bands(
+    bands: Iterable[np.ndarray], size: tuple[int, int], new_size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Resize an image by Pillow's Lanczos filter, from top to bottom: the pixels that Pillow makes of the whole image.
+
+    Args:
+        bands: uint8 [*,W,3], the rows of the image in order.
+        size: (H,W) of the image.
+        new_size: height and width of the result.
+
+    Yields:
+        uint8 [*,width,3], the rows of the result in order.
+    """
+    if size == new_size:
+        yield from bands
+        return
+    (height, _), (new_height, new_width) = size, new_size
+    lanczos = Image.Resampling.LANCZOS
+    margin = _margin(height, new_height, lanczos)
+    kept, top, done = np.empty((0, new_width, 3), np.uint8), 0, 0
+    for band in bands:
+        # Columns first, as Pillow does in most cases; which one is first matters where overshoot is clipped.
+        kept = np.concatenate([kept, Image.fromarray(band).resize((new_width, len(band)), lanczos)])
+        bottom = top + len(kept)
+        ready = new_height if bottom == height else int((bottom - margin) * new_height / height)
+        if ready > done:
+            yield _resize_rows(kept, top, (done, ready), height, new_height, lanczos)
+            done = ready
+            first = max(top, done * height // new_height - margin)
+            kept, top = kept[first - top :], first
+
+
+def _margin(height: int, new_height: int, filter_: Image.Resampling) -> int:
+    """Rows that a resize of the height sees beyond those that the result covers."""
+    return math.ceil(_SUPPORT[filter_] * max(1.0, height / new_height)) + 1
+
+
+def _resize_rows(
+    part: np.ndarray, top: int, rows: tuple[int, int], height: int, new_height: int, filter_: Image.Resampling
+) -> np.ndarray:
+    """Rows `rows` of an image whose height is resized, from its rows that begin at `top`, with a margin."""
+    image, width = Image.fromarray(np.ascontiguousarray(part)), part.shape[1]
+    scale, rest = divmod(new_height, height)
+    if not rest:  # the part begins and ends between rows of the result, which is then exact
+        whole = np.asarray(image.resize((width, scale * len(part)), filter_))
+        return whole[rows[0] - scale * top : rows[1] - scale * top]
+    # Pillow's box says which rows the result covers; the filter also sees those around them.
+    first, last = (row * height / new_height - top for row in rows)
+    box = (0, max(first, 0), width, min(last, len(part)))
+    return np.asarray(image.resize((width, rows[1] - rows[0]), filter_, box=box))
+
+
+def write_bands(
+    path: Path,
+    image: DecodedImage,
+    bands: Iterable[np.ndarray],
+    *,
+    size: tuple[int, int],
+    quality: int | None = None,
+) -> None:
     """Write the upscaled pixels of `image` with its alpha and metadata. The write is atomic, as `write_image`.
 
     Args:
-        path: ends in one of BAND_SUFFIXES; its folder exists.
-        image: the low-res image [H,W].
-        bands: uint8 [*,s*W,3], the rows of the output in order.
-        scale: s.
+        path: `is_written_in_bands`; its folder exists.
+        image: the low-res image.
+        bands: uint8 [*,W,3], the rows of the output in order.
+        size: (H,W) of the output.
+        quality: of JPEG, as for `write_image`.
 
     Raises:
         ImageError: the file cannot be written. Exceptions of `bands` pass through.
     """
-    rows = _with_alpha(image, bands, scale)
-    height, width = (scale * side for side in image.rgb.shape[:2])
-    channels = (1 if image.gray else 3) + (image.alpha is not None)
-    write = _write_png if path.suffix.lower() == ".png" else _write_tiff
+    rows = _with_alpha(image, bands, size)
+    file_format = WRITERS[path.suffix.lower()]
     try:
         with atomic_write(path) as file:
-            write(file, rows, height=height, width=width, channels=channels, image=image)
+            if file_format == "JPEG":
+                options = save_options(file_format, quality)
+                _write_jpeg(file, rows, height=size[0], options=options, image=image)
+            else:
+                write = _write_png if file_format == "PNG" else _write_tiff
+                channels = (1 if image.gray else 3) + (image.alpha is not None)
+                write(file, rows, height=size[0], width=size[1], channels=channels, image=image)
     except OSError as error:
         raise ImageError(f"could not be written: {reason(error)}") from error
 
 
-def _with_alpha(image: DecodedImage, bands: Iterable[np.ndarray], scale: int) -> Iterator[np.ndarray]:
+def _with_alpha(
+    image: DecodedImage, bands: Iterable[np.ndarray], size: tuple[int, int]
+) -> Iterator[np.ndarray]:
     """Bands [*,W,C] as they are stored: gray where the image is, with its alpha."""
-    top, (height, width) = 0, image.rgb.shape[:2]
+    top, small = 0, image.rgb.shape[:2]
+    bicubic = Image.Resampling.BICUBIC
+    margin = _margin(small[0], size[0], bicubic)
     for band in bands:
-        pixels = band
+        pixels, bottom = band, top + len(band)
         if image.gray:
             pixels = np.asarray(Image.fromarray(band).convert("L"))[..., None]
         if image.alpha is not None:
-            bottom = top + len(band)
-            first = max(0, top // scale - _ALPHA_MARGIN)
-            last = min(height, -(-bottom // scale) + _ALPHA_MARGIN)
-            part = Image.fromarray(np.ascontiguousarray(image.alpha[first:last]))
-            size = (width * scale, (last - first) * scale)
-            alpha = np.asarray(part.resize(size, Image.Resampling.BICUBIC))
-            pixels = np.concatenate(
-                [pixels, alpha[top - first * scale : bottom - first * scale, :, None]], axis=-1
-            )
-        top += len(band)
+            first = max(0, top * small[0] // size[0] - margin)
+            part = Image.fromarray(image.alpha[first : -(-bottom * small[0] // size[0]) + margin])
+            columns = np.asarray(part.resize((size[1], part.height), bicubic))
+            alpha = _resize_rows(columns, first, (top, bottom), small[0], size[0], bicubic)
+            pixels = np.concatenate([pixels, alpha[..., None]], axis=-1)
+        top = bottom
         yield pixels
 
 
@@ -164,6 +235,45 @@ def _write_tiff(
         if failed:
             raise failed[0] from None
         raise ImageError(f"could not be written: {reason(error)}") from error
+
+
+def _write_jpeg(
+    file: IO[bytes], rows: Iterable[np.ndarray], *, height: int, options: dict[str, Any], image: DecodedImage
+) -> None:
+    """A baseline JPEG of strips that Pillow encodes one by one, joined by restart markers.
+
+    At a restart marker the decoder starts afresh, as at the beginning of an image, so that the coded data of a strip
+    is the same in both. Strips have the same tables, since these depend on the quality only.
+    """
+    for index, strip in enumerate(_strips(rows)):
+        encoded, header = io.BytesIO(), metadata.save_options(image.metadata, "JPEG") if index == 0 else {}
+        pixels = Image.fromarray(strip[..., 0] if strip.shape[-1] == 1 else strip)
+        try:
+            pixels.save(encoded, format="JPEG", **options, **header)
+        except Exception as error:  # metadata that Pillow cannot store raises anything
+            raise ImageError(f"could not be written: {reason(error)}") from error
+        data = encoded.getvalue()
+        frame, scan = (_segment(data, kind) for kind in (b"\xff\xc0", b"\xff\xda"))
+        if index == 0:
+            width_blocks = -(-strip.shape[1] // 8)  # of 8x8 pixels, as there is no chroma subsampling
+            interval = width_blocks * _STRIP_ROWS // 8  # up to 65504 blocks for JPEG's largest width
+            head = bytearray(data[:scan])
+            struct.pack_into(">H", head, frame + 5, height)
+            file.write(head + struct.pack(">2sHH", b"\xff\xdd", 4, interval))
+            file.write(data[scan:-2])  # up to the end marker
+        else:
+            (length,) = struct.unpack_from(">H", data, scan + 2)
+            file.write(bytes([0xFF, 0xD0 + (index - 1) % 8]) + data[scan + 2 + length : -2])
+    file.write(b"\xff\xd9")
+
+
+def _segment(data: bytes, marker: bytes) -> int:
+    """Position of the first segment of this kind in the header of a JPEG file."""
+    position = 2
+    while data[position : position + 2] != marker:
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        position += 2 + length
+    return position
 
 
 def _strips(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

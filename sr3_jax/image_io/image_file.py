@@ -64,6 +64,7 @@ LOSSY_FORMATS = ("JPEG", "WEBP")
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; libjpeg's limit is slightly below 65535
 _LARGEST_REREAD = 512 * 2**20  # bytes of a PNG that is read again without its large chunks
 _DROPPED = "sr3_jax dropped"  # key of their names in Image.info
+_MAX_LOSSLESS_WEBP = 64  # megapixels; libwebp takes 31 bytes for each pixel, and lossy 1 byte
 WRITABLE_SUFFIXES = frozenset(WRITERS)
 OUTPUT_FORMATS = ("png", "jpg", "webp", "tif")  # the usual suffix of each, without the dot
 # With formats that need an extra or cannot be read, so that such files are named and not passed over.
@@ -385,8 +386,11 @@ def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> None:
+def require_writable(path: Path, *, height: int, width: int, alpha: bool, quality: int | None = None) -> None:
     """Check that the format of this suffix can store such an image. Cheap, so call it before long work.
+
+    Args:
+        quality: as for `write_image`.
 
     Raises:
         ImageError: it cannot.
@@ -405,6 +409,11 @@ def require_writable(path: Path, *, height: int, width: int, alpha: bool) -> Non
     if max(height, width) > _MAX_SIDE.get(file_format, 2**31 - 1):
         raise ImageError(
             f"would be {width}x{height} pixels, more than {file_format} can store: write a .png instead"
+        )
+    if file_format == "WEBP" and quality is None and height * width > _MAX_LOSSLESS_WEBP * 1e6:
+        raise ImageError(
+            f"would be {width}x{height} pixels, above the limit of {_MAX_LOSSLESS_WEBP} megapixels for lossless WebP, "
+            "which takes much memory: write a .png instead, or set the quality"
         )
 
 
@@ -427,14 +436,19 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True, qualit
     """
     path = Path(path)
     height, width = image.rgb.shape[:2]
-    require_writable(path, height=height, width=width, alpha=image.alpha is not None)
+    require_writable(path, height=height, width=width, alpha=image.alpha is not None, quality=quality)
     file_format = WRITERS[path.suffix.lower()]
-    options = dict(_SAVE_OPTIONS[file_format])
-    if quality is not None and file_format in LOSSY_FORMATS:
-        options |= {"quality": quality} if file_format == "JPEG" else {"quality": quality, "lossless": False}
-    options |= metadata.save_options(image.metadata, file_format)
+    options = save_options(file_format, quality) | metadata.save_options(image.metadata, file_format)
     try:
         with atomic_write(path, durable=durable) as file:
             Image.fromarray(to_channels(image)).save(file, format=file_format, **options)
     except Exception as error:
         raise ImageError(f"could not be written: {reason(error)}") from error
+
+
+def save_options(file_format: str, quality: int | None) -> dict[str, Any]:
+    """Options of Pillow's `save` for the pixels; for `quality` see `write_image`."""
+    options = dict(_SAVE_OPTIONS[file_format])
+    if quality is not None and file_format in LOSSY_FORMATS:
+        options |= {"quality": quality} if file_format == "JPEG" else {"quality": quality, "lossless": False}
+    return options

@@ -22,7 +22,8 @@ from sr3_jax import __version__
 from sr3_jax.errors import UserError
 from sr3_jax.files import read_json, sha256_hex, write_text
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
-from sr3_jax.inference.model import Model, load
+from sr3_jax.inference.loading import load
+from sr3_jax.inference.model import Model
 from sr3_jax.inference.sampling_file import params_fingerprint
 from sr3_jax.inference.stages import StageInfo
 from sr3_jax.sampling import Sampling

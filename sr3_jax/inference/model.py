@@ -13,20 +13,11 @@ from pathlib import Path
 from typing import Any, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image as PillowImage
 
-from sr3_jax.config.build import (
-    Stage,
-    build_augmentation,
-    build_network,
-    build_schedule,
-    build_space,
-    check_params,
-)
-from sr3_jax.config.load import complete_stored
+from sr3_jax.config.build import Stage
 from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
@@ -41,21 +32,20 @@ from sr3_jax.image_io.image_file import (
     visible_rgb,
     with_pixels,
 )
-from sr3_jax.image_ops import pad_image
-from sr3_jax.inference.batching import upscale_each
-from sr3_jax.inference.program import generate_jit, require_memory
-from sr3_jax.inference.sampling_file import find_sampling
-from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, cell_size, tile_image
+from sr3_jax.inference import upscaling
+from sr3_jax.inference.batching import BatchRunner, upscale_each
+from sr3_jax.inference.program import generate_jit, program_arguments, run_program
+from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, tile_image
+from sr3_jax.inference.upscaling import seed_keys
 from sr3_jax.nn.unet import UNet, apply_unet
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
-from sr3_jax.train.weights import load_weights, locate_model
 from sr3_jax.types import Denoiser, Key, Params
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A network with its weights and everything that sampling needs. Make one with `load`.
+    """A network with its weights and everything that sampling needs. Make one with `sr3_jax.load`.
 
     Attributes:
         name: where it was loaded from.
@@ -107,6 +97,7 @@ class Model:
         sampling: Sampling | None = None,
         labels: np.ndarray | None = None,
         tile: int | None = None,
+        outscale: float | None = None,
     ) -> np.ndarray: ...
 
     @overload
@@ -120,6 +111,7 @@ class Model:
         sampling: Sampling | None = None,
         labels: np.ndarray | None = None,
         tile: int | None = None,
+        outscale: float | None = None,
     ) -> PillowImage.Image: ...
 
     def upscale(
@@ -132,8 +124,9 @@ class Model:
         sampling: Sampling | None = None,
         labels: np.ndarray | None = None,
         tile: int | None = None,
+        outscale: float | None = None,
     ) -> np.ndarray | PillowImage.Image:
-        """Upscale an image or a batch of images by the model's scale.
+        """Upscale an image or a batch of images by the model's scale, or by `outscale`.
 
         Any size works: an image above the training size is padded by its edge pixels to one of a few sizes, so that
         images of many sizes compile a few times only, and is processed in overlapping tiles where it is large. A batch
@@ -146,82 +139,44 @@ class Model:
             seed: the same seed gives the same output. An int, and then each image of a batch gets the noise that it
                 would get if upscaled by itself; or a `jax.random` key for the batch, or [B] keys.
             steps: number of sampling steps; None for the model's own.
-            solver: 'ancestral', 'ddpm', 'ddim', 'dpmpp_2m', 'heun' or 'MODULE:FUNCTION'; None for the model's own. With other
-                steps or another solver than the model's own, the solver's default grid is used
+            solver: 'ancestral', 'ddpm', 'ddim', 'dpmpp_2m', 'heun' or 'MODULE:FUNCTION'; None for the model's own. With
+                other steps or another solver than the model's own, the solver's default grid is used
                 (`Sampling.override`).
             sampling: all settings of the sampler; None for the model's own.
             labels: [B] class labels, for a class-conditional model.
             tile: maximum side of a tile in pixels of the low-res image, for less memory; None for the default. It does
                 not change the output beyond rounding.
+            outscale: enlarge by this factor, 1 to 64, instead of s: the model is applied as often as needed, with noise
+                of its own each time, and a Lanczos filter shrinks the result to round(outscale * side).
 
         Returns:
             A PIL image for a PIL image or a path; else uint8 [s*h,s*w,3] or [B,s*h,s*w,3].
 
         Raises:
-            UserError: the image cannot be read; `steps`, `solver`, `labels` or `sampling` do not fit this model.
+            UserError: the image cannot be read; `steps`, `solver`, `labels`, `sampling` or `outscale` do not fit this
+                model.
             ValueError: an array that is not uint8 RGB.
             OutOfMemory: a batch of images or tiles needs more memory than is free; it is a UserError and a MemoryError.
             FloatingPointError: the network's output is not finite.
         """
         options: dict[str, Any] = {
-            "steps": steps,
-            "solver": solver,
-            "sampling": sampling,
+            "sampling": (self.sampling if sampling is None else sampling).override(
+                steps=steps, solver=solver
+            ),
             "labels": labels,
             "tile": tile,
+            "outscale": outscale,
         }
-        if isinstance(image, PillowImage.Image):
-            return to_pillow(self._upscale_decoded(from_pillow(image), seed, options))
-        if isinstance(image, str | os.PathLike):
-            return to_pillow(self._upscale_decoded(read_image(Path(image)), seed, options))
+        if isinstance(image, PillowImage.Image | str | os.PathLike):
+            decoded = from_pillow(image) if isinstance(image, PillowImage.Image) else read_image(Path(image))
+            output = upscaling.upscale_batch(self, visible_rgb(decoded)[None], seed, **options)[0]
+            return to_pillow(with_pixels(decoded, output))
         images = np.asarray(image)
         batched = images.ndim == 4
         if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"image must be uint8 [h,w,3] or [B,h,w,3], got {images.dtype} {images.shape}")
-        if not batched:
-            images = images[None]
-        output = self._upscale_batch(images, seed_keys(seed, len(images)), **options)
+        output = upscaling.upscale_batch(self, images if batched else images[None], seed, **options)
         return output if batched else output[0]
-
-    def _upscale_decoded(
-        self, image: DecodedImage, seed: int | Key, options: Mapping[str, Any]
-    ) -> DecodedImage:
-        return with_pixels(
-            image, self._upscale_batch(visible_rgb(image)[None], seed_keys(seed, 1), **options)[0]
-        )
-
-    def _upscale_batch(
-        self,
-        images: np.ndarray,
-        key: Key,
-        *,
-        steps: int | None,
-        solver: str | None,
-        sampling: Sampling | None,
-        labels: np.ndarray | None,
-        tile: int | None,
-    ) -> np.ndarray:
-        chosen = (self.sampling if sampling is None else sampling).override(steps=steps, solver=solver)
-        keys = key if key.ndim else jax.random.split(key, len(images))
-        plan = self.tiling(*images.shape[1:3], tile=tile)
-        if plan.count == 1:
-            return self._upscale_tiles(plan, images, keys, labels=labels, sampling=chosen)
-        return np.stack(
-            [
-                np.concatenate(
-                    list(
-                        self.upscale_bands(
-                            image,
-                            keys[index],
-                            sampling=chosen,
-                            label=None if labels is None else labels[index],
-                            tile=tile,
-                        )
-                    )
-                )
-                for index, image in enumerate(images)
-            ]
-        )
 
     def upscale_many(
         self,
@@ -231,6 +186,7 @@ class Model:
         sampling: Sampling | None = None,
         batch_size: int | None = None,
         tile: int | None = None,
+        outscale: float | None = None,
     ) -> Iterator[PillowImage.Image | np.ndarray]:
         """Upscale a stream of images, for programs that keep a device busy.
 
@@ -242,13 +198,13 @@ class Model:
             seed: each image gets the noise that `upscale` would give it.
             sampling: settings of the sampler; None for the model's own.
             batch_size: images or tiles per batch; None for the number of devices.
-            tile: as for `upscale`.
+            tile, outscale: as for `upscale`.
 
         Yields:
             The outputs in order: PIL images for PIL images and paths, uint8 [s*h,s*w,3] for arrays.
 
         Raises:
-            UserError: an image cannot be read, when its turn comes; `sampling` does not fit this model.
+            UserError: an image cannot be read, when its turn comes; `sampling` or `outscale` do not fit this model.
         """
 
         def read(image: Any) -> DecodedImage:
@@ -262,7 +218,10 @@ class Model:
             return DecodedImage(rgb=pixels)
 
         size = batch_size or jax.local_device_count()
-        results = upscale_each(self, images, read, sampling=sampling, seed=seed, batch_size=size, tile=tile)
+        runner = BatchRunner(
+            self, sampling=sampling, seed=seed, batch_size=size, tile=tile, outscale=outscale
+        )
+        results = upscale_each(runner, images, read, batch_size=size)
         for image, decoded, output in results:
             is_file = isinstance(image, PillowImage.Image | str | os.PathLike)
             yield to_pillow(with_pixels(decoded, output)) if is_file else output
@@ -316,51 +275,16 @@ class Model:
         Yields:
             uint8 [*,s*w,3], the next rows of the output.
         """
-        chosen = self.sampling if sampling is None else sampling
-        plan = self.tiling(*image.shape[:2], tile=tile)
-        size = (batch_size or jax.local_device_count()) if plan.count > 1 else 1
-        key = seed_keys(seed, 1).reshape(())
-        for band in plan.bands():
-            parts = []
-            for first in range(0, len(band), size):
-                tiles = band[first : first + size]
-                filled = tiles + tiles[-1:] * (size - len(tiles))  # one batch shape, one program
-                output = self._upscale_tiles(
-                    plan,
-                    np.stack([plan.crop(image, tile) for tile in filled]),
-                    jax.random.clone(jnp.broadcast_to(key, (size,))),
-                    labels=None if label is None else np.full(size, label),
-                    sampling=chosen,
-                    origins=np.array([tile.origin for tile in filled], np.int32),
-                )
-                parts += [plan.inner(one, tile, self.scale) for one, tile in zip(output, tiles, strict=False)]
-                on_tiles(len(tiles))
-            yield np.concatenate(parts, axis=1)
-
-    def _output_shape(self, images: np.ndarray) -> tuple[int, int, int, int]:
-        count, height, width, _ = images.shape
-        return count, height * self.scale, width * self.scale, self.network.out_channels
-
-    def _upscale_tiles(
-        self,
-        plan: Tiling,
-        images: np.ndarray,
-        keys: Key,
-        *,
-        labels: np.ndarray | None,
-        sampling: Sampling,
-        origins: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """uint8 [B,s*h,s*w,3] of tiles, or of images of one tile, [B,h,w,3]."""
-        self.check(sampling, labels=labels, count=len(images))
-        height, width = images.shape[1:3]
-        padded = pad_image(images, plan.rows.size, plan.columns.size)
-        shape = self._output_shape(padded)
-        origins = np.zeros((len(images), 2), np.int32) if origins is None else origins
-        output = self._generate(
-            shape, padded, self._labels(labels, len(images)), keys, sampling, origins=origins
+        return upscaling.upscale_bands(
+            self,
+            image,
+            seed_keys(seed, 1).reshape(()),
+            sampling=self.sampling if sampling is None else sampling,
+            label=label,
+            tile=tile,
+            batch_size=batch_size,
+            on_tiles=on_tiles,
         )
-        return output[:, : height * self.scale, : width * self.scale]
 
     def with_dtype(self, dtype: str) -> Model:
         """The model with activations of this type: 'float32', or 'bfloat16' for less memory and time on accelerators.
@@ -389,11 +313,14 @@ class Model:
         chosen = self.sampling if sampling is None else sampling
         plan = self.tiling(*shape[1:3])
         count = shape[0] if plan.count == 1 else jax.local_device_count()
-        padded = np.zeros((count, plan.rows.size, plan.columns.size, 3), np.uint8)
-        given = self._labels(None if labels is None else np.resize(labels, count), count)
-        origins = np.zeros((count, 2), np.int32)
-        arguments, settings = self._program(
-            self._output_shape(padded), padded, given, seed_keys(0, count), chosen, origins
+        arguments, settings = program_arguments(
+            self,
+            upscaling.output_shape(self, plan, count),
+            images=np.zeros((count, plan.rows.size, plan.columns.size, 3), np.uint8),
+            labels=self.label_array(None if labels is None else np.resize(labels, count), count),
+            key=seed_keys(0, count),
+            sampling=chosen,
+            origins=np.zeros((count, 2), np.int32),
         )
         generate_jit.lower(*arguments, **settings).compile()  # jit finds the result in its cache
 
@@ -436,7 +363,15 @@ class Model:
         chosen = self.sampling if sampling is None else sampling
         self.check(chosen, labels=labels, count=count)
         key = jax.random.key(seed) if isinstance(seed, int) else seed
-        return self._generate(shape, None, self._labels(labels, count), key, chosen)
+        return run_program(
+            self,
+            shape,
+            images=None,
+            labels=self.label_array(labels, count),
+            key=key,
+            sampling=chosen,
+            origins=None,
+        )
 
     def check(self, sampling: Sampling, *, labels: np.ndarray | None, count: int) -> None:
         """Check that the model can be sampled with these settings and labels of `count` images.
@@ -444,7 +379,7 @@ class Model:
         Raises:
             UserError: it cannot.
         """
-        self._labels(labels, count)
+        self.label_array(labels, count)
         sampling.grid(self.schedule)
         guidance, strength = sampling.guidance, sampling.augment
         if guidance != 1 and not (self.network.num_classes and self.config["data"]["label_dropout"]):
@@ -463,8 +398,12 @@ class Model:
                 "use augment=0, or a model such as photo_4x_robust"
             )
 
-    def _labels(self, labels: np.ndarray | None, count: int) -> np.ndarray | None:
-        """[count] int32 for the network, the label 'none' where no labels are given. UserError if it needs them."""
+    def label_array(self, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+        """Labels as the network takes them: int32 [count], the label 'none' where none are given; None without classes.
+
+        Raises:
+            UserError: labels that the network needs are missing, out of range or not wanted.
+        """
         classes = self.network.num_classes
         if not classes:
             if labels is not None:
@@ -485,126 +424,10 @@ class Model:
             raise UserError(f"labels of model {self.name} must be from 0 to {classes - 1}, got {wrong}")
         return labels.astype(np.int32)
 
-    def _params_on(self, mesh: Mesh) -> Params:
+    def params_on(self, mesh: Mesh) -> Params:
         """The weights on every device of a mesh, copied there once."""
         if mesh.size == 1:
             return self.params
         if mesh not in self._copies:
             self._copies[mesh] = jax.device_put(self.params, sharding.replicated(mesh))
         return self._copies[mesh]
-
-    @fixed_numerics()
-    def _generate(
-        self,
-        shape: tuple[int, int, int, int],
-        images: np.ndarray | None,
-        labels: np.ndarray | None,
-        key: Key,
-        sampling: Sampling,
-        *,
-        origins: np.ndarray | None = None,
-    ) -> np.ndarray:
-        arguments, settings = self._program(shape, images, labels, key, sampling, origins)
-        require_memory(arguments, settings)
-        output, finite = generate_jit(*arguments, **settings)
-        if not finite:
-            raise FloatingPointError(
-                f"model {self.name} produced values that are not finite: try another solver, other steps, or float32"
-            )
-        return np.asarray(output)
-
-    def _program(
-        self,
-        shape: tuple[int, int, int, int],
-        images: np.ndarray | None,
-        labels: np.ndarray | None,
-        key: Key,
-        sampling: Sampling,
-        origins: np.ndarray | None,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of `generate_jit`: arrays, and static values."""
-        guidance, strength = sampling.guidance, sampling.augment
-        mesh = sharding.mesh_for_batch(shape[0])
-        rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        arguments = (
-            self._params_on(mesh),
-            {
-                name: jax.device_put(value, rows)
-                for name, value in (("image", images), ("label", labels))
-                if value is not None
-            },
-            jax.device_put(key, rows if key.ndim else everywhere),
-            jax.device_put(sampling.coefficients(self.schedule), everywhere),
-            None if guidance == 1 else jax.device_put(np.float32(guidance), everywhere),
-            None if not strength else jax.device_put(np.float32(strength), everywhere),
-            None if origins is None else jax.device_put(origins, rows),
-        )
-        settings = {
-            "shape": shape,
-            "mesh": mesh,
-            "network": self.network,
-            "step": sampling.make_solver().compiled,
-            "prediction": self.prediction,
-            "space": self.space,
-            "scale": self.scale,
-            "augmentation": build_augmentation(self.config["data"]) if strength else None,
-            "back_projection": sampling.back_projection,
-            "cell": cell_size(stride=self.network.stride, scale=self.scale),
-        }
-        return arguments, settings
-
-
-@fixed_numerics()
-def seed_keys(seed: int | Key, count: int) -> Key:
-    """[count] equal keys from an int, so that an image's output does not depend on its batch; a key as it is."""
-    if not isinstance(seed, int | np.integer):
-        return seed
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
-    return jax.vmap(jax.random.key)(jnp.full([count], int(seed), jnp.uint32))
-
-
-def from_config(config: Mapping[str, Any], params: Params, *, name: str) -> Model:
-    """A model from its parameters and the config that a workdir or an export stores.
-
-    Raises:
-        UserError: the config is not of this version or an older one, or the parameters do not fit it.
-    """
-    config = complete_stored(config, f"model {name}")
-    diffusion = config["diffusion"]
-    network = build_network(config["model"])
-    check_params(network, params, name)
-    return Model(
-        name=name,
-        network=network,
-        params=jax.tree.map(jnp.asarray, params),  # to the device once, not at each use
-        schedule=build_schedule(diffusion),
-        space=build_space(diffusion),
-        prediction=diffusion["prediction"],
-        scale=config["data"]["scale"],
-        sampling=Sampling(**config["sampling"]),
-        config=config,
-    )
-
-
-def load(path_or_name: str | os.PathLike[str]) -> Model:
-    """Load a model from a workdir, an exported .safetensors file, or by the name of a shipped model.
-
-    Its sampling settings are those that `sr3 search-schedule` stored next to it, if they are for these weights.
-
-    Args:
-        path_or_name: for example 'photo_4x', 'runs/mine' or 'mine.safetensors'.
-
-    Raises:
-        UserError: the model does not exist or cannot be read.
-    """
-    weights = load_weights(Path(path_or_name))
-    model = from_config(weights.config, weights.params, name=weights.name)
-    settings = find_sampling(
-        locate_model(Path(path_or_name)),
-        own=model.sampling,
-        params=model.params,
-        config=weights.config,
-        name=weights.name,
-    )
-    return replace(model, sampling=settings)

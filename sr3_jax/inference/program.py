@@ -1,4 +1,4 @@
-"""The jitted sampling program: condition, guidance and the reverse loop, over a mesh.
+"""The jitted sampling program: condition, guidance and the reverse loop, over a mesh; and how a model runs it.
 
 Shape legend: B batch, H x W the images, h x w their low-res images, C channels.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from sr3_jax import memory
+from sr3_jax.config.build import build_augmentation
 from sr3_jax.degradations import ConditioningAugmentation
 from sr3_jax.diffusion.guidance import guided
 from sr3_jax.diffusion.process import Prediction
@@ -22,10 +24,15 @@ from sr3_jax.diffusion.solvers import SolverStep
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.image_ops import back_project, to_uint8, to_unit
-from sr3_jax.inference.tiling import position_noise
+from sr3_jax.inference.tiling import cell_size, position_noise
 from sr3_jax.nn.unet import UNet, apply_unet
+from sr3_jax.numerics import fixed_numerics
+from sr3_jax.sampling import Sampling
 from sr3_jax.train.examples import Batch, condition
 from sr3_jax.types import Denoiser, Key, Params
+
+if TYPE_CHECKING:
+    from sr3_jax.inference.model import Model
 
 _needed: dict[Any, int] = {}  # bytes per device, by the shapes and static values of a program
 _STATIC = (
@@ -110,6 +117,77 @@ def generate_jit(
     # Constrain the output too, so that XLA cannot choose another sharding than rows over devices.
     output = jax.lax.with_sharding_constraint(to_uint8(image), sharding.batch_sharding(mesh))
     return output, jnp.all(jnp.isfinite(image))
+
+
+@fixed_numerics()
+def run_program(
+    model: Model,
+    shape: tuple[int, int, int, int],
+    *,
+    images: np.ndarray | None,
+    labels: np.ndarray | None,
+    key: Key,
+    sampling: Sampling,
+    origins: np.ndarray | None,
+) -> np.ndarray:
+    """uint8 [B,H,W,C] from `generate_jit` for a model; see there for the arguments.
+
+    Raises:
+        OutOfMemory: it does not fit into what is free on the devices.
+        FloatingPointError: the network's output is not finite.
+    """
+    arguments, settings = program_arguments(
+        model, shape, images=images, labels=labels, key=key, sampling=sampling, origins=origins
+    )
+    require_memory(arguments, settings)
+    output, finite = generate_jit(*arguments, **settings)
+    if not finite:
+        raise FloatingPointError(
+            f"model {model.name} produced values that are not finite: try another solver, other steps, or float32"
+        )
+    return np.asarray(output)
+
+
+def program_arguments(
+    model: Model,
+    shape: tuple[int, int, int, int],
+    *,
+    images: np.ndarray | None,
+    labels: np.ndarray | None,
+    key: Key,
+    sampling: Sampling,
+    origins: np.ndarray | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `generate_jit`: arrays on the devices, and static values."""
+    guidance, strength = sampling.guidance, sampling.augment
+    mesh = sharding.mesh_for_batch(shape[0])
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    arguments = (
+        model.params_on(mesh),
+        {
+            name: jax.device_put(value, rows)
+            for name, value in (("image", images), ("label", labels))
+            if value is not None
+        },
+        jax.device_put(key, rows if key.ndim else everywhere),
+        jax.device_put(sampling.coefficients(model.schedule), everywhere),
+        None if guidance == 1 else jax.device_put(np.float32(guidance), everywhere),
+        None if not strength else jax.device_put(np.float32(strength), everywhere),
+        None if origins is None else jax.device_put(origins, rows),
+    )
+    settings = {
+        "shape": shape,
+        "mesh": mesh,
+        "network": model.network,
+        "step": sampling.make_solver().compiled,
+        "prediction": model.prediction,
+        "space": model.space,
+        "scale": model.scale,
+        "augmentation": build_augmentation(model.config["data"]) if strength else None,
+        "back_projection": sampling.back_projection,
+        "cell": cell_size(stride=model.network.stride, scale=model.scale),
+    }
+    return arguments, settings
 
 
 def require_memory(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sr3_jax.errors import UserError
-from sr3_jax.image_io.bands import BAND_SUFFIXES, write_bands
+from sr3_jax.image_io.bands import is_written_in_bands, write_bands
 from sr3_jax.image_io.errors import reason
 from sr3_jax.image_io.image_file import (
     DecodedImage,
@@ -28,9 +28,9 @@ from sr3_jax.image_io.image_file import (
     write_image,
 )
 from sr3_jax.image_io.inputs import Found, Job, find_images, split_finished
-from sr3_jax.image_ops import count_passes, scaled_size
 from sr3_jax.inference.batching import (
     BatchRunner,
+    OnTiles,
     Upscaler,
     device_failure,
     groups_by_shape,
@@ -43,7 +43,6 @@ from sr3_jax.storage import is_disk_full
 __all__ = ["Found", "Job", "UpscaleResult", "Upscaler", "find_images", "split_finished", "upscale_files"]
 
 DEFAULT_MAX_MEGAPIXELS = 64.0  # at 4x the output has a gigapixel, 3 GB
-_MAX_OUTSCALE = 64
 _THREADS = 4
 _WINDOW_BYTES = 512 * 2**20
 
@@ -95,28 +94,27 @@ def upscale_files(
         batch_size: images or tiles per batch.
         tile: maximum side of a tile in pixels of the input; None for the model's default.
         outscale: enlarge by this factor, 1 to 64, instead of the model's scale: the model is applied as often as
-            needed, and a Lanczos filter shrinks the result to round(outscale * side), all in memory.
+            needed, and a Lanczos filter shrinks the result to round(outscale * side).
         quality: of JPEG and WebP outputs, as in `write_image`.
         overwrite: otherwise existing targets are skipped.
         max_megapixels: larger inputs fail, also those of the second and later passes of the model.
         on_result: called in this thread after each image, with the reason if it failed and None if it was written.
-        on_tiles: called in this thread with the finished tiles of a large image and their number.
+        on_tiles: called in this thread with the finished tiles of a large image and their number, 0 before the first.
 
     Raises:
         UserError: something that would fail for all images, such as an unknown solver.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    if outscale is not None and not 1 <= outscale <= _MAX_OUTSCALE:
-        raise UserError(f"outscale must be from 1 to {_MAX_OUTSCALE}, got {outscale:g}")
-    factor = model.scale if outscale is None else outscale
+    device = BatchRunner(
+        model, sampling=sampling, seed=seed, batch_size=batch_size, tile=tile, outscale=outscale
+    )
     jobs = list(jobs)
     to_do, finished = split_finished(jobs, overwrite=overwrite)
     failures: dict[Job, str] = {}
     notes: dict[Job, tuple[str, ...]] = {}
     not_kept: dict[Job, tuple[str, ...]] = {}
     writes: dict[Future[None], tuple[Job, int]] = {}  # pending, with their bytes
-    device = BatchRunner(model, sampling=sampling, seed=seed, batch_size=batch_size, tile=tile)
 
     def finish(job: Job, failure: str | None) -> None:
         if failure is not None:
@@ -135,14 +133,15 @@ def upscale_files(
     def read(job: Job) -> DecodedImage:
         image = read_image(job.source, max_megapixels=max_megapixels)
         height, width = image.rgb.shape[:2]
-        enlarged = model.scale ** (count_passes(factor, model.scale) - 1)  # the input of the last pass
+        enlarged = model.scale ** (device.passes - 1)  # the input of the last pass
         if enlarged > 1 and height * width * enlarged**2 > max_megapixels * 1e6:
             raise ImageError(
                 f"would have {width * enlarged}x{height * enlarged} pixels before the last pass of the model, above "
                 f"the limit of {max_megapixels:g} megapixels"
             )
-        height, width = scaled_size((height, width), factor)
-        require_writable(job.target, height=height, width=width, alpha=image.alpha is not None)
+        height, width = device.output_size(height, width)
+        alpha = image.alpha is not None
+        require_writable(job.target, height=height, width=width, alpha=alpha, quality=quality)
         return image
 
     def shape(image: DecodedImage) -> tuple[int, ...]:
@@ -158,20 +157,25 @@ def upscale_files(
             for job, image in group:
                 notes[job] = image.notes
                 not_kept[job] = (*image.dropped, *not_storable(job.target, image))
-            large = bool(group) and device.is_large(group[0][1].rgb)
-            if large and outscale is None:
-                for job, image in group:
-                    progress = functools.partial(on_tiles, job)
-                    finish(job, _upscale_large(device, job, image, progress, quality=quality))
-                continue
-            if outscale is None:
-                outputs = device.outputs([visible_rgb(image) for _, image in group])
-            else:
-                images = [visible_rgb(image) for _, image in group]
-                outputs = device.rescaled(
-                    images, outscale, [functools.partial(on_tiles, job) for job, _ in group]
-                )
-            for (job, image), output in zip(group, outputs, strict=True):
+            images = [visible_rgb(image) for _, image in group]
+            sizes = [device.output_size(*image.shape[:2]) for image in images]
+            reports: list[OnTiles] = [functools.partial(on_tiles, job) for job, _ in group]
+            inputs = device.before_last_pass(images, reports)
+            rest = []  # what is written at once, by threads, while the device goes on
+            for row, (job, image) in enumerate(group):
+                pixels = inputs[row]
+                if isinstance(pixels, str) or not (
+                    device.is_large(pixels) and is_written_in_bands(job.target)
+                ):
+                    rest.append(row)
+                    continue
+                report = reports[row]
+                finish(job, _write_large(device, job, image, pixels, sizes[row], quality, report))
+            outputs = device.last_pass(
+                [inputs[row] for row in rest], [sizes[row] for row in rest], [reports[row] for row in rest]
+            )
+            for row, output in zip(rest, outputs, strict=True):
+                job, image = group[row]
                 if isinstance(output, str):
                     finish(job, output)
                     continue
@@ -187,24 +191,21 @@ def upscale_files(
     )
 
 
-def _upscale_large(
+def _write_large(
     device: BatchRunner,
     job: Job,
     image: DecodedImage,
-    progress: Callable[[int, int], object],
-    *,
+    pixels: np.ndarray,
+    size: tuple[int, int],
     quality: int | None,
+    on_tiles: OnTiles,
 ) -> str | None:
-    """Upscale and write one image in tiles; the reason if it failed."""
-    rgb = visible_rgb(image)
+    """Write the output of the last pass from top to bottom; the reason if it failed."""
     while True:
         try:
-            bands = device.bands(rgb, progress)
-            if job.target.suffix.lower() in BAND_SUFFIXES:
-                _make_folder(job.target.parent)
-                write_bands(job.target, image, bands, scale=device.model.scale)
-            else:
-                _write(job.target, image, np.concatenate(list(bands)), quality)
+            _make_folder(job.target.parent)
+            bands = device.bands(pixels, size=size, on_tiles=on_tiles)
+            write_bands(job.target, image, bands, size=size, quality=quality)
             return None
         except ImageError as error:
             _raise_if_full(error)
@@ -214,7 +215,7 @@ def _upscale_large(
                 if isinstance(error, UserError):
                     raise
                 return device_failure(error)
-            if not device.less_for(rgb, error):
+            if not device.less_for(pixels, error):
                 return no_memory(error)
 
 

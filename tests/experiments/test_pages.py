@@ -22,6 +22,7 @@ def docs(tmp_path) -> Path:
     """A copy of the inputs of the pages, without the pages."""
     for folder in ("results", "models", "cascade", "pods", "reliability"):
         shutil.copytree(DOCS / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.csv", "*.md"))
+    shutil.copy(DOCS / "large_images.json", tmp_path)
     (tmp_path / "images").mkdir()
     for path in (DOCS / "images").glob("*"):
         (tmp_path / "images" / path.name).touch()
@@ -36,6 +37,7 @@ def docs(tmp_path) -> Path:
         ("cascade", ["cascade.md"]),
         ("pods", ["pods/plans.md"]),
         ("reliability", ["reliability.md"]),
+        ("large_images", ["large_images.md"]),
     ],
 )
 def test_the_committed_pages_are_up_to_date(docs, page, files):
