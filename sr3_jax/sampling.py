@@ -28,7 +28,7 @@ class Sampling:
     """Settings of a sampler; hashable and comparable.
 
     Attributes:
-        solver: 'ancestral', 'ddpm' (the paper's), 'ddim', 'dpmpp_2m', 'heun', or a user's own function as 'MODULE:FUNCTION'.
+        solver: 'ancestral', 'ddpm' (the paper's), 'ddim', 'dpmpp_2m', 'heun', or a user's own as 'MODULE:FUNCTION'.
         steps: N, the number of reverse steps.
         spacing: 'log_snr', 'uniform', 'karras' or 'linear', see `diffusion.respace`; None for the solver's own.
         log_snr_min: log-SNR of the noisiest level, where sampling starts; None for the training schedule's.
