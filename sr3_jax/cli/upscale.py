@@ -134,15 +134,17 @@ def run(args: argparse.Namespace) -> int:
             stop_signals("this image") as stopped,
         ):
 
+            def start(group: Sequence[Job]) -> None:
+                bar.working_on(_summary([Path(job.source.name) for job in group]))
+
             def report(job: Job, failure: str | None) -> None:
                 if failure is not None:
                     tqdm.write(f"{printable(job.source)}: {failure}", file=sys.stderr)
-                bar.set_postfix_str("", refresh=False)
                 bar.update()
                 exit_if_stopped(stopped())
 
             def report_tiles(job: Job, done: int, of: int) -> None:
-                bar.set_postfix_str(f"{printable(job.source.name)}: tile {done} of {of}")
+                bar.working_on(printable(job.source.name), f"tile {done} of {of}")
                 exit_if_stopped(stopped())
 
             result = upscale_files(
@@ -156,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
                 quality=args.quality,
                 overwrite=args.overwrite,
                 max_megapixels=args.max_megapixels,
+                on_start=start,
                 on_result=report,
                 on_tiles=report_tiles,
             )

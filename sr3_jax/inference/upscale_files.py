@@ -7,7 +7,7 @@ size of the folder. Shape legend: B batch, H height, W width, s the model's scal
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,7 @@ def upscale_files(
     quality: int | None = None,
     overwrite: bool = False,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+    on_start: Callable[[Sequence[Job]], object] = lambda jobs: None,
     on_result: Callable[[Job, str | None], object] = lambda job, failure: None,
     on_tiles: Callable[[Job, int, int], object] = lambda job, done, count: None,
 ) -> UpscaleResult:
@@ -99,6 +100,7 @@ def upscale_files(
         quality: of JPEG and WebP outputs, as in `write_image`.
         overwrite: otherwise existing targets are skipped.
         max_megapixels: larger inputs fail, also those of the second and later passes of the model.
+        on_start: called in this thread with the images of a batch before the device computes them.
         on_result: called in this thread after each image, with the reason if it failed and None if it was written.
         on_tiles: called in this thread with the finished tiles of a large image and their number.
 
@@ -161,9 +163,12 @@ def upscale_files(
             large = bool(group) and device.is_large(group[0][1].rgb)
             if large and outscale is None:
                 for job, image in group:
+                    on_start([job])
                     progress = functools.partial(on_tiles, job)
                     finish(job, _upscale_large(device, job, image, progress, quality=quality))
                 continue
+            if group:
+                on_start([job for job, _ in group])
             if outscale is None:
                 outputs = device.outputs([visible_rgb(image) for _, image in group])
             else:

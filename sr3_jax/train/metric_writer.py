@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -142,6 +143,23 @@ class MetricWriter:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Print a line every 30 s while something takes long that makes no steps."""
+        ended, start = threading.Event(), time.monotonic()
+
+        def say() -> None:
+            while not ended.wait(PLAIN_SECONDS):
+                self.message(f"{what}: {tqdm.format_interval(int(time.monotonic() - start))}")
+
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def close(self) -> None:
         """Flush and close all logs; a second call does nothing."""
