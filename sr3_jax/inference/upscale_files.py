@@ -7,7 +7,7 @@ size of the folder. Shape legend: B batch, H height, W width, s the model's scal
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ def upscale_files(
     quality: int | None = None,
     overwrite: bool = False,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+    on_start: Callable[[Sequence[Job]], object] = lambda jobs: None,
     on_result: Callable[[Job, str | None], object] = lambda job, failure: None,
     on_tiles: Callable[[Job, int, int], object] = lambda job, done, count: None,
 ) -> UpscaleResult:
@@ -98,6 +99,7 @@ def upscale_files(
         quality: of JPEG and WebP outputs, as in `write_image`.
         overwrite: otherwise existing targets are skipped.
         max_megapixels: larger inputs fail, also those of the second and later passes of the model.
+        on_start: called in this thread with the images of a batch before the device computes them.
         on_result: called in this thread after each image, with the reason if it failed and None if it was written.
         on_tiles: called in this thread with the finished tiles of a large image and their number, 0 before the first.
 
@@ -160,6 +162,8 @@ def upscale_files(
             images = [visible_rgb(image) for _, image in group]
             sizes = [device.output_size(*image.shape[:2]) for image in images]
             reports: list[OnTiles] = [functools.partial(on_tiles, job) for job, _ in group]
+            if group:
+                on_start([job for job, _ in group])
             inputs = device.before_last_pass(images, reports)
             rest = []  # what is written at once, by threads, while the device goes on
             for row, (job, image) in enumerate(group):
@@ -170,7 +174,10 @@ def upscale_files(
                     rest.append(row)
                     continue
                 report = reports[row]
+                on_start([job])
                 finish(job, _write_large(device, job, image, pixels, sizes[row], quality, report))
+            if 0 < len(rest) < len(group):
+                on_start([group[row][0] for row in rest])
             outputs = device.last_pass(
                 [inputs[row] for row in rest], [sizes[row] for row in rest], [reports[row] for row in rest]
             )

@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from sr3_jax.errors import UserError
-from sr3_jax.files import read_jsonl
+from sr3_jax.files import parse_json, read_jsonl
 from sr3_jax.storage import atomic_write
 
 PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
@@ -160,6 +161,23 @@ class MetricWriter:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Print a line every 30 s while something takes long that makes no steps."""
+        ended, start = threading.Event(), time.monotonic()
+
+        def say() -> None:
+            while not ended.wait(PLAIN_SECONDS):
+                self.message(f"{what}: {tqdm.format_interval(int(time.monotonic() - start))}")
+
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close all logs; a second call does nothing.
@@ -349,7 +367,7 @@ def _drop_later_lines(path: Path, first_step: int) -> None:
 
     def is_valid(line: bytes) -> bool:
         try:
-            return line.endswith(b"\n") and _step_of(json.loads(line)) <= first_step
+            return line.endswith(b"\n") and _step_of(parse_json(line)) <= first_step
         except ValueError:
             return False
 
