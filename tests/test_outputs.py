@@ -284,6 +284,35 @@ def test_command_line_with_every_network(monkeypatch, tmp_path, capsys):
     assert "reference.npz (7 images)" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
+def test_sets_of_images_are_compared_without_ground_truth(monkeypatch, tmp_path, capsys):
+    """A folder against a folder of other images; and as the reference of an evaluation with ground truth."""
+    monkeypatch.setattr(metric_suite, "load_lpips", Brightness)
+    monkeypatch.setattr(networks, "AlexNetFeatures", lambda lpips: AlexNet())
+    pixels = {name: np.random.default_rng(len(name)).integers(0, 256, (count, 48, 40, 3), np.uint8) for name, count in
+              (("mine", 9), ("real", 12))}  # fmt: skip
+    for name, images in pixels.items():
+        (tmp_path / name).mkdir()
+        for number, one in enumerate(images):
+            write_image(tmp_path / name / f"{name}{number}.png", DecodedImage(one))
+    command = ["evaluate", f"--outputs=mine={tmp_path / 'mine'}", f"--reference=folder:{tmp_path / 'real'}"]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "N = 9 images" in out and "(12 images)" in out and "PSNR" not in out
+    row = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"][0]
+    a, b = (AlexNet().features(images) for images in pixels.values())
+    assert row["summary"]["frechet_alexnet"]["mean"] == pytest.approx(frechet(a, b), rel=1e-5)
+    assert set(row["summary"]) == {"frechet_alexnet", "kid_alexnet"}
+    data = f"--data=folder:{tmp_path / 'mine'}"
+    assert main([*command, data, "-o", str(tmp_path / "paired")]) == 0
+    rows = json.loads((tmp_path / "paired" / "evaluation.json").read_text())["rows"]
+    for key in ("frechet_alexnet", "kid_alexnet"):
+        assert rows[2]["summary"][key]["mean"] == pytest.approx(row["summary"][key]["mean"], rel=1e-5)
+    assert (
+        main(["evaluate", command[1], f"--reference=folder:{tmp_path / 'none'}", "-o", str(tmp_path / "x")])
+        == 2
+    )
+
+
 def test_patches_are_compared_instead_of_images(tmp_path):
     corners = Corners()
     network = Network(corners.protocol, corners).in_patches(16)

@@ -84,11 +84,22 @@ def test_intervals_are_as_wide_as_the_metric_varies():
         assert 0.6 < np.mean(widths) / np.std([of[key]["mean"] for of in found], ddof=1) < 1.7
 
 
+def unpaired_kid(a, b):
+    aa, bb, ab = ((x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
+    return sum(within) - 2 * ab.mean()
+
+
 def test_a_reference_replaces_the_ground_truth():
     a, b, other = features(0), features(1), features(2, 500, mean=1.0)
     found = set_metrics.output_metrics(a, b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
     assert set(found) == {"frechet_alexnet"}  # KID needs every image of it
     assert found["frechet_alexnet"]["mean"] == pytest.approx(frechet(a, other), rel=1e-6)
+    known = {"reference": statistics_of(other, PROTOCOL), "reference_features": other}
+    with_kid = set_metrics.output_metrics(a, None, PROTOCOL, **known)
+    assert with_kid["frechet_alexnet"] == found["frechet_alexnet"]
+    assert with_kid["kid_alexnet"]["mean"] == pytest.approx(1e3 * unpaired_kid(a, other), rel=1e-6)
+    assert with_kid["kid_alexnet"]["low"] < with_kid["kid_alexnet"]["mean"] < with_kid["kid_alexnet"]["high"]
     reals = set_metrics.ground_truth_metrics(b, PROTOCOL, reference=statistics_of(other, PROTOCOL))
     assert reals["frechet_alexnet"]["mean"] == pytest.approx(frechet(b, other), rel=1e-6)
 

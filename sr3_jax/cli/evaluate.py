@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of --outputs (default: that of the models or pairs, else 4)",
     )  # fmt: skip
     parser.add_argument(
-        "--data", default="photos:test", metavar="SOURCE",
-        help="photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH or pairs:LR_DIR:HR_DIR (default: %(default)s)",
+        "--data", metavar="SOURCE",
+        help="photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH or pairs:LR_DIR:HR_DIR (default: photos:test; without "
+        "it, --outputs and --reference compare whole sets of images, which need no ground truth)",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", required=True, type=local_path, metavar="DIR", help="folder for the results"
@@ -78,12 +79,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare features of patches of P x P pixels instead of downsampled whole images",
     )  # fmt: skip
     parser.add_argument(
-        "--reference", type=local_path, metavar="FILE",
-        help="compare with these statistics instead of those of the ground truth",
+        "--reference", type=local_path, metavar="SOURCE_OR_FILE",
+        help="features of the set are compared with those of these images (folder:PATH or another SOURCE), or with a "
+        "file of --save-reference, instead of those of the ground truth",
     )  # fmt: skip
     parser.add_argument(
         "--save-reference", type=local_path, metavar="FILE", help="write the statistics of the ground truth"
     )
+
+
+def _run_sets(args: argparse.Namespace) -> int:
+    """Compare folders of images with a reference, without ground truth."""
+    from sr3_jax.cli._progress import progress_bar
+    from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
+    from sr3_jax.evaluation import evaluate_sets
+    from sr3_jax.evaluation.results import markdown
+
+    with progress_bar(unit="image") as bar, stop_signals("this image") as stopped:
+
+        def progress() -> None:
+            bar.update()
+            exit_if_stopped(stopped())
+
+        report, files = evaluate_sets(
+            _by_name(args.outputs),
+            args.reference,
+            args.output,
+            features=args.features,
+            classifier=args.classifier,
+            patch=args.patch,
+            limit=args.limit,
+            command=["sr3", *sys.argv[1:]],
+            on_image=progress,
+        )
+    print(f"\n{markdown(report)}")
+    print(f"wrote {', '.join(path.name for path in files)} in {args.output}")
+    return 0
 
 
 def _named_folder(text: str) -> tuple[str, str]:
@@ -108,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import evaluate
 
+    if args.data is None and args.model is None and args.outputs and args.reference:
+        return _run_sets(args)
     process = start_processes()
     with progress_bar(unit="output") as bar, stop_signals("this batch") as stopped:
 
@@ -118,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
 
         done = evaluate(
             list(dict.fromkeys(args.model or ([] if args.outputs else ["photo_4x"]))),
-            args.data,
+            args.data or "photos:test",
             args.output,
             steps=args.steps,
             solvers=args.solver,

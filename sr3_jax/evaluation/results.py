@@ -139,6 +139,7 @@ def _set_metrics(
     if cache.missing([*generated, *truth]):
         return {}
     options: dict[str, Any] = {"logits": suite.network.logits, "reference": suite.reference}
+    options["reference_features"] = suite.reference_features
     if len(truth) > len(results):
         patches = [len(result.ground_truth_features) for result in results]
         options["images"] = np.repeat(np.arange(len(results)), patches)
@@ -175,20 +176,8 @@ def _networks(
         }
     if suite.network is not None:
         protocol = suite.network.protocol
-        reference = f"{suite.reference_name} ({suite.reference.count} images)" if suite.reference else ""
-        found["features"] = {
-            "network": protocol.network,
-            "sha256": protocol.weights_sha256,
-            "preprocessing": protocol.preprocessing,
-            "distance": protocol.distance,
-            "count": sum(len(image.results[0].ground_truth_features) for image in part.images),
-            "images": images,
-            "patch": suite.network.patch,
-            "reference": reference,
-            "subset": set_metrics.SUBSET,
-            "splits": set_metrics.SPLITS,
-            "resamples": set_metrics.RESAMPLES,
-        }
+        count = sum(len(image.results[0].ground_truth_features) for image in part.images)
+        found["features"] = features_protocol(suite, count=count, images=images)
         keys = set_metrics.metric_keys(protocol)
         if not any(key in row["summary"] for row in rows for key in keys):
             reason = (
@@ -198,6 +187,31 @@ def _networks(
             )
             omitted.append(f"Metrics of the set ({protocol.network}) are omitted: {reason}.")
     return found | {"omitted": omitted}
+
+
+def features_protocol(suite: MetricSuite, *, count: int, images: int) -> dict[str, Any]:
+    """The features behind the metrics of sets, for the protocol.
+
+    Args:
+        count: of images, or of patches, in every row; 0 if rows differ.
+        images: the number of images.
+    """
+    assert suite.network is not None
+    protocol, reference = suite.network.protocol, suite.reference
+    unit = "patches" if suite.network.patch else "images"
+    return {
+        "network": protocol.network,
+        "sha256": protocol.weights_sha256,
+        "preprocessing": protocol.preprocessing,
+        "distance": protocol.distance,
+        "count": count,
+        "images": images,
+        "patch": suite.network.patch,
+        "reference": f"{suite.reference_name} ({reference.count} {unit})" if reference else "",
+        "subset": set_metrics.SUBSET,
+        "splits": set_metrics.SPLITS,
+        "resamples": set_metrics.RESAMPLES,
+    }
 
 
 def _models(methods: Sequence[Method]) -> list[dict[str, Any]]:
@@ -345,6 +359,29 @@ _DEGRADATIONS = {
 def protocol(report: Mapping[str, Any]) -> list[str]:
     """How the metrics were computed, one sentence per line."""
     settings = report["protocol"]
+    sets = settings.get("sets")
+    lines = _images_protocol(settings) if sets is None else []
+    for one in sets or ():
+        lines.append(f"{one['label']}: N = {one['images']} images in {one['folder']}.")
+    columns = reported_metrics(report["rows"])
+    for metric in columns:
+        detail = _protocol_detail(metric, settings)
+        if metric.group == "time":
+            detail += f"; {_timing(report)}"
+        lines.append(f"{metric.heading}: {metric.protocol}{detail}.")
+    lines += _set_protocol(report, columns)
+    lines += settings.get("omitted", [])
+    if sets is not None:
+        return lines
+    return [
+        *lines,
+        "NFE: network function evaluations per image.",
+        f"Means over images; {LEVEL:.0%} intervals from {RESAMPLES} bootstrap resamples of the images.",
+    ]
+
+
+def _images_protocol(settings: Mapping[str, Any]) -> list[str]:
+    """Which images were evaluated, their low-res images, and the outputs of other programs."""
     count, samples = settings["images"], settings["samples"]
     crop = f", the center {settings['crop']}x{settings['crop']} of each" if settings["crop"] else ""
     per_image = f"{samples} outputs each" if samples > 1 else "one output each"
@@ -360,19 +397,7 @@ def protocol(report: Mapping[str, Any]) -> list[str]:
     ]
     for label, folder in settings.get("programs", {}).items():
         lines.append(f"{label}: the images in {folder}, made by another program.")
-    columns = reported_metrics(report["rows"])
-    for metric in columns:
-        detail = _protocol_detail(metric, settings)
-        if metric.group == "time":
-            detail += f"; {_timing(report)}"
-        lines.append(f"{metric.heading}: {metric.protocol}{detail}.")
-    lines += _set_protocol(report, columns)
-    lines += settings.get("omitted", [])
-    return [
-        *lines,
-        "NFE: network function evaluations per image.",
-        f"Means over images; {LEVEL:.0%} intervals from {RESAMPLES} bootstrap resamples of the images.",
-    ]
+    return lines
 
 
 def _protocol_detail(metric: Metric, settings: Mapping[str, Any]) -> str:
@@ -386,10 +411,10 @@ def _protocol_detail(metric: Metric, settings: Mapping[str, Any]) -> str:
     features = settings.get("features")
     if metric.group == "set" and features and metric.key == features["distance"]:
         patches = f", in patches of {features['patch']}x{features['patch']}" if features.get("patch") else ""
+        same = f" N = {features['count']} in every row;" if features["count"] else ""
         return (
-            f", {features['reference'] or 'which is their own ground truth'}{patches}; N = {features['count']} in "
-            f"every row; {_network(features)}, {features['preprocessing']}; it depends on N, so compare rows of one "
-            "table only"
+            f", {features['reference'] or 'which is their own ground truth'}{patches};{same} {_network(features)}, "
+            f"{features['preprocessing']}; it depends on N, so compare rows of one table only"
         )
     if metric.group == "set" and features and metric.key.startswith("kid"):
         return f"; the mean over subsets of {features['subset']} if there are more"
@@ -452,7 +477,8 @@ def table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _row_cells(row: Mapping[str, Any]) -> list[str]:
     """The cells that identify a row; the solver's cell names settings that are not its defaults."""
     solver = _text(row["solver"]) + (f" ({row['detail']})" if row.get("detail") else "")
-    return [row["method"], f"{row['scale']}x", solver, *(_text(row[key]) for key in ("steps", "nfe"))]
+    scale = f"{row['scale']}x" if row["scale"] else ""
+    return [row["method"], scale, solver, *(_text(row[key]) for key in ("steps", "nfe"))]
 
 
 def _cell(row: Mapping[str, Any], metric: Metric, *, interval: bool = False) -> str:

@@ -36,6 +36,7 @@ from sr3_jax.evaluation.outputs import (
     read_output,
     unique_labels,
 )
+from sr3_jax.evaluation.sets import is_source, with_reference
 from sr3_jax.features.classifiers import Classifier
 from sr3_jax.features.lpips import LEAST_SIDE
 from sr3_jax.features.metric_suite import MetricSuite, least_side, open_suite
@@ -90,7 +91,7 @@ def evaluate(
     classifier: str | None = None,
     features: str | None = None,
     patch: int = 0,
-    reference: Path | None = None,
+    reference: str | Path | None = None,
     save_reference: Path | None = None,
     degradation: str = "clean",
     outputs: Mapping[str, str | Path] | None = None,
@@ -120,7 +121,8 @@ def evaluate(
         features: network of the Frechet distance and KID: inception:FILE, alexnet, classifier or none; None for
             AlexNet if its weights are installed.
         patch: compare the features of patches of this many pixels squared; 0: of whole images.
-        reference: a file of statistics to compare with, instead of those of the ground truth.
+        reference: compare the set with these images instead of the ground truth: the name of a data source, or a file
+            of statistics.
         save_reference: where to write the statistics of the ground truth.
         degradation: how low-res images are made: 'clean' (bicubic), 'photo' or 'wild' (`degradations.PRESETS`). Pairs
             have their own.
@@ -159,7 +161,7 @@ def evaluate(
         classifier=classifier,
         labeled=labeled,
         patch=patch,
-        reference=reference,
+        reference=None if reference is None or is_source(os.fspath(reference)) else Path(reference),
         batch_size=batch_size,
     )
     use_labels = use_labels and labeled
@@ -179,6 +181,8 @@ def evaluate(
     folder = make_folder(Path(output_dir))
     outputs_dir = make_folder(folder / "outputs")
     index, count = process
+    if index == 0 and reference is not None and is_source(os.fspath(reference)):
+        suite = with_reference(suite, os.fspath(reference), outputs_dir)
     part = evaluate_images(compared, source, outputs_dir, suite, settings, on_output)
     if count > 1:
         part.write(outputs_dir, index)

@@ -88,7 +88,9 @@ class MetricSuite:
         network: its features give the metrics of the set; None for none.
         lpips, classifier: the networks of `image`; None if they are not used.
         reference: statistics to compare the set with; None for those of the ground truth.
-        reference_name: the file of the reference.
+        reference_features: features [N,F] of the reference, with the logits of the network; None where only statistics
+            are known, which do not suffice for KID.
+        reference_name: the file or the data source of the reference.
         omitted: sentences that say which metrics are missing and why.
     """
 
@@ -98,6 +100,7 @@ class MetricSuite:
     lpips: Lpips | None = None
     classifier: Classifier | None = None
     reference: Statistics | None = None
+    reference_features: np.ndarray | None = None
     reference_name: str = ""
     omitted: tuple[str, ...] = ()
 
@@ -156,9 +159,9 @@ def open_suite(
         network,
         lpips,
         opened,
-        _open_reference(reference, network) if reference else None,
-        str(reference or ""),
-        tuple(omitted),
+        reference=_open_reference(reference, network) if reference else None,
+        reference_name=str(reference or ""),
+        omitted=tuple(omitted),
     )
 
 

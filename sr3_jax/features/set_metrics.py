@@ -42,35 +42,42 @@ def metric_keys(protocol: FeatureProtocol) -> tuple[str, str, str]:
 
 def output_metrics(
     outputs: np.ndarray,
-    ground_truth: np.ndarray,
+    ground_truth: np.ndarray | None,
     protocol: FeatureProtocol,
     *,
     images: np.ndarray | None = None,
     logits: int = 0,
     reference: Statistics | None = None,
+    reference_features: np.ndarray | None = None,
 ) -> dict[str, Interval]:
     """Metrics of outputs [N,D+K] against their ground truth [N,D+K], or against a reference.
 
-    Empty for fewer than 2 images. Without KID if there is a reference, whose statistics do not suffice for it.
+    Empty for fewer than 2 images. Without KID if only the statistics of the reference are known.
 
     Args:
         images: [N] the image of each row, if rows are patches: intervals then resample images, not patches.
         logits: K, the last columns, from which the Inception score is computed.
-        reference: statistics to compare with instead of those of the ground truth.
+        reference: statistics to compare with instead of those of the ground truth, which can then be None.
+        reference_features: [M,D+K] of the images that the reference was made of.
     """
     rows = _rows_by_image(images, len(outputs))
     if len(rows) < 2:
         return {}
     frechet, kid, score = metric_keys(protocol)
-    (a, a_logits), (b, _) = (_split(features, logits) for features in (outputs, ground_truth))
+    a, a_logits = _split(outputs, logits)
+    real = reference_features if reference is not None else ground_truth
+    b = None if real is None else _split(real, logits)[0]
 
     def distance(sample: np.ndarray) -> float:
-        real = reference or statistics_of(b[sample], protocol)
-        return frechet_distance(statistics_of(a[sample], protocol), real)
+        compared = reference
+        if compared is None:
+            assert b is not None  # the ground truth
+            compared = statistics_of(b[sample], protocol)
+        return frechet_distance(statistics_of(a[sample], protocol), compared)
 
     found = {frechet: _with_interval(distance, rows, resample=a.shape[1] <= MAX_WIDTH)}
-    if reference is None:
-        found[kid] = kernel_distance_interval(a, b, images=images)
+    if b is not None:
+        found[kid] = kernel_distance_interval(a, b, images=images, paired=reference is None)
     if logits and len(a) >= 2 * SPLITS:
         found[score] = _inception_score_interval(a_logits)
     return found
@@ -83,6 +90,7 @@ def ground_truth_metrics(
     images: np.ndarray | None = None,
     logits: int = 0,
     reference: Statistics | None = None,
+    reference_features: np.ndarray | None = None,
 ) -> dict[str, Interval]:
     """Metrics of the ground truth [N,D+K] against a reference, or of one random half against the other.
 
@@ -97,9 +105,15 @@ def ground_truth_metrics(
     found: dict[str, Interval] = {}
     if reference is not None:
         whole = output_metrics(
-            ground_truth, ground_truth, protocol, images=images, logits=logits, reference=reference
+            ground_truth,
+            None,
+            protocol,
+            images=images,
+            logits=logits,
+            reference=reference,
+            reference_features=reference_features,
         )
-        found[frechet] = whole[frechet]
+        found |= {key: whole[key] for key in (frechet, kid) if key in whole}
     else:
         generator, values = np.random.default_rng(0), []
         for _ in range(HALVINGS if features.shape[1] <= MAX_WIDTH else 1):
@@ -119,34 +133,48 @@ def ground_truth_metrics(
     return found
 
 
-def kernel_distance_interval(a: np.ndarray, b: np.ndarray, *, images: np.ndarray | None = None) -> Interval:
-    """KID of features [N,D] of outputs and [N,D] of their ground truth, in units of 1e-3, without the pairs (i,i).
+def kernel_distance_interval(
+    a: np.ndarray, b: np.ndarray, *, images: np.ndarray | None = None, paired: bool = True
+) -> Interval:
+    """KID of features [N,D] of outputs and [M,D] of the images they are compared with, in units of 1e-3.
 
-    For up to SUBSET rows the interval comes from resamples of the images. For more it comes from the subsets: their
-    standard deviation, scaled by the square root of the ratio of sizes, estimates that of the whole.
+    If both sets have up to SUBSET rows, the interval comes from resamples of the images. Otherwise it comes from the
+    subsets: their standard deviation, scaled by the square root of the ratio of sizes, estimates that of the whole.
+
+    Args:
+        images: [N] the image of each row of `a`.
+        paired: row i of `b` is the ground truth of row i of `a`: the pairs (i,i) are left out, and both are resampled
+            together.
     """
-    spread = kernel_distance(a, b, seed=0, subset_size=SUBSET, paired=True)
+    spread = kernel_distance(a, b, seed=0, subset_size=SUBSET, paired=paired)
     if spread.deviation is None:
-        kernels = [_kernel_without_diagonal(x, y) for x, y in ((a, a), (b, b), (a, b))]
+        aa, bb, ab = (_kernel_without_diagonal(x, y, paired or x is y) for x, y in ((a, a), (b, b), (a, b)))
         generator, values, rows = np.random.default_rng(0), [], _rows_by_image(images, len(a))
+        others = list(np.arange(len(b))[:, None])
         for _ in range(RESAMPLES):
-            weights = np.bincount(_resample(generator, rows), minlength=len(a)).astype(np.float64)
-            pairs = weights.sum() ** 2 - (weights**2).sum()  # of different rows
-            if pairs:
-                aa, bb, ab = (weights @ kernel @ weights / pairs for kernel in kernels)
-                values.append(aa + bb - 2 * ab)
+            of_a = np.bincount(_resample(generator, rows), minlength=len(a)).astype(np.float64)
+            of_b = of_a
+            if not paired:
+                of_b = np.bincount(_resample(generator, others), minlength=len(b)).astype(np.float64)
+            # The number of pairs of different rows.
+            pairs_a, pairs_b = (weights.sum() ** 2 - (weights**2).sum() for weights in (of_a, of_b))
+            between = pairs_a if paired else of_a.sum() * of_b.sum()
+            if pairs_a and pairs_b:
+                within = of_a @ aa @ of_a / pairs_a + of_b @ bb @ of_b / pairs_b
+                values.append(within - 2 * (of_a @ ab @ of_b) / between)
         deviation = float(np.std(values, ddof=1))
     else:
-        deviation = spread.deviation * (spread.size / len(a)) ** 0.5
+        deviation = spread.deviation * (spread.size / min(len(a), len(b))) ** 0.5
     mean = KID_UNIT * spread.mean
     half = KID_UNIT * NORMAL * deviation
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _kernel_without_diagonal(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """KID's kernel [N,N], zero between an image and itself."""
+def _kernel_without_diagonal(x: np.ndarray, y: np.ndarray, same: bool) -> np.ndarray:
+    """KID's kernel [N,M]; zero on the diagonal if the same row of both is the same image."""
     kernel = (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1.0) ** 3
-    np.fill_diagonal(kernel, 0.0)
+    if same:
+        np.fill_diagonal(kernel, 0.0)
     return kernel
 
 
