@@ -21,7 +21,8 @@ from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.storage import SCRATCH_PREFIX, atomic_write, try_lock
 
 LOCK_FILE = ".lock"
-_LARGEST_JSON = 16 * 2**20  # characters; our own files have kilobytes
+_LARGEST_JSON = 16 * 2**20  # characters; most of our own files have kilobytes
+_DEEPEST_JSON = 50  # levels; our own files have at most 10
 
 
 class FolderInUse(UserError):
@@ -46,21 +47,35 @@ def from_json(scores: Mapping[str, float | None]) -> dict[str, float]:
     return {key: math.inf if value is None else value for key, value in scores.items()}
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The values of a JSON text from outside: a model file, a workdir, a data set.
+def parse_json(text: str | bytes, *, most: int = _LARGEST_JSON) -> Any:
+    """The values of a JSON text from outside: a file, whoever wrote it, or another process.
+
+    Args:
+        most: characters that are accepted.
 
     Raises:
-        ValueError: it is not JSON, or is too large or too deeply nested.
+        ValueError: it is not JSON, or is too large or too deeply nested for code that is recursive, such as repr.
     """
-    if len(text) > _LARGEST_JSON:
+    if len(text) > most:
         raise ValueError(f"JSON of {len(text)} characters is too large")
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("JSON is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEEPEST_JSON):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    if level:
+        raise ValueError("JSON is nested too deeply")
+    return value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, most: int = _LARGEST_JSON) -> Any:
     """The values of a JSON file.
 
     Raises:
@@ -68,7 +83,7 @@ def read_json(path: Path) -> Any:
         ValueError: as `parse_json`; or the text is not UTF-8.
     """
     with Path(path).open("rb") as file:
-        return parse_json(file.read(_LARGEST_JSON + 1).decode("utf-8"))
+        return parse_json(file.read(most + 1).decode("utf-8"), most=most)
 
 
 def unique_file_name(name: str, taken: set[str]) -> str:
@@ -132,7 +147,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in content.splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict):
@@ -177,7 +192,7 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         if try_lock(file) is False:
             file.seek(0)
             try:
-                holder = json.loads(file.read(1000))
+                holder = parse_json(file.read(1000))
                 who = f"process {int(holder['pid'])} on {printable(holder['host'])}"
             except (ValueError, KeyError, TypeError):
                 holder, who = me, "another process"

@@ -233,6 +233,27 @@ def test_large_image_is_announced_with_the_time_that_it_takes(folder, stand_in, 
     assert "left" not in capsys.readouterr().err, "there was one report only"
 
 
+def test_nothing_that_a_command_prints_can_control_the_terminal(command, capsys):
+    """Whatever prints it, a print or a progress bar; line breaks and the bar's own returns stay."""
+    command(
+        "prints",
+        "import sys\nfrom tqdm import tqdm\nbad = 'x\\x1b]0;title\\x07\\ry\\x9b2J\\u202e\\ud800'\n"
+        "def add_arguments(parser): pass\n"
+        "def run(args):\n"
+        "    print(bad + '\\nnext')\n"
+        "    print(bad, file=sys.stderr)\n"
+        "    with tqdm(total=2, desc=bad, file=sys.stderr) as bar: bar.set_postfix_str(bad); bar.update()\n"
+        "    return 0\n",
+    )
+    assert main(["prints"]) == 0
+    printed = capsys.readouterr()
+    assert "\\x1b]0;title\\x07\\ry\\x9b2J\\u202e\\ud800\nnext\n" in printed.out
+    assert printed.err.count("\\x1b]0;title") >= 3
+    for text in printed:
+        assert not set(text) & set("\x1b\x07\x9b\u202e\ud800")
+        assert "y" not in [part[:1] for part in text.split("\r")[1:]]
+
+
 def test_progress_prints_lines_where_stderr_is_a_file(capsys):
     with progress_bar(total=3, unit="image", every=0.01) as bar:
         bar.update()

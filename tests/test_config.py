@@ -46,6 +46,12 @@ def config_file(tmp_path) -> Path:
 # ---- The schema
 
 
+def test_long_values_are_shortened_in_errors():
+    with pytest.raises(UserError) as caught:
+        schema.check_type("train", "num_steps", "x" * 10**6)
+    assert "config.train.num_steps" in str(caught.value) and len(str(caught.value)) < 500
+
+
 def test_every_default_is_within_its_own_range():
     schema.check_ranges(schema.defaults())
 

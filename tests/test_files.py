@@ -16,6 +16,7 @@ from sr3_jax.data import store
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.inputs import walk
 from sr3_jax.storage import cache_folder
+from sr3_jax.train import metric_writer
 
 
 def test_jsonl_rows_are_appended_and_read_back(tmp_path):
@@ -149,13 +150,35 @@ def test_equal_models_are_equal_files(tmp_path):
             np.testing.assert_array_equal(file.get_tensor(name), array)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 20_000_000, "{", "9" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[" * 300 + "]" * 300, '{"a":' * 100_000, "1" * 20_000_000, "{", "9" * 10_000]
+)
 def test_json_from_outside_fails_with_one_kind_of_error(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError):
         files.parse_json(text)
     with pytest.raises(ValueError):
         files.read_json(tmp_path / "a.json")
+
+
+def test_every_reader_of_json_survives_hostile_text(tmp_path):
+    """Lines and files of runs, caches and locks count as damaged, as if they were cut."""
+    deep = "[" * 100_000
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text(f'{deep}\n{{"step": 1}}\n{{"step": {"[" * 300}{"]" * 300}}}\n')
+    assert files.read_jsonl(lines) == [{"step": 1}]
+    assert metric_writer.read_metrics(tmp_path) == [{"step": 1}]
+    with metric_writer.MetricWriter(tmp_path, total_steps=2, first_step=1):
+        pass
+    assert lines.read_text() == '{"step": 1}\n'
+    (tmp_path / files.LOCK_FILE).write_text(deep)
+    with files.folder_lock(tmp_path, "workdir"):
+        (tmp_path / files.LOCK_FILE).write_text(deep)
+        with (
+            pytest.raises(files.FolderInUse, match="another process"),
+            files.folder_lock(tmp_path, "workdir"),
+        ):
+            pass
 
 
 def test_caches_are_private_to_the_user_or_not_used(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import sr3_jax.cli
 from sr3_jax import __version__
@@ -52,13 +52,31 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(message)} (see `{self.prog} --help`)\n")
 
 
+class _Escaping:
+    """A text stream on which no text from a file name or a model file can control the terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not text.isprintable():
+            # Progress bars return to the start of their line before or after their text, never inside it.
+            first, last = text.startswith("\r"), len(text) > 1 and text.endswith("\r")
+            inner = printable(text[first : len(text) - last], keep="\n\t")
+            text = "\r" * first + inner + "\r" * last
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _Plain(logging.Handler):
     """Prints log messages on stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write("\n".join(map(printable, record.getMessage().split("\n"))), file=sys.stderr)
+        tqdm.write(record.getMessage(), file=sys.stderr)
 
 
 def commands() -> dict[str, str]:
@@ -83,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names need not be valid text
             stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Escaping):
+            setattr(sys, name, _Escaping(stream))
     try:
         code = _dispatch(arguments)
         return code if _flushed() else code or 2
@@ -150,8 +172,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         return module.run(parsed)
     except UserError as error:
-        # Texts from model files and file names could control the terminal.
-        print("\n".join(printable(line) for line in f"sr3 {name}: {error}".split("\n")), file=sys.stderr)
+        print(f"sr3 {name}: {error}", file=sys.stderr)
         _abandon(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:

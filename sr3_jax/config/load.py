@@ -27,6 +27,7 @@ from sr3_jax.config.schema import (
     defaults,
     lookup,
     parse,
+    quoted,
 )
 from sr3_jax.errors import UserError
 
@@ -107,7 +108,7 @@ def complete(given: ConfigDict | FrozenConfigDict | Mapping[str, Any]) -> dict[s
     for section, values in _plain(given).items():
         check_section(section)
         if not isinstance(values, Mapping):
-            raise UserError(f"config.{section} must be a dict of fields, got {values!r}")
+            raise UserError(f"config.{section} must be a dict of fields, got {quoted(values)}")
         for name, value in values.items():
             config[section][name] = check_type(section, name, value)
     return config

@@ -17,6 +17,7 @@ import numpy as np
 from sr3_jax.config.fields import RENAMED, SECTIONS, Field
 from sr3_jax.errors import UserError
 
+_LONGEST_QUOTE = 200  # characters
 TYPES = {
     tuple: "a tuple of whole numbers",
     int: "a whole number",
@@ -98,9 +99,9 @@ def check_type(section: str, name: str, value: Any, *, default: Any = None) -> A
         if all(type(end) in (int, float) and math.isfinite(end) for end in ends):
             return tuple(map(float, ends))
     if type(plain) is not kind or kind is tuple or (kind is float and not math.isfinite(plain)):
-        quoted = field.default if default is None else default
+        usual = field.default if default is None else default
         raise UserError(
-            f"config.{section}.{name} must be {type_name(field)}, got {plain!r}; the default is {quoted!r}"
+            f"config.{section}.{name} must be {type_name(field)}, got {quoted(plain)}; the default is {usual!r}"
         )
     return plain
 
@@ -135,7 +136,13 @@ def check_ranges(config: Mapping[str, Mapping[str, Any]]) -> None:
 
 def invalid(section: str, name: str, value: Any, rule: str) -> NoReturn:
     """Raise the error of one field: `rule` follows 'must'."""
-    raise UserError(f"config.{section}.{name} must {rule}, got {value!r}")
+    raise UserError(f"config.{section}.{name} must {rule}, got {quoted(value)}")
+
+
+def quoted(value: Any) -> str:
+    """The value for an error: that of a model file may be long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
 
 
 def render_text(*, width: int = 110) -> str:

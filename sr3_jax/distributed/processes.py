@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 
 from sr3_jax.errors import UserError
+from sr3_jax.files import parse_json
 
 DEFAULT_TIMEOUT = 300.0  # seconds
 _TPU_PORT = 8482  # JAX's default on TPUs; 8476 is the TPU runtime's
@@ -230,7 +231,7 @@ def _run_client(group: Group, deadline: float, timeout: float) -> UserError | No
                 # Process 0 may have started later than this one, and gives all the same time.
                 connection.settimeout(timeout + 30)
                 connection.sendall(json.dumps({"process": group.index, "of": group.count}).encode() + b"\n")
-                outcome = json.loads(_receive_line(connection))
+                outcome = parse_json(_receive_line(connection))
                 kind = MissingProcesses if outcome["missing"] else UserError
                 return kind(str(outcome["error"])) if outcome["error"] else None
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -254,7 +255,7 @@ def _receive_hello(client: socket.socket) -> tuple[int | None, int]:
     """The index and the count that a client sends; (None, 0) if it sends anything else."""
     try:
         client.settimeout(_REPLY_TIMEOUT)
-        message = json.loads(_receive_line(client))
+        message = parse_json(_receive_line(client))
         return int(message["process"]), int(message["of"])
     except (OSError, ValueError, LookupError, TypeError):
         return None, 0

@@ -17,7 +17,16 @@ import numpy as np
 
 from sr3_jax.errors import UserError
 from sr3_jax.features.statistics import FeatureProtocol
-from sr3_jax.files import append_jsonl, from_json, read_jsonl, sentence, sha256_hex, to_json, write_text
+from sr3_jax.files import (
+    append_jsonl,
+    from_json,
+    read_json,
+    read_jsonl,
+    sentence,
+    sha256_hex,
+    to_json,
+    write_text,
+)
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, write_image
 
@@ -190,7 +199,7 @@ class Part:
     @classmethod
     def read(cls, folder: Path, process: int) -> Part:
         """Read the results that `write` wrote."""
-        values: dict[str, Any] = json.loads(_part_path(folder, process).read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json(_part_path(folder, process), most=2**32)
         images = [
             EvaluatedImage(**{**image, "results": [Result(**result) for result in image["results"]]})
             for image in values["images"]

@@ -88,7 +88,18 @@ def _reads(file_format: str) -> bool:
     return name in Image.OPEN and features.check(_CODECS.get(file_format, "jpg")) is True
 
 
-def printable(path: object) -> str:
-    """A path as one line that any terminal can print: control characters and undecodable bytes are escaped."""
-    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
+def printable(text: object, *, keep: str = "") -> str:
+    """A path or text from a file as one line that any terminal can print.
+
+    Control characters, which can change what the terminal shows or does, and undecodable bytes of file names are
+    escaped.
+
+    Args:
+        keep: characters that stay.
+    """
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # as Python keeps undecodable bytes
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()

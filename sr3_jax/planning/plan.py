@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 import sr3_jax
 from sr3_jax.distributed.sharding import AXES, make_mesh, mesh_sizes
 from sr3_jax.errors import UserError
-from sr3_jax.files import write_text
+from sr3_jax.files import read_json, write_text
 from sr3_jax.planning import programs as costs
 from sr3_jax.planning.programs import PROGRAMS, Watch
 from sr3_jax.planning.topologies import Topology, compiler
@@ -273,7 +273,7 @@ def provenance() -> dict[str, Any]:
 
 def _load(file: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) and "memory" in value else None

@@ -24,7 +24,7 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 from sr3_jax.errors import UserError
-from sr3_jax.files import read_jsonl
+from sr3_jax.files import parse_json, read_jsonl
 from sr3_jax.storage import atomic_write
 
 PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
@@ -349,7 +349,7 @@ def _drop_later_lines(path: Path, first_step: int) -> None:
 
     def is_valid(line: bytes) -> bool:
         try:
-            return line.endswith(b"\n") and _step_of(json.loads(line)) <= first_step
+            return line.endswith(b"\n") and _step_of(parse_json(line)) <= first_step
         except ValueError:
             return False
 
