@@ -21,6 +21,7 @@ from stand_in import StandIn
 
 import sr3_jax
 from sr3_jax import cli
+from sr3_jax.cli import _progress
 from sr3_jax.cli._progress import Pace, progress_bar
 from sr3_jax.cli.main import commands, main
 from sr3_jax.config import build
@@ -260,6 +261,16 @@ def test_progress_prints_lines_where_stderr_is_a_file(capsys):
         time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 1 and "1 of 3 images" in lines[-1]
+
+
+def test_progress_names_the_image_and_its_time_while_the_device_computes_it(
+    folder, stand_in, capsys, monkeypatch
+):
+    monkeypatch.setattr(_progress.progress_bar.__wrapped__, "__kwdefaults__", {"total": None, "every": 0.5})
+    stand_in.before = lambda images: time.sleep(1.2)
+    assert main(["upscale", str(folder / "in" / "a.png"), "-o", str(folder / "out.png")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "a.png" in line]
+    assert len(lines) >= 2 and "0 of 1 images" in lines[-1] and "00:01" in lines[-1]
 
 
 def test_log_messages_go_to_stderr_without_prefix(command, capsys):

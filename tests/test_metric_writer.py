@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,16 @@ def test_progress_lines_without_a_terminal(tmp_path, monkeypatch, capsys):
         "step 46/60, loss 0.0217, 64.0 images/s, 00:28 left",
         "step 60/60, loss 0.0167, 64.0 images/s, 00:00 left",
     ]
+
+
+def test_long_work_between_steps_prints_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metric_writer, "PLAIN_SECONDS", 0.05)
+    with MetricWriter(tmp_path, total_steps=10) as writer, writer.busy("compiling"):
+        time.sleep(0.2)
+    count = capsys.readouterr().err.count("compiling: 00:00\n")
+    assert 2 <= count <= 4
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 def test_time_left_is_the_minimum_of_steps_and_time_limit(tmp_path, monkeypatch, capsys):

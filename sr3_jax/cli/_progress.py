@@ -15,6 +15,20 @@ class Bar(tqdm):
     """A tqdm bar that also counts while it is disabled, which tqdm does not."""
 
     done = 0
+    _name, _detail, _since = "", "", 0.0
+
+    def working_on(self, name: str, detail: str = "") -> None:
+        """Say what is computed now. It is shown with the time since the name was first given."""
+        if name != self._name:
+            self._name, self._since = name, time.monotonic()
+        self._detail = detail
+        self.show()
+
+    def show(self) -> None:
+        """Draw the bar again with the current time."""
+        seconds = int(time.monotonic() - self._since)
+        parts = [self._name, self._detail, tqdm.format_interval(seconds)] if self._name else []
+        self.set_postfix_str(", ".join(filter(None, parts)))
 
     def update(self, n: float | None = 1) -> bool | None:
         self.done += int(n or 0)
@@ -24,6 +38,7 @@ class Bar(tqdm):
         """One line for a log file."""
         name = f"{self.desc.rstrip(': ')}: " if getattr(self, "desc", None) else ""
         total = f" of {self.total}" if self.total else ""
+        self.show()
         now = getattr(self, "postfix", None)
         detail = f" ({now})" if now else ""
         return (
@@ -50,7 +65,7 @@ def progress_bar(*, unit: str, total: int | None = None, every: float = 30.0) ->
                 if bar.disable:
                     print(bar.line(seconds), file=sys.stderr, flush=True)
                 else:
-                    bar.refresh()
+                    bar.show()
 
         ticker = threading.Thread(target=tick, daemon=True)
         ticker.start()

@@ -134,10 +134,12 @@ def run(args: argparse.Namespace) -> int:
             stop_signals("this image") as stopped,
         ):
 
+            def start(group: Sequence[Job]) -> None:
+                bar.working_on(_summary([Path(job.source.name) for job in group]))
+
             def report(job: Job, failure: str | None) -> None:
                 if failure is not None:
                     tqdm.write(f"{printable(job.source)}: {failure}", file=sys.stderr)
-                bar.set_postfix_str("", refresh=False)
                 bar.update()
                 exit_if_stopped(stopped())
 
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
                 if left and pace.is_known and not announced:  # also where the bar is cut off or not shown
                     announced.add(name)
                     tqdm.write(f"{name}: {of} tiles, {left} at the pace of the first ones", file=sys.stderr)
-                bar.set_postfix_str(f"{name}: tile {done} of {of}{left and f', {left}'}")
+                bar.working_on(name, f"tile {done} of {of}{left and f', {left}'}")
                 exit_if_stopped(stopped())
 
             pace, announced = Pace(), set[str]()
@@ -162,6 +164,7 @@ def run(args: argparse.Namespace) -> int:
                 quality=args.quality,
                 overwrite=args.overwrite,
                 max_megapixels=args.max_megapixels,
+                on_start=start,
                 on_result=report,
                 on_tiles=report_tiles,
             )

@@ -7,7 +7,7 @@ size of the folder. Shape legend: B batch, H height, W width, s the model's scal
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,7 @@ def upscale_files(
     quality: int | None = None,
     overwrite: bool = False,
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+    on_start: Callable[[Sequence[Job]], object] = lambda jobs: None,
     on_result: Callable[[Job, str | None], object] = lambda job, failure: None,
     on_tiles: Callable[[Job, int, int], object] = lambda job, done, count: None,
 ) -> UpscaleResult:
@@ -98,6 +99,7 @@ def upscale_files(
         quality: of JPEG and WebP outputs, as in `write_image`.
         overwrite: otherwise existing targets are skipped.
         max_megapixels: larger inputs fail, also those of the second and later passes of the model.
+        on_start: called in this thread with the images of a batch before the device computes them.
         on_result: called in this thread after each image, with the reason if it failed and None if it was written.
         on_tiles: called in this thread with the finished tiles of a large image and their number, 0 before the first.
 
@@ -157,6 +159,8 @@ def upscale_files(
             for job, image in group:
                 notes[job] = image.notes
                 not_kept[job] = (*image.dropped, *not_storable(job.target, image))
+            if group:
+                on_start([job for job, _ in group])
             images = [visible_rgb(image) for _, image in group]
             sizes = [device.output_size(*image.shape[:2]) for image in images]
             reports: list[OnTiles] = [functools.partial(on_tiles, job) for job, _ in group]
@@ -169,8 +173,11 @@ def upscale_files(
                 ):
                     rest.append(row)
                     continue
+                on_start([job])
                 report = reports[row]
                 finish(job, _write_large(device, job, image, pixels, sizes[row], quality, report))
+            if 0 < len(rest) < len(group):
+                on_start([group[row][0] for row in rest])
             outputs = device.last_pass(
                 [inputs[row] for row in rest], [sizes[row] for row in rest], [reports[row] for row in rest]
             )

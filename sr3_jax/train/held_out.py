@@ -199,7 +199,8 @@ def evaluate_and_log(
     The metrics come last: a line in the log means that everything else of this evaluation is on disk, so a run that is
     killed in between evaluates the step again.
     """
-    result = evaluation(ema_params)
+    with writer.busy("evaluating held-out images"):
+        result = evaluation(ema_params)
     if result is None:
         return False
     values, grid = result

@@ -131,7 +131,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             while step < num_steps and not reason:
                 vote = stop_reason()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
-                    with metrics.untimed():  # it compiles
+                    with metrics.untimed(), writer.busy("compiling the training step"):
                         memory.require(
                             memory.needed_bytes(train_step.lower(state, batch, key).compile()),
                             mesh.local_devices,

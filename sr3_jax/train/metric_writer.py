@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -160,6 +161,23 @@ class MetricWriter:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Print a line every 30 s while something takes long that makes no steps."""
+        ended, start = threading.Event(), time.monotonic()
+
+        def say() -> None:
+            while not ended.wait(PLAIN_SECONDS):
+                self.message(f"{what}: {tqdm.format_interval(int(time.monotonic() - start))}")
+
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close all logs; a second call does nothing.
