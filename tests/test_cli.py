@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import os
@@ -181,17 +182,25 @@ def test_full_or_closed_stdout(closed):
     assert run.stderr.count("\n") == (0 if closed else 1)
 
 
-def test_absent_device_is_one_line(tmp_path):
+@pytest.mark.parametrize(("platforms", "options"), [("absent", []), ("", ["--device", "gpu"])])
+def test_absent_device_is_one_line(tmp_path, platforms, options):
+    if platforms != "absent" and any(
+        importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)
+    ):
+        pytest.skip("the plugin of GPUs is installed")
     (tmp_path / "a.png").write_bytes(encode(pixels(), "PNG"))
+    arguments = ["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), *options]
     run = subprocess.run(
-        [sys.executable, "-m", "sr3_jax", "upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "out")],
+        [sys.executable, "-m", "sr3_jax", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "absent"},
+        env=os.environ | {"JAX_PLATFORMS": platforms},
     )
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "JAX_PLATFORMS=absent" in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("sr3 upscale")]
+    assert (run.returncode, len(lines)) == (2, 1)
+    assert "Traceback" not in run.stderr
+    assert (f"JAX_PLATFORMS={platforms}" if platforms else "--device") in lines[0]
 
 
 def test_texts_in_errors_and_logs_cannot_control_the_terminal(command, capsys):

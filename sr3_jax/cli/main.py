@@ -188,7 +188,7 @@ def _dispatch(arguments: list[str]) -> int:
             print(f"sr3 {name}: {disk}: make room and run the same command again", file=sys.stderr)
             _abandon(2)
             return 2
-        if str(error).startswith("Unable to initialize backend"):  # jax has no type for it
+        if _lacks_device(error):
             asked = os.environ.get("JAX_PLATFORMS", "")
             fix = f"JAX_PLATFORMS={printable(asked)}" if asked else "--device"
             print(f"sr3 {name}: {fix} asks for a device that jax does not find: use cpu", file=sys.stderr)
@@ -197,6 +197,18 @@ def _dispatch(arguments: list[str]) -> int:
             traceback.print_exc()
             _abandon(1)
         raise
+
+
+def _lacks_device(error: Exception) -> bool:
+    """Whether jax does not find the device that it was asked for, which it has no type of error for."""
+    if (
+        isinstance(error, AssertionError) and "jax" in sys.modules
+    ):  # of a backend whose plugin is not installed
+        try:
+            sys.modules["jax"].local_devices()
+        except Exception:
+            return True
+    return str(error).startswith("Unable to initialize backend")
 
 
 def _abandon(code: int) -> None:

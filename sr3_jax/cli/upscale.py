@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
                 if left and pace.is_known and not announced:  # also where the bar is cut off or not shown
                     announced.add(name)
                     tqdm.write(f"{name}: {of} tiles, {left} at the pace of the first ones", file=sys.stderr)
-                bar.working_on(name, ", ".join(filter(None, (f"tile {done} of {of}", left))))
+                bar.working_on(name, f"tile {done} of {of}{left and f', {left}'}")
                 exit_if_stopped(stopped())
 
             pace, announced = Pace(), set[str]()

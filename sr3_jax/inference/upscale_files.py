@@ -159,6 +159,8 @@ def upscale_files(
             for job, image in group:
                 notes[job] = image.notes
                 not_kept[job] = (*image.dropped, *not_storable(job.target, image))
+            if group:
+                on_start([job for job, _ in group])
             images = [visible_rgb(image) for _, image in group]
             sizes = [device.output_size(*image.shape[:2]) for image in images]
             reports: list[OnTiles] = [functools.partial(on_tiles, job) for job, _ in group]
@@ -173,6 +175,7 @@ def upscale_files(
                 ):
                     rest.append(row)
                     continue
+                on_start([job])
                 report = reports[row]
                 on_start([job])
                 finish(job, _write_large(device, job, image, pixels, sizes[row], quality, report))
