@@ -164,8 +164,6 @@ def upscale_files(
             images = [visible_rgb(image) for _, image in group]
             sizes = [device.output_size(*image.shape[:2]) for image in images]
             reports: list[OnTiles] = [functools.partial(on_tiles, job) for job, _ in group]
-            if group:
-                on_start([job for job, _ in group])
             inputs = device.before_last_pass(images, reports)
             rest = []  # what is written at once, by threads, while the device goes on
             for row, (job, image) in enumerate(group):
@@ -177,7 +175,6 @@ def upscale_files(
                     continue
                 on_start([job])
                 report = reports[row]
-                on_start([job])
                 finish(job, _write_large(device, job, image, pixels, sizes[row], quality, report))
             if 0 < len(rest) < len(group):
                 on_start([group[row][0] for row in rest])
