@@ -18,7 +18,7 @@ from sr3_jax.config import build
 from sr3_jax.config.load import complete
 from sr3_jax.data.crops import Crops, crops_of, halves, search_and_check, shrunk
 from sr3_jax.data.sources import Source
-from sr3_jax.evaluation import candidates
+from sr3_jax.evaluation import candidates, search
 from sr3_jax.evaluation.candidates import OutOfTime
 from sr3_jax.evaluation.search import choose
 from sr3_jax.features import metric_suite
@@ -304,6 +304,44 @@ def test_crops_of_pairs_are_cut_from_both_images_and_are_the_models_input(worksp
     )
     of_pairs.means(Sampling("ddim", 1), 4)
     np.testing.assert_array_equal(seen[0], crops.low_res)
+
+
+def test_low_res_images_are_degraded_as_in_training_or_as_requested(workspace, tmp_path, monkeypatch):
+    evaluators = []
+
+    class Recorded(candidates.CropEvaluator):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            evaluators.append(self)
+
+    monkeypatch.setattr(search, "CropEvaluator", Recorded)
+    for name, options in (
+        ("default", ()),
+        ("clean", ("--degradation", "clean")),
+        ("photo", ("--degradation", "photo")),
+    ):
+        folder = tmp_path / name
+        assert (
+            run(
+                workspace,
+                folder,
+                "--solver",
+                "ddim",
+                "--steps",
+                "1",
+                "--candidates",
+                "1",
+                "--no-store",
+                *options,
+            )
+            == 0
+        )
+        assert json.loads((folder / "search.json").read_text())["degradation"] == (
+            options[-1] if options else "clean"
+        )
+    default, clean, photo = (evaluators[index]._low_res for index in (0, 2, 4))
+    np.testing.assert_array_equal(default, clean)
+    assert np.mean(clean != photo) > 0.5
 
 
 def test_halves_share_no_image():

@@ -55,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="crops to search on, and as many to check on (default: 32; frechet: 128)",
     )  # fmt: skip
     parser.add_argument(
+        "--degradation", metavar="NAME",
+        help="how low-res images are made: clean (bicubic), photo (blur, noise, JPEG) or wild (default: as trained)",
+    )  # fmt: skip
+    parser.add_argument(
         "--candidates", type=count, default=24, metavar="N", help="number of candidates (default: 24)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default: 0)")
@@ -90,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             limit=args.limit,
             crop=args.crop,
             crops=args.crops,
+            degradation=args.degradation,
             candidates=args.candidates,
             seed=args.seed,
             store=not args.no_store,

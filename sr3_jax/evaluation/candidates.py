@@ -30,6 +30,7 @@ from sr3_jax.data.crops import Crops
 from sr3_jax.diffusion.schedule import LEAST_LOG_SNR, SPACINGS, NoiseSchedule
 from sr3_jax.diffusion.solvers import solver_options
 from sr3_jax.errors import UserError
+from sr3_jax.evaluation.inputs import degradation_seed
 from sr3_jax.features.metric_suite import Batch, Columns, MetricSuite, low_res_of
 from sr3_jax.features.statistics import frechet_distance, statistics_of
 from sr3_jax.files import append_jsonl, read_jsonl, sentence, sha256_hex
@@ -279,6 +280,7 @@ class CropEvaluator:
         cache: a file of JSON lines with the metrics of every batch that was sampled.
         suite: its image metrics, and its network for the Frechet distance.
         batch_size: B, which divides the number of crops.
+        degradation: how low-res images are made that the crops do not have, see `low_res_of`.
         on_batch: called after each batch, cached or sampled.
     """
 
@@ -291,6 +293,7 @@ class CropEvaluator:
         suite: MetricSuite,
         batch_size: int,
         seed: int,
+        degradation: str = "clean",
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._crops, self._cache = model, crops, cache
@@ -299,14 +302,20 @@ class CropEvaluator:
         self._batch_size, self._seed = batch_size, seed
         self._on_batch = on_batch
         given = crops.low_res
-        self._low_res = low_res_of(crops.images, model.scale) if given is None else given
+        seeds = np.array([degradation_seed(sha256_hex(image)) for image in crops.images])
+        self._low_res = (
+            low_res_of(crops.images, model.scale, degradation=degradation, seeds=seeds)
+            if given is None
+            else given
+        )
         self.count = len(crops.images)
         self.deadline = math.inf  # of time.monotonic()
         self.tried: set[Sampling] = set()
         self._settings = sha256_hex({
             "weights": params_fingerprint(model.params),
             "setup": config_fingerprint(model.config),
-            "crops": sha256_hex(crops.images) + ("" if given is None else sha256_hex(given)),
+            "crops": sha256_hex(crops.images),
+            "low_res": sha256_hex(self._low_res),
             "seed": seed,
             "batch": batch_size,
             "metrics": [group.key for group in self._metrics],

@@ -19,6 +19,7 @@ import numpy as np
 
 from sr3_jax import __version__
 from sr3_jax.data.crops import Crops, search_and_check
+from sr3_jax.degradations import PRESETS
 from sr3_jax.diffusion.solvers import solver_options
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation.candidates import CropEvaluator, SearchSpace, cost, minimize, objective, steps_for
@@ -82,6 +83,7 @@ def search_schedule(
     limit: int | None = None,
     crop: int | None = None,
     crops: int | None = None,
+    degradation: str | None = None,
     candidates: int = 24,
     seed: int = 0,
     store: bool = True,
@@ -104,9 +106,11 @@ def search_schedule(
         limit: only the first images of `data`.
         crop: side of a crop in pixels; None for that of training.
         crops: crops of each set; None for the metric's default.
+        degradation: how low-res images are made: a name in `degradations.PRESETS`; None for that of the training.
         candidates: how many settings are evaluated in the first round.
         store: store the result if it beats the default on the check.
-        guarded: exclude candidates that are much less consistent with the low-res image than the default.
+        guarded: exclude candidates that are much less consistent with the low-res image than the default; not with
+            degraded low-res images, which the output should not reproduce.
         command: the command line, for search.json.
         on_batch: called after each batch with the name of the search in progress.
 
@@ -121,6 +125,10 @@ def search_schedule(
         raise UserError(
             f"model {loaded.name} is a regression model, which has no sampling schedule: use a diffusion model"
         )
+    degradation = degradation or loaded.config["data"]["degradation"]
+    if degradation not in PRESETS:
+        raise UserError(f"degradation must be one of {', '.join(PRESETS)}, got {degradation!r}")
+    guarded = guarded and degradation == "clean"
     own = Sampling(**loaded.config["sampling"])
     solvers, budgets = list(solvers) or list(SOLVERS), list(nfe) or [own.nfe]
     defaults = {
@@ -148,6 +156,7 @@ def search_schedule(
             suite=suite,
             batch_size=batch_size,
             seed=seed,
+            degradation=degradation,
             on_batch=lambda: on_batch(description),
         )
         for one in sets
@@ -185,6 +194,7 @@ def search_schedule(
         "metric": metric,
         "data": data,
         "eval_data": eval_data,
+        "degradation": degradation,
         "crop": crop,
         "search_crops": search.count,
         "check_crops": check.count,
@@ -413,6 +423,7 @@ def search_markdown(report: Mapping[str, Any]) -> str:
         f"# Schedule search: {report['model']}",
         "",
         f"By {metric.heading} on {report['search_crops']} crops of {report['crop']} pixels of {report['data']}, "
+        f"low-res images: {report['degradation']}, "
         f"{report['tried']} candidates, seed {report['seed']}. The columns after the searched one are computed on "
         f"{report['check_crops']} crops of {where}, which the search did not use. Gain: how much better than the "
         f"solver's default there, with a {LEVEL:.0%} interval over the crops.",
