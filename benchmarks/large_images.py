@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -308,7 +309,7 @@ def main() -> int:
     cases = [(name, suffix) for name in args.inputs.split(",") for suffix in args.formats.split(",")]
     for part in args.only.split(","):
         with tempfile.TemporaryDirectory(prefix="sr3_large") as temporary:
-            folder, started, rows = Path(temporary), time.monotonic(), []
+            folder, rows = Path(temporary), []
             model = str(tiny_model(folder / "tiny.safetensors")) if args.model == "tiny" else args.model
             if part in ("memory", "limited"):
                 limit = 4.0 if part == "limited" else None
@@ -322,11 +323,10 @@ def main() -> int:
             else:
                 rows = measure_throughput(folder)
         provenance = {
-            "command": " ".join(["python", "benchmarks/large_images.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/large_images.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware(),
             "versions": {name: version(name) for name in ("sr3_jax", "jax", "pillow")},
-            "seconds": time.monotonic() - started,
         }
         kept = [row for row in report.get(part, ()) if key(row) not in [key(new) for new in rows]]
         report[part] = kept + [row | provenance for row in rows]

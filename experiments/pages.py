@@ -458,6 +458,7 @@ def write_large_images(docs: Path) -> None:
     found = read_json(path)
     memory = [row for part in ("memory", "limited", "whole") for row in found.get(part, ())]
     every = [*memory, *found.get("throughput", ())]
+    throughput = [_throughput_line(row) for row in found.get("throughput", ())]
     facts = "{command}: {date}, {hardware}, {software}"
     lines = [
         facts.format(
@@ -469,7 +470,7 @@ def write_large_images(docs: Path) -> None:
     page = render(
         "large_images.md",
         memory=tables.markdown(pd.DataFrame([_memory_line(row) for row in memory]), left=4),
-        throughput=tables.markdown(pd.DataFrame([_throughput_line(row) for row in found["throughput"]])),
+        throughput=tables.markdown(pd.DataFrame(throughput)) if throughput else "",
         provenance="\n".join(f"- {line}" for line in dict.fromkeys(lines)),
     )
     write_text(docs / "large_images.md", page)
