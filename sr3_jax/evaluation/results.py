@@ -298,6 +298,8 @@ def _paired_part(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if first is None or not any(row["method"] not in BASELINES for row in others):
         return []
     columns = [metric for metric in reported_metrics(rows) if metric.group in ("image", "classifier")]
+    if not columns:
+        return []  # sets without ground truth
     body = [
         [*_row_cells(row)[:4], *(_difference(row, first, metric) for metric in columns)] for row in others
     ]

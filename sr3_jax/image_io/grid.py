@@ -104,7 +104,9 @@ def detail_window(ground_truth: np.ndarray, bicubic: np.ndarray, *, multiple: in
     rows, columns = (min(WINDOW, side) // multiple for side in (height, width))  # of the window, in blocks
     rows, columns = max(1, rows), max(1, columns)
     difference = ground_truth.astype(np.int16) - bicubic
-    error = sum(np.square(difference[:, :, c], dtype=np.int32) for c in range(3))  # one channel at a time, for memory
+    error = sum(
+        np.square(difference[:, :, c], dtype=np.int32) for c in range(3)
+    )  # one channel at a time, for memory
     error = error[: height // multiple * multiple, : width // multiple * multiple]
     blocks = error.reshape(height // multiple, multiple, width // multiple, multiple)
     blocks = blocks.sum(axis=(1, 3), dtype=np.int64)
