@@ -148,10 +148,10 @@ class Source:
 def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024, scale: int | None = None) -> Source:
     """Open a data set, named in one of these ways.
 
-    photos:train, photos:test: the bundled photographs.
-    tfds:NAME[/CONFIG][:VERSION]:SPLIT: a TFDS data set.
-    folder:PATH: the images of a folder.
-    pairs:LR_DIR:HR_DIR: low-res and high-res images of two folders, matched by name (`sr3_jax.data.matching`).
+    - `photos:train`, `photos:test`: the bundled photographs.
+    - `tfds:NAME[/CONFIG][:VERSION]:SPLIT`: a TFDS data set.
+    - `folder:PATH`: the images of a folder.
+    - `pairs:LR_DIR:HR_DIR`: low-res and high-res images of two folders, matched by name (`sr3_jax.data.matching`).
 
     Args:
       min_side: minimum short side in pixels. Smaller images of a folder are skipped with a warning; in a TFDS data set

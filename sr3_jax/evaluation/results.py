@@ -294,12 +294,12 @@ def rows_table(rows: Sequence[Mapping[str, Any]], *, intervals: bool = False) ->
 def _paired_part(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The differences of all rows to the first model or program over the same images; empty if it is the only one."""
     first = next((row for row in rows if row["method"] not in BASELINES), None)
-    others = [
-        row for row in rows if first is not None and row not in (first,) and row["method"] != GROUND_TRUTH
-    ]
+    others = [row for row in rows if row is not first and row["method"] != GROUND_TRUTH]
     if first is None or not any(row["method"] not in BASELINES for row in others):
         return []
     columns = [metric for metric in reported_metrics(rows) if metric.group in ("image", "classifier")]
+    if not columns:
+        return []  # sets without ground truth
     body = [
         [*_row_cells(row)[:4], *(_difference(row, first, metric) for metric in columns)] for row in others
     ]

@@ -50,6 +50,7 @@ from sr3_jax.metrics import METRICS
 from sr3_jax.numerics import fixed_numerics
 
 DEFAULT_SCALE = 4  # where neither models nor pairs have one
+_CACHE_MB = 256  # images are read up to three times: for their size, for their metrics and for the grids
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,9 @@ def evaluate(
     program_scale = _program_scale(scales, scale, data) if programs else None
     scales = list(dict.fromkeys([*scales, *([program_scale] if program_scale else [])]))
     least = _check_sizes(scales, crop=crop, patch=patch, save_reference=save_reference)
-    source = data if isinstance(data, Source) else open_source(data, min_side=crop or least, scale=scales[0])
+    source = data
+    if not isinstance(source, Source):
+        source = open_source(source, min_side=crop or least, cache_mb=_CACHE_MB, scale=scales[0])
     _check_pairs(source, scales, degradation)
     labeled = _has_labels(source)
     suite = open_suite(
@@ -192,6 +195,8 @@ def evaluate(
         part = Part.merge([Part.read(outputs_dir, number) for number in range(count)])
     if not part.images:
         raise UserError(f"none of the images of {source.name} can be used; the first: {part.failed[0][1]}")
+    is_assumed = scale is None and not loaded and source.scale is None
+    assumed = f" (at an assumed scale of {DEFAULT_SCALE}, see --scale)" if is_assumed else ""
     report = results.make_report(
         part,
         compared,
@@ -200,7 +205,7 @@ def evaluate(
         settings,
         pairs=source.scale is not None,
         programs={
-            label: os.fspath(path)
+            label: f"{path}{assumed}"
             for label, path in zip(labels[len(loaded) :], programs.values(), strict=True)
         },
         source=source.name if isinstance(data, Source) else data,

@@ -103,9 +103,13 @@ def detail_window(ground_truth: np.ndarray, bicubic: np.ndarray, *, multiple: in
         return slice(0, height), slice(0, width)
     rows, columns = (min(WINDOW, side) // multiple for side in (height, width))  # of the window, in blocks
     rows, columns = max(1, rows), max(1, columns)
-    error = np.square(ground_truth.astype(np.float64) - bicubic).sum(axis=2)
+    difference = ground_truth.astype(np.int16) - bicubic
+    error = sum(
+        np.square(difference[:, :, c], dtype=np.int32) for c in range(3)
+    )  # one channel at a time, for memory
     error = error[: height // multiple * multiple, : width // multiple * multiple]
-    blocks = error.reshape(height // multiple, multiple, width // multiple, multiple).sum(axis=(1, 3))
+    blocks = error.reshape(height // multiple, multiple, width // multiple, multiple)
+    blocks = blocks.sum(axis=(1, 3), dtype=np.int64)
     sums = sliding_window_view(blocks, rows, axis=0).sum(axis=-1)
     sums = sliding_window_view(sums, columns, axis=1).sum(axis=-1)
     top, left = np.unravel_index(int(sums.argmax()), sums.shape)
