@@ -433,6 +433,8 @@ def test_32_bit_color_tiff_is_unsupported_not_damaged(sample_format):
 def test_printable_escapes_control_characters_and_invalid_bytes():
     assert printable(Path(os.fsdecode(b"\xff/a\nb\x1b[31m 'q'.png"))) == "\\xff/a\\nb\\x1b[31m 'q'.png"
     assert printable("かな 😀") == "かな 😀"
+    assert printable("\ud800\u202ea") == "\\ud800\\u202ea"
+    assert str(UserError("a\x1b[31m\nb")) == "a\\x1b[31m\nb"
 
 
 def test_reading_prints_nothing(made, tmp_path):

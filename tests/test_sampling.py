@@ -236,10 +236,12 @@ def test_a_file_for_other_weights_is_ignored_with_a_warning(tmp_path, caplog, mo
     monkeypatch.setattr(sampling_file._log, "propagate", True)
     other = exported(tmp_path / "other.safetensors", seed=1)
     exported(tmp_path / "m.safetensors")
-    sampling_file.write_sampling(tmp_path / "m.sampling.json", stored_for(other))
+    stored = dataclasses.replace(stored_for(other), model=f"{other.name}\x1b[31m")
+    sampling_file.write_sampling(tmp_path / "m.sampling.json", stored)
     assert models.load(tmp_path / "m.safetensors").sampling == Sampling("ddim", 2)
     (message,) = {record.getMessage() for record in caplog.records}
     assert "m.sampling.json" in message and "other.safetensors" in message and "ignored" in message
+    assert "\x1b" not in message
 
 
 @pytest.mark.parametrize("noise", [100, 90], ids=["same_schedule", "other_schedule"])

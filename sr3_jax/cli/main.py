@@ -13,7 +13,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TextIO
 
 import sr3_jax.cli
@@ -65,6 +65,10 @@ class _Escaping:
             inner = printable(text[first : len(text) - last], keep="\n\t")
             text = "\r" * first + inner + "\r" * last
         return self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason
@@ -230,11 +230,44 @@ def _write_tiff(
             software=False,
         )
         if tags := metadata.tiff_tags(image.metadata):
-            metadata.add_tiff_tags(file, tags)
+            _add_tiff_tags(file, tags)
     except Exception as error:
         if failed:
             raise failed[0] from None
         raise ImageError(f"could not be written: {reason(error)}") from error
+
+
+def _add_tiff_tags(file: IO[bytes], tags: Image.Exif) -> None:
+    """Add tags, also whole directories of them, to the image of a TIFF or BigTIFF file whose pixels are in tiles.
+
+    Its directory is written again, at the end of the file.
+    """
+    file.seek(0)
+    head = file.read(8)
+    large = head[2:4] in (b"+\0", b"\0+")
+    head += file.read(8) if large else b""
+    directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+    file.seek(directory.next)
+    directory.load(file)
+    for tag in [*directory]:
+        _ = directory[tag]  # decodes it: only decoded tags are written
+    for tag in tags:
+        inner = tags.get_ifd(tag) if tag in metadata.SUB_IFDS else None
+        if inner and large:
+            inner = {name: value for name, value in inner.items() if name != metadata.INTEROP}
+        directory[tag] = tags[tag] if inner is None else inner
+    start = file.seek(0, io.SEEK_END)
+    start += -start % 8
+    data = bytearray(directory.tobytes(start))
+    order = "<" if head[:2] == b"II" else ">"
+    if large:  # Pillow gives the offsets of directories 4 bytes
+        for entry in range(8, 8 + 20 * struct.unpack_from(f"{order}Q", data)[0], 20):
+            if struct.unpack_from(f"{order}H", data, entry)[0] in metadata.SUB_IFDS:
+                struct.pack_into(f"{order}H", data, entry + 2, 16)  # LONG8
+    file.seek(start)
+    file.write(data)
+    file.seek(8 if large else 4)
+    file.write(struct.pack(f"{order}{'Q' if large else 'L'}", start))
 
 
 def _write_jpeg(

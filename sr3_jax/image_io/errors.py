@@ -7,6 +7,8 @@ import re
 
 from PIL import Image, UnidentifiedImageError, features
 
+from sr3_jax.errors import printable as printable  # for messages about files, with `reason`
+
 _REASONS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
@@ -86,20 +88,3 @@ def _reads(file_format: str) -> bool:
     """Whether the installed Pillow, or its HEIC plugin, decodes this format."""
     name = "HEIF" if file_format == "HEIC" else file_format
     return name in Image.OPEN and features.check(_CODECS.get(file_format, "jpg")) is True
-
-
-def printable(text: object, *, keep: str = "") -> str:
-    """A path or text from a file as one line that any terminal can print.
-
-    Control characters, which can change what the terminal shows or does, and undecodable bytes of file names are
-    escaped.
-
-    Args:
-        keep: characters that stay.
-    """
-    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in str(text))
-
-
-def _escaped(character: str) -> str:
-    byte = ord(character) - 0xDC00  # as Python keeps undecodable bytes
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()

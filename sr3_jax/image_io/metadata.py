@@ -6,28 +6,27 @@ upright, so orientations are removed from EXIF data and reset in XMP; sizes in p
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, PngImagePlugin
 
 ORIENTATION = 274
 _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 282, 283, 296
 _XMP, _IPTC, _PHOTOSHOP = 700, 33723, 34377  # TIFF tags
 _IPTC_RESOURCE = 0x0404  # in Photoshop's image resources
-_SUB_IFDS = (34665, 34853)  # Exif, GPS
-_INTEROP = 40965
+SUB_IFDS = (34665, 34853)  # Exif, GPS
+INTEROP = 40965
 _PIXEL_SIDES = (40962, 40963)
 # TIFF tags that describe the layout of the file on disk or the map coordinates of its pixels: wrong for a new file.
 _LAYOUT = [*range(254, 267), 273, ORIENTATION, *range(277, 282), *range(284, 294), 297, 301, *range(317, 326)]
 _PRIVATE = [*range(330, 348), *range(512, 533), _XMP, _IPTC, _PHOTOSHOP, 34675, 37724]
 _MAPS = [33550, 33922, 34264, 34735, 34736, 34737]
-_STRUCTURE = frozenset([*_LAYOUT, *_PRIVATE, *_MAPS, _INTEROP, *_SUB_IFDS])
+_STRUCTURE = frozenset([*_LAYOUT, *_PRIVATE, *_MAPS, INTEROP, *SUB_IFDS])
 _COLOR_SPACES = {True: b"GRAY", False: b"RGB "}  # in the header of an ICC profile, by `gray`
 
 LARGEST = (
@@ -203,39 +202,6 @@ def tiff_tags(metadata: Metadata) -> Image.Exif | None:
     return tags if len(tags) else None
 
 
-def add_tiff_tags(file: IO[bytes], tags: Image.Exif) -> None:
-    """Add tags, also whole directories of them, to the image of a TIFF or BigTIFF file whose pixels are in tiles.
-
-    Its directory is written again, at the end of the file.
-    """
-    file.seek(0)
-    head = file.read(8)
-    large = head[2:4] in (b"+\0", b"\0+")
-    head += file.read(8) if large else b""
-    directory = TiffImagePlugin.ImageFileDirectory_v2(head)
-    file.seek(directory.next)
-    directory.load(file)
-    for tag in [*directory]:
-        _ = directory[tag]  # decodes it: only decoded tags are written
-    for tag in tags:
-        inner = tags.get_ifd(tag) if tag in _SUB_IFDS else None
-        if inner and large:
-            inner = {name: value for name, value in inner.items() if name != _INTEROP}
-        directory[tag] = tags[tag] if inner is None else inner
-    start = file.seek(0, io.SEEK_END)
-    start += -start % 8
-    data = bytearray(directory.tobytes(start))
-    order = "<" if head[:2] == b"II" else ">"
-    if large:  # Pillow gives the offsets of directories 4 bytes
-        for entry in range(8, 8 + 20 * struct.unpack_from(f"{order}Q", data)[0], 20):
-            if struct.unpack_from(f"{order}H", data, entry)[0] in _SUB_IFDS:
-                struct.pack_into(f"{order}H", data, entry + 2, 16)  # LONG8
-    file.seek(start)
-    file.write(data)
-    file.seek(8 if large else 4)
-    file.write(struct.pack(f"{order}{'Q' if large else 'L'}", start))
-
-
 def without_large_chunks(data: bytes) -> tuple[bytes, tuple[str, ...]]:
     """A PNG without the texts and the color profile that are too large for Pillow, and the names of those."""
     names = {b"iCCP": "color profile", b"tEXt": "texts", b"zTXt": "texts", b"iTXt": "texts"}
@@ -277,12 +243,12 @@ def _exif(image: Image.Image) -> tuple[bytes | None, tuple[str, ...]]:
         for tag, value in found.items():
             if tag not in _STRUCTURE:
                 clean[tag] = value
-        for tag in _SUB_IFDS:
+        for tag in SUB_IFDS:
             inner = dict(found.get_ifd(tag))
             for side in _PIXEL_SIDES:
                 inner.pop(side, None)
-            if inner.pop(_INTEROP, None) is not None:
-                inner[_INTEROP] = dict(found.get_ifd(_INTEROP))
+            if inner.pop(INTEROP, None) is not None:
+                inner[INTEROP] = dict(found.get_ifd(INTEROP))
             if inner:
                 clean[tag] = inner
         return (clean.tobytes() if len(clean) else None), ()
@@ -383,7 +349,7 @@ def _with_resolution(metadata: Metadata) -> bytes | None:
     if not metadata.dpi or _X_RESOLUTION in tags:
         return metadata.exif
     # Load the directories: Pillow writes only those that it has seen.
-    for tag in _SUB_IFDS:
+    for tag in SUB_IFDS:
         tags.get_ifd(tag)
     tags[_X_RESOLUTION], tags[_Y_RESOLUTION] = metadata.dpi
     tags[_RESOLUTION_UNIT] = 2

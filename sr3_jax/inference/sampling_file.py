@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sr3_jax.errors import UserError
+from sr3_jax.errors import UserError, printable
 from sr3_jax.files import read_json, sha256_hex, write_text
 from sr3_jax.sampling import Sampling
 from sr3_jax.types import Params
@@ -148,11 +148,11 @@ def find_sampling(
     if os.path.isdir(path) and stored.config == config_fingerprint(config):
         _log.warning(
             "%s was found with %s and is used for %s too; run sr3 search-schedule again after training",
-            file, stored.model, name,
+            file, printable(stored.model), name,
         )  # fmt: skip
         return stored.sampling
     _log.warning(
         "%s was found for other weights (%s) than those of %s and is ignored; run sr3 search-schedule again",
-        file, stored.model, name,
+        file, printable(stored.model), name,
     )  # fmt: skip
     return own
