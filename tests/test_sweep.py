@@ -49,7 +49,7 @@ def test_grid_is_every_combination_with_the_overrides(config):
 
 
 def test_tuples_and_paths_are_values_too(config):
-    (run,) = plan_sweep(config, ["model.multipliers=1", "data.source=folder:/a/b"], [])
+    (run,) = plan_sweep(config, ["model.multipliers=1,", "data.source=folder:/a/b"], [])
     assert run.values == {"model.multipliers": (1,), "data.source": "folder:/a/b"}
     assert Path(run.name).name == run.name
     blocks = ["--config.model.num_blocks=1,1"]
@@ -83,7 +83,7 @@ def test_failing_run_is_named_the_others_go_on_and_a_restart_continues(config, t
     out, err = capfd.readouterr()
     failed, finished = json.loads((workdir / "summary.json").read_text())
     assert f"run {failed['run']} failed with exit code 2" in err
-    assert (failed["status"], failed["step"], failed["eval_psnr"]) == ("started", 0, None)
+    assert (failed["status"], failed["step"], failed["eval_psnr"]) == ("failed", 0, None)
     assert (finished["status"], finished["step"]) == ("finished", 2)
     assert finished["best_eval_psnr"] == finished["eval_psnr"] > 0
     assert "finished" in out and f"{finished['eval_psnr']:.4g}" in out

@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
     index = None if args.index is None else whole("--index", args.index, least=0)
     runs = plan_sweep(args.config, args.grid, args.rest)
     code = 0 if args.list else run_sweep(runs, args.workdir, index=index)
-    print(printable(args.workdir))
-    print(render(summarize(runs, args.workdir)))
+    table = [str(args.workdir), *render(summarize(runs, args.workdir)).splitlines()]
+    print("\n".join(map(printable, table)))
     return code

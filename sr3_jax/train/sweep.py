@@ -24,7 +24,7 @@ from sr3_jax.files import make_folder, parse_json, sha256_hex, write_text
 from sr3_jax.train import experiment
 from sr3_jax.train.metric_writer import read_metrics
 
-FINISHED_FILE = "finished.json"  # in the workdir of a run
+END_FILE = "sweep.json"  # in the workdir of a run: how it ended, and with which config
 SUMMARY_FILES = ("summary.json", "summary.csv")
 _BEST = {"eval_loss": min, "eval_psnr": max, "eval_consistency": min}
 _LONGEST_NAME = 200  # characters; file systems allow 255 bytes
@@ -109,16 +109,16 @@ def run_sweep(runs: Sequence[Run], workdir: Path, *, index: int | None = None) -
     chosen = list(runs) if index is None else [runs[index]]
     failed = []
     for number, run in enumerate(chosen, 1):
-        if _is_finished(run, workdir):
+        if _status(run, workdir) == "finished":
             continue
         print(f"run {number} of {len(chosen)}: {run.name}", flush=True)
         code = _train(run, workdir / run.name, group=workdir.absolute().name)
-        if code == 0:
-            write_text(workdir / run.name / FINISHED_FILE, json.dumps({"config": _hash(run)}) + "\n")
+        stopped = code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP)
+        if not stopped:
+            end = {"config": _hash(run), "exit_code": code}
+            write_text(make_folder(workdir / run.name) / END_FILE, json.dumps(end) + "\n")
         write_summary(runs, workdir)
-        if index is not None:
-            return code
-        if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
+        if stopped or index is not None:
             return code
         if code:
             failed.append(f"run {run.name} failed with exit code {code}")
@@ -133,8 +133,7 @@ def summarize(runs: Sequence[Run], workdir: Path) -> list[dict[str, Any]]:
     for index, run in enumerate(runs):
         logged = read_metrics(workdir / run.name)
         row: dict[str, Any] = {"index": index, "run": run.name, **run.values}
-        started = "started" if (workdir / run.name).is_dir() else "not started"
-        row["status"] = "finished" if _is_finished(run, workdir) else started
+        row["status"] = _status(run, workdir)
         row["step"] = max((line["step"] for line in logged), default=0)
         for name, best in _BEST.items():
             values = [line[name] for line in logged if isinstance(line.get(name), int | float)]
@@ -186,12 +185,15 @@ def _hash(run: Run) -> str:
     return sha256_hex(json.loads(json.dumps(run.config)))
 
 
-def _is_finished(run: Run, workdir: Path) -> bool:
-    """Whether the run has ended with this config; with more steps, for example, it goes on."""
+def _status(run: Run, workdir: Path) -> str:
+    """'finished' or 'failed', where the run has ended with this config; else 'started' or 'not started'."""
     try:
-        return parse_json((workdir / run.name / FINISHED_FILE).read_bytes())["config"] == _hash(run)
+        end = parse_json((workdir / run.name / END_FILE).read_bytes())
+        if end["config"] == _hash(run):  # with more steps, for example, it goes on
+            return "failed" if end["exit_code"] else "finished"
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        pass
+    return "started" if (workdir / run.name).is_dir() else "not started"
 
 
 def _train(run: Run, workdir: Path, *, group: str) -> int:
