@@ -212,7 +212,8 @@ def _convert(function: Callable[..., jax.Array], inputs: Sequence[Any], names: S
         from jax2onnx import to_onnx
     except ImportError as error:
         raise UserError("an ONNX file needs the extra onnx: run pip install 'sr3_jax[onnx]'") from error
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the modules that it meets
+    # It prints the modules that it meets, and its layers rely on the promotion of ranks.
+    with contextlib.redirect_stdout(io.StringIO()), jax.numpy_rank_promotion("allow"):
         return to_onnx(
             function,
             inputs,
@@ -232,10 +233,10 @@ def _check_onnx(content: bytes, model: Model, size: tuple[int, int]) -> None:
     shape = (2, *size, model.network.out_channels)
     inputs = {
         "y_t": generator.standard_normal(shape, np.float32),
-        "gamma": np.float32([0.2, 0.99]),
+        "gamma": np.array([0.2, 0.99], np.float32),
         "upsampled": generator.uniform(-1, 1, shape).astype(np.float32),
         "label": np.array([0, model.network.num_classes], np.int32),
-        "augment": np.float32([0, 0.5]),
+        "augment": np.array([0, 0.5], np.float32),
     }
     taken = {value.name: inputs[value.name] for value in session.get_inputs()}
     (output,) = session.run(None, taken)

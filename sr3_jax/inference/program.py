@@ -35,9 +35,14 @@ if TYPE_CHECKING:
     from sr3_jax.inference.model import Model
 
 _needed: dict[Any, int] = {}  # bytes per device, by the shapes and static values of a program
+_STATIC = (
+    *("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation"),
+    *("back_projection", "cell"),
+)
 
 
-def generate(
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def generate_jit(
     params: Params,
     batch: Batch,
     key: Key,
@@ -116,11 +121,8 @@ def generate(
     return output, jnp.all(jnp.isfinite(image))
 
 
-_STATIC = (
-    *("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation"),
-    *("back_projection", "cell"),
-)
-generate_jit = jax.jit(generate, static_argnames=_STATIC)
+# Without jit, whose cache cannot compare the symbolic sizes of `jax.export`.
+generate: Callable[..., tuple[jax.Array, jax.Array]] = generate_jit.__wrapped__
 
 
 @fixed_numerics()

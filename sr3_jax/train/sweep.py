@@ -60,14 +60,14 @@ def plan_sweep(config: str, grid: Sequence[str], overrides: Sequence[str]) -> li
     """
     axes: dict[tuple[str, str], dict[Any, str]] = {}
     for text in grid:
-        field, equals, values = text.removeprefix("config.").partition("=")
+        field, equals, given = text.removeprefix("config.").partition("=")
         section, dot, name = field.partition(".")
         if not equals or not dot:
             raise UserError(f"--grid={text} must be SECTION.FIELD=A,B, such as optim.learning_rate=1e-4,3e-4")
         if (section, name) in axes:
             raise UserError(f"--grid={text} repeats config.{field}: give all its values in one --grid")
         separator = ";" if isinstance(schema.lookup(section, name).default, tuple) else ","
-        texts = [one.strip() for one in values.split(separator)]
+        texts = [one.strip() for one in given.split(separator)]
         parsed = {schema.parse(section, name, one): one for one in texts}
         if len(parsed) < len(texts):
             raise UserError(f"--grid={text} has the same value twice: remove one")
