@@ -6,6 +6,7 @@ Shape legend: B batch, H x W the images, h x w their low-res images, C channels.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def generate_jit(
 
 
 # Without jit, whose cache cannot compare the symbolic sizes of `jax.export`.
-generate: Callable[..., tuple[jax.Array, jax.Array]] = generate_jit.__wrapped__
+generate: Callable[..., tuple[jax.Array, jax.Array]] = inspect.unwrap(generate_jit)
 
 
 @fixed_numerics()
