@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image as PillowImage
@@ -63,7 +64,8 @@ def _resize_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
     """
     if x.shape[axis] == length:
         return x  # the kernel is 1 at its center and 0 at the other pixels
-    positions, weights = _cubic_taps(x.shape[axis], length)
+    symbolic = jax.export.is_symbolic_dim(x.shape[axis])
+    positions, weights = (_symbolic_taps if symbolic else _cubic_taps)(x.shape[axis], length)
     shape = [1] * x.ndim
     shape[axis] = length
     out_shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
@@ -90,6 +92,34 @@ def _cubic_taps(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
     weights /= weights.sum(axis=0)
     used = np.any(weights != 0.0, axis=1)  # at integer ratios the last tap may be 0 everywhere
     return np.clip(position, 0, length - 1).astype(np.int32)[used], weights.astype(np.float32)[used]
+
+
+def _symbolic_taps(length: Any, new_length: Any) -> tuple[jax.Array, jax.Array]:
+    """`_cubic_taps` for lengths that are symbols of `jax.export`, of which one is a multiple of the other.
+
+    The weights are those of any pixel far from the borders, normalized near them.
+    """
+    grow, shrink = _whole_ratio(new_length, length), _whole_ratio(length, new_length)
+    if grow is None and shrink is None:
+        raise ValueError(f"resizing from {length} to {new_length} needs known sizes")
+    phases, step, middle = grow or 1, shrink or 1, 8  # 8 pixels from a border the kernel is complete
+    positions, weights = _cubic_taps(2 * middle * step, 2 * middle * phases)
+    columns = slice(middle * phases, (middle + 1) * phases)
+    index = jnp.arange(new_length)
+    offset = jnp.asarray(positions[:, columns] - middle * step)[:, index % phases]  # [taps,new_length]
+    weight = jnp.asarray(weights[:, columns])[:, index % phases]
+    position = (index // phases * step)[None] + offset
+    inside = (position >= 0) & (position < length)
+    weight = weight * inside
+    whole = inside.all(axis=0, keepdims=True)
+    return position, jnp.where(whole, weight, weight / weight.sum(axis=0, keepdims=True))
+
+
+def _whole_ratio(length: Any, other: Any) -> int | None:
+    """length / other, of symbols, if it is a whole number."""
+    ratio = length // other
+    known = not jax.export.is_symbolic_dim(ratio) and length == ratio * other
+    return ratio if known and ratio >= 1 else None
 
 
 def degrade(image: jax.Array | np.ndarray, scale: int) -> Image:

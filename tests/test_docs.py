@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,8 @@ import yaml
 
 import sr3_jax
 from sr3_jax import diffusion
+from sr3_jax.cli.main import main
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +47,28 @@ def test_the_solver_of_the_guide_equals_ddim():
         ).image
 
     np.testing.assert_allclose(sample(namespace["euler"]()), sample(diffusion.ddim()), atol=1e-6)
+
+
+def test_the_tutorial_of_a_study_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """At its own size: training, fine-tuning, a user's solver, and another program's images in one table."""
+    page = (ROOT / "docs" / "tutorials" / "research.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with tiny.quick_compilation():
+        for language, title, code in re.findall(r'```(\w+)(?: title="(.*?)")?\n(.*?)```', page, re.DOTALL):
+            if title:
+                Path(title).write_text(code)
+            elif language == "python":
+                exec(code, {})
+            else:
+                command = shlex.split(code.replace("\\\n", ""))
+                assert command[0] == "sr3" and main(command[1:]) == 0, code
+    monkeypatch.delitem(sys.modules, "my_solvers")
+    assert len(list(Path("faces/train").iterdir())) == 16
+    assert list(Path("runs/faces/samples").iterdir())
+    table = Path("out/compare/evaluation.md").read_text()
+    for name in ("photo_4x", "runs/tuned", "lanczos", "churned", "bicubic"):
+        assert name in table
 
 
 @pytest.mark.parametrize(

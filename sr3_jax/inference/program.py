@@ -6,6 +6,7 @@ Shape legend: B batch, H x W the images, h x w their low-res images, C channels.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def generate_jit(
     origins: jax.Array | None,
     *,
     shape: tuple[int, int, int, int],
-    mesh: Mesh,
+    mesh: Mesh | None,
     network: UNet,
     step: SolverStep,
     prediction: Prediction,
@@ -74,7 +75,7 @@ def generate_jit(
         origins: [B,2] positions of the images in larger ones, in cells, for [B] keys: the noise of a pixel then depends
             on its position (`position_noise`). None for noise that depends on the size of the image.
         shape: (B,H,W,C) of the output.
-        mesh: the batch is split over all of it.
+        mesh: the batch is split over all of it; None for one device of any kind.
         step: `Solver.compiled`.
         scale: H / h.
         back_projection: rounds of `back_project`.
@@ -114,9 +115,15 @@ def generate_jit(
     image = samples.image
     if given is not None and back_projection:
         image = back_project(image, given, scale, rounds=back_projection)
-    # Constrain the output too, so that XLA cannot choose another sharding than rows over devices.
-    output = jax.lax.with_sharding_constraint(to_uint8(image), sharding.batch_sharding(mesh))
+    output = to_uint8(image)
+    if mesh is not None:
+        # Constrain the output too, so that XLA cannot choose another sharding than rows over devices.
+        output = jax.lax.with_sharding_constraint(output, sharding.batch_sharding(mesh))
     return output, jnp.all(jnp.isfinite(image))
+
+
+# Without jit, whose cache cannot compare the symbolic sizes of `jax.export`.
+generate: Callable[..., tuple[jax.Array, jax.Array]] = inspect.unwrap(generate_jit)
 
 
 @fixed_numerics()
@@ -175,19 +182,21 @@ def program_arguments(
         None if not strength else jax.device_put(np.float32(strength), everywhere),
         None if origins is None else jax.device_put(origins, rows),
     )
-    settings = {
-        "shape": shape,
-        "mesh": mesh,
+    return arguments, {"shape": shape, "mesh": mesh, **program_settings(model, sampling)}
+
+
+def program_settings(model: Model, sampling: Sampling) -> dict[str, Any]:
+    """The static arguments of `generate`, except for the shape of the output and the mesh."""
+    return {
         "network": model.network,
         "step": sampling.make_solver().compiled,
         "prediction": model.prediction,
         "space": model.space,
         "scale": model.scale,
-        "augmentation": build_augmentation(model.config["data"]) if strength else None,
+        "augmentation": build_augmentation(model.config["data"]) if sampling.augment else None,
         "back_projection": sampling.back_projection,
         "cell": cell_size(stride=model.network.stride, scale=model.scale),
     }
-    return arguments, settings
 
 
 def require_memory(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:

@@ -186,12 +186,12 @@ def position_noise(key: Key, origin: jax.Array, *, shape: tuple[int, ...], cell:
         cell: side of a cell in pixels of the result.
     """
     height, width, channels = shape
-    rows, columns = (jnp.arange(math.ceil(side / cell)) for side in (height, width))
+    rows, columns = (jnp.arange(-(-side // cell)) for side in (height, width))
 
     def one(row: jax.Array, column: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, row), column)
         return jax.random.normal(own, (cell, cell, channels))
 
     cells = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(rows + origin[0], columns + origin[1])
-    whole = cells.swapaxes(1, 2).reshape(len(rows) * cell, len(columns) * cell, channels)
+    whole = cells.swapaxes(1, 2).reshape(rows.shape[0] * cell, columns.shape[0] * cell, channels)
     return whole[:height, :width]

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from sr3_jax.errors import UserError
 from sr3_jax.files import parse_json, read_jsonl
+from sr3_jax.image_io.errors import printable
 from sr3_jax.storage import atomic_write
 
 PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
@@ -206,7 +207,7 @@ class MetricWriter:
         except Exception as error:  # the libraries of others raise anything
             if log not in self._failed:
                 self._failed.add(log)
-                text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+                text = printable(" ".join(str(getattr(error, "strerror", None) or error).split())[:200])
                 self.message(
                     f"{log} of {self.workdir} cannot be written ({text or type(error).__name__}): training goes on "
                     "without it"
