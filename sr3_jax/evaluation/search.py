@@ -122,7 +122,12 @@ def search_schedule(
             f"model {loaded.name} is a regression model, which has no sampling schedule: use a diffusion model"
         )
     own = Sampling(**loaded.config["sampling"])
-    solvers, budgets = list(solvers) or list(SOLVERS), list(nfe) or [own.nfe]
+    solvers = list(solvers) or [
+        name
+        for name, make in SOLVERS.items()
+        if loaded.network.learned_variance or not make().compiled.learned
+    ]
+    budgets = list(nfe) or [own.nfe]
     defaults = {
         (solver, budget): own.override(solver=solver, steps=steps_for(solver, budget))
         for budget in budgets
