@@ -62,6 +62,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "features": ("Networks and statistics that metrics need.", ("sr3_jax.features",)),
     "distributed": ("Meshes, sharding, processes and signals.", ("sr3_jax.distributed",)),
+    "conversion": ("Models from the published weights of others.", ("sr3_jax.conversion",)),
     "planning": ("Memory and FLOPs of a job before it runs.", ("sr3_jax.planning",)),
 }
 

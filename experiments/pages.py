@@ -206,7 +206,8 @@ def write_models(docs: Path) -> None:
     from sr3_jax.inference.loading import load
     from sr3_jax.inference.sampling_file import params_fingerprint
 
-    peers = read_json(docs / "models" / "peers.json")
+    path = docs / "models" / "peers.json"
+    peers = read_json(path) if path.exists() else {}
     cards = []
     for path in sorted((docs / "models").glob("*_evaluations.json")):
         facts = read_json(path.with_name(f"{path.stem.removesuffix('_evaluations')}.json"))
@@ -222,7 +223,7 @@ def write_models(docs: Path) -> None:
         cards.append(_card(facts, evaluations, model, docs) | {"sha256": sha256})
     write_text(
         docs / "models.md",
-        render("models.md", cards=cards, peers=peers | {"tables": _peers_tables(peers["rows"])}),
+        render("models.md", cards=cards, peers=peers | {"tables": _peers_tables(peers.get("rows", []))}),
     )
 
 

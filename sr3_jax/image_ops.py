@@ -7,6 +7,7 @@ B batch, H height, W width, C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from sr3_jax.types import Image
+
+Kernel = Callable[[np.ndarray], np.ndarray]
+"""Weight by distance in pixels of the coarser grid; 0 from a distance of 2 on."""
 
 
 def to_unit(image: jax.Array | np.ndarray) -> Image:
@@ -54,10 +58,15 @@ def resize_bicubic(x: jax.Array | np.ndarray, height: int, width: int) -> Image:
         raise ValueError(f"x must have a float dtype, got {x.dtype}: convert uint8 pixels with to_unit")
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height}x{width}")
-    return _resize_axis(_resize_axis(x.astype(jnp.float32), 1, height), 2, width)
+    return _resize(x, height, width, _cubic)
 
 
-def _resize_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
+def _resize(x: jax.Array | np.ndarray, height: int, width: int, kernel: Kernel) -> Image:
+    x = jnp.asarray(x).astype(jnp.float32)
+    return _resize_axis(_resize_axis(x, 1, height, kernel), 2, width, kernel)
+
+
+def _resize_axis(x: jax.Array, axis: int, length: int, kernel: Kernel) -> jax.Array:
     """Resize one axis as a sum over the taps of the kernel, in memory proportional to the input and the output.
 
     A matrix product would need input length x output length weights: 6 GB for 20,000 pixels at 4x.
@@ -65,7 +74,7 @@ def _resize_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
     if x.shape[axis] == length:
         return x  # the kernel is 1 at its center and 0 at the other pixels
     symbolic = jax.export.is_symbolic_dim(x.shape[axis])
-    positions, weights = (_symbolic_taps if symbolic else _cubic_taps)(x.shape[axis], length)
+    positions, weights = (_symbolic_taps if symbolic else _taps)(x.shape[axis], length, kernel)
     shape = [1] * x.ndim
     shape[axis] = length
     out_shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
@@ -77,25 +86,32 @@ def _resize_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
     return jax.lax.scan(add, jnp.zeros(out_shape, jnp.float32), (positions, weights))[0]
 
 
-def _cubic_taps(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    near = (1.5 * distance - 2.5) * distance**2 + 1.0
+    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
+    return np.where(distance < 1.0, near, np.where(distance < 2.0, far, 0.0))
+
+
+def _linear(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(1.0 - distance, 0.0)
+
+
+def _taps(length: int, new_length: int, kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
     """Positions int32 and weights float32, both [taps,new_length], of a resize of one axis; computed in float64."""
     ratio = length / new_length
     width = max(ratio, 1.0)
     center = (np.arange(new_length) + 0.5) * ratio - 0.5
     first = np.ceil(center - 2.0 * width).astype(np.int64)
     position = first + np.arange(math.floor(4.0 * width) + 1)[:, None]
-    distance = np.abs(position - center) / width
-    near = (1.5 * distance - 2.5) * distance**2 + 1.0
-    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
-    weights = np.where(distance < 1.0, near, np.where(distance < 2.0, far, 0.0))
+    weights = kernel(np.abs(position - center) / width)
     weights = np.where((position >= 0) & (position < length), weights, 0.0)
     weights /= weights.sum(axis=0)
     used = np.any(weights != 0.0, axis=1)  # at integer ratios the last tap may be 0 everywhere
     return np.clip(position, 0, length - 1).astype(np.int32)[used], weights.astype(np.float32)[used]
 
 
-def _symbolic_taps(length: Any, new_length: Any) -> tuple[jax.Array, jax.Array]:
-    """`_cubic_taps` for lengths that are symbols of `jax.export`, of which one is a multiple of the other.
+def _symbolic_taps(length: Any, new_length: Any, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
+    """`_taps` for lengths that are symbols of `jax.export`, of which one is a multiple of the other.
 
     The weights are those of any pixel far from the borders, normalized near them.
     """
@@ -103,7 +119,7 @@ def _symbolic_taps(length: Any, new_length: Any) -> tuple[jax.Array, jax.Array]:
     if grow is None and shrink is None:
         raise ValueError(f"resizing from {length} to {new_length} needs known sizes")
     phases, step, middle = grow or 1, shrink or 1, 8  # 8 pixels from a border the kernel is complete
-    positions, weights = _cubic_taps(2 * middle * step, 2 * middle * phases)
+    positions, weights = _taps(2 * middle * step, 2 * middle * phases, kernel)
     columns = slice(middle * phases, (middle + 1) * phases)
     index = jnp.arange(new_length)
     offset = jnp.asarray(positions[:, columns] - middle * step)[:, index % phases]  # [taps,new_length]
@@ -136,9 +152,15 @@ def degrade(image: jax.Array | np.ndarray, scale: int) -> Image:
     return to_unit(to_uint8(resize_bicubic(image, height // scale, width // scale)))
 
 
-def upsample(low_res: jax.Array | np.ndarray, scale: int) -> Image:
-    """Upsample low-res [B,h,w,C] by bicubic to float32 [B,h*scale,w*scale,C], not clipped: the network's condition."""
+def upsample(low_res: jax.Array | np.ndarray, scale: int, upsampling: str = "bicubic") -> Image:
+    """Upsample low-res [B,h,w,C] to float32 [B,h*scale,w*scale,C], not clipped: the network's condition.
+
+    Args:
+        upsampling: 'bicubic', the paper's, or 'bilinear' with pixel centers at half-integers.
+    """
     height, width = low_res.shape[1:3]
+    if upsampling == "bilinear":
+        return _resize(low_res, height * scale, width * scale, _linear)
     return resize_bicubic(low_res, height * scale, width * scale)
 
 

@@ -157,3 +157,11 @@ def test_back_projection_makes_an_image_consistent_with_its_low_res_image():
     np.testing.assert_allclose(
         image_ops.back_project(consistent, jnp.zeros_like(low_res), 4, rounds=3), 0.0, atol=1e-6
     )
+
+
+def test_bilinear_upsampling_interpolates_between_pixel_centers():
+    low_res = np.random.default_rng(0).uniform(-1, 1, (1, 3, 5, 2)).astype(np.float32)
+    rows, columns = ((np.arange(4 * side) + 0.5) / 4 - 0.5 for side in (3, 5))
+    wanted = np.apply_along_axis(lambda line: np.interp(rows, np.arange(3), line), 1, low_res)
+    wanted = np.apply_along_axis(lambda line: np.interp(columns, np.arange(5), line), 2, wanted)
+    np.testing.assert_allclose(image_ops.upsample(low_res, 4, "bilinear"), wanted, atol=1e-6)

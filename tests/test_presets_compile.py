@@ -18,7 +18,7 @@ from sr3_jax.train.step import jit_train_step, make_train_step
 from tests import tiny
 
 # These have the network of another preset, at another size or on other data.
-LIKE_OTHERS = {"orl_8x", "photos_4x_small", "fashion_8_16", "faces_64_256", "imagenet_64_256"}
+LIKE_OTHERS = {"orl_8x", "photos_4x_small", "fashion_8_16", "faces_64_256", "imagenet_64_256", "adm_128_512"}
 NAMES = [name for name in preset_names() if not name.startswith("cascade_") and name not in LIKE_OTHERS]
 
 
@@ -38,6 +38,7 @@ def reduced(name: str) -> Experiment:
         "multipliers": multipliers,
         "num_blocks": (1,) * levels,
         "head_channels": 0,
+        "norm_groups": 2 if config["model"]["network"] == "adm" else config["model"]["norm_groups"],
     }
     config["model"]["attention_levels"] = (levels - 1,) if attended else ()
     stride = config["model"]["patch"] * 2 ** (levels - 1)

@@ -276,3 +276,25 @@ def test_2m_on_the_log_snr_grid_is_ten_times_as_accurate_as_ddim_on_the_uniform_
 def test_halving_the_step_shows_the_order(solver, spacing, order, flow):
     errors = np.array([error(images(solver, steps, spacing), flow) for steps in (40, 80, 160)])
     np.testing.assert_allclose(np.log2(errors[:-1] / errors[1:]), [order, order], atol=0.15)
+
+
+# --- learned variance
+
+
+@pytest.mark.parametrize("v", [0.0, 0.3, 1.0])
+def test_a_learned_variance_that_is_constant_is_that_of_the_ancestral_solver(v):
+    grid = respace(TRAINING, 6)
+    options = {"shape": (1, 8, 8, 1), "schedule": grid, "space": UNCLIPPED}
+
+    def learned(y, gamma, cond):
+        return jnp.concatenate([0.5 * y, jnp.full_like(y, 2 * v - 1)], axis=-1)
+
+    def run(denoiser, solver):
+        return sample(denoiser, jax.random.key(0), {}, solver=solver, **options).image
+
+    found = run(learned, solvers.ancestral_learned())
+    np.testing.assert_allclose(found, run(lambda y, *_: 0.5 * y, solvers.ancestral(v)), atol=1e-5)
+    # The other solvers read the first half only.
+    np.testing.assert_array_equal(run(learned, solvers.ddim()), run(lambda y, *_: 0.5 * y, solvers.ddim()))
+    with pytest.raises(ValueError, match="2C"):
+        run(lambda y, *_: 0.5 * y, solvers.ancestral_learned())

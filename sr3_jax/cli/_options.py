@@ -1,6 +1,7 @@
 """Option values of the commands: numbers with ranges, comma-separated lists, one value per stage.
 
-`count`, `seed`, `percent`, `positive`, `counts` and `names` are argparse types; the others raise `UserError`.
+`count`, `class_label`, `seed`, `percent`, `positive`, `counts` and `names` are argparse types; the others raise
+`UserError`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,7 +24,8 @@ def add_config_argument(parser: argparse.ArgumentParser, *, help_of: str = "") -
         "--config",
         required=True,
         metavar="NAME_OR_FILE",
-        help="a preset (`sr3 configs` lists them) or a Python file with get_config(); may end in :ARGUMENT",
+        help="a preset (`sr3 configs` lists them), a Python file with get_config(), which may end in :ARGUMENT, or a "
+        ".safetensors model",
     )
     if help_of:
         parser.epilog = f"Override fields with --config.SECTION.FIELD=VALUE; `{help_of} --help` lists them."
@@ -35,6 +37,13 @@ def add_config_argument(parser: argparse.ArgumentParser, *, help_of: str = "") -
         "--config.SECTION.FIELD for true. The values below are the defaults; `sr3 configs NAME` prints those of a\n"
         f"preset.\n\n{schema.render_text()}"
     )
+
+
+def config_source(text: str) -> Any:
+    """What `load_config` takes for a value of --config: the config that a .safetensors model stores, else the text."""
+    from sr3_jax.train.weights import locate_model, read_export_config
+
+    return read_export_config(locate_model(text)) if text.endswith(".safetensors") else text
 
 
 def count(text: str) -> int:
@@ -50,6 +59,14 @@ def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is out of range: a seed is from 0 to {2**32 - 1}")
+    return value
+
+
+def class_label(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is too small: labels start at 0")
     return value
 
 
@@ -89,7 +106,8 @@ def names(text: str) -> list[str]:
 
 
 # The names in error messages.
-count.__name__, seed.__name__, percent.__name__, positive.__name__ = "integer", "integer", "integer", "number"
+count.__name__ = class_label.__name__ = seed.__name__ = percent.__name__ = "integer"
+positive.__name__ = "number"
 counts.__name__, names.__name__ = "list of integers", "list of names"
 
 

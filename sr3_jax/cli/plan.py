@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sr3_jax.cli._options import add_config_argument, local_path
+from sr3_jax.cli._options import add_config_argument, config_source, local_path
 
 PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
 LINE_EVERY = 30.0  # seconds between progress lines where stderr is not a terminal
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.train.experiment import read
 
     topology = parse(args.topology)
-    experiment = read(load_config(args.config, args.rest))
+    experiment = read(load_config(config_source(args.config), args.rest))
     found = plan(
         experiment,
         topology,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from sr3_jax.cli._options import add_config_argument, local_path
+from sr3_jax.cli._options import add_config_argument, config_source, local_path
 
 PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
 
@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.train.experiment import read
     from sr3_jax.train.loop import train
 
-    configs = load_cascade(args.config, args.rest)
+    source = config_source(args.config)
+    configs = load_cascade(source, args.rest)
     if not configs:
-        experiment = read(load_config(args.config, args.rest))
+        experiment = read(load_config(source, args.rest))
         start_processes()
         return _leave(train(experiment, args.workdir))
     experiments = [read(config) for config in configs]  # check all stages before training the first

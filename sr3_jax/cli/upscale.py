@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sr3_jax.cli._options import count, local_path, percent, positive, seed
+from sr3_jax.cli._options import class_label, count, local_path, percent, positive, seed
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import OUTPUT_FORMATS
 
@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--solver",
         metavar="NAME",
         help="ancestral, ddpm, ddim, dpmpp_2m, heun or MODULE:FUNCTION (default: the model's own)",
+    )
+    parser.add_argument(
+        "--label", type=class_label, metavar="N", help="class of the images, for class-conditional models"
     )
     parser.add_argument(
         "--denoise", type=float, metavar="T",
@@ -125,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         model = loading.load(args.model)
         if args.dtype:
             model = model.with_dtype(args.dtype)
+        model = dataclasses.replace(model, label=args.label)
         sampling = model.sampling.override(steps=args.steps, solver=args.solver)
         if args.denoise is not None:
             sampling = dataclasses.replace(sampling, augment=args.denoise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.config.fields import REGRESSION
+from sr3_jax.config.fields import REGRESSION, SECTIONS
 from sr3_jax.config.schema import check_ranges, invalid
 from sr3_jax.degradations import ConditioningAugmentation, Degradation, DegradationRound
 from sr3_jax.diffusion import schedule as schedules
@@ -19,10 +20,13 @@ from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.solvers import make_solver
 from sr3_jax.diffusion.space import Space
 from sr3_jax.errors import UserError
-from sr3_jax.nn.unet import UNet
+from sr3_jax.nn.adm_unet import AdmUNet
+from sr3_jax.nn.sr3_port_unet import Sr3PortUNet
+from sr3_jax.nn.unet import Network, UNet
 from sr3_jax.types import Conditioning, Key, Params
 
 LARGEST_WIDTH = 16_384  # channels of a level
+NETWORKS: Mapping[str, type[Network]] = {"unet": UNet, "adm": AdmUNet, "sr3_port": Sr3PortUNet}
 
 Config = Mapping[str, Mapping[str, Any]]  # complete: every section and field of `fields.SECTIONS`
 
@@ -42,13 +46,18 @@ class Stage:
     scale: int | None
 
 
-def build_network(section: Mapping[str, Any]) -> UNet:
+def build_network(section: Mapping[str, Any]) -> Network:
     """The network of a `model` section.
 
     Raises:
-        UserError: the fields do not fit each other.
+        UserError: the fields do not fit each other, or the network does not have one of them.
     """
-    network = UNet(**section)
+    kind = section["network"]
+    known = {field.name for field in dataclasses.fields(NETWORKS[kind])}
+    for name, field in SECTIONS["model"].fields.items():
+        if name not in known | {"network"} and section[name] != field.default:
+            invalid("model", name, section[name], f"be {field.default!r} if config.model.network is {kind}")
+    network = NETWORKS[kind](**{name: value for name, value in section.items() if name in known})
     _check_network(network)
     return network
 
@@ -91,7 +100,7 @@ def build_augmentation(section: Mapping[str, Any]) -> ConditioningAugmentation |
     return ConditioningAugmentation(section["augment"], section["augment_largest"], section["augment_share"])
 
 
-def init_params(network: UNet, key: Key) -> Params:
+def init_params(network: Network, key: Key) -> Params:
     """New parameters of a network, from the smallest input that it accepts."""
     image = jnp.zeros((1, network.stride, network.stride, network.out_channels))
     cond: Conditioning = {"upsampled": image} if network.low_res else {}
@@ -107,7 +116,7 @@ def count_parameters(config: Config) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def check_params(network: UNet, params: Params, name: str) -> None:
+def check_params(network: Network, params: Params, name: str) -> None:
     """Check that parameters have the structure and shapes of a network.
 
     Args:
@@ -147,10 +156,15 @@ def check_config(config: Config) -> None:
     prediction = config["diffusion"]["prediction"]
     if config["model"]["output_skip"] and prediction != "y0":
         invalid("diffusion", "prediction", prediction, "be y0 if config.model.output_skip is above 0")
+    if config["model"]["learned_variance"]:
+        invalid("model", "learned_variance", True, "be false for training: convert with --variance drop")
     try:
-        make_solver(config["sampling"]["solver"])
+        solver = make_solver(config["sampling"]["solver"])
     except ValueError as error:
         raise UserError(f"config.sampling.solver cannot be used: {error}") from None
+    if solver.compiled.learned:
+        rule = "be another solver if config.model.learned_variance is false"
+        invalid("sampling", "solver", config["sampling"]["solver"], rule)
     if config["model"]["regression"]:
         for (section, name), value in REGRESSION.items():
             if config[section][name] != value:
@@ -192,6 +206,8 @@ def _check_stage(config: Config) -> None:
         invalid("model", "augment", True, "be false if config.data.augment is none")
     if data["label_dropout"] and not model["num_classes"]:
         invalid("data", "label_dropout", data["label_dropout"], "be 0 if config.model.num_classes is 0")
+    if data["label_dropout"] and model["network"] == "adm":
+        invalid("data", "label_dropout", data["label_dropout"], "be 0 if config.model.network is adm")
 
 
 def _check_pairs(config: Config) -> None:
@@ -214,7 +230,7 @@ def _check_pairs(config: Config) -> None:
         invalid("data", "degradation", data["degradation"], rule)
 
 
-def _check_network(network: UNet) -> None:
+def _check_network(network: Network) -> None:
     levels = len(network.multipliers)
     if levels == 0 or min(network.multipliers) < 1:
         invalid(
@@ -238,3 +254,11 @@ def _check_network(network: UNet) -> None:
     if heads and any(network.channels * multiplier % heads for multiplier in attended):
         rule = "be 0 (one head) or divide the channels of each level with attention"
         invalid("model", "head_channels", heads, rule)
+    if isinstance(network, UNet):
+        return
+    if any(network.channels * multiplier % network.norm_groups for multiplier in (1, *network.multipliers)):
+        rule = "divide config.model.channels and the channels of each level"
+        invalid("model", "norm_groups", network.norm_groups, rule)
+    count = network.heads if isinstance(network, AdmUNet) and not heads else 1
+    if any(network.channels * multiplier % count for multiplier in attended):
+        invalid("model", "heads", count, "divide the channels of each level with attention")

@@ -168,6 +168,13 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
         "model": Section(
             "The U-Net.",
             {
+                "network": Field(
+                    default="unet",
+                    choices=("unet", "adm", "sr3_port"),
+                    fixed=True,
+                    help="This package's U-Net, or one whose weights `sr3 convert` reads: the upsamplers of "
+                    "guided-diffusion (adm), or the PyTorch port of SR3 by Janspiry (sr3_port).",
+                ),
                 "channels": Field(
                     default=128, least=4, most=4096, fixed=True, help="Channels of level 0; a multiple of 4."
                 ),
@@ -204,6 +211,32 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     most=4096,
                     fixed=True,
                     help="Channels of an attention head; 0 for a single head.",
+                ),
+                "heads": Field(
+                    default=1,
+                    least=1,
+                    most=256,
+                    fixed=True,
+                    help="Attention heads of `adm`, if `head_channels` is 0.",
+                ),
+                "norm_groups": Field(
+                    default=32,
+                    least=1,
+                    most=4096,
+                    fixed=True,
+                    help="Groups of the group normalization of `adm` and `sr3_port`.",
+                ),
+                "timesteps": Field(
+                    default=1000,
+                    least=100,
+                    most=100_000,
+                    fixed=True,
+                    help="Steps T of the linear schedule by which `adm` knows a noise level: step t = 0..T-1.",
+                ),
+                "learned_variance": Field(
+                    default=False,
+                    fixed=True,
+                    help="`adm` predicts its variance too, for solver ancestral_learned; it cannot be trained then.",
                 ),
                 "layout": Field(
                     default="biggan",
@@ -356,8 +389,8 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     choices=_solvers,
                     or_function=True,
                     help="Solver: ancestral, ddpm (the paper's: ancestral with more noise), ddim, dpmpp_2m "
-                    "(DPM-Solver++(2M)), heun, or one of yours; unless given, it is ancestral if the network "
-                    "predicts eps.",
+                    "(DPM-Solver++(2M)), heun, ancestral_learned (with the variance that the network predicts), or "
+                    "one of yours; unless given, it is ancestral if the network predicts eps.",
                 ),
                 "steps": Field(default=25, least=1, most=100_000, help="Number of sampling steps."),
                 "back_projection": Field(
@@ -404,6 +437,12 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     most=64,
                     fixed=True,
                     help="Super-resolution factor; 1 if `model.low_res` is false.",
+                ),
+                "upsampling": Field(
+                    default="bicubic",
+                    choices=("bicubic", "bilinear"),
+                    fixed=True,
+                    help="How the low-res image is enlarged for the network.",
                 ),
                 "label_dropout": Field(
                     default=0.0,

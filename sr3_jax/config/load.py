@@ -48,19 +48,19 @@ def preset_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_")
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The complete config of a preset or a config file.
 
     Args:
         source: the name of a preset, or the path of a Python file that defines `get_config()`; either may be followed
-            by ':ARGUMENT', which is passed to `get_config`.
+            by ':ARGUMENT', which is passed to `get_config`. Or the config itself, as a model stores it.
         overrides: command-line options: '--config.SECTION.FIELD=VALUE', or the same with VALUE as the next item, or
             '--config.SECTION.FIELD' for true.
 
     Raises:
         UserError: no such preset or file, it does not load, an unknown field, a value of the wrong type or range.
     """
-    given, _ = _get_config(str(source))
+    given = _plain(source) if isinstance(source, Mapping) else _get_config(str(source))[0]
     if "stages" in given:
         names = ", ".join(map(str, given["stages"]))
         raise UserError(f"--config={source} is a cascade; use the config of one of its stages: {names}")
@@ -79,7 +79,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     return config
 
 
-def load_cascade(source: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+def load_cascade(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The configs of the stages of a cascade in order, each with the overrides; [] if `source` is a single config.
 
     A cascade's `get_config()` returns {'stages': (...)}: names of presets, or files next to it.
@@ -87,6 +89,8 @@ def load_cascade(source: str | Path, overrides: Sequence[str] = ()) -> list[dict
     Raises:
         UserError: as `load_config`; or the names of the stages are not distinct names of folders.
     """
+    if isinstance(source, Mapping):
+        return []
     given, folder = _get_config(str(source))
     stages = [str(stage) for stage in given.get("stages", ())]
     files = [str(folder / stage) if ".py" in stage else stage for stage in stages]

@@ -44,7 +44,8 @@ def sample(
     Pure and traceable: wrap it in `jax.jit` with `out_shardings`, so that each device computes its part of the batch.
 
     Args:
-        denoiser: the network; it predicts `prediction`.
+        denoiser: the network; it predicts `prediction`, and perhaps its variance in a second half of the channels,
+            which only `ancestral_learned` reads.
         key: one key for the batch, or [B] keys, which make each example independent of the rest of its batch.
         cond: conditioning, passed through to the network.
         shape: (B,H,W,C) of the images.
@@ -58,7 +59,8 @@ def sample(
         The images. Where the network's output is not finite, infinite included, they are NaN.
 
     Raises:
-        ValueError: `key` is neither one key nor one per example; `snapshots` is negative or above N.
+        ValueError: `key` is neither one key nor one per example; `snapshots` is negative or above N; the solver needs a
+            variance that the network does not predict.
     """
     return sample_with_coefficients(
         denoiser,
@@ -100,13 +102,19 @@ def sample_with_coefficients(
     if not 0 <= snapshots <= num_steps:
         raise ValueError(f"snapshots must be from 0 to the {num_steps} steps, got {snapshots}")
 
-    def denoise(y: jax.Array, gamma: jax.Array) -> jax.Array:
+    def denoise(y: jax.Array, gamma: jax.Array) -> Any:
         level = jnp.full((batch_size,), gamma)
-        y0_hat = to_y0(denoiser(y, level, cond), y, level, prediction)
+        output, *variance = _halves(denoiser(y, level, cond), shape[-1])
+        y0_hat = to_y0(output, y, level, prediction)
         # Clipping would turn an infinite output into a valid image; NaN survives it, and callers can check for it.
         y0_hat = jnp.where(jnp.isfinite(y0_hat), y0_hat, jnp.nan)
         # Inside Heun's method gamma is 1 only in the branch that is not taken.
-        return space.clip(y0_hat, cond)
+        clipped = space.clip(y0_hat, cond)
+        if not step.learned:
+            return clipped
+        if not variance:
+            raise ValueError("the solver needs a denoiser that predicts its variance too, in 2C channels")
+        return clipped, (variance[0] + 1.0) / 2.0
 
     def normal(keys: Key) -> jax.Array:
         if noise is not None:
@@ -134,6 +142,11 @@ def sample_with_coefficients(
     carry = Carry(y_start, step.init(y_start))
     (carry, kept), _ = jax.lax.scan(body, (carry, kept), rows)
     return Samples(jnp.clip(space.decode(carry.y, cond), -1.0, 1.0), kept)
+
+
+def _halves(output: jax.Array, channels: int) -> list[jax.Array]:
+    """The prediction, and the variance where the network has twice the image's channels."""
+    return jnp.split(output, 2, axis=-1) if output.shape[-1] == 2 * channels else [output]
 
 
 def split(key: Key) -> tuple[Key, Key]:

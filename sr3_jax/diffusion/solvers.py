@@ -20,8 +20,8 @@ import numpy as np
 
 from sr3_jax.diffusion.schedule import NoiseSchedule, Spacing, log_snr64
 
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
-"""(y [B,H,W,C], gamma scalar) -> the clipped estimate of y0 [B,H,W,C]."""
+Denoise = Callable[[jax.Array, jax.Array], Any]
+"""(y [B,H,W,C], gamma scalar) -> the clipped estimate of y0 [B,H,W,C]; a pair of it and v if `SolverStep.learned`."""
 
 
 class Carry(NamedTuple):
@@ -39,11 +39,14 @@ class SolverStep(NamedTuple):
         step: (denoise, carry, z, row) -> carry; z is fresh unit noise [B,H,W,C], None for a deterministic solver; row
             is one row of the coefficients.
         stochastic: whether `step` reads z.
+        learned: whether `step` needs the network's own variance: `denoise` then returns (y0, v), v [B,H,W,C] as in
+            `ancestral_learned`.
     """
 
     init: Callable[[jax.Array], Any]
     step: Callable[[Denoise, Carry, jax.Array | None, Any], Carry]
     stochastic: bool
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,41 @@ def ancestral(variance: float = 0.5) -> Solver:
 def ddpm() -> Solver:
     """The paper's sampler (Algorithm 2): ancestral with variance 1 - alpha_t. It needs hundreds of steps."""
     return ancestral(variance=1.0)
+
+
+class LearnedRow(NamedTuple):
+    """y_s = from_y0 * y0_hat + from_y * y_t + noise * exp(narrowing * (1 - v)) * z."""
+
+    gamma: jax.Array
+    from_y0: jax.Array
+    from_y: jax.Array
+    noise: jax.Array
+    narrowing: jax.Array
+
+
+def _learned_step(denoise: Denoise, carry: Carry, z: jax.Array | None, row: LearnedRow) -> Carry:
+    assert z is not None
+    y0_hat, v = denoise(carry.y, row.gamma)
+    noise = row.noise * jnp.exp(row.narrowing * (1.0 - v)) * z
+    return Carry(row.from_y0 * y0_hat + row.from_y * carry.y + noise, carry.memory)
+
+
+def ancestral_learned() -> Solver:
+    """`ancestral` with a variance v of each pixel that the network predicts (Nichol and Dhariwal 2021, Eq. 15).
+
+    For networks with 2C output channels, whose second half is 2v - 1. v is not clipped, as in training.
+    """
+
+    def coefficients(schedule: NoiseSchedule) -> LearnedRow:
+        gamma_t, gamma_s = _levels(schedule)
+        ratio = (1 - gamma_s) / (1 - gamma_t)  # posterior variance / beta; the last step adds no noise
+        narrowing = np.log(np.where(gamma_s == 1.0, 1.0, ratio)) / 2
+        row: LinearRow = ancestral(1.0).coefficients(schedule)
+        return LearnedRow(*row, narrowing=jnp.asarray(narrowing, jnp.float32))
+
+    return Solver(
+        coefficients, SolverStep(_no_memory, _learned_step, stochastic=True, learned=True), spacing="uniform"
+    )
 
 
 def ddim(eta: float = 0.0) -> Solver:
@@ -233,6 +271,7 @@ SOLVERS: Mapping[str, Callable[..., Solver]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
     "heun": heun,
+    "ancestral_learned": ancestral_learned,
 }
 """Solvers by name: the one registry that the command line, configs and the schedule search read."""
 

@@ -130,7 +130,12 @@ def search_schedule(
         raise UserError(f"degradation must be one of {', '.join(PRESETS)}, got {degradation!r}")
     guarded = guarded and degradation == "clean"
     own = Sampling(**loaded.config["sampling"])
-    solvers, budgets = list(solvers) or list(SOLVERS), list(nfe) or [own.nfe]
+    solvers = list(solvers) or [
+        name
+        for name, make in SOLVERS.items()
+        if loaded.network.learned_variance or not make().compiled.learned
+    ]
+    budgets = list(nfe) or [own.nfe]
     defaults = {
         (solver, budget): own.override(solver=solver, steps=steps_for(solver, budget))
         for budget in budgets

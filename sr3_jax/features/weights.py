@@ -40,9 +40,7 @@ def read_file(path: Path) -> tuple[bytes, str]:
     """A file's bytes and their SHA-256 in hex. UserError if the file cannot be read or is over 2 GiB."""
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise UserError(
-                f"{path} is over 2 GiB, too large for a metric's weights: use the file of the weights only"
-            )
+            raise UserError(f"{path} is over 2 GiB, too large to read: use a file that contains only weights")
         content = path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)

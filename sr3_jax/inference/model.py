@@ -37,7 +37,7 @@ from sr3_jax.inference.batching import BatchRunner, upscale_each
 from sr3_jax.inference.program import generate_jit, program_arguments, run_program
 from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, tile_image
 from sr3_jax.inference.upscaling import seed_keys
-from sr3_jax.nn.unet import UNet, apply_unet
+from sr3_jax.nn.unet import Network, apply_unet
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
 from sr3_jax.types import Denoiser, Key, Params
@@ -57,10 +57,11 @@ class Model:
         scale: s, the super-resolution factor; 1 for an unconditional model.
         sampling: the settings used where none are given: those stored next to the model, else its config's.
         config: the config it was trained with, as plain values.
+        label: the class of every image for which no label is given; None for none.
     """
 
     name: str
-    network: UNet
+    network: Network
     params: Params
     schedule: NoiseSchedule
     space: Space
@@ -68,6 +69,7 @@ class Model:
     scale: int
     sampling: Sampling
     config: Mapping[str, Any]
+    label: int | None = None
     _copies: dict[Mesh, Params] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
@@ -382,6 +384,11 @@ class Model:
         self.label_array(labels, count)
         sampling.grid(self.schedule)
         guidance, strength = sampling.guidance, sampling.augment
+        if sampling.make_solver().compiled.learned and not self.network.learned_variance:
+            raise UserError(
+                f"solver {sampling.solver} needs a model that predicts its variance, which {self.name} does not: use "
+                "solver ancestral"
+            )
         if guidance != 1 and not (self.network.num_classes and self.config["data"]["label_dropout"]):
             raise UserError(
                 f"guidance={guidance:g} needs a model trained with config.data.label_dropout above 0, which "
@@ -406,14 +413,16 @@ class Model:
         """
         classes = self.network.num_classes
         if not classes:
-            if labels is not None:
+            if labels is not None or self.label is not None:
                 raise UserError(f"model {self.name} was trained without labels: omit labels")
             return None
+        if labels is None and self.label is not None:
+            labels = np.full(count, self.label)
         if labels is None:
             if not self.config["data"]["label_dropout"]:
                 raise UserError(
                     f"model {self.name} is class-conditional and was trained without label dropout: give the label of "
-                    f"each image, 0 to {classes - 1}"
+                    f"each image, 0 to {classes - 1} (--label or --labels)"
                 )
             return np.full(count, classes, np.int32)
         labels = np.asarray(labels)

@@ -26,7 +26,7 @@ from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.image_ops import back_project, to_uint8, to_unit
 from sr3_jax.inference.tiling import cell_size, position_noise
-from sr3_jax.nn.unet import UNet, apply_unet
+from sr3_jax.nn.unet import Network, apply_unet
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.examples import Batch, condition
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _needed: dict[Any, int] = {}  # bytes per device, by the shapes and static values of a program
 _STATIC = (
     *("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation"),
-    *("back_projection", "cell"),
+    *("upsampling", "back_projection", "cell"),
 )
 
 
@@ -54,12 +54,13 @@ def generate_jit(
     *,
     shape: tuple[int, int, int, int],
     mesh: Mesh | None,
-    network: UNet,
+    network: Network,
     step: SolverStep,
     prediction: Prediction,
     space: Space,
     scale: int,
     augmentation: ConditioningAugmentation | None,
+    upsampling: str,
     back_projection: int,
     cell: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -78,6 +79,7 @@ def generate_jit(
         mesh: the batch is split over all of it; None for one device of any kind.
         step: `Solver.compiled`.
         scale: H / h.
+        upsampling: of the low-res image, as in `image_ops.upsample`.
         back_projection: rounds of `back_project`.
         cell: side of a cell in low-res pixels.
 
@@ -97,7 +99,7 @@ def generate_jit(
         levels = jnp.full(shape[:1], strength)
         key, augment_key = split(key)
         low_res = augmentation.apply(augment_key, low_res, levels, normal=positioned(low_res.shape[1:], cell))
-    cond = condition(low_res, scale, batch.get("label"), levels)
+    cond = condition(low_res, scale, batch.get("label"), levels, upsampling=upsampling)
     denoiser: Denoiser = functools.partial(apply_unet, network, params)
     if guidance is not None:
         denoiser = guided(denoiser, guidance=guidance, no_label=network.num_classes)
@@ -194,6 +196,7 @@ def program_settings(model: Model, sampling: Sampling) -> dict[str, Any]:
         "space": model.space,
         "scale": model.scale,
         "augmentation": build_augmentation(model.config["data"]) if sampling.augment else None,
+        "upsampling": model.config["data"]["upsampling"],
         "back_projection": sampling.back_projection,
         "cell": cell_size(stride=model.network.stride, scale=model.scale),
     }

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sr3_jax.config.schema import lookup
 from sr3_jax.errors import UserError, printable
 from sr3_jax.files import read_json, sha256_hex, write_text
 from sr3_jax.sampling import Sampling
@@ -25,6 +26,8 @@ from sr3_jax.types import Params
 _log = logging.getLogger("sr3_jax")
 FORMAT = "sr3_jax.sampling.2"
 FILE = "sampling.json"
+# Fields that fingerprints of older versions lack; at their defaults they must not change a fingerprint.
+_LATER = ("network", "heads", "norm_groups", "timesteps", "learned_variance")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,15 @@ def params_fingerprint(params: Params) -> str:
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
     """SHA-256 of the config fields that determine the network and its noise: the same for all steps of a run."""
-    return sha256_hex(
-        {name: config[name] for name in ("model", "diffusion")} | {"scale": config["data"]["scale"]}
-    )
+    values = {name: config[name] for name in ("model", "diffusion")} | {"scale": config["data"]["scale"]}
+    values["model"] = {
+        name: value
+        for name, value in config["model"].items()
+        if name not in _LATER or value != lookup("model", name).default
+    }
+    if config["data"]["upsampling"] != "bicubic":
+        values["upsampling"] = config["data"]["upsampling"]
+    return sha256_hex(values)
 
 
 def sampling_path(model: Path) -> Path:

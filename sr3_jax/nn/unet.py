@@ -6,7 +6,7 @@ Shape legend: B batch, H height, W width, C channels. Level i has 1 / (patch * 2
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import flax.linen as nn
 import jax
@@ -25,13 +25,19 @@ from sr3_jax.nn.blocks import (
 )
 from sr3_jax.types import Conditioning, Image, Key, NoiseLevel, Params
 
+if TYPE_CHECKING:
+    from sr3_jax.nn.adm_unet import AdmUNet
+    from sr3_jax.nn.sr3_port_unet import Sr3PortUNet
+
+Network: TypeAlias = "UNet | AdmUNet | Sr3PortUNet"
+
 
 def _is_matmul_or_conv(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive in (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
 
 
 def apply_unet(
-    network: UNet,
+    network: Network,
     params: Params,
     y_t: Image,
     gamma: NoiseLevel,
@@ -102,6 +108,7 @@ class UNet(nn.Module):
     output_skip: float = 0.0
     dtype: str = "float32"
     out_channels: int = 3
+    learned_variance = False  # of all networks, only `AdmUNet` can predict it
 
     @property
     def stride(self) -> int:

@@ -29,6 +29,7 @@ class Task:
         num_classes: number of labels; label `num_classes` means "no label".
         label_dropout: fraction of the training examples whose label becomes "no label", as classifier-free guidance
             needs it (Ho and Salimans 2021).
+        upsampling: of the low-res image for the network, as in `image_ops.upsample`.
     """
 
     scale: int | None
@@ -37,6 +38,7 @@ class Task:
     augmentation: ConditioningAugmentation | None = None
     num_classes: int = 0
     label_dropout: float = 0.0
+    upsampling: str = "bicubic"
 
     @property
     def random(self) -> bool:
@@ -70,6 +72,8 @@ def condition(
     scale: int | None,
     label: jax.Array | None = None,
     strength: jax.Array | None = None,
+    *,
+    upsampling: str = "bicubic",
 ) -> Conditioning:
     """The condition of the network.
 
@@ -77,10 +81,11 @@ def condition(
         low_res: [B,h,w,C] in [-1,1], which is upsampled to [B,s*h,s*w,C].
         label: [B] int32.
         strength: [B] of the conditioning augmentation.
+        upsampling: as in `image_ops.upsample`.
     """
     cond: dict[str, jax.Array] = {}
     if low_res is not None and scale is not None:
-        cond["upsampled"] = upsample(low_res, scale)
+        cond["upsampled"] = upsample(low_res, scale, upsampling)
     if label is not None:
         cond["label"] = label
     if strength is not None:
@@ -113,4 +118,4 @@ def make_pair(
         if task.label_dropout > 0 and label is not None:
             dropped = jax.random.bernoulli(label_key, task.label_dropout, label.shape)
             label = jnp.where(dropped, task.num_classes, label)
-    return target, condition(low_res, task.scale, label, strength)
+    return target, condition(low_res, task.scale, label, strength, upsampling=task.upsampling)

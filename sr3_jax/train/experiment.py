@@ -84,6 +84,7 @@ def read(given: ConfigDict | FrozenConfigDict | Mapping[str, Any]) -> Experiment
             augmentation=build.build_augmentation(data),
             num_classes=model["num_classes"],
             label_dropout=data["label_dropout"],
+            upsampling=data["upsampling"],
         ),
     )
     return Experiment(config, objective)

@@ -83,7 +83,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
         repeated = jnp.arange(len(image)) % rows
         # Example i has the same degradation in every evaluation and every run.
         low_res = task.low_res(batch, image, jax.random.split(jax.random.key(0), rows)[repeated])
-        cond = condition(low_res, task.scale, batch.get("label"))
+        cond = condition(low_res, task.scale, batch.get("label"), upsampling=task.upsampling)
         output = to_uint8(
             sample(
                 functools.partial(apply_unet, network, params),

@@ -20,7 +20,7 @@ from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed.sharding import replicated
-from sr3_jax.nn.unet import UNet, apply_unet
+from sr3_jax.nn.unet import Network, apply_unet
 from sr3_jax.train.examples import Batch, Task, make_pair
 from sr3_jax.train.state import TrainState, update_ema
 from sr3_jax.types import Image, Key, NoiseLevel, Params
@@ -40,7 +40,7 @@ class Objective:
         task: how a training example is made from a crop.
     """
 
-    network: UNet
+    network: Network
     schedule: NoiseSchedule
     space: Space
     prediction: Prediction
