@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from experiments import figures, findings, plans, tables
+from experiments import figures, findings, plans, solver_by_prediction, tables
 from experiments.collect import catalog
 from experiments.tables import DOCS, ROOT, read_json
 from sr3_jax.errors import UserError
@@ -75,7 +75,14 @@ def write_results(docs: Path) -> None:
             one["differences"].assign(experiment=one["key"]) for one in experiments if one["result"] == name
         ]
         _write_csv(pd.concat(shown), docs / "results" / f"{name}_differences.csv", first="experiment")
-    page = render("results.md", experiments=experiments, verdicts=_verdict_table(experiments))
+    by_prediction = read_json(docs / "results" / "solver_by_prediction.json")
+    by_prediction["table"] = solver_by_prediction.table(by_prediction)
+    page = render(
+        "results.md",
+        experiments=experiments,
+        verdicts=_verdict_table(experiments),
+        by_prediction=by_prediction,
+    )
     write_text(docs / "results.md", page)
 
 
