@@ -44,11 +44,9 @@ class AdmUNet(nn.Module):
     """Predicts eps (or y0), and perhaps its variance, from a noisy image, its noise level and the condition.
 
     It differs from `unet.UNet` in its layout 'biggan' by unscaled residual sums, by groups of any size, and by an input
-    that is the step of a discrete schedule (`timestep`).
+    that is the step of a discrete schedule (`timestep`). Fields that are not listed are as in `unet.UNet`.
 
     Attributes:
-        channels, multipliers, num_blocks, attention_levels, head_channels, film, dropout, remat, low_res, dtype,
-            out_channels: as in `unet.UNet`.
         heads: number of attention heads where `head_channels` is 0.
         num_classes: number of labels, 0 for none; there is no label for "no label".
         timesteps: T of the schedule.
