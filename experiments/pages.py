@@ -75,8 +75,10 @@ def write_results(docs: Path) -> None:
             one["differences"].assign(experiment=one["key"]) for one in experiments if one["result"] == name
         ]
         _write_csv(pd.concat(shown), docs / "results" / f"{name}_differences.csv", first="experiment")
-    by_prediction = read_json(docs / "results" / "solver_by_prediction.json")
-    by_prediction["table"] = solver_by_prediction.table(by_prediction)
+    path = docs / "results" / "solver_by_prediction.json"
+    by_prediction = read_json(path) if path.is_file() else {}
+    if by_prediction:
+        by_prediction["table"] = solver_by_prediction.table(by_prediction)
     page = render(
         "results.md",
         experiments=experiments,

@@ -19,6 +19,7 @@ class StandIn:
     scale: int = 2
     noise: int = 0
     name: str = "stand-in"
+    label: int | None = None
     before: Callable[[np.ndarray], None] = lambda images: None
     calls: list[tuple[tuple[int, ...], int | None, str | None]] = field(default_factory=list)
 
