@@ -128,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         model = loading.load(args.model)
         if args.dtype:
             model = model.with_dtype(args.dtype)
-        model = dataclasses.replace(model, label=args.label)
+        if args.label is not None:
+            model = dataclasses.replace(model, label=args.label)
         sampling = model.sampling.override(steps=args.steps, solver=args.solver)
         if args.denoise is not None:
             sampling = dataclasses.replace(sampling, augment=args.denoise)
