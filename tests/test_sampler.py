@@ -100,7 +100,12 @@ def noise_of_each_step(key, shape) -> np.ndarray:
     """[N, ...]: y_T and the fresh noise of all steps but the last, from a run whose network predicts 0."""
     schedule = respace(TRAINING, 6)
     zero = functools.partial(
-        sampled, 6, denoiser=lambda y, gamma, cond: jnp.zeros_like(y), key=key, shape=shape
+        sampled,
+        6,
+        denoiser=lambda y, gamma, cond: jnp.zeros_like(y),
+        key=key,
+        shape=shape,
+        solver=solvers.ddpm(),
     )
     y = np.asarray(zero(snapshots=1).snapshots, np.float64)
     gamma = schedule.gamma64[::-1]
