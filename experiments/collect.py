@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from experiments import resample
-from experiments.tables import DOCS, ROOT, read_json, write_json
+from experiments.tables import DOCS, ROOT, is_searched, read_json, write_json
 from sr3_jax.distributed.processes import hardware
 from sr3_jax.errors import UserError
 from sr3_jax.evaluation.results import LEVEL, RESAMPLES
@@ -169,6 +169,7 @@ def contrasts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
                 continue
             same_sampler = all(one[key] == other[key] for key in ("solver", "steps"))
             details = one.get("detail"), other.get("detail")
+            searched = [is_searched(detail) for detail in details]
             if one["method"] == "regression" and other["solver"]:
                 pairs.append((a, b, "regression - sr3"))
             elif other["method"] == "bicubic" and one["nfe"]:
@@ -176,7 +177,7 @@ def contrasts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
             elif one["method"] == "sr3_l1" and other["method"] == "sr3" and same_sampler:
                 if details[0] == details[1]:
                     pairs.append((a, b, "l1 - l2"))
-            elif one["method"] == other["method"] and same_sampler and details[0] and not details[1]:
+            elif one["method"] == other["method"] and same_sampler and searched[0] and not searched[1]:
                 pairs.append((a, b, "searched - default"))
     return pairs
 

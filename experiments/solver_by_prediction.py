@@ -2,10 +2,10 @@
 """Which solver suits which prediction: short trainings of one network, sampled with every solver.
 
     python experiments/solver_by_prediction.py -o docs/results/solver_by_prediction.json --workdir out/by_prediction
-    python experiments/solver_by_prediction.py --table docs/results/solver_by_prediction.json
 
 Trains `photos_4x_small` on the bundled photographs with each prediction and several seeds, and measures each solver on
-center crops of the bundled test photographs. A run that is finished is not repeated.
+center crops of the bundled test photographs, and then with `photo_4x`, a y0 network that was trained for hours. A run
+that is finished is not repeated; `python -m experiments.pages results` writes the tables into docs/results.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sr3_jax.diffusion import PREDICTIONS
 from sr3_jax.distributed.processes import hardware
 from sr3_jax.features.lpips import load_lpips
 from sr3_jax.image_ops import degrade, to_uint8, to_unit
-from sr3_jax.sampling import SOLVERS, Sampling
+from sr3_jax.sampling import Sampling
 
 TRAINING = {
     "model.output_skip": 0,  # only for y0
@@ -51,12 +51,12 @@ def train(workdir: Path, prediction: str, seed: int, num_steps: int) -> None:
     subprocess.run([*command, *options], check=True)
 
 
-def measure(workdir: Path, images: np.ndarray, steps: list[int]) -> list[dict[str, Any]]:
-    """PSNR and LPIPS of each solver and number of steps."""
-    model, lpips = sr3_jax.load(workdir), load_lpips()
+def measure(path: Path | str, images: np.ndarray, steps: list[int]) -> list[dict[str, Any]]:
+    """PSNR and LPIPS of each solver and number of steps, without back-projection."""
+    model, lpips = sr3_jax.load(path), load_lpips()
     low_res = np.asarray(to_uint8(degrade(to_unit(images), 4)))
     rows = []
-    for solver in SOLVERS:
+    for solver in ("ancestral", "ddpm", "ddim", "dpmpp_2m", "heun"):
         for count in steps:
             output = model.upscale(low_res, sampling=Sampling(solver, count))
             rows.append(
@@ -71,11 +71,11 @@ def measure(workdir: Path, images: np.ndarray, steps: list[int]) -> list[dict[st
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: one row per solver and number of steps, the range over seeds per prediction."""
+    """Markdown: a row for each solver and number of steps, the range over seeds for each prediction, and photo_4x."""
     predictions = list(dict.fromkeys(run["prediction"] for run in report["runs"]))
-    heading = " | ".join(f"{name}: PSNR | {name}: LPIPS" for name in predictions)
-    lines = [f"| solver | steps | {heading} |", "|:---|---:|" + "---:|" * 2 * len(predictions)]
-    for first in report["runs"][0]["rows"]:
+    heading = " | ".join(f"{name}: PSNR | {name}: LPIPS" for name in [*predictions, "photo_4x"])
+    lines = [f"| solver | steps | {heading} |", "|:---|---:|" + "---:|" * 2 * (len(predictions) + 1)]
+    for first in report["photo_4x"]:
         cells = []
         for prediction in predictions:
             for metric, digits in (("psnr", 1), ("lpips", 3)):
@@ -87,25 +87,23 @@ def table(report: dict[str, Any]) -> str:
                     and (row["solver"], row["steps"]) == (first["solver"], first["steps"])
                 ]
                 cells.append(f"{min(values):.{digits}f} to {max(values):.{digits}f}")
+        cells += [f"{first['psnr']:.1f}", f"{first['lpips']:.3f}"]
         lines.append(f"| {first['solver']} | {first['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, help="JSON file")
-    parser.add_argument("--workdir", type=Path, help="folder of the runs")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--num-steps", type=int, default=500, help="training steps of each run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", default="5,10,25,100", help="sampling steps")
-    parser.add_argument("--table", type=Path, help="print the table of this JSON file")
     args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
     images = center_crops(open_source("photos:test"), crop=128, count=8)["image"]
     report: dict[str, Any] = {
-        "command": f"python experiments/solver_by_prediction.py --num-steps {args.num_steps} --seeds {args.seeds}",
+        "command": "python experiments/solver_by_prediction.py -o docs/results/solver_by_prediction.json "
+        f"--workdir out/by_prediction --num-steps {args.num_steps} --seeds {args.seeds} --steps {args.steps}",
         "date": date.today().isoformat(),
         "versions": {"sr3_jax": sr3_jax.__version__, "jax": jax.__version__},
         "hardware": hardware(),
@@ -113,14 +111,15 @@ def main() -> None:
         "images": len(images),
         "runs": [],
     }
+    steps = [int(count) for count in args.steps.split(",")]
+    report["photo_4x"] = measure("photo_4x", images, steps)
     for seed in range(args.seeds):
         for prediction in PREDICTIONS:
             workdir = args.workdir / f"{prediction}_{seed}"
             train(workdir, prediction, seed, args.num_steps)
-            rows = measure(workdir, images, [int(count) for count in args.steps.split(",")])
+            rows = measure(workdir, images, steps)
             report["runs"].append({"prediction": prediction, "seed": seed, "rows": rows})
             args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
 
 
 if __name__ == "__main__":

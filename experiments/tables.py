@@ -88,11 +88,20 @@ def metrics_table(frame: pd.DataFrame, metrics: Sequence[str]) -> str:
     return markdown(shown)
 
 
+_PROJECTED = "back_projection"
+
+
 def sampler(row: Mapping[str, Any]) -> str:
-    """'dpmpp_2m, 5 steps', with the schedule's origin where it is not the default."""
+    """'dpmpp_2m, 5 steps', with back-projection and the schedule's origin where they are not the default."""
     if pd.isna(row["solver"]):
         return ""
-    return f"{row['solver']}, {row['steps']} steps{', searched' if row['detail'] else ''}"
+    projected = ", back-projection" if _PROJECTED in (row["detail"] or "") else ""
+    return f"{row['solver']}, {row['steps']} steps{projected}{', searched' * is_searched(row['detail'])}"
+
+
+def is_searched(detail: str | None) -> bool:
+    """Whether the sampler of a row has settings that a schedule search finds; back-projection is none of them."""
+    return any(not one.startswith(_PROJECTED) for one in (detail or "").split(", ") if one)
 
 
 def markdown(frame: pd.DataFrame, *, left: int = 2) -> str:

@@ -504,7 +504,7 @@ def cut(item: Mapping[str, Any], top: int, left: int, side: int) -> dict[str, An
 
 
 def center(item: Mapping[str, Any], side: int) -> dict[str, Any]:
-    """`cut` at the center; with a low-res image, up to half its scale beside it."""
+    """`cut` at the center; with a low-res image, up to half a low-res pixel off the center."""
     scale = item["image"].shape[0] // item["low_res"].shape[0] if "low_res" in item else 1
     top, left = ((length - side) // 2 // scale * scale for length in item["image"].shape[:2])
     return cut(item, top, left, side)

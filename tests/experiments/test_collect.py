@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import collect, resample
+from experiments import collect, resample, tables
 from sr3_jax.errors import UserError
 
 NAMES = ["a-0", "a-1", "b-0", "b-1"]  # two tiles each of two photographs
@@ -207,3 +207,12 @@ def test_large_images_become_jpegs_of_bounded_size(tmp_path):
     Image.fromarray(noise // 255).save(tmp_path / "plain.png")
     copied = collect.copy_image(tmp_path / "plain.png", tmp_path / "docs" / "noise")
     assert copied.suffix == ".png" and [path.name for path in (tmp_path / "docs").iterdir()] == ["noise.png"]
+
+
+@pytest.mark.parametrize("both", ["", "back_projection 3"])
+def test_a_searched_sampler_is_compared_with_its_default_also_with_back_projection(both):
+    one = row("sr3", solver="ddim", steps=5, nfe=5, detail=", ".join(filter(None, ["eta 0.5", both])))
+    other = row("sr3", solver="ddim", steps=5, nfe=5, detail=both)
+    assert collect.contrasts([one, other]) == [(0, 1, "searched - default")]
+    assert tables.sampler(one).endswith("searched") and "searched" not in tables.sampler(other)
+    assert ("back-projection" in tables.sampler(other)) == bool(both)
