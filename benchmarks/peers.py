@@ -158,7 +158,8 @@ def main() -> None:
                     flush=True,
                 )
     report = {
-        "command": "python -m benchmarks.peers -o docs/models/peers.json --set Kodak=folder:KODAK --set ...",
+        "command": "python -m benchmarks.peers -o docs/models/peers.json --set NAME=folder:PATH "
+        f"--models {args.models} --steps {args.steps} --crop {args.crop} --limit {args.limit}",
         "crop": args.crop,
         "date": date.today().isoformat(),
         "hardware": hardware(),

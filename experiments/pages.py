@@ -39,7 +39,7 @@ _PEERS_COLUMNS = (
     ("ssim", "SSIM", ".3f"),
     ("lpips", "LPIPS", ".3f"),
     ("consistency", "consist.", ".2f"),
-    ("seconds", "CPU s/image", ".1f"),
+    ("seconds", "CPU s/image", ".2f"),
 )
 
 
