@@ -67,7 +67,9 @@ def count_gpus() -> int | None:
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip()])
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return sum(line.startswith("GPU ") for line in listed.splitlines())
@@ -80,7 +82,9 @@ def process_count(text: str, *, dry_run: bool) -> int:
     gpus = None if dry_run and text != "all" else count_gpus()
     if text == "all":
         if not gpus:
-            fail("no GPU was found with nvidia-smi or in CUDA_VISIBLE_DEVICES: give their number instead of 'all'.")
+            fail(
+                "no GPU was found with nvidia-smi or in CUDA_VISIBLE_DEVICES: give their number instead of 'all'."
+            )
         return gpus
     count = positive("N (number of GPUs)", text)
     if gpus is not None and count > gpus:

@@ -13,10 +13,13 @@ import jax
 
 from sr3_jax.errors import UserError
 
-# Share of a GPU's memory that training lets JAX take, and that `sr3 plan` judges by. JAX's own default is 0.75. The rest
-# is for the CUDA context, NCCL and the libraries' workspaces.
+# Share of a GPU's memory that training lets JAX take, and that `sr3 plan` judges by. JAX's own default is 0.75. The
+# rest is for the CUDA context, NCCL and the libraries' workspaces.
 GPU_MEMORY_FRACTION = 0.9
-_FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the new and the old name
+_FRACTION_VARIABLES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)  # the new and the old name
 _CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 _CACHES = ("inactive_file", "active_file", "total_inactive_file", "total_active_file")
 

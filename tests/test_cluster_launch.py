@@ -46,7 +46,8 @@ def cluster(tmp_path: Path) -> Path:
     for name, text in (
         (
             "srun",
-            'printf "%s\\n" "$SRUN_CPUS_PER_TASK" "$JAX_COORDINATOR_ADDRESS" "$@" >srun; echo "$SRUN_SAYS" >&2; exit "$SRUN_CODE"',
+            'printf "%s\\n" "$SRUN_CPUS_PER_TASK" "$JAX_COORDINATOR_ADDRESS" "$@" >srun\n'
+            'echo "$SRUN_SAYS" >&2; exit "$SRUN_CODE"',
         ),
         ("scontrol", '[ "$1" = requeue ] || { printf "node03\\nnode04\\n"; exit; }; echo "$2" >requeued'),
     ):
@@ -149,7 +150,7 @@ def test_the_dry_runs_of_the_docs_run(tmp_path: Path):
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     dry = [line for line in lines if "--dry-run" in line]
     assert {line.split()[1] for line in dry} == {
-        f"launch/{x}" for x in ("local_pod.sh", "tpu_pod.sh", "slurm.sbatch")
+        f"launch/{x}" for x in ("local_pod.sh", "local_gpus.sh", "tpu_pod.sh", "slurm.sbatch")
     }
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     for line in dry:
@@ -227,7 +228,8 @@ def test_all_pods_of_all_slices_form_one_group(jobset, job, container, slices: i
     """With the variables that GKE sets in each pod of a TPU slice."""
     name, (replicated,) = jobset["metadata"]["name"], jobset["spec"]["replicatedJobs"]
     hosts = [
-        [f"{name}-{replicated['name']}-{i}-{k}.{name}" for k in range(job["completions"])] for i in range(slices)
+        [f"{name}-{replicated['name']}-{i}-{k}.{name}" for k in range(job["completions"])]
+        for i in range(slices)
     ]
     groups = []
     for index in range(slices):

@@ -150,7 +150,9 @@ GPUS = str(ROOT / "launch/local_gpus.sh")
 
 @pytest.mark.parametrize(("count", "visible"), [("2", "4,6,7"), ("all", "4,6")])
 def test_each_process_gets_its_own_gpu(pod, count: str, visible: str):
-    names = "JAX_NUM_PROCESSES JAX_PROCESS_ID JAX_LOCAL_DEVICE_IDS JAX_CUDA_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES"
+    names = (
+        "JAX_NUM_PROCESSES JAX_PROCESS_ID JAX_LOCAL_DEVICE_IDS JAX_CUDA_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES"
+    )
     show = "echo " + ";".join(f"${name}" for name in names.split()) + ";$JAX_PLATFORMS;$XLA_FLAGS"
     show = show.replace(";", "/")
     given = {"CUDA_VISIBLE_DEVICES": visible, "JAX_PLATFORMS": "", "XLA_FLAGS": "--mine=1"}

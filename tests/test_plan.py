@@ -16,8 +16,7 @@ import tiny
 
 from sr3_jax.cli import main
 from sr3_jax.cli import plan as command
-from sr3_jax.distributed.sharding import make_mesh
-from sr3_jax.distributed.sharding import mesh_sizes
+from sr3_jax.distributed.sharding import make_mesh, mesh_sizes
 from sr3_jax.errors import UserError
 from sr3_jax.planning import plan as planning
 from sr3_jax.planning import programs, topologies

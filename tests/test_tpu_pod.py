@@ -211,7 +211,17 @@ def test_dry_runs_of_the_other_actions():
 
 
 def test_options_of_gcloud_and_the_project_reach_its_commands():
-    more = ["--project", "mine", "--gcloud", "--network", "a b", "--gcloud-ssh", "--internal-ip", "--", "true"]
+    more = [
+        "--project",
+        "mine",
+        "--gcloud",
+        "--network",
+        "a b",
+        "--gcloud-ssh",
+        "--internal-ip",
+        "--",
+        "true",
+    ]
     lines = [shlex.split(line) for line in _dry("all", "--delete", *TPU, *more)]
     calls = [line for line in lines if line[0] == "gcloud"]
     assert [line[4] for line in calls] == ["create", "scp", "ssh", "ssh", "delete"]
@@ -468,9 +478,14 @@ def test_a_job_survives_its_connection_and_is_followed_again(installed: Pod):
     assert "one" in second_job.communicate(timeout=20)[0] and second_job.returncode == 2
     assert "ready" in _worker(installed, "status").communicate(timeout=20)[0]
     assert _worker(installed, "stop").wait(timeout=20) == 0
-    assert second.communicate(timeout=20)[0] == "saved\ntpu_worker.sh: stopped\ntpu_worker.sh: exit code 143\n"
+    assert (
+        second.communicate(timeout=20)[0] == "saved\ntpu_worker.sh: stopped\ntpu_worker.sh: exit code 143\n"
+    )
     third = _worker(installed, *job)
-    assert third.communicate(timeout=20)[0] == "ready\nsaved\ntpu_worker.sh: stopped\ntpu_worker.sh: exit code 143\n"
+    assert (
+        third.communicate(timeout=20)[0]
+        == "ready\nsaved\ntpu_worker.sh: stopped\ntpu_worker.sh: exit code 143\n"
+    )
     assert (second.returncode, third.returncode) == (143, 143)
     assert (installed.fake / "0/sr3_jax/started").read_text() == "started\n"
     assert "143" in _worker(installed, "status").communicate(timeout=20)[0]

@@ -69,9 +69,10 @@ def plan(
         cache: a folder of earlier results, which are reused unless `refresh`.
 
     Returns:
-        The job ('topology', 'chips', 'slices', 'capacity', 'parameters', 'mesh', 'batch_size', 'eval_images'), 'estimate',
-        'fits', and 'programs': the cost of each (see `programs.py`) with 'other_state' (bytes per chip of the training
-        state that is not an argument of the program), 'peak', 'fits' and, if it does not fit, 'suggestion'.
+        The job ('topology', 'chips', 'slices', 'capacity', 'parameters', 'mesh', 'batch_size', 'eval_images'),
+        'estimate', 'fits', and 'programs': the cost of each (see `programs.py`) with 'other_state' (bytes per chip of
+        the training state that is not an argument of the program), 'peak', 'fits' and, if it does not fit,
+        'suggestion'.
 
     Raises:
         UserError: the config does not fit the topology, or libtpu is missing.
