@@ -58,6 +58,7 @@ case "$*" in
     rm -f "$FAKE/$3" "$FAKE/tpu-vm" ;;
 *" scp "* | *" ssh "*worker.sh" run "*)
     code=$(first_line "$FAKE/connections")
+    if [[ $code == started* ]]; then lost=${code#started} code=0; fi # lost while the job runs
     if ((code)); then echo "ssh: connect to host 10.0.0.5 port 22: Connection refused" >&2; exit "$code"; fi ;;&
 *" scp "*) archive=$PWD/$5; both copy_in ;;
 *" ssh "*)
@@ -65,6 +66,7 @@ case "$*" in
         case $word in --output-directory=*) output=$PWD/${word#*=} ;; esac
     done
     command=${*: -1}
+    if [[ -n $lost ]]; then (both remote) >/dev/null 2>&1 & sleep 1; exit "$lost"; fi
     both remote ;;
 *) echo "unknown: $*" >&2; exit 2 ;;
 esac
@@ -360,8 +362,8 @@ def test_ssh_may_be_refused_after_the_creation(pod: Pod, code: int):
 
 
 def test_a_job_is_followed_after_a_lost_connection(pod: Pod):
-    pod.write("connections", "0", "255", "1")  # of the copy, and of the run, twice
-    result = pod.run("all", *TPU, "--job", "one", "--", "sh", "-c", "echo started >>started; exit 3")
+    pod.write("connections", "0", "255", "started1")  # of the copy, and of the run, twice
+    result = pod.run("all", *TPU, "--job", "one", "--", "sh", "-c", "echo started >>started; sleep 2; exit 3")
     assert result.returncode == 3, result
     assert pod.calls() == ["create", "scp", "ssh", "ssh", "ssh", "ssh"]
     assert (pod.fake / "0/sr3_jax/started").read_text() == "started\n"
