@@ -97,6 +97,11 @@ run | all)
     ;;
 *) (($# == 0)) || fail "$action takes no command, got '$*'." ;;
 esac
+case $action in
+copy | all)
+    [[ -e .git ]] || fail "$action copies the files tracked by git, but this is not a git repository: run 'git init' and 'git add .'."
+    ;;
+esac
 if [[ -z $dry_run ]]; then
     command -v gcloud >/dev/null || fail "gcloud was not found: install the Google Cloud CLI, or use --dry-run."
     [[ -n $(gcloud auth list --filter=status:ACTIVE --format='value(account)' 2>/dev/null) ]] ||
@@ -255,7 +260,6 @@ delete() {
 
 copy() {
     local archive=out/tpu/sr3_jax.tar.gz
-    [[ -e .git ]] || fail "copy sends the files tracked by git, but this is not a git repository: run 'git init' and 'git add .'."
     do_it mkdir -p out/tpu
     if [[ -n $dry_run ]]; then
         echo "git ls-files -z | tar -czf $archive --null -T -"

@@ -19,6 +19,7 @@ from sr3_jax.errors import UserError
         ({"data": -1, "fsdp": 8}, (1, 8)),
         ({"data": 2, "fsdp": -1}, (2, 4)),
         ({"data": 4, "fsdp": 2}, (4, 2)),
+        ({"fsdp": 0, "state_bytes": lambda: 2**30}, (1, 8)),
     ],
 )
 def test_mesh_has_all_devices(sizes, shape):

@@ -97,8 +97,9 @@ def plan(
                 if estimate:
                     found = costs.estimate_program(experiment, program, state, sizes, watch)
                 else:
-                    devices = stack.enter_context(compiler(topology))
-                    mesh = mesh or make_mesh(data=sizes[0], fsdp=sizes[1], devices=devices)
+                    if mesh is None:
+                        devices = stack.enter_context(compiler(topology))
+                        mesh = make_mesh(data=sizes[0], fsdp=sizes[1], devices=devices)
                     make = costs.train_program if program == "train" else costs.sample_program
                     found = costs.compile_program(
                         make(experiment, mesh),
