@@ -1,10 +1,12 @@
-"""Simulates a pod on one machine: N processes of K simulated CPU devices each, joined by jax.distributed.
+"""Starts several processes on one machine, joined by jax.distributed.
 
-    bash launch/local_pod.sh [--dry-run] [--logs DIR] N K COMMAND...
+    bash launch/local_pod.sh [--dry-run] [--logs DIR] N K COMMAND...     N processes of K simulated CPU devices each
+    bash launch/local_gpus.sh [--dry-run] [--logs DIR] N COMMAND...      N processes of one GPU each; N may be `all`
 
-COMMAND is any program, such as `sr3 train ...`. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-JAX_PROCESS_ID and JAX_PLATFORMS=cpu, and the number of devices is added to XLA_FLAGS. Process 0 writes to the terminal.
-Lines of process 1 are prefixed with "[1] ", or with --logs appended to DIR/1.log.
+COMMAND is any program, such as `sr3 train ...`. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID. In a simulated pod it also gets JAX_PLATFORMS=cpu, and the number of devices is added to XLA_FLAGS; with
+GPUs it gets the index of its own, which counts those in CUDA_VISIBLE_DEVICES if that is set. Process 0 writes to the
+terminal. Lines of process 1 are prefixed with "[1] ", or with --logs appended to DIR/1.log.
 
 SIGTERM and Ctrl-C are forwarded to all processes. When one process fails, the others get SIGTERM shortly after.
 Processes still running SR3_GRACE seconds (default 30) after their signal are killed. The exit code is that of the first
@@ -39,24 +41,59 @@ _PDEATHSIG, _SUBREAPER = 1, 36  # of prctl, in linux/prctl.h
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+ON_GPUS = sys.argv[1:2] == ["--gpus"]  # from local_gpus.sh
+SCRIPT, USAGE = ("local_gpus.sh", "N COMMAND...") if ON_GPUS else ("local_pod.sh", "N K COMMAND...")
+
+
 def fail(sentence: str) -> NoReturn:
-    print(f"local_pod.sh: {sentence}", file=sys.stderr)
+    print(f"{SCRIPT}: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 
 def log(sentence: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"local_pod.sh: {sentence}", file=sys.stderr, flush=True)
+        print(f"{SCRIPT}: {sentence}", file=sys.stderr, flush=True)
 
 
 def positive(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        fail(f"{name} must be a positive integer, got '{text}': local_pod.sh N K COMMAND...")
+        fail(f"{name} must be a positive integer, got '{text}': {SCRIPT} {USAGE}")
     return int(text)
 
 
+def count_gpus() -> int | None:
+    """The GPUs that a process may use; None if that is unknown."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+def process_count(text: str, *, dry_run: bool) -> int:
+    """The number of processes, checked against the number of GPUs."""
+    if not ON_GPUS:
+        return positive("N (number of processes)", text)
+    gpus = None if dry_run and text != "all" else count_gpus()
+    if text == "all":
+        if not gpus:
+            fail(
+                "no GPU was found with nvidia-smi or in CUDA_VISIBLE_DEVICES: give their number instead of 'all'."
+            )
+        return gpus
+    count = positive("N (number of GPUs)", text)
+    if gpus is not None and count > gpus:
+        fail(f"N is {count}, but there are {gpus} GPUs: use a smaller number, or 'all'.")
+    return count
+
+
 def parse(arguments: list[str]) -> tuple[bool, str | None, int, int, list[str]]:
-    """(dry run, folder of the logs, number of processes, devices per process, command)."""
+    """(dry run, folder of the logs, number of processes, simulated devices per process (0: GPUs), command)."""
     dry_run, logs, rest = False, None, list(arguments)
     while rest and rest[0].startswith("-"):
         option, _, value = rest.pop(0).partition("=")
@@ -70,14 +107,13 @@ def parse(arguments: list[str]) -> tuple[bool, str | None, int, int, list[str]]:
             if not logs:
                 fail("--logs needs a directory: --logs DIR.")
         else:
-            fail(f"unknown option '{option}': --dry-run, --logs DIR and --help go before N and K.")
-    if len(rest) < 3:
-        fail("N, K or COMMAND is missing: local_pod.sh N K COMMAND...")
-    count, devices = (
-        positive("N (number of processes)", rest[0]),
-        positive("K (devices per process)", rest[1]),
-    )
-    return dry_run, logs, count, devices, rest[2:]
+            fail(f"unknown option '{option}': --dry-run, --logs DIR and --help go before N.")
+    numbers = 1 if ON_GPUS else 2
+    if len(rest) <= numbers:
+        fail(f"{USAGE.removesuffix('...')} is incomplete: {SCRIPT} {USAGE}")
+    count = process_count(rest[0], dry_run=dry_run)
+    devices = 0 if ON_GPUS else positive("K (devices per process)", rest[1])
+    return dry_run, logs, count, devices, rest[numbers:]
 
 
 def grace_seconds() -> float:
@@ -97,18 +133,25 @@ def free_port() -> int:
 
 
 def environments(count: int, devices: int, port: int) -> list[dict[str, str]]:
-    """The environment variables of each process, in addition to the inherited ones."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
-    return [
+    """The environment variables of each process, in addition to the inherited ones. 0 devices: one GPU."""
+    groups = [
         {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": " ".join([*flags.split(), f"--xla_force_host_platform_device_count={devices}"]),
         }
         for index in range(count)
     ]
+    if not devices:
+        # The first is read by jax.distributed, which a single process does not start.
+        names = ("JAX_LOCAL_DEVICE_IDS", "JAX_CUDA_VISIBLE_DEVICES")
+        return [group | dict.fromkeys(names, str(index)) for index, group in enumerate(groups)]
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", os.environ.get("XLA_FLAGS", ""))
+    simulated = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join([*flags.split(), f"--xla_force_host_platform_device_count={devices}"]),
+    }
+    return [group | simulated for group in groups]
 
 
 def descendants() -> dict[int, int]:
@@ -283,7 +326,7 @@ class Supervisor:
 
 
 def main() -> int:
-    dry_run, logs, count, devices, command = parse(sys.argv[1:])
+    dry_run, logs, count, devices, command = parse(sys.argv[2:] if ON_GPUS else sys.argv[1:])
     grace, settings = grace_seconds(), environments(count, devices, free_port())
     if dry_run:
         for index, extra in enumerate(settings):
@@ -300,7 +343,8 @@ def main() -> int:
             os.makedirs(logs, exist_ok=True)
         except OSError as error:
             fail(f"--logs {logs}: {error.strerror}.")
-    os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # would override the number of devices
+    if not ON_GPUS:
+        os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # would override the number of devices
 
     # The launcher handles signals between waits, the supervisor as soon as it is ready.
     mine = {*FORWARDED, signal.SIGCHLD, signal.SIGHUP}

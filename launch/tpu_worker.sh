@@ -4,12 +4,12 @@
 #   mount BUCKET         mount a Cloud Storage bucket as bucket/
 #   run JOB COMMAND...   start JOB, or follow it if it was started before; returns its exit code. The job does not
 #                        depend on the connection: gcloud repeats a command after a lost one, and must find the same job
-#   stop                 send SIGTERM to running jobs
+#   stop                 send SIGTERM to running jobs, and mark them as stopped, so that they are not restarted
 #   log [JOB]            print the output of JOB (default: the newest job)
 #   status               list the jobs
 set -euo pipefail
 cd "$(dirname "$0")/.."
-jobs=$HOME/sr3_jobs # one folder per job: pid, log and, once it has ended, code
+jobs=$HOME/sr3_jobs # one folder per job: pid, log, code once it has ended, stopped if by `stop`
 
 fail() {
     echo "tpu_worker.sh: $1" >&2
@@ -73,6 +73,7 @@ run() {
     fi
     code=137 # not written: the machine went down
     if [[ -e $folder/code ]]; then code=$(<"$folder/code"); fi
+    if [[ -e $folder/stopped ]]; then echo "tpu_worker.sh: stopped"; fi
     echo "tpu_worker.sh: exit code $code"
     return "$code"
 }
@@ -103,7 +104,10 @@ keep() { # keep JOB COMMAND...: run it and record its pid and exit code
 stop() {
     local job
     for job in $(names); do
-        if running "$job"; then kill -TERM "$(<"$jobs/$job/pid")"; fi
+        if running "$job"; then
+            touch "$jobs/$job/stopped"
+            kill -TERM "$(<"$jobs/$job/pid")"
+        fi
     done
 }
 

@@ -15,6 +15,8 @@ import yaml
 
 from sr3_jax.cli import train
 from sr3_jax.config import load_config
+from sr3_jax.distributed.processes import find_group
+from sr3_jax.distributed.sharding import mesh_sizes
 from sr3_jax.train.experiment import check_batch, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +46,8 @@ def cluster(tmp_path: Path) -> Path:
     for name, text in (
         (
             "srun",
-            'printf "%s\\n" "$JAX_COORDINATOR_ADDRESS" "$@" >srun; echo "$SRUN_SAYS" >&2; exit "$SRUN_CODE"',
+            'printf "%s\\n" "$SRUN_CPUS_PER_TASK" "$JAX_COORDINATOR_ADDRESS" "$@" >srun\n'
+            'echo "$SRUN_SAYS" >&2; exit "$SRUN_CODE"',
         ),
         ("scontrol", '[ "$1" = requeue ] || { printf "node03\\nnode04\\n"; exit; }; echo "$2" >requeued'),
     ):
@@ -94,13 +97,14 @@ def test_a_job_is_requeued_after_signals_and_lost_machines_only(
     slurm = {
         "SLURM_JOB_ID": "4097",
         "SLURM_JOB_NODELIST": "node[03-04]",
+        "SLURM_CPUS_PER_TASK": "8",
         "SLURM_RESTART_COUNT": str(restarts),
     }
     result = _sbatch(cluster, *WORDS, **slurm, SRUN_CODE=str(code), SRUN_SAYS=says)
     assert result.returncode == ends, result
     assert says in result.stderr
-    address, *arguments = (cluster / "srun").read_text().removesuffix("\n").split("\n")
-    assert address == "node03:61441" and arguments[-len(WORDS) :] == WORDS
+    cpus, address, *arguments = (cluster / "srun").read_text().removesuffix("\n").split("\n")
+    assert (cpus, address) == ("8", "node03:61441") and arguments[-len(WORDS) :] == WORDS
     assert (cluster / "requeued").exists() == requeued
     assert not requeued or (cluster / "requeued").read_text() == "4097\n"
     assert (cluster / "slurm_logs").is_dir()
@@ -146,7 +150,7 @@ def test_the_dry_runs_of_the_docs_run(tmp_path: Path):
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     dry = [line for line in lines if "--dry-run" in line]
     assert {line.split()[1] for line in dry} == {
-        f"launch/{x}" for x in ("local_pod.sh", "tpu_pod.sh", "slurm.sbatch")
+        f"launch/{x}" for x in ("local_pod.sh", "local_gpus.sh", "tpu_pod.sh", "slurm.sbatch")
     }
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     for line in dry:
@@ -197,7 +201,7 @@ def test_user_errors_end_the_jobset_and_other_failures_restart_it(jobset, job, c
     (pods,) = job["podFailurePolicy"]["rules"]
     assert pods == {
         "action": "FailJob",
-        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2, 3]},
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2, 3, 130]},
     }
     # One pod that failed in any other way fails the job as well, for another reason: backoffLimit.
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
@@ -219,6 +223,29 @@ def test_the_pods_find_each_other(jobset):
     assert network["subdomain"] == jobset["metadata"]["name"]
 
 
+@pytest.mark.parametrize("slices", [1, 2])
+def test_all_pods_of_all_slices_form_one_group(jobset, job, container, slices: int):
+    """With the variables that GKE sets in each pod of a TPU slice."""
+    name, (replicated,) = jobset["metadata"]["name"], jobset["spec"]["replicatedJobs"]
+    hosts = [
+        [f"{name}-{replicated['name']}-{i}-{k}.{name}" for k in range(job["completions"])]
+        for i in range(slices)
+    ]
+    groups = []
+    for index in range(slices):
+        for worker in range(job["completions"]):
+            pod = {"TPU_WORKER_HOSTNAMES": ",".join(hosts[index]), "TPU_WORKER_ID": str(worker)}
+            if slices > 1:
+                pod |= {"MEGASCALE_NUM_SLICES": str(slices), "MEGASCALE_SLICE_ID": str(index)}
+                pod["MEGASCALE_COORDINATOR_ADDRESS"] = hosts[0][0]
+            groups.append(find_group(pod))
+    assert [group.index for group in groups] == list(range(slices * job["completions"]))
+    assert {group.count for group in groups} == {len(groups)}
+    ((host, _, port),) = {group.address.rpartition(":") for group in groups}
+    assert host == hosts[0][0]
+    assert int(port) in {port["containerPort"] for port in container["ports"]}
+
+
 def test_the_workdir_is_on_the_volume(job, container):
     (mount,), (volume,) = container["volumeMounts"], job["template"]["spec"]["volumes"]
     assert mount["name"] == volume["name"] and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
@@ -236,10 +263,11 @@ def test_the_command_is_one_that_sr3_takes(job, container, monkeypatch: pytest.M
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     train.add_arguments(parser)
     parsed, rest = parser.parse_known_args(arguments)
-    config = read(load_config(parsed.config, rest)).config
+    experiment = read(load_config(parsed.config, rest))
+    config = experiment.config
     chips = job["completions"] * container["resources"]["limits"]["google.com/tpu"]
     check_batch(config, devices=chips, processes=job["completions"])
-    assert chips % config["mesh"]["fsdp"] == 0
+    mesh_sizes(chips, **config["mesh"], state_bytes=experiment.state_bytes)  # does not fail
 
 
 def test_the_image_has_what_the_command_names(container):

@@ -1,4 +1,4 @@
-"""launch/local_pod.sh: the environment of each process, exit codes, signals, and no process left behind."""
+"""launch/local_pod.sh and local_gpus.sh: environments, exit codes, signals, and no process left behind."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ STUBBORN = "trap '' TERM INT; echo ready; sleep 60; sleep 60"
 class Pod:
     """A running launcher, whose descendants are identified by a mark in their environment."""
 
-    def __init__(self, *arguments: str, **environment: str):
+    def __init__(self, *arguments: str, script: str = SCRIPT, **environment: str):
         self.mark = f"SR3_TEST_MARK={uuid.uuid4().hex}"
         name, value = self.mark.split("=")
         self.process = subprocess.Popen(
-            ["bash", SCRIPT, *arguments],
+            ["bash", script, *arguments],
             env=os.environ | {name: value, "SR3_GRACE": "0.5", "PYTHONUNBUFFERED": ""} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -69,8 +69,8 @@ def pod() -> Iterator[type[Pod]]:
     """Starts launchers; fails a test that leaves one of their processes running."""
     started = []
 
-    def start(*arguments: str, **environment: str) -> Pod:
-        started.append(Pod(*arguments, **environment))
+    def start(*arguments: str, **options: str) -> Pod:
+        started.append(Pod(*arguments, **options))
         return started[-1]
 
     yield start
@@ -141,6 +141,38 @@ def test_a_dry_run_prints_runnable_lines(pod, tmp_path: Path):
     assert not (tmp_path / "no where").exists()
     ran = subprocess.run(first, shell=True, capture_output=True, text=True, check=True)
     assert ran.stdout == f"0 --mine=1 {FLAG}=8 a  b\n"
+
+
+# --- One process for each GPU
+
+GPUS = str(ROOT / "launch/local_gpus.sh")
+
+
+@pytest.mark.parametrize(("count", "visible"), [("2", "4,6,7"), ("all", "4,6")])
+def test_each_process_gets_its_own_gpu(pod, count: str, visible: str):
+    names = (
+        "JAX_NUM_PROCESSES JAX_PROCESS_ID JAX_LOCAL_DEVICE_IDS JAX_CUDA_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES"
+    )
+    show = "echo " + ";".join(f"${name}" for name in names.split()) + ";$JAX_PLATFORMS;$XLA_FLAGS"
+    show = show.replace(";", "/")
+    given = {"CUDA_VISIBLE_DEVICES": visible, "JAX_PLATFORMS": "", "XLA_FLAGS": "--mine=1"}
+    code, out, err = pod(count, "sh", "-c", show, script=GPUS, **given).finish()
+    assert (code, err) == (0, "")
+    lines = [f"2/{i}/{i}/{i}/{visible}//--mine=1" for i in (0, 1)]
+    assert sorted(out.splitlines()) == [lines[0], f"[1] {lines[1]}"]
+
+
+def test_the_gpus_are_counted(pod, tmp_path: Path):
+    listed = "GPU 0: H100 (UUID: x)\n  MIG 1g\nGPU 1: H100 (UUID: y)\n"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "script": GPUS}
+    code, out, _ = pod("all", "sh", "-c", "echo $JAX_NUM_PROCESSES", **path).finish()
+    assert code == 0 and out.splitlines()[0].endswith("2")
+    code, _, err = pod("3", "true", **path).finish()
+    assert code == 2 and err.startswith("local_gpus.sh: ") and "3" in err and "2 GPUs" in err
+    code, _, err = pod("all", "true", **path | {"CUDA_VISIBLE_DEVICES": ""}).finish()
+    assert code == 2 and "no GPU" in err and len(err.splitlines()) == 1
 
 
 # --- Exit codes

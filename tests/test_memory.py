@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from sr3_jax import memory
+from sr3_jax.cli import main
 from sr3_jax.errors import UserError
+from sr3_jax.planning.topologies import CHIPS
 
 MIB = 2**20
 
@@ -62,6 +65,27 @@ MEMINFO = {"proc/meminfo": f"MemTotal: {9 * MIB} kB\nMemAvailable:   {4 * 1024} 
 )
 def test_free_memory_is_the_least_of_all_limits(tmp_path, files, free):
     assert memory.free_host_bytes(tree(tmp_path, files)) == free
+
+
+def test_training_and_plans_use_the_same_share_of_a_gpu():
+    environment = {}
+    memory.use_most_gpu_memory(environment)
+    (share,) = environment.values()
+    data_sheet = {"a100": 80e9, "h100": 80e9, "h200": 141e9}
+    for name, size in data_sheet.items():
+        assert CHIPS[name].memory <= float(share) * size
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # jax fails if both are set
+        environment = {name: "0.5"}
+        memory.use_most_gpu_memory(environment)
+        assert environment == {name: "0.5"}
+
+
+def test_the_training_command_uses_most_of_a_gpu(monkeypatch, tmp_path):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "")  # restored after the test
+    assert main.main(["train", "--config=no_such_config", f"--workdir={tmp_path}"]) == 2
+    assert float(os.environ["XLA_CLIENT_MEM_FRACTION"]) == memory.GPU_MEMORY_FRACTION
 
 
 def test_programs_that_do_not_fit_fail_with_both_numbers(monkeypatch):

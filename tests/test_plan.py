@@ -16,7 +16,7 @@ import tiny
 
 from sr3_jax.cli import main
 from sr3_jax.cli import plan as command
-from sr3_jax.distributed.sharding import make_mesh
+from sr3_jax.distributed.sharding import make_mesh, mesh_sizes
 from sr3_jax.errors import UserError
 from sr3_jax.planning import plan as planning
 from sr3_jax.planning import programs, topologies
@@ -207,6 +207,7 @@ def test_fsdp_covers_whole_sides_of_a_slice():
     assert planning.fsdp_sizes(V6E) == [1, 4, 16]
     assert planning.fsdp_sizes(topologies.parse("v4:2x2x4")) == [1, 2, 4, 8, 16]
     assert planning.fsdp_sizes(topologies.parse("gpu:6xh100")) == [1, 2, 3, 6]
+    assert planning.fsdp_sizes(topologies.parse("gpu:64xh100")) == [1, 2, 4, 8]
 
 
 def suggest(*, state, temporaries, topology=V6E, fsdp=1, program="train", **sections):
@@ -284,7 +285,7 @@ def test_suggestions_are_valid_configs(topology):
             section, field = path.split(".")
             changed[section][field] = {"True": True, "bfloat16": "bfloat16"}.get(value) or int(value)
         experiment.check_batch(changed, devices=topology.count, processes=1)
-        assert topology.count % changed["mesh"]["fsdp"] == 0
+        mesh_sizes(topology.count, **changed["mesh"])  # does not fail
         assert change["enough"] == (change["bytes"] <= topology.memory)
         tried += bool(change["overrides"])
     assert tried > 5
@@ -450,6 +451,7 @@ def test_the_command_prints_and_writes_a_plan(config_file, tmp_path, capsys):
         (["--topology=v5e:3x3"], "--topology=v5e:3x3"),
         (["--topology=cpu:3"], "3 devices"),
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "mesh.fsdp=3"),
+        (["--topology=gpu:2x4xh100", "--config.mesh.fsdp=8"], "nodes of 4"),
         (["--topology=cpu:8", "--config.model.channel=3"], "channels"),
         (["--topology=cpu:8", "--only=eval"], "--only"),
     ],

@@ -10,6 +10,7 @@ import pytest
 
 from sr3_jax.config import count_parameters, load_config
 from sr3_jax.config.load import PRESETS, load_cascade, preset_names
+from sr3_jax.distributed.sharding import mesh_sizes
 from sr3_jax.train.experiment import check_batch, read
 
 CASCADES = [name for name in preset_names() if name.startswith("cascade_")]
@@ -66,6 +67,12 @@ def test_a_preset_is_valid(name):
     experiment = read(load_config(name))
     assert np.isclose(experiment.objective.schedule.gamma64[0], 1)
     check_batch(experiment.config, devices=8, processes=1)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("faces_16_128", (1, 4)), ("photos_4x", (4, 1))])
+def test_a_large_state_is_sharded_over_the_devices_that_there_are(name, sizes):
+    experiment = read(load_config(name))
+    assert mesh_sizes(4, **experiment.section("mesh"), state_bytes=experiment.state_bytes) == sizes
 
 
 @pytest.mark.parametrize("name", CASCADES)

@@ -19,6 +19,7 @@ from sr3_jax.errors import UserError
         ({"data": -1, "fsdp": 8}, (1, 8)),
         ({"data": 2, "fsdp": -1}, (2, 4)),
         ({"data": 4, "fsdp": 2}, (4, 2)),
+        ({"fsdp": 0, "state_bytes": lambda: 2**30}, (1, 8)),
     ],
 )
 def test_mesh_has_all_devices(sizes, shape):
@@ -30,7 +31,7 @@ def test_mesh_has_all_devices(sizes, shape):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (-1, 0), (-2, -4), (16, 1), (8, 2), (-1, 16)]
+    "sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (3, 0), (-2, -4), (16, 1), (8, 2), (-1, 16)]
 )
 def test_mesh_sizes_that_do_not_match_the_devices_fail(sizes):
     data, fsdp = sizes
@@ -38,6 +39,30 @@ def test_mesh_sizes_that_do_not_match_the_devices_fail(sizes):
         sharding.mesh_sizes(8, data=data, fsdp=fsdp)
     for text in (f"config.mesh.data={data} ", f"config.mesh.fsdp={fsdp} ", "8 devices"):
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "slices", "gib", "sizes"),
+    [
+        (1, 1, 9, (1, 1)),
+        (4, 1, 9, (1, 4)),
+        (6, 1, 9, (3, 2)),
+        (8, 1, 9, (1, 8)),
+        (8, 1, 0.5, (8, 1)),
+        (256, 1, 9, (32, 8)),
+        (64, 8, 9, (8, 8)),
+        (64, 16, 9, (16, 4)),  # stays within nodes of 4
+        (5, 1, 9, (5, 1)),
+    ],
+)
+def test_fsdp_is_chosen_from_the_devices_unless_given(count, slices, gib, sizes):
+    def state_bytes():
+        return int(gib * 2**30)
+
+    assert sharding.mesh_sizes(count, fsdp=0, slices=slices, state_bytes=state_bytes) == sizes
+    data, fsdp = sizes
+    assert sharding.mesh_sizes(count, data=data, fsdp=0, slices=slices) == sizes  # what remains
+    assert sharding.mesh_sizes(count, fsdp=fsdp, slices=slices) == sizes
 
 
 @pytest.mark.parametrize(

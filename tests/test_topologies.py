@@ -22,6 +22,7 @@ from sr3_jax.planning import topologies
         ("v5p:4x8x8", "v5p", 256),
         ("gpu:8xh100", "h100", 8),
         ("gpu:16xA100", "a100", 16),
+        ("gpu:3x4xh200", "h200", 12),
         ("cpu:8", "cpu", 8),
     ],
 )
@@ -51,6 +52,7 @@ def test_parse(text, chip, count):
         ("v4:16x16x20", "4096 chips"),
         ("gpu:8", "gpu:8xh100"),
         ("gpu:0xh100", "gpu:8xh100"),
+        ("gpu:12xh100", "gpu:3x4xh100"),
         ("gpu:8xb200", "a100, h100, h200"),
         ("cpu:0", "cpu:8"),
         ("cpu:x", "cpu:8"),
@@ -61,6 +63,15 @@ def test_an_unknown_topology_is_an_error_with_an_example(text, fix):
         topologies.parse(text)
     assert f"--topology={text}" in str(caught.value) and fix in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "slices"),
+    [("gpu:4xh100", 1), ("gpu:8xh100", 1), ("gpu:64xh100", 8), ("gpu:16x4xh100", 16), ("v5e:16x16", 1)],
+)
+def test_gpus_are_divided_into_nodes(text, slices):
+    topology = topologies.parse(text)
+    assert topology.slices == slices and topology.count % slices == 0
 
 
 def test_memory_per_chip():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,8 +20,14 @@ TPU = ["--zone", "us-east1-d", "--type", "v5litepod-256", "--version", "v2-alpha
 WORDS = ["a  b", "it's", "", "$HOME", '"*"', "--job"]
 
 GCLOUD = """#!/bin/bash
-# Each worker is a folder under $FAKE: its home.
+# Each worker is a folder under $FAKE: its home. The files tpu-vm and queued-resources hold the states that describe
+# reports one after the other, the last one from then on; NONE: it does not exist.
 echo "$*" >>"$FAKE/calls"
+first_line() { # of a file, and remove it unless it is the last one and must stay
+    [[ -s $1 ]] || return
+    head -n 1 "$1"
+    [[ -n $2 && $(wc -l <"$1") == 1 ]] || sed -i 1d "$1"
+}
 both() {
     for worker in 0 1; do
         (export HOME=$FAKE/$worker; cd "$HOME" && "$@") &
@@ -35,18 +43,30 @@ remote() {
 }
 case "$*" in
 "auth list"*) [[ -e $FAKE/logged_out ]] || echo me@example.com ;;
+*" describe "*failedData*) echo "$FAKE_FAILED" ;;
 *" describe "*)
-    [[ -e $FAKE/state ]] || { echo "ERROR: NOT_FOUND: no such thing" >&2; exit 1; }
-    head -n 1 "$FAKE/state"
-    [[ $(wc -l <"$FAKE/state") == 1 ]] || sed -i 1d "$FAKE/state" ;;
-*" create "*) cat "$FAKE/states" >"$FAKE/state" ;;
-*" delete "*) rm "$FAKE/state" ;;
+    state=$(first_line "$FAKE/$3" stays)
+    if [[ ${state:-NONE} == NONE ]]; then echo "ERROR: NOT_FOUND: no such thing" >&2; exit 1; fi
+    if [[ $state == ACTIVE && ! -e $FAKE/tpu-vm ]]; then echo READY >"$FAKE/tpu-vm"; fi
+    echo "$state" ;;
+*" create "*)
+    error=$(first_line "$FAKE/create_errors")
+    if [[ -n $error ]]; then echo "ERROR: $error" >&2; exit 1; fi
+    cat "$FAKE/new_$3" >"$FAKE/$3" ;;
+*" delete "*)
+    [[ $(head -n 1 "$FAKE/$3") != SUSPENDING ]] || { echo "ERROR: FAILED_PRECONDITION" >&2; exit 1; }
+    rm -f "$FAKE/$3" "$FAKE/tpu-vm" ;;
+*" scp "* | *" ssh "*worker.sh" run "*)
+    code=$(first_line "$FAKE/connections")
+    if [[ $code == started* ]]; then lost=${code#started} code=0; fi # lost while the job runs
+    if ((code)); then echo "ssh: connect to host 10.0.0.5 port 22: Connection refused" >&2; exit "$code"; fi ;;&
 *" scp "*) archive=$PWD/$5; both copy_in ;;
 *" ssh "*)
     for word in "$@"; do
         case $word in --output-directory=*) output=$PWD/${word#*=} ;; esac
     done
     command=${*: -1}
+    if [[ -n $lost ]]; then (both remote) >/dev/null 2>&1 & sleep 1; exit "$lost"; fi
     both remote ;;
 *) echo "unknown: $*" >&2; exit 2 ;;
 esac
@@ -76,20 +96,36 @@ class Pod:
         for name, text in (("gcloud", GCLOUD), ("curl", METADATA), ("python3.13", STAND_IN)):
             (self.fake / "bin" / name).write_text(text)
             (self.fake / "bin" / name).chmod(0o755)
-        (self.fake / "states").write_text("READY\n")
+        self.write("new_tpu-vm", "READY")
 
-    def run(self, *arguments: str, script: str = "tpu_pod.sh", **environment: str):
+    def write(self, name: str, *lines: str) -> None:
+        """Write a file that the fake gcloud reads line by line."""
+        (self.fake / name).write_text("".join(f"{line}\n" for line in lines))
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SR3_", "JAX_"))}
         env |= {"PATH": f"{self.fake}/bin:/usr/bin:/bin", "FAKE": str(self.fake), "SR3_TPU_POLL": "0"}
-        return subprocess.run(
-            ["bash", str(self.clone / "launch" / script), *arguments],
-            env=env | environment, capture_output=True, text=True, timeout=120, check=False,
+        return subprocess.Popen(
+            ["bash", str(self.clone / "launch/tpu_pod.sh"), *arguments],
+            env=env | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def calls(self) -> list[str]:
         """The calls of gcloud that change something, in order: create, delete, scp, ssh."""
         words = [line.split()[3] for line in (self.fake / "calls").read_text().splitlines() if "tpus" in line]
         return [word for word in words if word != "describe"]
+
+    def wait_for(self, word: str, process: subprocess.Popen[str]) -> None:
+        """Read the output until a line has the word."""
+        for line in process.stdout:
+            if word in line:
+                return
+        raise AssertionError(process.communicate())
 
     def log(self, job: str, worker: int) -> str:
         return (self.clone / "out/tpu/sr3" / job / f"{worker}.log").read_text()
@@ -103,7 +139,7 @@ def pod(tmp_path: Path) -> Pod:
 @pytest.fixture
 def installed(pod: Pod) -> Pod:
     """An existing pod with the files on its workers and nothing installed."""
-    (pod.fake / "state").write_text("READY\n")
+    pod.write("tpu-vm", "READY")
     for worker in "01":
         shutil.copytree(pod.clone / "launch", pod.fake / worker / "sr3_jax/launch")
     return pod
@@ -147,7 +183,7 @@ def test_a_dry_run_of_all_prints_every_command():
         _ssh(install),
         _ssh("bash sr3_jax/launch/tpu_worker.sh mount my-bucket"),
         ["mkdir", "-p", "out/tpu/sr3/one"],
-        _ssh(command, "--output-directory=out/tpu/sr3/one"),
+        _ssh(command, "--output-directory=out/tpu/sr3/one", "--ssh-flag=-o ServerAliveInterval=60"),
     ]  # fmt: skip
     assert lines[2] == "git ls-files -z | tar -czf out/tpu/sr3_jax.tar.gz --null -T -"
     assert shlex.split(command)[5:] == ["train", *WORDS]
@@ -176,6 +212,40 @@ def test_dry_runs_of_the_other_actions():
     ]
 
 
+def test_options_of_gcloud_and_the_project_reach_its_commands():
+    more = [
+        "--project",
+        "mine",
+        "--gcloud",
+        "--network",
+        "a b",
+        "--gcloud-ssh",
+        "--internal-ip",
+        "--",
+        "true",
+    ]
+    lines = [shlex.split(line) for line in _dry("all", "--delete", *TPU, *more)]
+    calls = [line for line in lines if line[0] == "gcloud"]
+    assert [line[4] for line in calls] == ["create", "scp", "ssh", "ssh", "delete"]
+    assert all(line[-1] == "--project=mine" for line in calls)
+    assert ["a b" in line for line in calls] == [True, False, False, False, False]
+    assert ["--internal-ip" in line for line in calls] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "runtime"),
+    [
+        ("v4-32", "tpu-ubuntu2204-base"),
+        ("v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_runtime_follows_from_the_type(kind: str, runtime: str):
+    (line,) = _dry("create", "--zone", "z", "--type", kind)
+    assert f"--version={runtime}" in line.split()
+
+
 # --- User errors
 
 
@@ -191,6 +261,9 @@ def test_dry_runs_of_the_other_actions():
         (["stop", *TPU, "--", "sr3"], ["'sr3'"]),
         (["run", *TPU, "sr3", "train"], ["'sr3'", "'--'"]),
         (["run", *TPU, "--job", "a b", "--", "x"], ["'a b'"]),
+        (["create", "--zone", "z"], ["--type"]),
+        (["create", *TPU, "--max-wait", "long"], ["--max-wait", "'long'"]),
+        (["run", *TPU, "--gcloud", "--", "x"], ["--gcloud"]),
     ],
 )
 def test_wrong_arguments_fail_with_one_sentence(pod: Pod, arguments: list[str], words: list[str]):
@@ -234,14 +307,111 @@ def test_an_existing_tpu_is_not_created_again(installed: Pod):
 
 
 def test_a_queued_resource_is_waited_for(pod: Pod):
-    (pod.fake / "states").write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
+    pod.write("new_queued-resources", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
     result = pod.run("create", *TPU, "--queued")
     assert result.returncode == 0, result
     assert "WAITING" in result.stdout and "PROVISIONING" in result.stdout
-    (pod.fake / "state").unlink()
-    (pod.fake / "states").write_text("WAITING_FOR_RESOURCES\nFAILED\n")
-    result = pod.run("create", *TPU, "--queued")
-    assert result.returncode == 2 and "'FAILED'" in result.stderr
+    assert pod.run("delete", *TPU, "--queued").returncode == 0
+    assert pod.calls() == ["create", "delete"]
+
+
+def test_a_queued_resource_that_fails_is_requested_again(pod: Pod):
+    pod.write("queued-resources", "FAILED")
+    pod.write("new_queued-resources", "ACTIVE")
+    result = pod.run("create", *TPU, "--queued", FAKE_FAILED="internal error")
+    assert result.returncode == 0, result
+    assert pod.calls() == ["delete", "create"]
+    pod.write("queued-resources", "FAILED")
+    result = pod.run("create", *TPU, "--queued", FAKE_FAILED="PERMISSION_DENIED")
+    assert result.returncode == 2 and "FAILED" in result.stderr, result
+
+
+STOCK_OUT = 'There is no more capacity in the zone "us-east1-d"'
+
+
+def test_capacity_is_waited_for_at_first_and_after_preemption(pod: Pod):
+    pod.write("create_errors", STOCK_OUT, "HTTP 503")
+    more = f"printf '%s\\n' '{STOCK_OUT}' 'Quota limit has been exceeded.' >\"$FAKE/create_errors\""
+    taken = f'[ -e ../again ] && exit 0; touch ../again; {more}; echo PREEMPTED >"$FAKE/tpu-vm"; exit 1'
+    result = pod.run("all", *TPU, "--", "sh", "-c", taken)
+    assert result.returncode == 0, result
+    start = ["create", "create", "create", "scp", "ssh", "ssh"]
+    assert pod.calls() == [*start, "delete", *start]
+
+
+@pytest.mark.parametrize("error", ["INVALID_ARGUMENT: no such type", "Quota limit has been exceeded."])
+def test_errors_that_waiting_does_not_mend_end_at_once(pod: Pod, error: str):
+    pod.write("create_errors", error)
+    result = pod.run("all", *TPU, "--", "true")
+    assert result.returncode == 2 and error in result.stderr
+    assert pod.calls() == ["create"] and "costs money" not in result.stderr
+
+
+def test_waiting_ends(pod: Pod):
+    pod.write("create_errors", *[STOCK_OUT] * 9)
+    result = pod.run("all", *TPU, "--max-wait", "0", "--", "true")
+    assert result.returncode == 1 and "--max-wait" in result.stderr
+    assert pod.calls() == ["create"]
+
+
+@pytest.mark.parametrize("code", [1, 255])  # gcloud's scp exits with 1, its ssh with ssh's code
+def test_ssh_may_be_refused_after_the_creation(pod: Pod, code: int):
+    pod.write("connections", str(code), str(code))
+    assert pod.run("all", *TPU, "--", "true").returncode == 0
+    assert pod.calls() == ["create", "scp", "scp", "scp", "ssh", "ssh"]
+
+
+def test_a_job_is_followed_after_a_lost_connection(pod: Pod):
+    pod.write("connections", "0", "255", "started1")  # of the copy, and of the run, twice
+    result = pod.run("all", *TPU, "--job", "one", "--", "sh", "-c", "echo started >>started; sleep 2; exit 3")
+    assert result.returncode == 3, result
+    assert pod.calls() == ["create", "scp", "ssh", "ssh", "ssh", "ssh"]
+    assert (pod.fake / "0/sr3_jax/started").read_text() == "started\n"
+
+
+def test_a_preempted_queued_resource_is_created_again(pod: Pod):
+    """Its node disappears while it goes from ACTIVE over SUSPENDING, when it cannot be deleted, to SUSPENDED."""
+    pod.write("new_queued-resources", "ACTIVE")
+    states = "printf 'ACTIVE\\nSUSPENDING\\nSUSPENDING\\nSUSPENDED\\n' >\"$FAKE/queued-resources\""
+    taken = f'[ -e ../again ] && exit 0; touch ../again; {states}; echo NONE >"$FAKE/tpu-vm"; exit 1'
+    result = pod.run("all", *TPU, "--queued", "--", "sh", "-c", taken)
+    assert result.returncode == 0, result
+    calls = [call for call, _ in itertools.groupby(pod.calls())]
+    assert calls == ["create", "scp", "ssh", "delete", "create", "scp", "ssh"]
+
+
+def test_stop_ends_all_while_a_job_runs(pod: Pod):
+    job = "trap 'exit 143' TERM; echo ready; while :; do sleep 0.1; done"
+    process = pod.start("all", *TPU, "--", "sh", "-c", job)
+    pod.wait_for("ready", process)
+    (pod.fake / "elsewhere").mkdir()
+    shutil.copytree(pod.clone / "launch", pod.fake / "elsewhere/launch")  # another machine
+    here, pod.clone = pod.clone, pod.fake / "elsewhere"
+    assert pod.run("stop", *TPU).returncode == 0
+    pod.clone = here
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert pod.calls().count("create") == 1 and "delete --name sr3 --zone us-east1-d" in err
+
+
+def test_stop_ends_all_while_it_waits_for_a_tpu(pod: Pod):
+    pod.write("create_errors", *[STOCK_OUT] * 99)
+    process = pod.start("all", *TPU, "--", "true", SR3_TPU_POLL="60")
+    pod.wait_for("could not be created", process)
+    result = pod.run("stop", *TPU)
+    assert result.returncode == 0 and "does not exist" in result.stdout
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and pod.calls() == ["create"]
+
+
+def test_what_is_left_is_named_or_deleted(pod: Pod):
+    result = pod.run("all", *TPU, "--", "true")
+    assert result.returncode == 0
+    command = re.search(r"costs money.*(delete --name.*)", result.stderr)[1]
+    assert pod.run(*shlex.split(command)).returncode == 0
+    result = pod.run("all", *TPU, "--delete", "--", "sh", "-c", "exit 3")
+    assert result.returncode == 3 and "costs money" not in result.stderr
+    assert pod.calls().count("create") == pod.calls().count("delete") == 2
 
 
 def test_a_stopped_run_is_restarted(pod: Pod):
@@ -253,7 +423,7 @@ def test_a_stopped_run_is_restarted(pod: Pod):
 
 
 def test_a_preempted_tpu_is_created_again(pod: Pod):
-    taken = '[ -e ../again ] && exit 0; touch ../again; echo PREEMPTED >"$FAKE/state"; exit 1'
+    taken = '[ -e ../again ] && exit 0; touch ../again; echo PREEMPTED >"$FAKE/tpu-vm"; exit 1'
     result = pod.run("all", *TPU, "--", "sh", "-c", taken)
     assert result.returncode == 0, result
     start = ["create", "scp", "ssh", "ssh"]
@@ -310,9 +480,14 @@ def test_a_job_survives_its_connection_and_is_followed_again(installed: Pod):
     assert "one" in second_job.communicate(timeout=20)[0] and second_job.returncode == 2
     assert "ready" in _worker(installed, "status").communicate(timeout=20)[0]
     assert _worker(installed, "stop").wait(timeout=20) == 0
-    assert second.communicate(timeout=20)[0] == "saved\ntpu_worker.sh: exit code 143\n"
+    assert (
+        second.communicate(timeout=20)[0] == "saved\ntpu_worker.sh: stopped\ntpu_worker.sh: exit code 143\n"
+    )
     third = _worker(installed, *job)
-    assert third.communicate(timeout=20)[0] == "ready\nsaved\ntpu_worker.sh: exit code 143\n"
+    assert (
+        third.communicate(timeout=20)[0]
+        == "ready\nsaved\ntpu_worker.sh: stopped\ntpu_worker.sh: exit code 143\n"
+    )
     assert (second.returncode, third.returncode) == (143, 143)
     assert (installed.fake / "0/sr3_jax/started").read_text() == "started\n"
     assert "143" in _worker(installed, "status").communicate(timeout=20)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from sr3_jax.cli._options import add_config_argument, config_source, local_path
 
@@ -31,9 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.files import make_folder, write_text
     from sr3_jax.inference.stages import PLAN_FILE, check_chain, stage_from_config
+    from sr3_jax.memory import use_most_gpu_memory
     from sr3_jax.train.experiment import read
     from sr3_jax.train.loop import train
 
+    use_most_gpu_memory(os.environ)
     source = config_source(args.config)
     configs = load_cascade(source, args.rest)
     if not configs:

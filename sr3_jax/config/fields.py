@@ -590,7 +590,9 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             {
                 "data": Field(default=-1, help="Data-parallel groups of devices."),
                 "fsdp": Field(
-                    default=1, help="Devices in a group, which share parameters and optimizer state."
+                    default=0,
+                    help="Devices in a group, which share parameters and optimizer state; 0: chosen from the devices "
+                    "(up to 8 of a slice or node for a state of 1 GiB or more, else 1).",
                 ),
             },
         ),

@@ -43,6 +43,5 @@ def get_config() -> ConfigDict:
         train={"num_steps": 1_000_000, "batch_size": 256},
         eval={"num_images": 256},
         sampling={"steps": 100, "solver": "ddpm"},
-        mesh={"data": -1, "fsdp": 8},
         stage={"name": "base", "size": 64},
     )

@@ -20,30 +20,32 @@ from sr3_jax.errors import UserError
 
 AXES = ("data", "fsdp")
 FSDP_MIN_BYTES = 4 * 2**20  # replicating a smaller array costs less than gathering it
+CHOSEN_FSDP = 8  # at most, when the size of 'fsdp' is chosen: a GPU node has 8, and no preset needs more
+CHOSEN_MIN_BYTES = 2**30  # a smaller state is not worth sharding
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    state_bytes: Callable[[], int] = lambda: 0,
+) -> Mesh:
     """Make a mesh over all devices of all processes.
 
-    With several slices (TPU pods connected by the data center network), 'data' spans the slices and 'fsdp' stays within
-    one: gathering weights needs the fast links, averaging gradients once per step does not.
+    With several slices (TPU slices or GPU nodes, connected by the data center network), 'data' spans the slices and
+    'fsdp' stays within one: gathering weights needs the fast links, averaging gradients once per step does not.
 
     Args:
-        data, fsdp: axis sizes; -1 for one of them means all remaining devices.
+        data, fsdp, state_bytes: see `mesh_sizes`.
         devices: used in place of `jax.devices()`, for example those of a topology to plan for.
 
     Raises:
         UserError: the product of the sizes is not the number of devices, or 'fsdp' does not fit into a slice.
     """
     devices = list(jax.devices() if devices is None else devices)
-    count = len(devices)
-    data, fsdp = mesh_sizes(count, data=data, fsdp=fsdp)
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    if data % slices:
-        raise UserError(
-            f"config.mesh.fsdp={fsdp} does not fit into a slice of {count // slices} devices ({slices} slices): "
-            "use a size that divides the slice"
-        )
+    data, fsdp = mesh_sizes(len(devices), data=data, fsdp=fsdp, slices=slices, state_bytes=state_bytes)
     # Not jax.make_mesh: on most tori it assigns only whole sides to an axis, and 8 of 4x4 chips are not a whole side.
     if slices == 1:
         grid = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
@@ -55,19 +57,44 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def mesh_sizes(count: int, *, data: int = -1, fsdp: int = 1) -> tuple[int, int]:
-    """The sizes of ('data', 'fsdp') over `count` devices, with -1 replaced.
+def mesh_sizes(
+    count: int,
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    slices: int = 1,
+    state_bytes: Callable[[], int] = lambda: 0,
+) -> tuple[int, int]:
+    """The sizes of ('data', 'fsdp') over `count` devices, with -1 and 0 replaced.
+
+    Args:
+        data, fsdp: axis sizes; -1 for one of them means all remaining devices. 0 for 'fsdp': the remaining devices if
+            'data' is given; else up to 8 devices of a slice for a state of 1 GiB or more, and 1 for a smaller one. The
+            choice depends on the number of devices only, not on their memory, so that `sr3 plan` makes the same one.
+        slices: groups of devices with fast links, over which the devices are divided equally.
+        state_bytes: computes the bytes of the training state; called only for the choice.
 
     Raises:
-        UserError: the product of the sizes is not `count`.
+        UserError: the product of the sizes is not `count`, or 'fsdp' does not fit into a slice.
     """
+    given, per_slice = (data, fsdp), count // slices
+    if fsdp == 0 and data != -1:
+        fsdp = -1
+    elif fsdp == 0:
+        large = per_slice > 1 and state_bytes() >= CHOSEN_MIN_BYTES
+        fsdp = math.gcd(per_slice, CHOSEN_FSDP) if large else 1
     known = math.prod(size for size in (data, fsdp) if size != -1)
     if (data, fsdp).count(-1) == 1 and known > 0 and count % known == 0:
         data, fsdp = (count // known if size == -1 else size for size in (data, fsdp))
     if data < 1 or fsdp < 1 or data * fsdp != count:
         raise UserError(
-            f"config.mesh.data={data} and config.mesh.fsdp={fsdp} do not fit {count} devices: "
+            f"config.mesh.data={given[0]} and config.mesh.fsdp={given[1]} do not fit {count} devices: "
             f"use sizes whose product is {count}, or -1 for one of them"
+        )
+    if data % slices:
+        raise UserError(
+            f"config.mesh.fsdp={fsdp} does not fit into {slices} slices or nodes of {per_slice} devices: use a size "
+            f"that divides {per_slice}"
         )
     return data, fsdp
 

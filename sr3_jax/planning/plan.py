@@ -69,16 +69,19 @@ def plan(
         cache: a folder of earlier results, which are reused unless `refresh`.
 
     Returns:
-        The job ('topology', 'chips', 'capacity', 'parameters', 'mesh', 'batch_size', 'eval_images'), 'estimate',
-        'fits', and 'programs': the cost of each (see `programs.py`) with 'other_state' (bytes per chip of the training
-        state that is not an argument of the program), 'peak', 'fits' and, if it does not fit, 'suggestion'.
+        The job ('topology', 'chips', 'slices', 'capacity', 'parameters', 'mesh', 'batch_size', 'eval_images'),
+        'estimate', 'fits', and 'programs': the cost of each (see `programs.py`) with 'other_state' (bytes per chip of
+        the training state that is not an argument of the program), 'peak', 'fits' and, if it does not fit,
+        'suggestion'.
 
     Raises:
         UserError: the config does not fit the topology, or libtpu is missing.
     """
     config = experiment.config
     estimate = estimate or topology.chip.backend != "tpu"
-    sizes = mesh_sizes(topology.count, **config["mesh"])
+    sizes = mesh_sizes(
+        topology.count, **config["mesh"], slices=topology.slices, state_bytes=experiment.state_bytes
+    )
     check_batch(config, devices=topology.count, processes=1)
     state = costs.abstract_state_on(experiment, sizes)
     verdicts: dict[str, Any] = {}
@@ -94,9 +97,9 @@ def plan(
                 if estimate:
                     found = costs.estimate_program(experiment, program, state, sizes, watch)
                 else:
-                    mesh = mesh or make_mesh(
-                        **config["mesh"], devices=stack.enter_context(compiler(topology))
-                    )
+                    if mesh is None:
+                        devices = stack.enter_context(compiler(topology))
+                        mesh = make_mesh(data=sizes[0], fsdp=sizes[1], devices=devices)
                     make = costs.train_program if program == "train" else costs.sample_program
                     found = costs.compile_program(
                         make(experiment, mesh),
@@ -112,6 +115,7 @@ def plan(
     return {
         "topology": topology.name,
         "chips": topology.count,
+        "slices": topology.slices,
         "capacity": topology.memory,
         "estimate": estimate,
         "parameters": sum(math.prod(shape) for shape, _ in _shapes(state.params)),
@@ -218,9 +222,10 @@ def suggest(
 
 
 def fsdp_sizes(topology: Topology) -> list[int]:
-    """Sizes of 'fsdp' that cover whole sides of a TPU slice; on GPUs and CPUs every divisor of their number."""
+    """Sizes of 'fsdp' that cover whole sides of a TPU slice; every divisor of a GPU node or of the CPU devices."""
     if topology.chip.backend != "tpu":
-        return [size for size in range(1, topology.count + 1) if topology.count % size == 0]
+        per_node = topology.count // topology.slices
+        return [size for size in range(1, per_node + 1) if per_node % size == 0]
     sizes = {1}
     for side in topology.shape:
         sizes |= {size * side for size in sizes}

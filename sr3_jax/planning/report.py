@@ -17,8 +17,9 @@ NOTES = {
 def report(plan: Mapping[str, Any]) -> str:
     """The plan as `sr3 plan` prints it."""
     mesh = plan["mesh"]
+    nodes = f" in {plan['slices']} nodes" if plan["slices"] > 1 else ""
     lines = [
-        f"{plan['topology']}: {plan['chips']} chips of {gib(plan['capacity'])}, "
+        f"{plan['topology']}: {plan['chips']} chips{nodes} of {gib(plan['capacity'])}, "
         f"mesh data={mesh['data']} fsdp={mesh['fsdp']}",
         f"{plan['parameters'] / 1e6:.1f} M parameters, batch size {plan['batch_size']}. {NOTES[plan['estimate']]}",
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from sr3_jax.errors import UserError
+from sr3_jax.memory import GPU_MEMORY_FRACTION
 
 GIB = 2**30
 
@@ -34,7 +35,8 @@ class Chip:
 
 
 # TPU: what libtpu leaves to a program of the 32, 16, 95 and 32 GB, according to its own errors ("exceeds available
-# HBM (15.75G)"). GPU: NVIDIA's data sheets of the SXM modules, less 5% that the driver and NCCL are assumed to take.
+# HBM (15.75G)"). GPU: the share that `sr3 train` lets JAX take, of the size in NVIDIA's data sheets of the SXM modules
+# (in units of 10^9 bytes; the driver reports a few percent more).
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -42,16 +44,17 @@ CHIPS = {
         Chip("v5e", "tpu", int(15.75 * GIB)),
         Chip("v5p", "tpu", int(95.74 * GIB)),
         Chip("v6e", "tpu", int(31.25 * GIB)),
-        Chip("a100", "gpu", int(0.95 * 80e9)),
-        Chip("h100", "gpu", int(0.95 * 80e9)),
-        Chip("h200", "gpu", int(0.95 * 141e9)),
+        Chip("a100", "gpu", int(GPU_MEMORY_FRACTION * 80e9)),
+        Chip("h100", "gpu", int(GPU_MEMORY_FRACTION * 80e9)),
+        Chip("h200", "gpu", int(GPU_MEMORY_FRACTION * 141e9)),
         Chip("cpu", "cpu"),
     )
 }
+GPUS_OF_A_NODE = 8
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e and v6e
 SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # v4 and v5p, below a cube of 4x4x4
 LARGEST = {"v4": 4096, "v5p": 6144}  # chips of one slice
-EXAMPLES = "v5e:16x16, v6e:4x4, v4:4x4x4, v5p:4x4x4, gpu:8xh100 or cpu:8"
+EXAMPLES = "v5e:16x16, v6e:4x4, v4:4x4x4, v5p:4x4x4, gpu:8xh100, gpu:64xh100 or cpu:8"
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class Topology:
     Attributes:
         name: as the user writes it.
         shape: the grid of chips; (N,) for GPUs and CPUs.
+        slices: groups of chips with fast links: one TPU slice, the nodes of GPUs.
     """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def count(self) -> int:
@@ -113,14 +118,27 @@ def parse(text: str) -> Topology:
 
 
 def _gpus(text: str, size: str) -> Topology:
+    """N GPUs, which are nodes of 8 if they are more than 8; or NODES x GPUS of a node."""
     known = [name for name, chip in CHIPS.items() if chip.backend == "gpu"]
-    match = re.fullmatch(r"([1-9]\d*)x([a-z]+\d+)", size)
-    if not match or match[2] not in known:
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x([a-z]+\d+)", size)
+    if not match or match[3] not in known:
         raise UserError(
             f"--topology={text}: must be a number of {', '.join(known)}, such as gpu:8x{known[1]}; for other cards "
             "use the one whose memory is nearest"
         )
-    return Topology(f"gpu:{match[1]}x{match[2]}", CHIPS[match[2]], (int(match[1]),))
+    nodes, count = int(match[1] or 0), int(match[2])
+    if nodes:
+        count *= nodes
+    elif count <= GPUS_OF_A_NODE:
+        nodes = 1
+    else:
+        nodes, rest = divmod(count, GPUS_OF_A_NODE)
+        if rest:
+            raise UserError(
+                f"--topology={text}: {count} GPUs are not whole nodes of {GPUS_OF_A_NODE}: use a multiple, or nodes x "
+                f"GPUs of a node, such as gpu:{-(-count // 4)}x4x{match[3]}"
+            )
+    return Topology(f"gpu:{size}", CHIPS[match[3]], (count,), nodes)
 
 
 def _cubes(shape: Sequence[int], largest: int) -> bool:

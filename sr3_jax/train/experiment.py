@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -16,6 +17,7 @@ from sr3_jax.diffusion.loss import min_snr
 from sr3_jax.errors import UserError
 from sr3_jax.train import optim
 from sr3_jax.train.examples import Task
+from sr3_jax.train.state import init_state
 from sr3_jax.train.step import Objective
 from sr3_jax.types import Key, Params
 
@@ -49,6 +51,12 @@ class Experiment:
             b2=section["b2"],
             clip_norm=section["clip_norm"],
         )
+
+    def state_bytes(self) -> int:
+        """Bytes of the whole training state, from shapes."""
+        optimizer = self.optimizer()
+        state = jax.eval_shape(lambda key: init_state(self.init_params(key), optimizer), jax.random.key(0))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
     def lr_schedule(self) -> optax.Schedule:
         """step -> learning rate."""

@@ -55,7 +55,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
     writers = config["train"]["writers"].split("+")
     check_writers(writers)
-    mesh = sharding.make_mesh(**config["mesh"])
+    mesh = sharding.make_mesh(**config["mesh"], state_bytes=experiment.state_bytes)
     check_batch(config, devices=mesh.size, processes=jax.process_count())
     try:
         source, held_out_crops = _open_data(config)
