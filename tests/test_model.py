@@ -168,6 +168,33 @@ def test_device_count_divides_the_batch(batch, devices):
     assert sharding.mesh_for_batch(batch).size == devices
 
 
+@pytest.mark.parametrize("solver", ["ancestral", "ddim", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("size", [(6, 9), (20, 100)], ids=["one_block", "blocks"])
+def test_watching_the_steps_does_not_change_a_byte(solver, size, model):
+    """Each step is reported with the images so far; the last ones are the output."""
+    image, sampling = random_images(*size), Sampling(solver, 3)
+    tile = 64 if size[1] > 64 else None
+    seen = []
+    watched = model.watched(lambda step, steps, images: seen.append((step, steps, images)))
+    output = watched.upscale(image, 5, sampling=sampling, tile=tile)
+    np.testing.assert_array_equal(output, model.upscale(image, 5, sampling=sampling, tile=tile))
+    assert [entry[:2] for entry in seen] == [(1, 3), (2, 3), (3, 3)] * (len(seen) // 3) and seen
+    if tile is None:
+        np.testing.assert_array_equal(seen[-1][2][0, : output.shape[0], : output.shape[1]], output)
+
+
+def test_an_exception_of_the_watcher_stops_the_sampling(model):
+    seen = []
+
+    def stop(step: int, steps: int, images: np.ndarray) -> None:
+        seen.append(step)
+        raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        model.watched(stop).upscale(random_images(6, 9), 0, steps=3)
+    assert seen == [1]
+
+
 def test_output_depends_on_the_image(model):
     dark, light = (np.full((1, 8, 8, 3), level, np.uint8) for level in (40, 200))
     for image in (dark, light):

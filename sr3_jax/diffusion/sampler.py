@@ -96,11 +96,80 @@ def sample_with_coefficients(
     Args:
         noise: key, or [B] keys, to standard normal noise [B,H,W,C]; None for `jax.random.normal`.
     """
-    batch_size, num_steps = shape[0], len(jax.tree.leaves(coefficients)[0])
-    if key.shape not in ((), (batch_size,)):
-        raise ValueError(f"key must be one key or {batch_size} keys, got shape {key.shape}")
+    num_steps = len(jax.tree.leaves(coefficients)[0])
     if not 0 <= snapshots <= num_steps:
         raise ValueError(f"snapshots must be from 0 to the {num_steps} steps, got {snapshots}")
+    start, advance = _reverse_process(
+        denoiser, key, cond, shape=shape, step=step, prediction=prediction, space=space, noise=noise
+    )
+    carry = start()
+    kept = jnp.zeros((num_steps // snapshots, *shape)) if snapshots else None
+
+    def body(state: tuple[Carry, jax.Array | None], row: tuple) -> tuple[tuple, None]:
+        (carry, kept), (index, coefficient) = state, row
+        carry = advance(carry, index, coefficient)
+        if kept is not None:
+            done = index + 1
+            # A step that is not kept writes past the end, where 'drop' ignores it.
+            slot = jnp.where(done % snapshots == 0, done // snapshots - 1, len(kept))
+            kept = kept.at[slot].set(space.decode(carry.y, cond), mode="drop")
+        return (carry, kept), None
+
+    rows = (jnp.arange(num_steps), coefficients)
+    (carry, kept), _ = jax.lax.scan(body, (carry, kept), rows)
+    return Samples(jnp.clip(space.decode(carry.y, cond), -1.0, 1.0), kept)
+
+
+def sample_part(
+    denoiser: Denoiser,
+    key: Key,
+    cond: Conditioning,
+    carry: Carry | None,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    coefficients: Any,
+    step: SolverStep,
+    prediction: Prediction = "eps",
+    space: Space = image(),
+    noise: Callable[[Key], jax.Array] | None = None,
+) -> tuple[Image, Carry]:
+    """Steps `first` to `last` - 1 of `sample_with_coefficients`, for callers that watch or stop the reverse loop.
+
+    Args:
+        carry: the state before step `first`; None for the state before step 0, and then no step is taken.
+        first, last: int32 scalars; they may be traced, so that all parts share one program.
+
+    Returns:
+        [B,H,W,C] float32 in [-1,1], y_t as an image (the sample after the last step), and the state.
+    """
+    start, advance = _reverse_process(
+        denoiser, key, cond, shape=shape, step=step, prediction=prediction, space=space, noise=noise
+    )
+
+    def body(index: jax.Array, carry: Carry) -> Carry:
+        return advance(carry, index, jax.tree.map(lambda table: jnp.asarray(table)[index], coefficients))
+
+    carry = start() if carry is None else jax.lax.fori_loop(first, last, body, carry)
+    return jnp.clip(space.decode(carry.y, cond), -1.0, 1.0), carry
+
+
+def _reverse_process(
+    denoiser: Denoiser,
+    key: Key,
+    cond: Conditioning,
+    *,
+    shape: tuple[int, ...],
+    step: SolverStep,
+    prediction: Prediction,
+    space: Space,
+    noise: Callable[[Key], jax.Array] | None,
+) -> tuple[Callable[[], Carry], Callable[[Carry, jax.Array, Any], Carry]]:
+    """(start, advance): the state before the first step; (state, index of a step, its coefficients) -> state."""
+    batch_size = shape[0]
+    if key.shape not in ((), (batch_size,)):
+        raise ValueError(f"key must be one key or {batch_size} keys, got shape {key.shape}")
 
     def denoise(y: jax.Array, gamma: jax.Array) -> Any:
         level = jnp.full((batch_size,), gamma)
@@ -124,24 +193,16 @@ def sample_with_coefficients(
         return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
 
     first, rest = split(key)  # so that y_T is the same for every solver and number of steps
-    y_start = normal(first)
-    kept = jnp.zeros((num_steps // snapshots, *shape)) if snapshots else None
 
-    def body(state: tuple[Carry, jax.Array | None], row: tuple) -> tuple[tuple, None]:
-        (carry, kept), (index, coefficient) = state, row
+    def start() -> Carry:
+        y = normal(first)
+        return Carry(y, step.init(y))
+
+    def advance(carry: Carry, index: jax.Array, coefficient: Any) -> Carry:
         z = normal(_of_step(rest, index)) if step.stochastic else None
-        carry = step.step(denoise, carry, z, coefficient)
-        if kept is not None:
-            done = index + 1
-            # A step that is not kept writes past the end, where 'drop' ignores it.
-            slot = jnp.where(done % snapshots == 0, done // snapshots - 1, len(kept))
-            kept = kept.at[slot].set(space.decode(carry.y, cond), mode="drop")
-        return (carry, kept), None
+        return step.step(denoise, carry, z, coefficient)
 
-    rows = (jnp.arange(num_steps), coefficients)
-    carry = Carry(y_start, step.init(y_start))
-    (carry, kept), _ = jax.lax.scan(body, (carry, kept), rows)
-    return Samples(jnp.clip(space.decode(carry.y, cond), -1.0, 1.0), kept)
+    return start, advance
 
 
 def _halves(output: jax.Array, channels: int) -> list[jax.Array]:

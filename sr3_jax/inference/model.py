@@ -58,6 +58,7 @@ class Model:
         sampling: the settings used where none are given: those stored next to the model, else its config's.
         config: the config it was trained with, as plain values.
         label: the class of every image for which no label is given; None for none.
+        on_step: see `watched`; None in a model that was loaded.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Model:
     sampling: Sampling
     config: Mapping[str, Any]
     label: int | None = None
+    on_step: Callable[[int, int, np.ndarray], object] | None = None
     _copies: dict[Mesh, Params] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
@@ -297,6 +299,17 @@ class Model:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
         return replace(self, network=self.network.clone(dtype=dtype))
+
+    def watched(self, on_step: Callable[[int, int, np.ndarray], object]) -> Model:
+        """The model with a function that is called after each step of the sampler, for progress and previews.
+
+        The loop over the steps then runs on the host, one call of the device per step. The outputs stay the same.
+
+        Args:
+            on_step: gets the number of steps done, the number of all steps of this batch, and y_t as images, uint8
+                [B,s*h,s*w,3], padding included. An exception that it raises ends the sampling.
+        """
+        return replace(self, on_step=on_step)
 
     @fixed_numerics()
     def compile(

@@ -20,8 +20,8 @@ from sr3_jax.config.build import build_augmentation
 from sr3_jax.degradations import ConditioningAugmentation
 from sr3_jax.diffusion.guidance import guided
 from sr3_jax.diffusion.process import Prediction
-from sr3_jax.diffusion.sampler import sample_with_coefficients, split
-from sr3_jax.diffusion.solvers import SolverStep
+from sr3_jax.diffusion.sampler import sample_part, sample_with_coefficients, split
+from sr3_jax.diffusion.solvers import Carry, SolverStep
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed import sharding
 from sr3_jax.image_ops import back_project, to_uint8, to_unit
@@ -30,7 +30,7 @@ from sr3_jax.nn.unet import Network, apply_unet
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.examples import Batch, condition
-from sr3_jax.types import Denoiser, Key, Params
+from sr3_jax.types import Conditioning, Denoiser, Key, Params
 
 if TYPE_CHECKING:
     from sr3_jax.inference.model import Model
@@ -87,6 +87,112 @@ def generate_jit(
         uint8 [B,H,W,C], and whether all values were finite before rounding.
     """
 
+    denoiser, key, cond, given, noise = _conditioned(
+        params,
+        batch,
+        key,
+        guidance,
+        strength,
+        origins,
+        shape=shape,
+        network=network,
+        scale=scale,
+        augmentation=augmentation,
+        cell=cell,
+    )
+    samples = sample_with_coefficients(
+        denoiser,
+        key,
+        cond,
+        shape=shape,
+        coefficients=coefficients,
+        step=step,
+        prediction=prediction,
+        space=space,
+        noise=noise,
+    )
+    return _finished(samples.image, given, scale=scale, back_projection=back_projection, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def generate_part_jit(
+    params: Params,
+    batch: Batch,
+    key: Key,
+    coefficients: Any,
+    guidance: jax.Array | None,
+    strength: jax.Array | None,
+    origins: jax.Array | None,
+    carry: Carry | None,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    shape: tuple[int, int, int, int],
+    mesh: Mesh,
+    network: UNet,
+    step: SolverStep,
+    prediction: Prediction,
+    space: Space,
+    scale: int,
+    augmentation: ConditioningAugmentation | None,
+    back_projection: int,
+    cell: int,
+) -> tuple[jax.Array, jax.Array, Carry]:
+    """Steps `first` to `last` - 1 of `generate_jit`: the same arithmetic, so the last part gives the same bytes.
+
+    Args:
+        carry, first, last: as in `sample_part`.
+
+    Returns:
+        As `generate_jit`, of y_t as an image; and the state for the next part.
+    """
+    denoiser, key, cond, given, noise = _conditioned(
+        params,
+        batch,
+        key,
+        guidance,
+        strength,
+        origins,
+        shape=shape,
+        network=network,
+        scale=scale,
+        augmentation=augmentation,
+        cell=cell,
+    )
+    image, carry = sample_part(
+        denoiser,
+        key,
+        cond,
+        carry,
+        first,
+        last,
+        shape=shape,
+        coefficients=coefficients,
+        step=step,
+        prediction=prediction,
+        space=space,
+        noise=noise,
+    )
+    output, finite = _finished(image, given, scale=scale, back_projection=back_projection, mesh=mesh)
+    return output, finite, carry
+
+
+def _conditioned(
+    params: Params,
+    batch: Batch,
+    key: Key,
+    guidance: jax.Array | None,
+    strength: jax.Array | None,
+    origins: jax.Array | None,
+    *,
+    shape: tuple[int, int, int, int],
+    network: UNet,
+    scale: int,
+    augmentation: ConditioningAugmentation | None,
+    cell: int,
+) -> tuple[Denoiser, Key, Conditioning, jax.Array | None, Callable[[Key], jax.Array] | None]:
+    """The denoiser, the key of its noise, its condition, the low-res images in [-1,1], and the noise by position."""
+
     def positioned(size: tuple[int, ...], cell: int) -> Callable[[Key], jax.Array] | None:
         if origins is None:
             return None
@@ -103,18 +209,13 @@ def generate_jit(
     denoiser: Denoiser = functools.partial(apply_unet, network, params)
     if guidance is not None:
         denoiser = guided(denoiser, guidance=guidance, no_label=network.num_classes)
-    samples = sample_with_coefficients(
-        denoiser,
-        key,
-        cond,
-        shape=shape,
-        coefficients=coefficients,
-        step=step,
-        prediction=prediction,
-        space=space,
-        noise=positioned(shape[1:], cell * scale),
-    )
-    image = samples.image
+    return denoiser, key, cond, given, positioned(shape[1:], cell * scale)
+
+
+def _finished(
+    image: jax.Array, given: jax.Array | None, *, scale: int, back_projection: int, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """uint8 of images in [-1,1], and whether all their values were finite."""
     if given is not None and back_projection:
         image = back_project(image, given, scale, rounds=back_projection)
     output = to_uint8(image)
@@ -148,13 +249,39 @@ def run_program(
     arguments, settings = program_arguments(
         model, shape, images=images, labels=labels, key=key, sampling=sampling, origins=origins
     )
-    require_memory(arguments, settings)
-    output, finite = generate_jit(*arguments, **settings)
+    if model.on_step is None:
+        require_memory(generate_jit, arguments, settings)
+        output, finite = generate_jit(*arguments, **settings)
+    else:
+        output, finite = _run_stepwise(arguments, settings, sampling.steps, model.on_step)
     if not finite:
         raise FloatingPointError(
             f"model {model.name} produced values that are not finite: try another solver, other steps, or float32"
         )
     return np.asarray(output)
+
+
+def _run_stepwise(
+    arguments: tuple[Any, ...],
+    settings: dict[str, Any],
+    steps: int,
+    on_step: Callable[[int, int, np.ndarray], object],
+) -> tuple[jax.Array, jax.Array]:
+    """`generate_jit`, with a call of `on_step` after each step: see `Model.watched`."""
+    params, batch, key, *rest = arguments
+
+    def same_key() -> Key:
+        return jax.random.clone(key)  # each part derives the key of its steps from it
+
+    start = (params, batch, same_key(), *rest, None, np.int32(0), np.int32(0))
+    output, finite, carry = generate_part_jit(*start, **settings)
+    for index in range(steps):
+        part = (params, batch, same_key(), *rest, carry, np.int32(index), np.int32(index + 1))
+        if index == 0:
+            require_memory(generate_part_jit, part, settings)
+        output, finite, carry = generate_part_jit(*part, **settings)
+        on_step(index + 1, steps, np.asarray(output))
+    return output, finite
 
 
 def program_arguments(
@@ -202,10 +329,13 @@ def program_settings(model: Model, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def require_memory(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
-    """Check that `generate_jit` of these arguments and static values fits into what is free on its devices.
+def require_memory(program: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    """Check that a program fits into what is free on its devices with these arguments and static values.
 
-    The first call of each shape compiles the program, and `generate_jit` then finds it in its cache.
+    The first call of each shape compiles the program, which its next call then finds in its cache.
+
+    Args:
+        program: `generate_jit` or `generate_part_jit`.
 
     Raises:
         OutOfMemory: it does not fit.
@@ -217,7 +347,7 @@ def require_memory(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None
     leaves, structure = jax.tree.flatten(
         arguments[1:]
     )  # the shapes of the parameters follow from the network
-    key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), *settings.values())
+    key = (program, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), *settings.values())
     if key not in _needed:
-        _needed[key] = memory.needed_bytes(generate_jit.lower(*arguments, **settings).compile())
+        _needed[key] = memory.needed_bytes(program.lower(*arguments, **settings).compile())
     memory.require(_needed[key], devices, what=what, remedy=remedy)
