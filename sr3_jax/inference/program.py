@@ -98,6 +98,7 @@ def generate_jit(
         network=network,
         scale=scale,
         augmentation=augmentation,
+        upsampling=upsampling,
         cell=cell,
     )
     samples = sample_with_coefficients(
@@ -128,13 +129,14 @@ def generate_part_jit(
     last: jax.Array,
     *,
     shape: tuple[int, int, int, int],
-    mesh: Mesh,
-    network: UNet,
+    mesh: Mesh | None,
+    network: Network,
     step: SolverStep,
     prediction: Prediction,
     space: Space,
     scale: int,
     augmentation: ConditioningAugmentation | None,
+    upsampling: str,
     back_projection: int,
     cell: int,
 ) -> tuple[jax.Array, jax.Array, Carry]:
@@ -157,6 +159,7 @@ def generate_part_jit(
         network=network,
         scale=scale,
         augmentation=augmentation,
+        upsampling=upsampling,
         cell=cell,
     )
     image, carry = sample_part(
@@ -186,9 +189,10 @@ def _conditioned(
     origins: jax.Array | None,
     *,
     shape: tuple[int, int, int, int],
-    network: UNet,
+    network: Network,
     scale: int,
     augmentation: ConditioningAugmentation | None,
+    upsampling: str,
     cell: int,
 ) -> tuple[Denoiser, Key, Conditioning, jax.Array | None, Callable[[Key], jax.Array] | None]:
     """The denoiser, the key of its noise, its condition, the low-res images in [-1,1], and the noise by position."""
@@ -213,7 +217,7 @@ def _conditioned(
 
 
 def _finished(
-    image: jax.Array, given: jax.Array | None, *, scale: int, back_projection: int, mesh: Mesh
+    image: jax.Array, given: jax.Array | None, *, scale: int, back_projection: int, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
     """uint8 of images in [-1,1], and whether all their values were finite."""
     if given is not None and back_projection:

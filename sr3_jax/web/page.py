@@ -48,8 +48,8 @@ def _uploads_only(component: gr.File) -> gr.File:
         check(path)
         return await move_later(path)
 
-    component.move_resource_to_block_cache = checked  # type: ignore[method-assign]
-    component.async_move_resource_to_block_cache = checked_later  # type: ignore[method-assign]
+    component.move_resource_to_block_cache = checked  # type: ignore[assignment,method-assign]
+    component.async_move_resource_to_block_cache = checked_later  # type: ignore[assignment,method-assign]
     return component
 
 
