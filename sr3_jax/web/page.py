@@ -113,7 +113,7 @@ def upscale_tab(device: Device, root: Path, blocks: gr.Blocks) -> None:
                 gallery = gr.Gallery(
                     label="Outputs",
                     columns=4,
-                    height=260,
+                    height=330,
                     allow_preview=False,
                     visible=False,
                     elem_id="gallery",
