@@ -21,6 +21,7 @@ class StandIn:
     name: str = "stand-in"
     label: int | None = None
     before: Callable[[np.ndarray], None] = lambda images: None
+    on_step: Callable[[int, int, np.ndarray], object] = lambda step, steps, images: None
     calls: list[tuple[tuple[int, ...], int | None, str | None]] = field(default_factory=list)
 
     sampling: Sampling = field(default_factory=lambda: Sampling("dpmpp_2m", 10))
@@ -40,12 +41,17 @@ class StandIn:
         on_tiles(plan.count)
         yield from np.array_split(output, 3)
 
+    def watched(self, on_step):
+        self.on_step = on_step
+        return self
+
     def upscale(self, images, key, *, sampling=None, tile=None):
         """uint8 [B,H,W,3], keys [B] -> uint8 [B,sH,sW,3]."""
         steps, solver = (None, None) if sampling is None else (sampling.steps, sampling.solver)
         assert images.dtype == np.uint8
         assert key.shape == images.shape[:1]
         self.calls.append((images.shape, steps, solver))
+        self.on_step(1, 10, images)
         self.before(images)
         output = images.repeat(self.scale, axis=1).repeat(self.scale, axis=2).astype(np.int32)
         for row, data in zip(output, np.asarray(jax.random.key_data(key)), strict=True):

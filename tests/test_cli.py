@@ -280,6 +280,33 @@ def test_progress_names_the_image_and_its_time_while_the_device_computes_it(
     assert main(["upscale", str(folder / "in" / "a.png"), "-o", str(folder / "out.png")]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "a.png" in line]
     assert len(lines) >= 2 and "0 of 1 images" in lines[-1] and "00:01" in lines[-1]
+    assert "step 1 of 10" in lines[-1]
+
+
+def test_every_step_of_the_sampler_is_reported(tmp_path, monkeypatch):
+    """Also by commands that load their models themselves."""
+    seen = []
+    monkeypatch.setattr(_progress.Bar, "on_step", lambda bar, step, steps, images: seen.append((step, steps)))
+    config, model = complete(tiny.config()), tmp_path / "model.safetensors"
+    export(model, build.init_params(build.build_network(config["model"]), jax.random.key(0)), config)
+    images = tiny.images(tmp_path / "images", count=1, side=24)
+    for line in (
+        ["upscale", images, "-o", tmp_path / "upscaled", "--model", model],
+        ["cascade", "--stages", model, "--low-res", images, "--unfinished", "-o", tmp_path / "cascade"],
+        [
+            "evaluate",
+            "--model",
+            model,
+            "--data",
+            f"folder:{images}",
+            "--features=none",
+            "-o",
+            tmp_path / "scores",
+        ],
+    ):
+        seen.clear()
+        assert main([*map(str, line), "--steps=3"]) == 0
+        assert seen == [(1, 3), (2, 3), (3, 3)], line[0]
 
 
 def test_log_messages_go_to_stderr_without_prefix(command, capsys):

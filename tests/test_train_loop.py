@@ -207,6 +207,10 @@ def test_evaluation_covers_all_images_once_and_is_reproducible(folder, whole, mo
         objective, {"image": crops}, sharding.make_mesh(), steps=2, solver="ddim", seed=0
     )
     params = restored(whole).ema_params
+    with monkeypatch.context() as full:
+        full.setattr(memory, "free_host_bytes", lambda: 1)
+        with pytest.raises(memory.OutOfMemory, match=r"config\.eval\.num_images"):
+            evaluate(params)
     values, _ = evaluate(params)
     assert evaluate(params)[0] == values
     low_res = image_ops.degrade(image_ops.to_unit(crops), 4)
@@ -376,6 +380,18 @@ def test_step_that_does_not_fit_into_memory_fails_before_it_runs(folder, tmp_pat
     with pytest.raises(UserError, match=r"config\.train\.batch_size"):
         run(folder, tmp_path, plain(num_steps=2))
     assert stand_in.states == []
+
+
+def test_held_out_evaluation_that_does_not_fit_into_memory_loses_nothing(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch)
+
+    def too_large(evaluation, best, writer, step, params):
+        raise memory.OutOfMemory("a held-out evaluation needs more", needed=2, free=1)
+
+    monkeypatch.setattr(loop, "evaluate_and_log", too_large)
+    with pytest.raises(UserError, match="held-out"):
+        run(folder, tmp_path, plain(num_steps=9) | {"eval": {"every": 4}})
+    assert steps_of(tmp_path) == [4]
 
 
 # ---- Stopping

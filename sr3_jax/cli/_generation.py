@@ -62,7 +62,7 @@ def generate_images(
 ) -> int:
     """Generate images with the stages at these paths and write the contact sheets; exit code 0."""
     from sr3_jax import files
-    from sr3_jax.cli._progress import progress_bar
+    from sr3_jax.cli._progress import progress_bar, step_reports
     from sr3_jax.distributed.processes import start_processes, wait_for_all
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.errors import UserError
@@ -94,7 +94,15 @@ def generate_images(
             bar.update(done)
             exit_if_stopped(stopped())
 
-        cascade.generate(job, steps, folder, process=process, on_stage=bar.set_description, on_images=advance)
+        cascade.generate(
+            job,
+            steps,
+            folder,
+            process=process,
+            on_stage=bar.set_description,
+            on_images=advance,
+            on_step=step_reports(bar),
+        )
     wait_for_all()
     if process[0] == 0:
         names = contact_sheet.write(job, folder)

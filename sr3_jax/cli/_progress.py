@@ -7,27 +7,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from sr3_jax.inference.program import OnStep
 
 
 class Bar(tqdm):
     """A tqdm bar that also counts while it is disabled, which tqdm does not."""
 
     done = 0
-    _name, _detail, _since = "", "", 0.0
+    _name, _detail, _step, _since = "", "", "", 0.0
 
     def working_on(self, name: str, detail: str = "") -> None:
         """Say what is computed now. It is shown with the time since the name was first given."""
         if name != self._name:
             self._name, self._since = name, time.monotonic()
-        self._detail = detail
+        self._detail, self._step = detail, ""
+        self.show()
+
+    def on_step(self, step: int, steps: int, images: object = None) -> None:
+        """Say how far the sampler is: `on_step` of `Model.watched`."""
+        self._step = f"step {step} of {steps}"
         self.show()
 
     def show(self) -> None:
         """Draw the bar again with the current time."""
         seconds = int(time.monotonic() - self._since)
-        parts = [self._name, self._detail, tqdm.format_interval(seconds)] if self._name else []
+        time_spent = tqdm.format_interval(seconds) if self._name else ""
+        parts = [self._name, self._detail, self._step, time_spent]
         self.set_postfix_str(", ".join(filter(None, parts)))
 
     def update(self, n: float | None = 1) -> bool | None:
@@ -74,6 +84,13 @@ def progress_bar(*, unit: str, total: int | None = None, every: float = 30.0) ->
         finally:
             ended.set()
             ticker.join()
+
+
+def step_reports(bar: Bar) -> OnStep | None:
+    """What makes `Model.watched` report the steps to a bar. None on accelerators, which would wait for the host."""
+    import jax
+
+    return bar.on_step if jax.default_backend() == "cpu" else None
 
 
 class Pace:

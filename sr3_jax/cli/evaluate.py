@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how low-res images are made: clean (bicubic), photo (blur, noise, JPEG) or wild (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", type=count, default=1, metavar="B",
+        "--batch-size", "--batch", type=count, default=1, metavar="B",
         help="outputs sampled at once, for many small images of one size (default: 1)",
     )  # fmt: skip
     parser.add_argument(
@@ -134,7 +134,7 @@ def _by_name(given: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 (3 with several processes) if images could not be used."""
-    from sr3_jax.cli._progress import progress_bar
+    from sr3_jax.cli._progress import progress_bar, step_reports
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import evaluate
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
             solvers=args.solver,
             samples=args.samples,
             seed=args.seed,
-            batch_size=args.batch,
+            batch_size=args.batch_size,
             limit=args.limit,
             crop=args.crop,
             degradation=args.degradation,
@@ -173,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
             command=["sr3", *sys.argv[1:]],
             process=process,
             on_output=progress,
+            on_step=step_reports(bar),
         )
     if done is None:
         return 0  # process 0 reports for all

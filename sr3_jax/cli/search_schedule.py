@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, also if the model's default is kept."""
-    from sr3_jax.cli._progress import progress_bar
+    from sr3_jax.cli._progress import progress_bar, step_reports
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import search_schedule
 
@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
             guarded=not args.no_guard,
             command=["sr3", *sys.argv[1:]],
             on_batch=progress,
+            on_step=step_reports(bar),
         )
     print(f"\n{done.markdown()}")
     if done.stored:

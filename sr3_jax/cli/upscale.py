@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from sr3_jax.cli._progress import Pace, progress_bar
+    from sr3_jax.cli._progress import Pace, progress_bar, step_reports
     from sr3_jax.distributed.processes import start_processes
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.errors import UserError
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
             pace, announced = Pace(), set[str]()
 
             result = upscale_files(
-                model,
+                model.watched(step_reports(bar)),
                 jobs,
                 sampling=sampling,
                 seed=args.seed,

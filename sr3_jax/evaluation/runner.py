@@ -46,6 +46,7 @@ from sr3_jax.image_io.grid import grid_row, image_grid
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, write_image
 from sr3_jax.inference.loading import load
 from sr3_jax.inference.model import Model
+from sr3_jax.inference.program import OnStep
 from sr3_jax.metrics import METRICS
 from sr3_jax.numerics import fixed_numerics
 
@@ -100,6 +101,7 @@ def evaluate(
     command: Sequence[str] = (),
     process: tuple[int, int] = (0, 1),
     on_output: Callable[[int, int], None] = lambda count, total: None,
+    on_step: OnStep | None = None,
 ) -> Evaluation | None:
     """Evaluate models and the outputs of other programs on held-out images, next to bicubic interpolation.
 
@@ -133,6 +135,7 @@ def evaluate(
         command: the command line, for evaluation.json.
         process: the index of this process and the number of processes; each takes a share of the images.
         on_output: called with the number of outputs finished since the last call, and the total of this process.
+        on_step: called after each step of the samplers, see `Model.watched`.
 
     Returns:
         The evaluation; None on all processes but the first.
@@ -143,7 +146,7 @@ def evaluate(
     started = time.perf_counter()
     if degradation not in PRESETS:
         raise UserError(f"degradation must be one of {', '.join(PRESETS)}, got {degradation!r}")
-    loaded = [model if isinstance(model, Model) else load(model) for model in models]
+    loaded = [model if isinstance(model, Model) else load(model).watched(on_step) for model in models]
     programs = dict(outputs or {})
     if not loaded and not programs:
         raise UserError("there is nothing to evaluate: give a model or outputs")

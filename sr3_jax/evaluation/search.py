@@ -30,6 +30,7 @@ from sr3_jax.features.networks import open_network
 from sr3_jax.files import make_folder, to_json, write_text
 from sr3_jax.inference.loading import load
 from sr3_jax.inference.model import Model
+from sr3_jax.inference.program import OnStep
 from sr3_jax.inference.sampling_file import sampling_path, store_sampling
 from sr3_jax.metrics import SEARCH_METRICS, Metric, search_metric
 from sr3_jax.sampling import SOLVERS, Sampling
@@ -90,6 +91,7 @@ def search_schedule(
     guarded: bool = True,
     command: Sequence[str] = (),
     on_batch: Callable[[str], None] = lambda description: None,
+    on_step: OnStep | None = None,
 ) -> ScheduleSearch:
     """Search the sampling schedule of a model and store it as the model's default.
 
@@ -113,6 +115,7 @@ def search_schedule(
             degraded low-res images, which the output should not reproduce.
         command: the command line, for search.json.
         on_batch: called after each batch with the name of the search in progress.
+        on_step: called after each step of the samplers, see `Model.watched`.
 
     Raises:
         UserError: an argument is invalid, there are too few images, or a file cannot be written.
@@ -120,7 +123,7 @@ def search_schedule(
     started = time.perf_counter()
     if metric not in SEARCH_METRICS:
         raise UserError(f"metric must be one of {', '.join(SEARCH_METRICS)}, got {metric!r}")
-    loaded = load(model)
+    loaded = load(model).watched(on_step)
     if loaded.network.regression:
         raise UserError(
             f"model {loaded.name} is a regression model, which has no sampling schedule: use a diffusion model"

@@ -24,6 +24,7 @@ from sr3_jax.files import read_json, sha256_hex, write_text
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, read_rgb, write_image
 from sr3_jax.inference.loading import load
 from sr3_jax.inference.model import Model
+from sr3_jax.inference.program import OnStep
 from sr3_jax.inference.sampling_file import params_fingerprint
 from sr3_jax.inference.stages import StageInfo
 from sr3_jax.sampling import Sampling
@@ -112,6 +113,7 @@ def generate(
     process: tuple[int, int] = (0, 1),
     on_stage: Callable[[str], None] = lambda title: None,
     on_images: Callable[[int], None] = lambda count: None,
+    on_step: OnStep | None = None,
 ) -> None:
     """Generate all images stage by stage into a folder, resuming after the last finished stage.
 
@@ -122,6 +124,7 @@ def generate(
         process: (index, count) of this process.
         on_stage: called with a stage's title before it starts.
         on_images: called with the number of images finished since its last call.
+        on_step: called after each step of the samplers, see `Model.watched`.
 
     Raises:
         UserError: an image cannot be generated or written.
@@ -133,7 +136,7 @@ def generate(
     for number, step in list(enumerate(steps))[first:]:
         on_stage(step.stage.title)
         _forget(folder, step)
-        model = load(step.stage.path)
+        model = load(step.stage.path).watched(on_step)
         for indices in _batches(job, folder, number, mine, _batch_size(job, step.stage)):
             images = _generate_batch(job, folder, number, model, step.sampling, indices)
             for index, image in zip(indices, images, strict=True):

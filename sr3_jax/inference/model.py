@@ -34,7 +34,7 @@ from sr3_jax.image_io.image_file import (
 )
 from sr3_jax.inference import upscaling
 from sr3_jax.inference.batching import BatchRunner, upscale_each
-from sr3_jax.inference.program import generate_jit, program_arguments, run_program
+from sr3_jax.inference.program import OnStep, generate_jit, program_arguments, run_program
 from sr3_jax.inference.tiling import DEFAULT_TILE, Tiling, tile_image
 from sr3_jax.inference.upscaling import seed_keys
 from sr3_jax.nn.unet import Network, apply_unet
@@ -71,7 +71,7 @@ class Model:
     sampling: Sampling
     config: Mapping[str, Any]
     label: int | None = None
-    on_step: Callable[[int, int, np.ndarray], object] | None = None
+    on_step: OnStep | None = None
     _copies: dict[Mesh, Params] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
@@ -300,14 +300,14 @@ class Model:
             raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}")
         return replace(self, network=self.network.clone(dtype=dtype))
 
-    def watched(self, on_step: Callable[[int, int, np.ndarray], object]) -> Model:
+    def watched(self, on_step: OnStep | None) -> Model:
         """The model with a function that is called after each step of the sampler, for progress and previews.
 
         The loop over the steps then runs on the host, one call of the device per step. The outputs stay the same.
 
         Args:
             on_step: gets the number of steps done, the number of all steps of this batch, and y_t as images, uint8
-                [B,s*h,s*w,3], padding included. An exception that it raises ends the sampling.
+                [B,s*h,s*w,3], padding included. An exception that it raises ends the sampling. None for no calls.
         """
         return replace(self, on_step=on_step)
 

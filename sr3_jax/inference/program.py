@@ -35,6 +35,9 @@ from sr3_jax.types import Conditioning, Denoiser, Key, Params
 if TYPE_CHECKING:
     from sr3_jax.inference.model import Model
 
+# Called with the steps done, the steps of the batch, and uint8 [B,H,W,C], the images so far.
+OnStep = Callable[[int, int, np.ndarray], object]
+
 _needed: dict[Any, int] = {}  # bytes per device, by the shapes and static values of a program
 _STATIC = (
     *("shape", "mesh", "network", "step", "prediction", "space", "scale", "augmentation"),
@@ -269,7 +272,7 @@ def _run_stepwise(
     arguments: tuple[Any, ...],
     settings: dict[str, Any],
     steps: int,
-    on_step: Callable[[int, int, np.ndarray], object],
+    on_step: OnStep,
 ) -> tuple[jax.Array, jax.Array]:
     """`generate_jit`, with a call of `on_step` after each step: see `Model.watched`."""
     params, batch, key, *rest = arguments

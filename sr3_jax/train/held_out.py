@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sr3_jax import memory
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.diffusion.schedule import sample_gamma
 from sr3_jax.distributed import sharding
@@ -142,11 +143,25 @@ class HeldOutEvaluation:
         self._batch = {name: pad_batch(column, size) for name, column in batch.items()}
         self._seed, self._mesh = seed, mesh
         self._metrics = held_out_jit(objective, mesh, rows=rows, steps=steps, solver=solver)
+        self._fits = False  # into memory; not known yet
 
     def __call__(self, params: Params) -> tuple[dict[str, float], np.ndarray] | None:
-        """Metrics of these weights, and a grid of samples next to their ground truth, uint8 [H,W,3]; None if left."""
+        """Metrics of these weights, and a grid of samples next to their ground truth, uint8 [H,W,3]; None if left.
+
+        Raises:
+            OutOfMemory: it does not fit into what is free on the devices.
+        """
         key = jax.random.fold_in(jax.random.key(self._seed), 2**31 + 1)  # the same each time
-        values, images = self._metrics(params, sharding.to_global(self._batch, self._mesh), key)
+        batch = sharding.to_global(self._batch, self._mesh)
+        if not self._fits:
+            memory.require(
+                memory.needed_bytes(self._metrics.lower(params, batch, key).compile()),
+                self._mesh.local_devices,
+                what="a held-out evaluation",
+                remedy="use a smaller config.eval.num_images or config.data.crop",
+            )
+            self._fits = True
+        values, images = self._metrics(params, batch, key)
         while not all(array.is_ready() for array in (*values.values(), *images.values())):
             if self._stopped():  # the device goes on, which the end of the process does not wait for
                 return None

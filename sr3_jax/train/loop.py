@@ -168,10 +168,17 @@ def train(experiment: Experiment, workdir: Path) -> int:
                         if save:
                             store.save(state)
                         if evaluate and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
-                            if evaluate_and_log(evaluation, best, writer, step, state.ema_params):
-                                evaluated = step
-                            else:
-                                reason = signal_code()
+                            try:
+                                if evaluate_and_log(evaluation, best, writer, step, state.ema_params):
+                                    evaluated = step
+                                else:
+                                    reason = signal_code()
+                            except memory.OutOfMemory:
+                                if (
+                                    jax.process_count() == 1
+                                ):  # otherwise the peers may have enough, and do not save
+                                    store.save(state, wait=True)
+                                raise
 
             # ---- Stop
             metrics.flush()
