@@ -76,6 +76,8 @@ BASE_MODEL = {"model": {"low_res": False}, "data": {"scale": 1}, "diffusion": {"
         ({"data": {"augment": "noise", "augment_largest": 1.5}}, "data.augment_largest", 1.5),
         ({"model": {"augment": True}}, "model.augment", True),
         ({"model": {"output_skip": 0.1}, "diffusion": {"prediction": "v"}}, "diffusion.prediction", "v"),
+        ({"diffusion": {"lpips": 0.5, "prediction": "eps"}}, "diffusion.lpips", 0.5),
+        ({"diffusion": {"lpips": 0.5}, "data": {"crop": 32}}, "diffusion.lpips", 0.5),
         ({"data": {"label_dropout": 0.5}}, "data.label_dropout", 0.5),
         ({"stage": {"size": 6}}, "stage.size", 6),
         ({"data": {"framing": "square"}, "stage": {"size": 32}}, "stage.size", 32),

@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import plain_layers
 import pytest
@@ -50,6 +52,28 @@ def test_distance_of_a_large_image_does_not_depend_on_its_bands(random_lpips, mo
     monkeypatch.setattr(lpips, "LARGE", 1000)
     monkeypatch.setattr(lpips, "BAND", 48 * width)
     np.testing.assert_allclose(random_lpips.distance(a, b), whole, rtol=1e-5)
+
+
+def test_perceptual_loss_is_the_weighted_distance_and_has_finite_gradients(random_lpips):
+    a, b = (image_ops.to_unit(x) for x in images(40, 40))
+    a = a.at[1].set(0.5)  # features without any positive value
+    loss = lpips.perceptual_loss(random_lpips, 3.0)
+    expected = {}
+    for top, left in np.ndindex(4, 4):
+        cut = [x[:, top : top + 37, left : left + 37] for x in (a, b)]
+        whole = [image_ops.to_uint8(x) for x in cut]
+        expected[top, left] = 3.0 * np.asarray(random_lpips.distance(*whole))
+    found = set()
+    for seed in range(8):
+        value = np.asarray(loss(jax.random.key(seed), a, b))
+        (offset,) = [key for key, one in expected.items() if np.allclose(one, value, rtol=0.02)][:1]
+        found.add(offset)
+    assert len(found) > 2, "the offset is not random"
+    gradient = jax.grad(lambda x: loss(jax.random.key(0), x, b).sum())(a)
+    assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
+    no_features = lpips.Lpips({name: 0 * value for name, value in random_lpips.weights.items()}, "0" * 64)
+    zero = lpips.perceptual_loss(no_features, 1.0)
+    assert not np.any(jax.grad(lambda x: zero(jax.random.key(0), x, b).sum())(a))
 
 
 @needs_weights

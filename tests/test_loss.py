@@ -56,6 +56,28 @@ def test_perfect_network_has_zero_loss(prediction, norm, space):
     np.testing.assert_allclose(loss, np.zeros(6), atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("space", [image(), residual(4.0)], ids=["image", "residual"])
+def test_perceptual_loss_of_the_estimate_as_an_image_is_added(prediction, space):
+    y0, cond, seen = photographs(), {"upsampled": photographs(1)}, []
+
+    def perfect(y_t, gamma, cond):
+        z0 = space.encode(y0, cond)
+        return target(z0, to_eps(z0, y_t, gamma), gamma, prediction)
+
+    def perceptual(key, y0_hat, given):
+        seen.append((y0_hat, given))
+        return jnp.arange(6.0)
+
+    options = {"schedule": MILD, "prediction": prediction, "space": space}
+    with_it = denoising_loss(perfect, jax.random.key(2), y0, cond, perceptual=perceptual, **options)
+    without = denoising_loss(perfect, jax.random.key(2), y0, cond, **options)
+    np.testing.assert_allclose(with_it - without, np.arange(6.0), atol=1e-6)
+    ((y0_hat, given),) = seen
+    np.testing.assert_allclose(y0_hat, y0, atol=1e-4)
+    assert given is y0
+
+
 @pytest.mark.parametrize("norm, expected", [("l2", 1.0), ("l1", (2 / np.pi) ** 0.5)])
 def test_loss_of_zero_eps_prediction_is_the_noise_moment(norm, expected):
     loss = denoising_loss(zero, jax.random.key(3), photographs(), {}, schedule=linear(), norm=norm)

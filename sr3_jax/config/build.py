@@ -138,6 +138,9 @@ def check_params(network: Network, params: Params, name: str) -> None:
         )
 
 
+_LEAST_LPIPS_CROP = 34  # pixels; features.lpips.LEAST_SIDE, and up to 3 pixels that its loss cuts off
+
+
 def check_config(config: Config) -> None:
     """Check a complete config as a whole: each field's range, and that the fields fit each other.
 
@@ -204,6 +207,11 @@ def _check_stage(config: Config) -> None:
         invalid("degradation", "resize", config["degradation"]["resize"], rule)
     if model["augment"] and data["augment"] == "none":
         invalid("model", "augment", True, "be false if config.data.augment is none")
+    lpips = config["diffusion"]["lpips"]
+    if lpips and config["diffusion"]["prediction"] == "eps":  # its estimate of y0 is far off at low gamma
+        invalid("diffusion", "lpips", lpips, "be 0 if config.diffusion.prediction is eps")
+    if lpips and data["crop"] // data["shrink"] < _LEAST_LPIPS_CROP:
+        invalid("diffusion", "lpips", lpips, f"be 0 for crops under {_LEAST_LPIPS_CROP} pixels")
     if data["label_dropout"] and not model["num_classes"]:
         invalid("data", "label_dropout", data["label_dropout"], "be 0 if config.model.num_classes is 0")
     if data["label_dropout"] and model["network"] == "adm":

@@ -352,6 +352,13 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     fixed=True,
                     help="Weight of the loss at each noise level: equal, or Min-SNR with gamma 5.",
                 ),
+                "lpips": Field(
+                    default=0.0,
+                    least=0,
+                    fixed=True,
+                    help="Weight of LPIPS between the estimate of y0 and y0, added to the loss; not in the paper. Needs "
+                    "the extra metrics and another prediction than eps.",
+                ),
                 "schedule": Field(
                     default="linear",
                     choices=("linear", "quadratic", "cosine"),

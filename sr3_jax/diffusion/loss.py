@@ -8,13 +8,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.diffusion.process import Prediction, diffuse, target
+from sr3_jax.diffusion.process import Prediction, diffuse, target, to_y0
 from sr3_jax.diffusion.schedule import NoiseSchedule, sample_gamma
 from sr3_jax.diffusion.space import Space, image
 from sr3_jax.types import Conditioning, Denoiser, Image, Key, NoiseLevel
 
 LossNorm = Literal["l1", "l2"]
 Weighting = Callable[[NoiseLevel, Prediction], jax.Array]
+PerceptualLoss = Callable[[Key, Image, Image], jax.Array]  # (key, estimate of y0, y0) -> [B]
 
 
 def min_snr(clamp: float = 5.0) -> Weighting:
@@ -42,6 +43,7 @@ def denoising_loss(
     prediction: Prediction = "eps",
     norm: LossNorm = "l1",
     weighting: Weighting | None = None,
+    perceptual: PerceptualLoss | None = None,
     space: Space = image(),
     gamma: NoiseLevel | None = None,
     eps: jax.Array | None = None,
@@ -57,6 +59,7 @@ def denoising_loss(
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
         norm: 'l1', which gives a better FID in the paper, or 'l2', which gives more diverse samples (Palette).
         weighting: weights by gamma, such as `min_snr()`; None weights all levels equally, as in the paper.
+        perceptual: a loss of the estimate of y0 as an image, not clipped, that is added at every noise level.
         space: the diffused variable.
         gamma: [B] noise levels; None to sample them by `sample_gamma`.
         eps: [B,H,W,C] unit noise; None to sample it.
@@ -75,10 +78,16 @@ def denoising_loss(
     if eps is None:
         eps = jax.random.normal(eps_key, y0.shape)
     z0 = space.encode(y0, cond)
-    output = denoiser(diffuse(z0, eps, gamma), gamma, cond)
+    y_t = diffuse(z0, eps, gamma)
+    output = denoiser(y_t, gamma, cond)
     if output.shape != z0.shape:  # [B,H,W,1] would broadcast silently
         raise ValueError(f"the denoiser must predict {z0.shape}, got {output.shape}")
     error = output - target(z0, eps, gamma, prediction)
     error = jnp.abs(error) if norm == "l1" else jnp.square(error)
     loss = jnp.mean(error, axis=tuple(range(1, error.ndim)))  # [B]
-    return loss if weighting is None else loss * weighting(gamma, prediction)
+    if weighting is not None:
+        loss *= weighting(gamma, prediction)
+    if perceptual is not None:
+        y0_hat = space.decode(to_y0(output, y_t, gamma, prediction), cond)
+        loss += perceptual(jax.random.fold_in(key, 2), y0_hat, y0)
+    return loss

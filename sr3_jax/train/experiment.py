@@ -15,6 +15,7 @@ from sr3_jax.config import build
 from sr3_jax.config.load import complete
 from sr3_jax.diffusion.loss import min_snr
 from sr3_jax.errors import UserError
+from sr3_jax.features.lpips import load_lpips, perceptual_loss
 from sr3_jax.train import optim
 from sr3_jax.train.examples import Task
 from sr3_jax.train.state import init_state
@@ -85,6 +86,7 @@ def read(given: ConfigDict | FrozenConfigDict | Mapping[str, Any]) -> Experiment
         prediction=diffusion["prediction"],
         norm=diffusion["norm"],
         weighting=min_snr() if diffusion["weighting"] == "min_snr" else None,
+        perceptual=perceptual_loss(load_lpips(), diffusion["lpips"]) if diffusion["lpips"] else None,
         task=Task(
             scale=data["scale"] if model["low_res"] else None,
             shrink=data["shrink"],

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sr3_jax.diffusion.loss import LossNorm, Weighting, denoising_loss
+from sr3_jax.diffusion.loss import LossNorm, PerceptualLoss, Weighting, denoising_loss
 from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
@@ -37,6 +37,7 @@ class Objective:
         prediction: what the network predicts: 'eps', 'v' or 'y0'.
         norm: 'l1' or 'l2'.
         weighting: of the loss by gamma; None for equal weights.
+        perceptual: a loss that is added; None for none.
         task: how a training example is made from a crop.
     """
 
@@ -47,6 +48,7 @@ class Objective:
     norm: LossNorm
     weighting: Weighting | None
     task: Task
+    perceptual: PerceptualLoss | None = None
 
 
 def batch_losses(
@@ -81,6 +83,7 @@ def batch_losses(
         prediction=objective.prediction,
         norm=objective.norm,
         weighting=objective.weighting,
+        perceptual=objective.perceptual,
         space=objective.space,
         gamma=gamma,
         eps=eps,
