@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sr3_jax.cli._options import count, counts, local_path, names, seed
+from sr3_jax.cli._options import class_label, count, counts, local_path, names, seed
 from sr3_jax.errors import UserError
 
 
@@ -62,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="outputs sampled at once, for many small images of one size (default: 1)",
     )  # fmt: skip
     parser.add_argument(
+        "--label", type=class_label, metavar="N",
+        help="class of the images, for class-conditional models and images without labels",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-labels", action="store_true",
         help="sample class-conditional models without the labels of the images (needs label_dropout in training)",
     )  # fmt: skip
@@ -88,8 +93,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Options that need ground truth or a model, with their defaults.
+_OF_IMAGES: Mapping[str, Any] = {
+    "scale": None, "steps": [], "solver": [], "unsearched": False, "samples": 1, "seed": 0, "crop": None,
+    "degradation": "clean", "batch": 1, "label": None, "no_labels": False, "save_reference": None,
+}  # fmt: skip
+
+
 def _run_sets(args: argparse.Namespace) -> int:
     """Compare folders of images with a reference, without ground truth."""
+    for name, default in _OF_IMAGES.items():
+        if getattr(args, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} has no effect on whole sets of images: omit it, or give --data SOURCE")
     from sr3_jax.cli._progress import progress_bar
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import evaluate_sets
@@ -165,6 +181,7 @@ def run(args: argparse.Namespace) -> int:
             scale=args.scale,
             unsearched=args.unsearched,
             use_labels=not args.no_labels,
+            label=args.label,
             classifier=args.classifier,
             features=args.features,
             patch=args.patch,
