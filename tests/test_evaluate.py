@@ -534,6 +534,9 @@ def test_two_folders_are_enough(workspace, tmp_path, capsys):
         "-o",
         str(tmp_path / "out"),
     ]
+    for option in ("--steps=2", "--solver=ddim", "--samples=2", "--no-labels"):  # there is no model
+        assert main([*command, option]) == 2
+        assert option.partition("=")[0] in capsys.readouterr().err
     assert main(command) == 0
     found = report(tmp_path / "out")
     assert [(row["method"], row["scale"], row["nfe"]) for row in found["rows"]] == [

@@ -93,19 +93,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Options that need ground truth or a model, with their defaults.
-_OF_IMAGES: Mapping[str, Any] = {
-    "scale": None, "steps": [], "solver": [], "unsearched": False, "samples": 1, "seed": 0, "crop": None,
-    "degradation": "clean", "batch": 1, "label": None, "no_labels": False, "save_reference": None,
+# Options that have an effect on models only, and with ground truth only, with their defaults.
+_OF_MODELS: Mapping[str, Any] = {
+    "steps": [], "solver": [], "unsearched": False, "samples": 1, "seed": 0, "label": None, "no_labels": False,
 }  # fmt: skip
+_OF_GROUND_TRUTH: Mapping[str, Any] = {
+    "scale": None, "crop": None, "degradation": "clean", "batch": 1, "save_reference": None,
+}  # fmt: skip
+
+
+def _refuse(args: argparse.Namespace, options: Mapping[str, Any], needed: str) -> None:
+    """UserError if an option is given that would have no effect."""
+    for name, default in options.items():
+        if (value := getattr(args, name)) != default:
+            shown = ",".join(map(str, value)) if isinstance(value, list) else value
+            raise UserError(f"--{name.replace('_', '-')}={shown} has no effect without {needed}: omit it")
 
 
 def _run_sets(args: argparse.Namespace) -> int:
     """Compare folders of images with a reference, without ground truth."""
-    for name, default in _OF_IMAGES.items():
-        if getattr(args, name) != default:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} has no effect on whole sets of images: omit it, or give --data SOURCE")
     from sr3_jax.cli._progress import progress_bar
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import evaluate_sets
@@ -155,8 +161,11 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import evaluate
 
-    if args.data is None and args.model is None and args.outputs and args.reference:
-        return _run_sets(args)
+    if args.model is None and args.outputs:
+        _refuse(args, _OF_MODELS, "--model")
+        if args.data is None and args.reference:
+            _refuse(args, _OF_GROUND_TRUTH, "--data")
+            return _run_sets(args)
     process = start_processes()
     with progress_bar(unit="output") as bar, stop_signals("this batch") as stopped:
 
