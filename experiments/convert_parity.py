@@ -41,7 +41,8 @@ NUMBERS, PAGE = (
     ROOT / "docs" / "how_to" / "convert_weights.json",
     ROOT / "docs" / "how_to" / "convert_weights.md",
 )
-STEPS = (0, 1, 500, 999)
+STEPS = (0, 1, 500, 999)  # of the images of the small networks, one each
+TINY_SIDE = 16
 FLAGS = {
     "adm_64_256": dict(large_size=256, small_size=64, num_heads=4, num_head_channels=-1, attention="32,16,8"),
     "adm_128_512": dict(large_size=512, small_size=128, num_heads=4, num_head_channels=64, attention="32,16"),
@@ -269,11 +270,13 @@ def compare_tiny(port: Any) -> dict[str, Any]:
                 "data": {"upsampling": "bilinear" if adm else "bicubic"},
             }
         )
-        network = adm_network(config["model"], 16) if adm else port_network(port, config["model"], 16)
+        network = (
+            adm_network(config["model"], TINY_SIDE) if adm else port_network(port, config["model"], TINY_SIDE)
+        )
         fill(network)
         arrays = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
         params = to_params(arrays, config, title)
-        rows = call_both(network, params, config, side=16, steps=STEPS)
+        rows = call_both(network, params, config, side=TINY_SIDE, steps=STEPS)
         found[title] = {"rows": rows, "parameters": sum(array.size for array in arrays.values())}
         found[title]["golden"] = golden(params, config)
     return found
@@ -281,7 +284,7 @@ def compare_tiny(port: Any) -> dict[str, Any]:
 
 def golden(params: Any, config: Mapping[str, Any]) -> list[float]:
     """Some values of a prediction, which `call_both` has compared with theirs."""
-    y_t, low_res = formula_inputs(len(STEPS), 16)
+    y_t, low_res = formula_inputs(len(STEPS), TINY_SIDE)
     cond = {"upsampled": upsample(low_res, 4, config["data"]["upsampling"])}
     if config["model"]["num_classes"]:
         cond["label"] = jnp.arange(len(STEPS))
@@ -382,15 +385,16 @@ def write_tables() -> None:
     """Replace the tables between the marks of the page."""
     numbers = json.loads(NUMBERS.read_text())
     lines = [
-        "| network | parameters | layers | largest difference | in layer | largest value of the prediction |"
+        "| network | parameters | images | layers | largest difference | in layer | largest value of the prediction |"
     ]
-    lines += ["|---|---:|---:|---:|---|---:|"]
+    lines += ["|---|---:|---:|---:|---:|---|---:|"]
     for title, entry in {**numbers["tiny"], **numbers.get("full", {})}.items():
         worst = max(entry["rows"], key=lambda row: row["difference"])
         prediction = entry["rows"][-1]["value"]
+        count, side = (1, entry["side"]) if "side" in entry else (len(STEPS), TINY_SIDE)
         lines.append(
-            f"| {title} | {entry['parameters']:,} | {len(entry['rows'])} | {worst['difference']:.1e} | "
-            f"`{worst['layer']}` | {prediction:.1f} |"
+            f"| {title} | {entry['parameters']:,} | {count} of {side}x{side} | {len(entry['rows'])} | "
+            f"{worst['difference']:.1e} | `{worst['layer']}` | {prediction:.1f} |"
         )
     text = PAGE.read_text()
     pattern = re.compile(r"(<!-- parity:begin -->\n).*?(<!-- parity:end -->)", re.DOTALL)

@@ -270,6 +270,9 @@ def test_progress_prints_lines_where_stderr_is_a_file(capsys):
         time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 1 and "1 of 3 images" in lines[-1]
+    with progress_bar(unit="batch", every=0.01):
+        time.sleep(0.1)
+    assert "0 batches done" in capsys.readouterr().err
 
 
 def test_progress_names_the_image_and_its_time_while_the_device_computes_it(

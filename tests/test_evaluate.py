@@ -418,6 +418,30 @@ def test_class_conditional_model_receives_the_label_of_each_image(workspace, tmp
     assert "3 classes" in error and "pets.safetensors knows 2" in error and not given
 
 
+def test_one_label_serves_images_without_labels(workspace, tmp_path, capsys):
+    """For models that have no label for "no label", as converted upsamplers."""
+    model = build(model={"num_classes": 2})
+    export(tmp_path / "classes.safetensors", model.params, model.config)
+    out = tmp_path / "out"
+    command = [
+        "evaluate",
+        f"--model={tmp_path / 'classes.safetensors'}",
+        f"--model={workspace / 'one.safetensors'}",
+    ]
+    command += [f"--data=folder:{workspace / 'in'}", "--steps=1", "-o", str(out)]
+    assert main(command) == 2
+    assert "--label" in capsys.readouterr().err
+    pixels = []
+    for label in (0, 1, 0):  # outputs of another label are not reused
+        assert main([*command, f"--label={label}"]) == 0
+        pixels.append(read_rgb(out / "outputs" / "classes" / "ddim-1" / "b-wide.png"))
+    assert np.any(pixels[0] != pixels[1]) and np.array_equal(pixels[0], pixels[2])
+    assert [one["given_label"] for one in report(out)["models"]] == [0, None]
+    assert "label 0 for all images" in (out / "evaluation.md").read_text()
+    assert main([*command, "--label=2"]) == 2
+    assert "got 2" in capsys.readouterr().err
+
+
 def test_model_is_represented_by_its_own_sampler_or_by_most_steps():
     a = dataclasses.replace(build(), sampling=Sampling("ddim", 5))
     rows = model_methods(a, "a", steps=[5, 50])
@@ -439,6 +463,7 @@ def test_outputs_of_other_weights_are_other_outputs(workspace):
 def test_labels_are_short_and_unique():
     names = ["out/run", "x/run.safetensors", "photo_4x", "bicubic", "at.step.5"]
     assert unique_labels(names) == ["run", "run_2", "photo_4x", "bicubic_2", "at_step_5"]
+    assert unique_labels(["a/x4"], ["a/x4", "b/x4"]) == ["x4", "a_x4", "b_x4"]
 
 
 @pytest.mark.parametrize(
@@ -459,6 +484,7 @@ def test_labels_are_short_and_unique():
         (["--crop", "30"], ["crop=30", "4", "20"]),
         (["--crop", "16"], ["crop=16", "20"]),
         (["--crop", "400"], ["400"]),
+        (["--label", "1"], ["label=1", "class-conditional"]),
         (["--data", "nowhere"], ["nowhere"]),
         (["--data", "folder:/nonexistent"], ["/nonexistent"]),
         (["--model", "nonesuch"], ["nonesuch"]),
@@ -508,6 +534,9 @@ def test_two_folders_are_enough(workspace, tmp_path, capsys):
         "-o",
         str(tmp_path / "out"),
     ]
+    for option in ("--steps=2", "--solver=ddim", "--samples=2", "--no-labels"):  # there is no model
+        assert main([*command, option]) == 2
+        assert option.partition("=")[0] in capsys.readouterr().err
     assert main(command) == 0
     found = report(tmp_path / "out")
     assert [(row["method"], row["scale"], row["nfe"]) for row in found["rows"]] == [
@@ -556,7 +585,8 @@ def test_outputs_are_compared_with_models_image_by_image(workspace, finished, tm
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda folder: (folder / "a-tall_out.png").unlink(), ["1 of 3", "'a-tall.png'"]),
-    (lambda folder: (folder / "a-tall_out.png").write_bytes(b"no image"), ["1 of 3", "'a-tall.png'", "not readable"]),
+    (lambda folder: (folder / "a-tall_out.png").write_bytes(b"no image"), ["a-tall_out.png'", "not an image"]),
+    (shutil.rmtree, ["outputs mine", "not a folder"]),
     (
         lambda folder: write_image(folder / "b-wide_out.png", DecodedImage(np.zeros((40, 51, 3), np.uint8))),
         ["1 of 3", "'b-wide_out.png'", "51x40", "52x41"],

@@ -14,6 +14,7 @@ from sr3_jax import diffusion
 from sr3_jax.cli.main import main
 from sr3_jax.config import build
 from sr3_jax.config.load import complete
+from sr3_jax.image_ops import upsample
 from sr3_jax.inference.loading import load
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.weights import export
@@ -107,7 +108,20 @@ def test_what_cannot_be_exported_is_a_users_error(arguments, text, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["residual", "paper"])
+ADM = {
+    "network": "adm",
+    "channels": 8,
+    "multipliers": (1, 2),
+    "num_blocks": (1, 1),
+    "attention_levels": (1,),
+    "heads": 2,
+    "norm_groups": 4,
+    "num_classes": 5,
+    "learned_variance": True,
+}
+
+
+@pytest.mark.parametrize("kind", ["residual", "paper", "adm"])
 def test_denoiser_in_onnx_and_its_numpy_sampler(kind, tmp_path, monkeypatch):
     """The same network at other sizes and batches, and the same image from the same noise."""
     pytest.importorskip("jax2onnx")
@@ -125,6 +139,14 @@ def test_denoiser_in_onnx_and_its_numpy_sampler(kind, tmp_path, monkeypatch):
             "diffusion": {"space": "image", "prediction": "eps", "residual_scale": 1.0},
             "data": {"augment": "noise"},
         }
+    elif kind == "adm":  # whose labels have none for "no label", and which predicts its variance, too
+        defaults = {key: complete({})["model"][key] for key in tiny.CONFIG["model"]}
+        sections = {
+            "model": defaults | ADM,
+            "diffusion": {"space": "image", "prediction": "eps", "residual_scale": 1.0, "num_steps": 1000},
+            "data": {"upsampling": "bilinear"},
+            "sampling": {"solver": "ancestral_learned", "steps": 4},
+        }
     name = write(tmp_path / "m.safetensors", **sections)
     model, path = load(name), str(tmp_path / "photo_4x.onnx")
     assert main(["export", name, "-o", path]) == 0
@@ -133,22 +155,25 @@ def test_denoiser_in_onnx_and_its_numpy_sampler(kind, tmp_path, monkeypatch):
     y_t, upsampled = rng.standard_normal((2, 3, 12, 20, 3), np.float32)
     inputs = {"y_t": y_t, "gamma": np.float32([0.1, 0.5, 0.99]), "upsampled": upsampled}
     inputs |= {"augment": np.float32([0, 0.3, 1])} if kind == "paper" else {}
+    inputs |= {"label": np.int32([0, 4, 2])} if kind == "adm" else {}
     (output,) = session.run(None, inputs)
     cond = {key: inputs[key] for key in inputs if key not in ("y_t", "gamma")}
-    wanted = model.denoiser()(y_t, inputs["gamma"], cond)
+    wanted = model.denoiser()(y_t, inputs["gamma"], cond)[..., :3]
     np.testing.assert_allclose(output, wanted, atol=1e-4, rtol=1e-4)
 
     page = run_page(monkeypatch, tmp_path, 1)
     image = np.asarray(PillowImage.fromarray(IMAGES[0]).resize((12, 10)))
-    got = page["upscale"](image, seed=3)
+    got = page["upscale"](image, seed=3, label=2)
     noise = np.random.default_rng(3).standard_normal((1, 40, 48, 3), np.float32)
-    up = page["resize"](np.float32(image) / 127.5 - 1, 40, 48)[None]
+    low_res = np.float32(image) / 127.5 - 1
+    up = page["resize"](low_res, 40, 48)[None]
+    np.testing.assert_allclose(up, upsample(low_res[None], 4, model.config["data"]["upsampling"]), atol=1e-5)
     with monkeypatch.context() as patch:
         patch.setattr(jax.random, "normal", lambda key, shape: jax.numpy.asarray(noise))
         samples = diffusion.sample(
-            model.denoiser(),
+            lambda *given: model.denoiser()(*given)[..., :3],
             jax.random.key(0),
-            {"upsampled": up},
+            {"upsampled": up} | ({"label": np.int32([2])} if kind == "adm" else {}),
             shape=noise.shape,
             schedule=model.sampling.grid(model.schedule),
             solver=diffusion.ddim(),

@@ -10,6 +10,7 @@ import resource
 import zipfile
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -54,6 +55,23 @@ def test_pytorch_files_are_read(text):
     assert arrays["a.weight"].dtype == np.float32
     assert arrays["a.count"] == 7 and arrays["a.count"].dtype == np.int64
     np.testing.assert_array_equal(arrays["b.bias"], [0.5, -1.5])
+
+
+def test_pytorch_files_of_half_and_brain_floats_are_read():
+    """The file above with its weights stored in 16 bits."""
+    for storage, kind in (("Half", np.dtype("float16")), ("BFloat16", jnp.dtype("bfloat16"))):
+        content = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(unpacked(TORCH_ZIP))) as old, zipfile.ZipFile(content, "w") as new:
+            for name in old.namelist():
+                data = old.read(name)
+                if name.endswith("data.pkl"):
+                    data = data.replace(b"FloatStorage", f"{storage}Storage".encode())
+                elif name.endswith(("data/0", "data/2")):
+                    data = np.frombuffer(data, np.float32).astype(kind).tobytes()
+                new.writestr(name, data)
+        arrays = read_arrays(content.getvalue(), "file")
+        assert arrays["a.weight"].dtype == kind
+        np.testing.assert_array_equal(arrays["a.weight"].astype(np.float32), [[0, 3], [1, 4], [2, 5]])
 
 
 @pytest.mark.parametrize("protocol", [3, 4])

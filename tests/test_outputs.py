@@ -303,6 +303,9 @@ def test_sets_of_images_are_compared_without_ground_truth(monkeypatch, tmp_path,
     a, b = (AlexNet().features(images) for images in pixels.values())
     assert row["summary"]["frechet_alexnet"]["mean"] == pytest.approx(frechet(a, b), rel=1e-5)
     assert set(row["summary"]) == {"frechet_alexnet", "kid_alexnet"}
+    for option in ("--crop=40", "--steps=2", "--label=1"):
+        assert main([*command, option, "-o", str(tmp_path / "x")]) == 2
+        assert option.partition("=")[0] in capsys.readouterr().err
     data = f"--data=folder:{tmp_path / 'mine'}"
     assert main([*command, data, "-o", str(tmp_path / "paired")]) == 0
     rows = json.loads((tmp_path / "paired" / "evaluation.json").read_text())["rows"]

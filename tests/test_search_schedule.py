@@ -235,6 +235,7 @@ def test_check_can_use_other_images(workspace, tmp_path):
         (["--crop", "200"], ["200"]),
         (["--limit", "1"], ["one usable image", "eval_data"]),
         (["--data", "nowhere"], ["nowhere"]),
+        (["--label", "1"], ["m.safetensors", "without labels"]),
         (["--model", "nonesuch"], ["nonesuch"]),
         (["--model", "{workspace}/regression.safetensors"], ["regression.safetensors", "regression model"]),
         (["-o", "{workspace}/m.safetensors"], ["m.safetensors", "folder"]),
@@ -442,6 +443,20 @@ def test_class_conditional_network_receives_labels(workspace, tmp_path, monkeypa
     evaluator(workspace, tmp_path, labels=labels, model=classy).means(Sampling("ddim", 2), 8)
     assert given[:2] == [None, None]
     assert [part.tolist() for part in given[2:]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_one_label_serves_images_without_labels(workspace, tmp_path, capsys):
+    exported(workspace / "classes.safetensors", model={"num_classes": 3})
+    options = ["--solver=ddim", "--steps=1", "--candidates=1"]
+    for extra, words in ((["--label=3"], "got 3"), ([], "--label")):
+        assert run(workspace, tmp_path, *options, *extra, model="classes") == 2
+        assert words in capsys.readouterr().err
+    found = []
+    for label in (0, 1):  # metrics of another label are not reused
+        assert run(workspace, tmp_path, *options, f"--label={label}", model="classes") == 0
+        found.append(report(tmp_path))
+    assert [one["label"] for one in found] == [0, 1]
+    assert found[0]["rows"][0]["check"] != found[1]["rows"][0]["check"]
 
 
 # ---- The choice

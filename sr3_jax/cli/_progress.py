@@ -51,9 +51,8 @@ class Bar(tqdm):
         self.show()
         now = getattr(self, "postfix", None)
         detail = f" ({now})" if now else ""
-        return (
-            f"{name}{self.done}{total} {self.unit}s done after {tqdm.format_interval(int(seconds))}{detail}"
-        )
+        units = f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}"
+        return f"{name}{self.done}{total} {units} done after {tqdm.format_interval(int(seconds))}{detail}"
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sr3_jax.cli._options import count, counts, local_path, names, seed
+from sr3_jax.cli._options import class_label, count, counts, local_path, names, seed
 from sr3_jax.errors import UserError
 
 
@@ -62,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="outputs sampled at once, for many small images of one size (default: 1)",
     )  # fmt: skip
     parser.add_argument(
+        "--label", type=class_label, metavar="N",
+        help="class of the images, for class-conditional models and images without labels",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-labels", action="store_true",
         help="sample class-conditional models without the labels of the images (needs label_dropout in training)",
     )  # fmt: skip
@@ -86,6 +91,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-reference", type=local_path, metavar="FILE", help="write the statistics of the ground truth"
     )
+
+
+# Options that have an effect on models only, and with ground truth only, with their defaults.
+_OF_MODELS: Mapping[str, Any] = {
+    "steps": [], "solver": [], "unsearched": False, "samples": 1, "seed": 0, "label": None, "no_labels": False,
+}  # fmt: skip
+_OF_GROUND_TRUTH: Mapping[str, Any] = {
+    "scale": None, "crop": None, "degradation": "clean", "batch": 1, "save_reference": None,
+}  # fmt: skip
+
+
+def _refuse(args: argparse.Namespace, options: Mapping[str, Any], needed: str) -> None:
+    """UserError if an option is given that would have no effect."""
+    for name, default in options.items():
+        if (value := getattr(args, name)) != default:
+            shown = ",".join(map(str, value)) if isinstance(value, list) else value
+            raise UserError(f"--{name.replace('_', '-')}={shown} has no effect without {needed}: omit it")
 
 
 def _run_sets(args: argparse.Namespace) -> int:
@@ -139,8 +161,11 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.distributed.signals import exit_if_stopped, stop_signals
     from sr3_jax.evaluation import evaluate
 
-    if args.data is None and args.model is None and args.outputs and args.reference:
-        return _run_sets(args)
+    if args.model is None and args.outputs:
+        _refuse(args, _OF_MODELS, "--model")
+        if args.data is None and args.reference:
+            _refuse(args, _OF_GROUND_TRUTH, "--data")
+            return _run_sets(args)
     process = start_processes()
     with progress_bar(unit="output") as bar, stop_signals("this batch") as stopped:
 
@@ -165,6 +190,7 @@ def run(args: argparse.Namespace) -> int:
             scale=args.scale,
             unsearched=args.unsearched,
             use_labels=not args.no_labels,
+            label=args.label,
             classifier=args.classifier,
             features=args.features,
             patch=args.patch,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sr3_jax.cli._options import count, counts, local_path, names, positive, seed
+from sr3_jax.cli._options import class_label, count, counts, local_path, names, positive, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how low-res images are made: clean (bicubic), photo (blur, noise, JPEG) or wild (default: as trained)",
     )  # fmt: skip
     parser.add_argument(
+        "--label", type=class_label, metavar="N",
+        help="class of the images, for class-conditional models and images without labels",
+    )  # fmt: skip
+    parser.add_argument(
         "--candidates", type=count, default=24, metavar="N", help="number of candidates (default: 24)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default: 0)")
@@ -95,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
             crop=args.crop,
             crops=args.crops,
             degradation=args.degradation,
+            label=args.label,
             candidates=args.candidates,
             seed=args.seed,
             store=not args.no_store,

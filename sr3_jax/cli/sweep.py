@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", action="append", required=True, metavar="SECTION.FIELD=A,B",
         help="values of a field; repeat for all combinations with another. ';' separates tuples: "
-        "'model.multipliers=1,2;1,2,4'",
+        "'model.multipliers=1,2;1,4'",
     )  # fmt: skip
     parser.add_argument(
         "--workdir", required=True, type=local_path, help="folder for the workdirs and the summary"

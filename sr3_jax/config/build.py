@@ -160,7 +160,7 @@ def check_config(config: Config) -> None:
     if config["model"]["output_skip"] and prediction != "y0":
         invalid("diffusion", "prediction", prediction, "be y0 if config.model.output_skip is above 0")
     if config["model"]["learned_variance"]:
-        invalid("model", "learned_variance", True, "be false for training: convert with --variance drop")
+        invalid("model", "learned_variance", True, "be false for training (convert with --variance drop)")
     try:
         solver = make_solver(config["sampling"]["solver"])
     except ValueError as error:

@@ -62,6 +62,7 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 _ANCHOR = {"adm": "input_blocks.0.0.weight", "sr3_port": "noise_level_mlp.1.weight"}
+_SETTINGS = {"adm": "--flags", "sr3_port": "--json"}
 # Tensors of the port that are no weights: its noise schedule.
 _PORT_TABLES = re.compile(r"^(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*)$")
 
@@ -198,16 +199,16 @@ def _differences(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) ->
 
 def to_params(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], file: str) -> Params:
     """The parameters of a network from its tensors; UserError if they do not fit."""
-    problems = _differences(arrays, config)
+    problems, family = _differences(arrays, config), config["model"]["network"]
     if problems:
         more = f", and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise UserError(
-            f"{file} does not fit its network, config.model.network={config['model']['network']} "
-            f"({'; '.join(problems[:_NAMED])}{more}): use the whole file, with the settings it was trained with"
+            f"{file} does not fit its network, config.model.network={family} "
+            f"({'; '.join(problems[:_NAMED])}{more}): use the whole file, with the {_SETTINGS[family]} of its training"
         )
     return unflatten_dict(
         {
-            name: _parameter(arrays[tensor_name(config["model"]["network"], name)], name, shape)
+            name: _parameter(arrays[tensor_name(family, name)], name, shape)
             for name, shape in _shapes(build_network(config["model"])).items()
         },
         sep=".",

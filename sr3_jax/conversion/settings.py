@@ -94,8 +94,7 @@ def flags_config(text: str) -> dict[str, Any]:
         "beta_end": 20.0 / steps if steps else 0.0,
     }
     config["data"] |= {"crop": size, "scale": size // small}
-    check_config(complete(config))
-    return config
+    return _checked(config, "--flags")
 
 
 def _flag_pairs(text: str) -> Iterator[tuple[str, str]]:
@@ -182,8 +181,12 @@ def port_config(given: Any, file: str) -> dict[str, Any]:
         },
         "data": {"crop": size, "scale": scale},
     })  # fmt: skip
+    return _checked(config, file)
+
+
+def _checked(config: dict[str, Any], of: str) -> dict[str, Any]:
     try:
-        check_config(config)
+        check_config(complete(config))
     except UserError as error:
-        raise UserError(f"{file} describes a network that cannot be built ({error})") from None
+        raise UserError(f"{of}: there is no such network ({error})") from None
     return config

@@ -322,6 +322,7 @@ class CropEvaluator:
             "features": self._network.protocol.weights_sha256 if self._network else None,
             "version": __version__,
             "hardware": jax.devices()[0].device_kind,
+            **({} if model.label is None else {"label": model.label}),
         })  # fmt: skip
         self._batches = {
             line["key"]: _decode(line["values"]) for line in read_jsonl(cache) if _is_entry(line)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,7 @@ def model_methods(
                 )
                 samplings += [default, sampling] if unsearched and default != sampling else [sampling]
     fixed = {"weights": params_fingerprint(model.params), "setup": config_fingerprint(model.config)}
+    fixed |= {} if model.label is None else {"label": model.label}
     found = []
     for sampling in samplings:
         try:
@@ -217,17 +218,24 @@ def program_outputs(label: str, folder: Path, source: Source, names: Sequence[st
             image, of the largest multiple of the scale in it.
 
     Raises:
-        UserError: outputs are missing or have another size.
+        UserError: outputs are missing, unreadable or of another size.
     """
-    scan = scan_folder(folder)
+    try:
+        scan = scan_folder(folder)
+    except UserError as error:
+        raise UserError(f"outputs {label}: {error}") from error
     files = [os.fspath(path.relative_to(folder)) for path in scan.images]
     wanted = [source.file_name(place) for place in range(len(names))]
     matches = match_files(wanted, files, where=os.fspath(folder))
     if missing := [path for path, match in zip(wanted, matches, strict=True) if match is None]:
-        unreadable = f" ({len(scan.rejected)} files there are not readable images)" if scan.rejected else ""
+        broken = [os.fspath(path.relative_to(folder)) for path, _ in scan.rejected]
+        for match in match_files(missing, broken, where=os.fspath(folder)):
+            if match is not None:
+                path, reason = scan.rejected[match]
+                raise UserError(f"outputs {label}: '{printable(path)}' {reason}: make it again")
         raise UserError(
-            f"outputs {label}: {len(missing)} of {len(wanted)} images have no output in '{printable(folder)}'"
-            f"{unreadable}: {named(missing)}; add it, or evaluate fewer images with --limit"
+            f"outputs {label}: {len(missing)} of {len(wanted)} images have no output in '{printable(folder)}': "
+            f"{named(missing)}; add {'it' if len(missing) == 1 else 'them'}, or evaluate fewer images with --limit"
         )
     found = [match for match in matches if match is not None]
     wrong = []
@@ -249,10 +257,11 @@ def program_outputs(label: str, folder: Path, source: Source, names: Sequence[st
     return Method(label, scale, {"outputs": "files"}, files=paths)
 
 
-def unique_labels(names: Sequence[str | Path]) -> list[str]:
-    """A short unique label for each model path or name: its last component, safe as a file name."""
+def unique_labels(models: Sequence[str | Path], programs: Iterable[str] = ()) -> list[str]:
+    """A short unique label for each model and program, safe as a file name: of a path, its last component."""
     taken = {BICUBIC, GROUND_TRUTH.replace(" ", "_")}
-    return [unique_file_name(Path(name).resolve().name.removesuffix(".safetensors"), taken) for name in names]
+    names = [Path(model).resolve().name.removesuffix(".safetensors") for model in models]
+    return [unique_file_name(name, taken) for name in (*names, *programs)]
 
 
 # ---- Outputs

@@ -227,6 +227,7 @@ def _models(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(method.model.params)),
             "sha256": method.settings["weights"],
             "labeled": method.uses_labels,
+            "given_label": method.model.label,
             "config": method.model.config,
         }
         for method in first.values()
@@ -344,9 +345,16 @@ def _model_lines(report: Mapping[str, Any]) -> list[str]:
     """One line per model, with the hash of its weights."""
     return [
         f"{model['label']}: {model['name']}, {model['scale']}x, {model['parameters'] / 1e6:.2f} M parameters, "
-        f"sha256 {model['sha256'][:16]}{', conditioned on the label of each image' * model.get('labeled', False)}."
+        f"sha256 {model['sha256'][:16]}{_label_phrase(model)}."
         for model in report["models"]
     ]
+
+
+def _label_phrase(model: Mapping[str, Any]) -> str:
+    if model.get("labeled"):
+        return ", conditioned on the label of each image"
+    label = model.get("given_label")
+    return "" if label is None else f", conditioned on label {label} for all images"
 
 
 _DEGRADATIONS = {

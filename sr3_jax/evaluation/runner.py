@@ -90,6 +90,7 @@ def evaluate(
     crop: int | None = None,
     unsearched: bool = False,
     use_labels: bool = True,
+    label: int | None = None,
     classifier: str | None = None,
     features: str | None = None,
     patch: int = 0,
@@ -120,6 +121,7 @@ def evaluate(
         crop: only the center of each image, this many pixels squared.
         unsearched: next to a sampler that a schedule search found, also evaluate its solver and steps without it.
         use_labels: class-conditional models receive the labels of the images, if these have any.
+        label: the class of all images, for class-conditional models, if the images have no labels.
         classifier: for accuracy: a .safetensors or .onnx file, or MODULE:FUNCTION.
         features: network of the Frechet distance and KID: inception:FILE, alexnet, classifier or none; None for
             AlexNet if its weights are installed.
@@ -150,9 +152,7 @@ def evaluate(
     programs = dict(outputs or {})
     if not loaded and not programs:
         raise UserError("there is nothing to evaluate: give a model or outputs")
-    labels = unique_labels(
-        [*(model.name if isinstance(model, Model) else model for model in models), *programs]
-    )
+    labels = unique_labels([model.name if isinstance(model, Model) else model for model in models], programs)
     scales = list(dict.fromkeys(model.scale for model in loaded))
     program_scale = _program_scale(scales, scale, data) if programs else None
     scales = list(dict.fromkeys([*scales, *([program_scale] if program_scale else [])]))
@@ -172,18 +172,20 @@ def evaluate(
     )
     use_labels = use_labels and labeled
     _check_classes(source, loaded if use_labels else [], suite.classifier)
+    if label is not None:
+        loaded = _with_label(loaded, label, source, use_labels=use_labels)
     if save_reference and suite.network is None:
         raise UserError(f"save_reference={save_reference} needs a network: set features")
     compared = [ground_truth(scale) for scale in scales] if suite.of_ground_truth else []
     compared += [bicubic(scale) for scale in scales]
-    for model, label in zip(loaded, labels, strict=False):
+    for model, name in zip(loaded, labels, strict=False):
         compared += model_methods(
-            model, label, solvers=solvers, steps=steps, unsearched=unsearched, use_labels=use_labels
+            model, name, solvers=solvers, steps=steps, unsearched=unsearched, use_labels=use_labels
         )
     settings = Settings(samples, seed, batch_size, limit, crop, process, degradation)
-    for label, path in zip(labels[len(loaded) :], programs.values(), strict=True):
+    for name, path in zip(labels[len(loaded) :], programs.values(), strict=True):
         root, names = Path(path).expanduser(), image_names(source, settings)
-        compared.append(program_outputs(label, root, source, names, scale=program_scale or DEFAULT_SCALE))
+        compared.append(program_outputs(name, root, source, names, scale=program_scale or DEFAULT_SCALE))
     folder = make_folder(Path(output_dir))
     outputs_dir = make_folder(folder / "outputs")
     index, count = process
@@ -208,8 +210,8 @@ def evaluate(
         settings,
         pairs=source.scale is not None,
         programs={
-            label: f"{path}{assumed}"
-            for label, path in zip(labels[len(loaded) :], programs.values(), strict=True)
+            name: f"{path}{assumed}"
+            for name, path in zip(labels[len(loaded) :], programs.values(), strict=True)
         },
         source=source.name if isinstance(data, Source) else data,
         seconds=time.perf_counter() - started,
@@ -370,6 +372,17 @@ def _check_classes(source: Source, models: Sequence[Model], classifier: Classifi
             f"{source.name} has {count} classes, but classifier {classifier.name} knows {classifier.num_classes}: "
             "use a classifier of this data set"
         )
+
+
+def _with_label(models: Sequence[Model], label: int, source: Source, *, use_labels: bool) -> list[Model]:
+    """Models of which the class-conditional ones get a label for all images; UserError if it would have no effect."""
+    if not any(model.network.num_classes for model in models):
+        raise UserError(f"label={label} needs a class-conditional model, and there is none: omit it")
+    if use_labels:
+        raise UserError(
+            f"label={label} has no effect, since the images of {source.name} have labels: omit it"
+        )
+    return [replace(model, label=label) if model.network.num_classes else model for model in models]
 
 
 # ---- Image grids

@@ -85,6 +85,7 @@ def search_schedule(
     crop: int | None = None,
     crops: int | None = None,
     degradation: str | None = None,
+    label: int | None = None,
     candidates: int = 24,
     seed: int = 0,
     store: bool = True,
@@ -109,6 +110,7 @@ def search_schedule(
         crop: side of a crop in pixels; None for that of training.
         crops: crops of each set; None for the metric's default.
         degradation: how low-res images are made: a name in `degradations.PRESETS`; None for that of the training.
+        label: the class of all images, for a class-conditional model and images without labels.
         candidates: how many settings are evaluated in the first round.
         store: store the result if it beats the default on the check.
         guarded: exclude candidates that are much less consistent with the low-res image than the default; not with
@@ -123,7 +125,7 @@ def search_schedule(
     started = time.perf_counter()
     if metric not in SEARCH_METRICS:
         raise UserError(f"metric must be one of {', '.join(SEARCH_METRICS)}, got {metric!r}")
-    loaded = load(model).watched(on_step)
+    loaded = replace(load(model), label=label).watched(on_step)
     if loaded.network.regression:
         raise UserError(
             f"model {loaded.name} is a regression model, which has no sampling schedule: use a diffusion model"
@@ -154,6 +156,10 @@ def search_schedule(
         make_folder(target.parent)  # fails now rather than after an hour
     folder = make_folder(Path(output_dir))
     sets = _open_crops(loaded, data, eval_data, metric=metric, crop=crop, count=crops, limit=limit, seed=seed)
+    if any(one.labels is None for one in sets) or not loaded.network.num_classes:
+        loaded.label_array(None, 1)  # fails now if a label is missing or wrong
+    elif label is not None:
+        raise UserError(f"label={label} has no effect, since the images of {data} have labels: omit it")
     batch_size = min(MAX_BATCH, *(len(one.images) for one in sets))
     description = ""
     search, check = (
@@ -208,6 +214,7 @@ def search_schedule(
         "check_crops": check.count,
         "images": [one.source_images for one in sets],
         "seed": seed,
+        "label": label,
         "guarded": guarded,
         "tried": len(search.tried),
         "version": __version__,

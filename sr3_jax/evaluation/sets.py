@@ -158,7 +158,7 @@ def evaluate_sets(
     if from_source:
         suite = with_reference(suite, os.fspath(reference), folder / "outputs", on_image=on_image)
     rows: list[dict[str, Any]] = []
-    for label, path in zip(unique_labels(list(outputs)), outputs.values(), strict=True):
+    for label, path in zip(unique_labels((), outputs), outputs.values(), strict=True):
         found = set_features(f"folder:{path}", network, folder / "outputs", limit=limit, on_image=on_image)
         summary = set_metrics.output_metrics(
             found.features,

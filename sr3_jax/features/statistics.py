@@ -98,7 +98,8 @@ def load_statistics(path: Path) -> Statistics:
             count, mean, scatter = int(file["count"]), file["mean"], file["scatter"]
     except OSError as error:
         raise UserError(
-            f"reference statistics {path} cannot be read ({error.strerror or error}): check the path"
+            f"reference statistics {path} cannot be read ({error.strerror or error}): check the path, or give a "
+            "folder of images as folder:PATH"
         ) from error
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a file of reference statistics: make it again") from error

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
@@ -32,6 +33,7 @@ STORAGES = {
     "LongStorage": "<i8",
     "IntStorage": "<i4",
     "ByteStorage": "u1",
+    "BFloat16Storage": "bfloat16",
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of PyTorch before 1.6
 
@@ -66,7 +68,9 @@ def read_arrays(content: bytes, name: str) -> dict[str, np.ndarray]:
             tree = load_safetensors(content)
         return dict(_flatten(tree))
     except _Unsupported as error:
-        raise UserError(f"{name} {error}: use a file that contains only weights") from error
+        raise UserError(
+            f"{name} {error}: use a file with a state dict only, as torch.save(model.state_dict(), FILE) writes"
+        ) from error
     except SafetensorError as error:
         raise UserError(
             f"{name} is not a safetensors file, a PyTorch file or a pickle of arrays: use another file"
@@ -161,7 +165,7 @@ class _Storage:
     """A flat array; in files of PyTorch before 1.6 it follows the tensors that refer to it."""
 
     def __init__(self, code: str) -> None:
-        self.dtype = np.dtype(code)
+        self.dtype = jnp.dtype(code)  # NumPy alone has no bfloat16
         self.numbers: np.ndarray | None = None
 
 

@@ -120,9 +120,9 @@ def export_onnx(
     """Write the denoiser to an ONNX file, with the extra `onnx`.
 
     Its inputs, float32 except for the label, are y_t [B,H,W,3], gamma [B], then, as far as the model takes them,
-    upsampled [B,H,W,3], label int32 [B] and augment [B]; its output is prediction [B,H,W,3]. H and W are those of the
-    high-res image. The file's metadata, under 'sr3_jax', has as JSON what a sampler needs: prediction, space, scale,
-    and gamma of the inference schedule.
+    upsampled [B,H,W,3], label int32 [B] and augment [B]; its output is prediction [B,H,W,3], without the variance that
+    some networks predict. H and W are those of the high-res image. The file's metadata, under 'sr3_jax', has as JSON
+    what a sampler needs: prediction, space, scale, upsampling, and gamma of the inference schedule.
 
     Args:
         sampling: settings of the sampler, of which the schedule is stored.
@@ -150,7 +150,7 @@ def export_onnx(
         given = dict(zip(names, cond, strict=True))
         if "upsampled" in given:
             given["upsampled"] = _join(given["upsampled"])
-        return apply_unet(network, model.params, _join(y_t), gamma, given)
+        return apply_unet(network, model.params, _join(y_t), gamma, given)[..., : network.out_channels]
 
     # The converter has symbols for whole sizes only, not for multiples: it gets the images as blocks of the stride.
     batch, rows, columns = jax.export.symbolic_shape("B, h, w")
@@ -167,6 +167,7 @@ def export_onnx(
         "prediction": model.prediction,
         "space": model.config["diffusion"]["space"],
         "residual_scale": model.config["diffusion"]["residual_scale"],
+        "upsampling": model.config["data"]["upsampling"],
         "size_multiple": stride,
         "num_classes": network.num_classes,
         "gamma": sampling.grid(model.schedule).gamma64[::-1].tolist(),  # from noise to 1
@@ -231,18 +232,20 @@ def _check_onnx(content: bytes, model: Model, size: tuple[int, int]) -> None:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
     shape = (2, *size, model.network.out_channels)
+    # The label for "no label", where there is one, is the last.
+    last_label = model.network.num_classes - (0 if model.config["data"]["label_dropout"] else 1)
     inputs = {
         "y_t": generator.standard_normal(shape, np.float32),
         "gamma": np.array([0.2, 0.99], np.float32),
         "upsampled": generator.uniform(-1, 1, shape).astype(np.float32),
-        "label": np.array([0, model.network.num_classes], np.int32),
+        "label": np.array([0, last_label], np.int32),
         "augment": np.array([0, 0.5], np.float32),
     }
     taken = {value.name: inputs[value.name] for value in session.get_inputs()}
     (output,) = session.run(None, taken)
     cond = {name: jnp.asarray(value) for name, value in inputs.items() if name in taken}
     y_t, gamma = (jnp.asarray(inputs[name]) for name in ("y_t", "gamma"))
-    wanted = np.asarray(apply_unet(model.network, model.params, y_t, gamma, cond))
+    wanted = np.asarray(apply_unet(model.network, model.params, y_t, gamma, cond))[..., : shape[-1]]
     error = float(np.max(np.abs(output - wanted) / np.maximum(1.0, np.abs(wanted))))
     if not error < ONNX_TOLERANCE:
         raise UserError(
