@@ -18,10 +18,11 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image as PillowImage
 
 from sr3_jax.distributed import sharding
+from sr3_jax.flops import flops
 from sr3_jax.train import experiment
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.state import start_from
-from sr3_jax.train.step import batch_losses, jit_train_step, make_train_step
+from sr3_jax.train.step import batch_losses, flops_without_remat, jit_train_step, make_train_step
 from tests import tiny
 
 OPTIMIZER = optax.adam(0.03, eps=1e-2)
@@ -319,3 +320,18 @@ def test_accumulation_averages_the_gradients_of_strided_parts(objective, gradien
     near(state.params, optax.apply_updates(params, updates))
     rows = re.findall(r"f32\[(\d+),8,8,\d+\]\S* convolution\(", run.compiled.as_text())
     assert rows and set(rows) == {"1"}  # each device has one of the 8 rows of a part
+
+
+def test_flops_do_not_count_what_remat_repeats(objective, params, images):
+    arguments = (start_from(params, OPTIMIZER, sharding.make_mesh()), {"image": images}, jax.random.key(0))
+
+    def count(remat: bool) -> float:
+        network = objective.network.clone(remat=remat)
+        step = make_train_step(dataclasses.replace(objective, network=network), OPTIMIZER, ema_decay=DECAY)
+        return flops(jax.make_jaxpr(step)(*arguments))
+
+    assert count(True) > count(False) > 0
+    remat = dataclasses.replace(objective, network=objective.network.clone(remat=True))
+    for accumulation in (1, 4):
+        found = flops_without_remat(remat, OPTIMIZER, *arguments, accumulation=accumulation)
+        assert found == pytest.approx(count(False))

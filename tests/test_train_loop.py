@@ -31,7 +31,7 @@ from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.inference.loading import load
-from sr3_jax.train import checkpoints, experiment, held_out, loop, step_metrics, weights
+from sr3_jax.train import checkpoints, experiment, goodput, held_out, loop, step_metrics, weights
 from sr3_jax.train.state import abstract_state
 from tests import tiny
 
@@ -41,6 +41,10 @@ REAL = {
     "train": {"num_steps": 6, "log_every": 2},
     "eval": {"every": 3, "num_images": HELD_OUT},
     "checkpoint": {"every": 3, "keep": 10},
+}
+TIMED = {
+    *("step_ms", "images_per_second", "data_wait", "tflops_per_device", "goodput", "seconds_total"),
+    *(f"seconds_{name}" for name in goodput.LOSSES),
 }
 
 
@@ -108,7 +112,7 @@ def test_run_writes_log_samples_config_and_checkpoints(whole, folder):
     for line in (logged[0], logged[2], logged[3]):
         assert set(line) == {
             *("step", "loss", "grad_norm", "learning_rate"),
-            *("step_ms", "images_per_second", "data_wait"),
+            *TIMED,
         }
         assert 0.1 < line["loss"] < 10 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1
         assert line["images_per_second"] == pytest.approx(8e3 / line["step_ms"])
@@ -132,9 +136,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, folder, tmp
     assert same_bits(restored(tmp_path), restored(whole))
 
     def numbers(workdir: Path, first: int) -> list[dict]:
-        timed = ("step_ms", "images_per_second", "data_wait")
         return [
-            {name: value for name, value in line.items() if name not in timed}
+            {name: value for name, value in line.items() if name not in TIMED}
             for line in lines(workdir)
             if line["step"] > first and (line["step"] != 4 or "eval_loss" in line)
         ]
@@ -273,7 +276,7 @@ class StandIn:
                 self.events.append(("dispatch", len(self.states)))
                 return compiled(state, batch, key)
 
-            dispatch.lower = compiled.lower
+            dispatch.trace = compiled.trace
             return dispatch
 
         def fetch_finite(step, metrics, workdir):
@@ -329,6 +332,77 @@ def test_each_log_line_is_the_mean_over_its_steps(folder, tmp_path, monkeypatch)
     assert [line["learning_rate"] for line in logged] == pytest.approx([1e-3] * 3)
     assert [line["step"] for line in lines(tmp_path) if "eval_loss" in line] == [2, 4, 6, 8]
     assert steps_of(tmp_path) == [5, 8]
+
+
+def test_lost_time_is_logged_by_its_cause_and_summed_up(folder, tmp_path, monkeypatch, capsys):
+    """Each batch, save and evaluation takes a known time in which nothing else happens."""
+    StandIn(monkeypatch)
+    seconds = {"data": 0.1, "checkpoint": 0.4, "evaluation": 0.6}
+
+    def slower(function, what):
+        def call(*args, **options):
+            time.sleep(seconds[what])
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(sharding, "to_global", slower(sharding.to_global, "data"))
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", slower(checkpoints.Checkpoints.save, "checkpoint"))
+    monkeypatch.setattr(loop, "evaluate_and_log", slower(loop.evaluate_and_log, "evaluation"))
+    sections = plain(num_steps=8, log_every=4) | {"eval": {"every": 4}, "checkpoint": {"every": 4}}
+    assert run(folder, tmp_path, sections) == 0
+    first, last = (line for line in lines(tmp_path) if "loss" in line)
+    assert last["data_wait"] > 0.7
+    for what, count in (("data", 6), ("checkpoint", 1), ("evaluation", 1)):  # at the last line
+        assert count * seconds[what] < last[f"seconds_{what}"] < count * seconds[what] + 0.9
+    assert first["seconds_evaluation"] == first["seconds_restart"] == 0 < first["seconds_start"]
+    lost = sum(last[f"seconds_{name}"] for name in goodput.LOSSES)
+    assert last["goodput"] == pytest.approx(1 - lost / last["seconds_total"])
+    assert last["step_ms"] < 250  # without saving and evaluating
+    summary = capsys.readouterr().err.splitlines()[-2]
+    assert "training" in summary and summary.index("evaluating") > 0 and summary.index("saving") > 0
+
+
+def test_time_adds_up_over_restarts_and_repeated_training_is_lost():
+    rows = [
+        {
+            "step": 10,
+            "seconds_total": 100.0,
+            "seconds_start": 30.0,
+            "seconds_data": 5.0,
+            "seconds_restart": 1.0,
+        },
+        {"step": 10, "eval_loss": 1.0},
+        {"step": 15, "seconds_total": 140.0, "seconds_start": 30.0, "seconds_data": 25.0},
+        {"step": 20, "seconds_total": None},
+    ]
+    time_spent = goodput.Goodput(rows, first_step=12, started=time.monotonic() - 7)
+    time_spent.lose("start", 3)
+    found = time_spent.metrics()
+    assert found["seconds_total"] == pytest.approx(147, abs=0.5)
+    assert (found["seconds_start"], found["seconds_data"], found["seconds_restart"]) == (33, 5, 41)
+    assert found["goodput"] == pytest.approx((147 - 33 - 5 - 41) / 147, abs=0.01)
+
+
+def test_speed_of_the_devices_is_logged(folder, tmp_path, monkeypatch):
+    """MFU where the peak of the device is known, memory where it is reported."""
+    StandIn(monkeypatch)
+    monkeypatch.setattr(loop, "flops", lambda jaxpr: 8e12)  # over eight devices
+    assert run(folder, tmp_path / "unknown", plain(num_steps=2, log_every=1)) == 0
+    for line in lines(tmp_path / "unknown")[:2]:
+        assert line["tflops_per_device"] == pytest.approx(1e3 / line["step_ms"])
+        assert not {"mfu", "device_memory_gb"} & set(line)
+    monkeypatch.setattr(step_metrics, "peak_flops", lambda kind: 4e12)
+    gpus = [
+        SimpleNamespace(memory_stats=lambda use=use: {"bytes_in_use": use, "peak_bytes_in_use": 2 * use})
+        for use in (1e9, 3e9)
+    ]
+    assert step_metrics.device_memory(gpus) == {"device_memory_gb": 3, "device_memory_peak_gb": 6}
+    monkeypatch.setattr(step_metrics, "device_memory", lambda devices: {"device_memory_gb": 3})
+    assert run(folder, tmp_path / "known", plain(num_steps=2, log_every=1)) == 0
+    for line in lines(tmp_path / "known")[:2]:
+        assert line["mfu"] == pytest.approx(line["tflops_per_device"] / 4)
+        assert line["device_memory_gb"] == 3
 
 
 def test_log_line_per_step_has_its_loss_and_learning_rate(folder, tmp_path, monkeypatch):

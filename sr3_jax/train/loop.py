@@ -20,18 +20,20 @@ from sr3_jax.data.sources import DataUnavailable, NoImages, Source, open_source,
 from sr3_jax.distributed import sharding
 from sr3_jax.distributed.signals import stop_signals
 from sr3_jax.errors import UserError
+from sr3_jax.flops import flops, peak_flops
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.train import checkpoints
 from sr3_jax.train.experiment import Experiment, check_batch
+from sr3_jax.train.goodput import Goodput
 from sr3_jax.train.held_out import (
     BestCheckpoint,
     HeldOutEvaluation,
     evaluate_and_log,
     evaluation_is_missing,
 )
-from sr3_jax.train.metric_writer import MetricWriter, check_writers
-from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
-from sr3_jax.train.step import jit_train_step, make_train_step
+from sr3_jax.train.metric_writer import MetricWriter, check_writers, read_metrics
+from sr3_jax.train.state import TrainState, abstract_state, create_state, parameter_table, start_from
+from sr3_jax.train.step import flops_without_remat, jit_train_step, make_train_step
 from sr3_jax.train.step_metrics import StepMetrics
 from sr3_jax.train.weights import load_weights
 from sr3_jax.train.workdir import locked_workdir
@@ -51,9 +53,10 @@ def train(experiment: Experiment, workdir: Path) -> int:
         UserError: the config does not fit the machine, the data or the workdir; another run uses the workdir; the loss
             is not finite; a checkpoint cannot be saved; a step needs more memory than is free.
     """
+    started = time.monotonic()
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
-    writers = config["train"]["writers"].split("+")
+    accumulation, writers = config["train"]["accumulation"], config["train"]["writers"].split("+")
     check_writers(writers)
     mesh = sharding.make_mesh(**config["mesh"], state_bytes=experiment.state_bytes)
     check_batch(config, devices=mesh.size, processes=jax.process_count())
@@ -84,7 +87,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 experiment.objective,
                 optimizer,
                 ema_decay=config["optim"]["ema_decay"],
-                accumulation=config["train"]["accumulation"],
+                accumulation=accumulation,
             ),
             state,
             mesh,
@@ -103,6 +106,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
         minutes = config["train"]["minutes"] or None
         stop_reason = _stop_vote(mesh, signal_code, minutes)
         key = jax.random.key(seed)
+        goodput = Goodput(read_metrics(workdir), first_step=first_step, started=started)
         with MetricWriter(
             workdir,
             total_steps=num_steps,
@@ -113,6 +117,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             config=config,
         ) as writer:
             writer.message(_describe(experiment, state, mesh, source, first_step))
+            writer.message(parameter_table(state.params))
             metrics = StepMetrics(
                 writer,
                 batch_size=config["train"]["batch_size"],
@@ -120,31 +125,52 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 num_steps=num_steps,
                 lr_schedule=experiment.lr_schedule(),
                 workdir=workdir,
+                goodput=goodput,
             )
-            batch = next_batch()
-            reason = int(stop_reason())
-            missing = int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh))
-            if missing and not evaluate_and_log(evaluation, best, writer, step, state.ema_params):
+            goodput.lose("start", time.monotonic() - started)
+            with metrics.untimed("start"):
+                batch = next_batch()
+                reason = int(stop_reason())
+                missing = int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh))
+
+            def evaluate() -> bool:
+                with metrics.untimed("evaluation"):
+                    try:
+                        return evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+                    except memory.OutOfMemory:
+                        if jax.process_count() == 1:  # otherwise the peers may have enough, and do not save
+                            store.save(state, wait=True)
+                        raise
+
+            if missing and not evaluate():
                 reason = signal_code()
 
             # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1
             while step < num_steps and not reason:
                 vote = stop_reason()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
-                    with metrics.untimed(), writer.busy("compiling the training step"):
+                    with metrics.untimed("start"), writer.busy("compiling the training step"):
+                        traced = train_step.trace(state, batch, key)
                         memory.require(
-                            memory.needed_bytes(train_step.lower(state, batch, key).compile()),
+                            memory.needed_bytes(traced.lower().compile()),
                             mesh.local_devices,
                             what="a training step",
                             remedy="use a smaller config.train.batch_size or config.data.crop, a larger "
                             "config.train.accumulation, or config.model.remat",
                         )
+                        step_flops = flops(traced.jaxpr)
+                        if config["model"]["remat"]:
+                            step_flops = flops_without_remat(
+                                experiment.objective, optimizer, state, batch, key, accumulation=accumulation
+                            )
+                        metrics.step_flops = step_flops / mesh.size
                         state, step_metrics = train_step(state, batch, key)
+                    writer.message(_describe_speed(metrics.step_flops, mesh))
                 else:
                     state, step_metrics = train_step(state, batch, key)
                 step += 1
                 try:
-                    with metrics.waiting_for_data():
+                    with metrics.waiting_for_data(step_metrics):
                         batch = next_batch()
                 except DataUnavailable as error:
                     metrics.push(step, step_metrics)
@@ -158,42 +184,37 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 reason = int(vote)
 
                 # ---- Save and evaluate, only a state whose loss is known to be finite
-                save, evaluate = (
+                save, due = (
                     step == num_steps or step % config[section]["every"] == 0
                     for section in ("checkpoint", "eval")
                 )
-                if save or evaluate:
+                if save or due:
                     metrics.flush()
-                    with metrics.untimed():
-                        if save:
-                            store.save(state)
-                        if evaluate and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
-                            try:
-                                if evaluate_and_log(evaluation, best, writer, step, state.ema_params):
-                                    evaluated = step
-                                else:
-                                    reason = signal_code()
-                            except memory.OutOfMemory:
-                                if (
-                                    jax.process_count() == 1
-                                ):  # otherwise the peers may have enough, and do not save
-                                    store.save(state, wait=True)
-                                raise
+                if save:
+                    with metrics.untimed("checkpoint"):
+                        store.save(state)
+                if due and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
+                    if evaluate():
+                        evaluated = step
+                    else:
+                        reason = signal_code()
 
             # ---- Stop
+            def end(text: str) -> None:
+                writer.message(f"{goodput.summary()}\n{text}")
+
             metrics.flush()
-            store.save(state, wait=True)
+            with metrics.untimed("checkpoint"):
+                store.save(state, wait=True)
             if reason > _OUT_OF_TIME:
-                writer.message(f"Stopped and saved at step {step}. Run the same command again to resume.")
+                end(f"Stopped and saved at step {step}. Run the same command again to resume.")
                 return reason
             if step == num_steps:
-                writer.message(f"Finished {step} steps; saved in {workdir}.")
+                end(f"Finished {step} steps; saved in {workdir}.")
             else:
-                if step > evaluated and not evaluate_and_log(
-                    evaluation, best, writer, step, state.ema_params
-                ):
+                if step > evaluated and not evaluate():
                     return signal_code()  # it is saved
-                writer.message(f"Stopped after {minutes:g} minutes and saved at step {step}.")
+                end(f"Stopped after {minutes:g} minutes and saved at step {step}.")
     return 0
 
 
@@ -301,3 +322,10 @@ def _describe(experiment: Experiment, state: TrainState, mesh: Mesh, source: Sou
         f"{count / 1e6:.2f} M parameters, {len(source)} images in {source.name}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {start}"
     )
+
+
+def _describe_speed(step_flops: float, mesh: Mesh) -> str:
+    kind = mesh.devices.flat[0].device_kind
+    peak = peak_flops(kind)
+    known = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown, so MFU is not logged"
+    return f"{step_flops / 1e12:.3g} TFLOPs a step on each device; bfloat16 peak of {kind!r}: {known}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from sr3_jax.diffusion.process import Prediction
 from sr3_jax.diffusion.schedule import NoiseSchedule
 from sr3_jax.diffusion.space import Space
 from sr3_jax.distributed.sharding import replicated
+from sr3_jax.flops import flops
 from sr3_jax.nn.unet import Network, apply_unet
 from sr3_jax.train.examples import Batch, Task, make_pair
 from sr3_jax.train.state import TrainState, update_ema
@@ -146,3 +147,18 @@ def jit_train_step(
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(train_step, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)
+
+
+def flops_without_remat(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    key: Key,
+    *,
+    accumulation: int,
+) -> float:
+    """FLOPs of a training step over all devices, without those that rematerialization repeats; traces the step."""
+    plain = replace(objective, network=objective.network.clone(remat=False))
+    step = make_train_step(plain, optimizer, ema_decay=0.0, accumulation=accumulation)
+    return flops(jax.make_jaxpr(step)(state, batch, key))

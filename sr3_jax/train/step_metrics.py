@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 import optax
 
 from sr3_jax.errors import UserError
+from sr3_jax.flops import peak_flops
+from sr3_jax.train.goodput import Goodput, Loss
 from sr3_jax.train.metric_writer import MetricWriter
 
 
@@ -24,6 +27,10 @@ class StepMetrics:
         writer: gets a line every `log_every` steps and after the last step.
         lr_schedule: step -> learning rate, logged next to the metrics.
         workdir: named in the error about a loss that is not finite.
+        goodput: takes the time that is lost.
+
+    Attributes:
+        step_flops: of a step on one device, known once the step is traced; 0 while unknown.
     """
 
     def __init__(
@@ -35,10 +42,12 @@ class StepMetrics:
         num_steps: int,
         lr_schedule: optax.Schedule,
         workdir: Path,
+        goodput: Goodput,
     ) -> None:
-        self._writer, self._workdir = writer, workdir
+        self._writer, self._workdir, self._goodput = writer, workdir, goodput
         self._batch_size, self._log_every, self._num_steps = batch_size, log_every, num_steps
         self._lr_schedule = lr_schedule
+        self.step_flops = 0.0
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._smooth_loss: float | None = None  # for the progress bar
         self._rate: float | None = None  # images per second, also for it
@@ -68,24 +77,42 @@ class StepMetrics:
             self._rate = len(self._losses) * self._batch_size / self._seconds()
         self._writer.progress(step, loss=self._smooth_loss, images_per_second=self._rate)
         if step % self._log_every == 0 or step == self._num_steps:
-            self._writer.write_scalars(
-                step, self._summary() | {"learning_rate": float(self._lr_schedule(step - 1))}
-            )
+            learning_rate = {"learning_rate": float(self._lr_schedule(step - 1))}
+            self._writer.write_scalars(step, self._summary() | learning_rate | self._goodput.metrics())
             self._start_window()
 
     @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Exclude the time spent inside from the speed: compilation, evaluation, saving."""
+    def untimed(self, what: Loss) -> Iterator[None]:
+        """Exclude the time spent inside from the speed, and count it as lost."""
         before = time.monotonic()
-        yield
-        self._start += time.monotonic() - before
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - before
+            self._start += seconds
+            self._goodput.lose(what, seconds)
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the time spent inside as waiting for the next batch."""
+    def waiting_for_data(self, running: Mapping[str, jax.Array]) -> Iterator[None]:
+        """Count the part of the time spent inside in which the device waited too.
+
+        Args:
+            running: the metrics of the last step that was dispatched. A thread waits for them.
+        """
+        finished: list[float] = []
+
+        def note() -> None:
+            with suppress(Exception):  # the main thread gets it too
+                jax.block_until_ready(running)
+                finished.append(time.monotonic())
+
         before = time.monotonic()
+        threading.Thread(target=note, name="step", daemon=True).start()
         yield
-        self._waited += time.monotonic() - before
+        if finished:
+            seconds = max(0.0, time.monotonic() - max(before, finished[0]))
+            self._waited += seconds
+            self._goodput.lose("data", seconds)
 
     def _start_window(self) -> None:
         self._losses: list[float] = []
@@ -97,15 +124,36 @@ class StepMetrics:
         return max(time.monotonic() - self._start, 1e-9)
 
     def _summary(self) -> dict[str, float]:
-        """Means over the window; `data_wait` is the fraction of time spent waiting for batches."""
+        """Means over the window, and the memory of the devices.
+
+        `data_wait` is the fraction of time in which the device waited for a batch.
+        """
         count, seconds = max(1, len(self._losses)), self._seconds()
-        return {
+        found = {
             "loss": sum(self._losses) / count,
             "grad_norm": sum(self._grad_norms) / count,
             "step_ms": 1e3 * seconds / count,
             "images_per_second": count * self._batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
+        devices = jax.local_devices()
+        if self.step_flops:
+            speed = self.step_flops * count / seconds
+            found["tflops_per_device"] = speed / 1e12
+            if peak := peak_flops(devices[0].device_kind):
+                found["mfu"] = speed / peak
+        return found | device_memory(devices)
+
+
+def device_memory(devices: Sequence[jax.Device]) -> dict[str, float]:
+    """GB in use now and at most so far, on the device that uses most; {} where the backend does not say (CPU)."""
+    stats = [device.memory_stats() or {} for device in devices]
+    names = {"device_memory_gb": "bytes_in_use", "device_memory_peak_gb": "peak_bytes_in_use"}
+    return {
+        name: max(each[key] for each in stats) / 1e9
+        for name, key in names.items()
+        if all(key in each for each in stats)
+    }
 
 
 def fetch_finite(step: int, metrics: Mapping[str, jax.Array], workdir: Path) -> tuple[float, float]:
