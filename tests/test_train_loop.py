@@ -405,6 +405,50 @@ def test_speed_of_the_devices_is_logged(folder, tmp_path, monkeypatch):
         assert line["device_memory_gb"] == 3
 
 
+def profiled_steps(workdir: Path) -> list[int]:
+    """The steps in the profile of a workdir."""
+    [file] = (workdir / "profile").rglob("*.xplane.pb")
+    events = [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    return [int(dict(event.stats)["step_num"]) for event in events if event.name == "train"]
+
+
+@pytest.mark.parametrize(
+    ("window", "steps"),
+    [
+        ("2:4", [2, 3]),
+        ("0:3", [1, 2]),  # not the first step, which compiles
+        ("4:99", [4, 5]),  # the run ends first
+    ],
+)
+def test_window_of_steps_is_profiled(folder, tmp_path, monkeypatch, capsys, window, steps):
+    StandIn(monkeypatch)
+    assert run(folder, tmp_path, plain(num_steps=6, profile_steps=window)) == 0
+    assert profiled_steps(tmp_path) == steps
+    assert str(tmp_path / "profile") in capsys.readouterr().err
+
+
+def test_profile_that_fails_does_not_stop_the_run(folder, tmp_path, monkeypatch, capsys):
+    StandIn(monkeypatch)
+    jax.profiler.start_trace(str(tmp_path / "other"))  # only one at a time
+    try:
+        assert run(folder, tmp_path / "run", plain(num_steps=3, profile_steps="1:2")) == 0
+    finally:
+        jax.profiler.stop_trace()
+    assert str(tmp_path / "run" / "profile") in capsys.readouterr().err
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+@pytest.mark.parametrize("window", ["5", "5:5", "6:5", ":5", "5:", "-1:5", "a:b", "1:2:3"])
+def test_window_of_another_form_fails(folder, tmp_path, window):
+    with pytest.raises(UserError, match=rf"config\.train\.profile_steps .*'{window}'"):
+        run(folder, tmp_path, plain(profile_steps=window))
+
+
 def test_log_line_per_step_has_its_loss_and_learning_rate(folder, tmp_path, monkeypatch):
     StandIn(monkeypatch, losses=np.arange(1.0, 9))
     run(folder, tmp_path, plain(num_steps=4, log_every=1), optim={"warmup_steps": 4})

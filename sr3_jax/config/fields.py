@@ -553,6 +553,11 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default=0, least=0, most=2**32 - 1, help="Seed of parameters, noise and data order."
                 ),
                 "log_every": Field(default=50, least=1, help="Steps between two lines of metrics."),
+                "profile_steps": Field(
+                    default="",
+                    help="Profile these steps into WORKDIR/profile: FIRST:LAST, such as 100:110 for the ten steps "
+                    "after the first 100; empty for none.",
+                ),
                 "writers": Field(
                     default="tensorboard",
                     choices=("tensorboard", "wandb", "tensorboard+wandb", "none"),

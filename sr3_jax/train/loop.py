@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from sr3_jax import memory
 from sr3_jax.config import schema
+from sr3_jax.config.build import profile_window
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import DataUnavailable, NoImages, Source, open_source, squares
 from sr3_jax.distributed import sharding
@@ -32,6 +33,7 @@ from sr3_jax.train.held_out import (
     evaluation_is_missing,
 )
 from sr3_jax.train.metric_writer import MetricWriter, check_writers, read_metrics
+from sr3_jax.train.profiler import Profiler
 from sr3_jax.train.state import TrainState, abstract_state, create_state, parameter_table, start_from
 from sr3_jax.train.step import flops_without_remat, jit_train_step, make_train_step
 from sr3_jax.train.step_metrics import StepMetrics
@@ -107,15 +109,20 @@ def train(experiment: Experiment, workdir: Path) -> int:
         stop_reason = _stop_vote(mesh, signal_code, minutes)
         key = jax.random.key(seed)
         goodput = Goodput(read_metrics(workdir), first_step=first_step, started=started)
-        with MetricWriter(
-            workdir,
-            total_steps=num_steps,
-            first_step=first_step,
-            enabled=jax.process_index() == 0,
-            minutes=minutes,
-            writers=writers,
-            config=config,
-        ) as writer:
+        with (
+            MetricWriter(
+                workdir,
+                total_steps=num_steps,
+                first_step=first_step,
+                enabled=jax.process_index() == 0,
+                minutes=minutes,
+                writers=writers,
+                config=config,
+            ) as writer,
+            Profiler(
+                profile_window(config["train"]), workdir, first_step=first_step, report=writer.message
+            ) as profiler,
+        ):
             writer.message(_describe(experiment, state, mesh, source, first_step))
             writer.message(parameter_table(state.params))
             metrics = StepMetrics(
@@ -145,8 +152,11 @@ def train(experiment: Experiment, workdir: Path) -> int:
             if missing and not evaluate():
                 reason = signal_code()
 
+            step_metrics: dict[str, jax.Array] = {}
             # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1
             while step < num_steps and not reason:
+                with metrics.untimed("start"):
+                    profiler.before_step(step, step_metrics)
                 vote = stop_reason()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
                     with metrics.untimed("start"), writer.busy("compiling the training step"):
@@ -167,7 +177,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
                         state, step_metrics = train_step(state, batch, key)
                     writer.message(_describe_speed(metrics.step_flops, mesh))
                 else:
-                    state, step_metrics = train_step(state, batch, key)
+                    with profiler.step(step):
+                        state, step_metrics = train_step(state, batch, key)
                 step += 1
                 try:
                     with metrics.waiting_for_data(step_metrics):
