@@ -17,12 +17,20 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image as PillowImage
 
+from sr3_jax.diffusion.loss import denoising_loss, sample_noise
 from sr3_jax.distributed import sharding
 from sr3_jax.flops import flops
 from sr3_jax.train import experiment
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.state import start_from
-from sr3_jax.train.step import batch_losses, flops_without_remat, jit_train_step, make_train_step
+from sr3_jax.train.step import (
+    LOG_SNR_BINS,
+    batch_losses,
+    flops_without_remat,
+    jit_train_step,
+    loss_by_log_snr,
+    make_train_step,
+)
 from tests import tiny
 
 OPTIMIZER = optax.adam(0.03, eps=1e-2)
@@ -175,6 +183,8 @@ def test_step_applies_dropout(objective, images):
     seen = []
 
     class Spy:
+        regression = False
+
         def apply(self, variables, y_t, gamma, cond, *, train, rngs):
             seen.append(train)
             return y_t * variables["params"]["w"]
@@ -220,6 +230,42 @@ def near(tree, wanted, atol: float = 2e-5) -> None:
 def same_bits(tree, wanted) -> bool:
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_loss_is_summed_in_bins_of_log_snr():
+    gamma = np.array([1e-4, 0.01, 0.05, 0.2, 0.4, 0.6, 0.9, 0.97, 0.9999, 0.99999, 1.0], np.float32)
+    losses = np.arange(1.0, 12, dtype=np.float32)
+    names = ["below_m6", "m6_m4", "m4_m2", "m2_0", "0_2", "2_4", "4_6", "above_6"]
+    assert tuple(f"loss_log_snr_{name}" for name in names) == LOG_SNR_BINS
+    sums, counts = loss_by_log_snr(losses, gamma)
+    assert dict(zip(names, zip(sums, counts, strict=True), strict=True)) == {
+        "below_m6": (1, 1),
+        "m6_m4": (2, 1),
+        "m4_m2": (3, 1),
+        "m2_0": (9, 2),
+        "0_2": (6, 1),
+        "2_4": (15, 2),
+        "4_6": (0, 0),
+        "above_6": (30, 3),
+    }
+
+
+def test_bins_of_log_snr_have_the_noise_levels_of_the_step(eight_devices, objective, images):
+    """All levels of the batch, whose mean loss is that of the step; and the levels that the loss samples itself."""
+    _, [metrics] = eight_devices(images)
+    sums, counts = metrics["by_log_snr"]
+    assert counts.sum() == 8
+    np.testing.assert_allclose(sums.sum() / 8, metrics["loss"], rtol=1e-5)
+    seen = []
+
+    def denoiser(y_t, gamma, cond):
+        seen.append(gamma)
+        return y_t
+
+    key, schedule = jax.random.key(3), objective.schedule
+    denoising_loss(denoiser, key, jnp.zeros((8, 4, 4, 3)), {}, schedule=schedule)
+    again = jax.random.clone(key)
+    np.testing.assert_array_equal(sample_noise(again, schedule, (8, 4, 4, 3))[0], seen[0])
 
 
 def test_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images):

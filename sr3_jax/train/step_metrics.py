@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 
 from sr3_jax.errors import UserError
 from sr3_jax.flops import peak_flops
 from sr3_jax.train.goodput import Goodput, Loss
 from sr3_jax.train.metric_writer import MetricWriter
+from sr3_jax.train.step import LOG_SNR_BINS
 
 
 class StepMetrics:
@@ -70,6 +72,7 @@ class StepMetrics:
         loss, grad_norm = fetch_finite(step, metrics, self._workdir)
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
+        self._bins += [metrics["by_log_snr"]] if "by_log_snr" in metrics else []
         self._smooth_loss = loss if self._smooth_loss is None else 0.98 * self._smooth_loss + 0.02 * loss
         if (
             len(self._losses) > 1 or self._rate is None
@@ -117,6 +120,7 @@ class StepMetrics:
     def _start_window(self) -> None:
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
+        self._bins: list[jax.Array] = []  # fetched at the end of the window
         self._waited = 0.0
         self._start = time.monotonic()
 
@@ -136,6 +140,10 @@ class StepMetrics:
             "images_per_second": count * self._batch_size / seconds,
             "data_wait": self._waited / seconds,
         }
+        if self._bins:
+            sums, counts = np.sum(jax.device_get(self._bins), axis=0, dtype=np.float64)
+            bins = zip(LOG_SNR_BINS, sums, counts, strict=True)
+            found |= {name: float(total / number) for name, total, number in bins if number}
         devices = jax.local_devices()
         if self.step_flops:
             speed = self.step_flops * count / seconds
