@@ -33,6 +33,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.inference.loading import load
 from sr3_jax.train import checkpoints, experiment, goodput, held_out, loop, step_metrics, weights
 from sr3_jax.train.state import abstract_state
+from sr3_jax.train.step import LOG_SNR_BINS
 from tests import tiny
 
 ROOT = Path(experiment.__file__).resolve().parent.parent
@@ -110,10 +111,9 @@ def test_run_writes_log_samples_config_and_checkpoints(whole, folder):
     logged = lines(whole)
     assert [line["step"] for line in logged] == [2, 3, 4, 6, 6]
     for line in (logged[0], logged[2], logged[3]):
-        assert set(line) == {
-            *("step", "loss", "grad_norm", "learning_rate"),
-            *TIMED,
-        }
+        bins = {name for name in line if name in LOG_SNR_BINS}
+        assert set(line) == {"step", "loss", "grad_norm", "learning_rate", *TIMED, *bins}
+        assert min(line[name] for name in bins) < line["loss"] < max(line[name] for name in bins)
         assert 0.1 < line["loss"] < 10 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1
         assert line["images_per_second"] == pytest.approx(8e3 / line["step_ms"])
     assert [line["learning_rate"] for line in logged if "loss" in line] == pytest.approx([1e-3] * 3)
@@ -700,6 +700,34 @@ def test_time_limit_stops_evaluates_and_saves(folder, tmp_path, monkeypatch, cap
     last = capsys.readouterr().err.splitlines()[-1]
     assert "0.5 minutes" in last and f"step {step}" in last
     monkeypatch.undo()
+
+
+def test_checkpoints_by_minutes_and_milestones(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch)
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    progress, save, saved = loop.MetricWriter.progress, checkpoints.Checkpoints.save, []
+
+    def twenty_seconds(writer, step, **values):
+        progress(writer, step, **values)
+        clock[0] += 20
+
+    def record(store, state, **options):
+        saved.append(int(state.step))
+        save(store, state, **options)
+
+    monkeypatch.setattr(loop.MetricWriter, "progress", twenty_seconds)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", record)
+    sections = plain(num_steps=24) | {
+        "checkpoint": {"every": 100, "keep": 1, "minutes": 2, "keep_period": 10}
+    }
+    assert run(folder, tmp_path, sections) == 0
+    by_minutes = [step for step in saved[:-1] if step % 10]
+    assert 10 in saved and 20 in saved and len(by_minutes) >= 2
+    gaps = np.diff([0, *saved[:-1]])
+    assert max(gaps) <= 9  # six steps take two minutes, the vote and the metrics come up to three steps later
+    assert min(np.diff([step for step in (0, *saved) if step < 10])) >= 6
+    assert steps_of(tmp_path) == [10, 20, 24]
 
 
 # ---- Starting and resuming

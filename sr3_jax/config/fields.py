@@ -580,7 +580,17 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             "Saving and resuming.",
             {
                 "every": Field(default=5000, least=1, help="Steps between two checkpoints."),
+                "minutes": Field(
+                    default=0.0,
+                    least=0,
+                    help="Also save when this many minutes have passed since the last checkpoint; 0 for by steps only.",
+                ),
                 "keep": Field(default=3, least=1, help="How many of the newest checkpoints to keep."),
+                "keep_period": Field(
+                    default=0,
+                    least=0,
+                    help="Save and always keep the checkpoints whose step is a multiple of this; 0 for none.",
+                ),
                 "best": Field(
                     default=False,
                     help="Save the EMA parameters with the highest held-out PSNR as best.safetensors.",

@@ -71,7 +71,9 @@ def train(experiment: Experiment, workdir: Path) -> int:
 
     with (
         locked_workdir(workdir, mesh),
-        checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as store,
+        checkpoints.Checkpoints(
+            workdir, keep=config["checkpoint"]["keep"], keep_period=config["checkpoint"]["keep_period"]
+        ) as store,
         stop_signals("this step and a save") as signal_code,
     ):
         # ---- Restore
@@ -106,7 +108,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
         best = BestCheckpoint(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
         next_batch = _device_batches(source, config, mesh, first_step=first_step).__next__
         minutes = config["train"]["minutes"] or None
-        stop_reason = _stop_vote(mesh, signal_code, minutes)
+        save_clock = _Deadline(config["checkpoint"]["minutes"])
+        ask = _vote(mesh, signal_code, _Deadline(config["train"]["minutes"]), save_clock)
         key = jax.random.key(seed)
         goodput = Goodput(read_metrics(workdir), first_step=first_step, started=started)
         with (
@@ -137,7 +140,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             goodput.lose("start", time.monotonic() - started)
             with metrics.untimed("start"):
                 batch = next_batch()
-                reason = int(stop_reason())
+                reason, _ = _answer(ask())
                 missing = int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh))
 
             def evaluate() -> bool:
@@ -157,7 +160,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
             while step < num_steps and not reason:
                 with metrics.untimed("start"):
                     profiler.before_step(step, step_metrics)
-                vote = stop_reason()  # before the step, so that reading it does not wait for the step
+                vote = ask()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
                     with metrics.untimed("start"), writer.busy("compiling the training step"):
                         traced = train_step.trace(state, batch, key)
@@ -192,18 +195,20 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     raise
                 metrics.push(step, step_metrics)
                 store.check()
-                reason = int(vote)
+                reason, save_now = _answer(vote)
 
                 # ---- Save and evaluate, only a state whose loss is known to be finite
                 save, due = (
                     step == num_steps or step % config[section]["every"] == 0
                     for section in ("checkpoint", "eval")
                 )
+                save |= save_now or step % (config["checkpoint"]["keep_period"] or step + 1) == 0
                 if save or due:
                     metrics.flush()
                 if save:
                     with metrics.untimed("checkpoint"):
                         store.save(state)
+                    save_clock.restart()
                 if due and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
                     if evaluate():
                         evaluated = step
@@ -265,19 +270,38 @@ def _device_batches(
         yield sharding.to_global(crops, mesh, rows=rows, batch_size=train["batch_size"])
 
 
-def _stop_vote(mesh: Mesh, signal_code: Callable[[], int], minutes: float | None) -> Callable[[], Any]:
-    """A function that asks all processes at the same step whether one wants to stop.
+class _Deadline:
+    """Whether this many minutes have passed since the start; never with 0."""
 
-    It returns 0 to go on, the exit code of a signal, or _OUT_OF_TIME; int() of the result waits for the answer.
+    def __init__(self, minutes: float) -> None:
+        self._seconds = 60 * minutes or math.inf
+        self.restart()
+
+    def restart(self) -> None:
+        self._end = time.monotonic() + self._seconds
+
+    def passed(self) -> bool:
+        return time.monotonic() > self._end
+
+
+def _vote(mesh: Mesh, signal_code: Callable[[], int], run: _Deadline, save: _Deadline) -> Callable[[], Any]:
+    """A function that asks all processes at the same step whether one wants to stop, and process 0 whether to save.
+
+    `_answer` of its result waits for the answer.
     """
-    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
 
     def vote() -> Any:
-        return sharding.process_max(
-            signal_code() or (_OUT_OF_TIME if time.monotonic() > deadline else 0), mesh
-        )
+        reason = signal_code() or (_OUT_OF_TIME if run.passed() else 0)
+        # In one number, of which the largest wins: a run that stops saves in any case.
+        return sharding.process_max(2 * reason + (jax.process_index() == 0 and save.passed()), mesh)
 
     return vote
+
+
+def _answer(vote: Any) -> tuple[int, bool]:
+    """0 to go on, the exit code of a signal, or _OUT_OF_TIME; and whether to save now."""
+    reason, save = divmod(int(vote), 2)
+    return reason, bool(save)
 
 
 def _initial_state(
