@@ -277,6 +277,24 @@ def test_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images):
     assert eight_devices(images[::-1].copy(), seed=1, step=3)[1][0]["loss"] != metrics[0]["loss"]
 
 
+def test_non_finite_step_changes_nothing_but_the_step_number(eight_devices, objective, params, images):
+    def weighting(gamma, prediction):  # the loss of about half of the batches is not finite
+        return jnp.where(gamma[0] > 0.995, jnp.nan, 1.0)
+
+    broken = dataclasses.replace(objective, weighting=weighting)
+    run = Run(broken, params, sharding.make_mesh(), skip_nonfinite=True)
+    before, finite = jax.device_get(run.state(3)), []
+    for seed in range(1, 8):
+        state, [metrics] = run(images, seed=seed, step=3)
+        assert state.step == 4
+        finite.append(np.isfinite(metrics["loss"]))
+        if finite[-1]:
+            near(state, eight_devices(images, seed=seed, step=3)[0])
+        else:
+            assert same_bits(dataclasses.replace(state, step=before.step), before)
+    assert {True, False} == set(finite)
+
+
 # ---- On any mesh
 
 

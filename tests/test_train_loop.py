@@ -262,7 +262,7 @@ class StandIn:
         self.evaluated: list = []
         real_jit, real_fetch, real_global = jax.jit, step_metrics.fetch_finite, sharding.to_global
 
-        def make_train_step(objective, optimizer, *, ema_decay, accumulation):
+        def make_train_step(objective, optimizer, *, ema_decay, accumulation, skip_nonfinite):
             self.options = {"ema_decay": ema_decay, "accumulation": accumulation}
             return self.step
 
@@ -673,6 +673,30 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(folder, tmp_path, monkey
     assert str(tmp_path) in text and "config.optim.learning_rate" in text
     assert steps_of(tmp_path) == list(range(2, step, 2))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored(tmp_path)))
+
+
+def test_non_finite_steps_are_skipped_and_counted(folder, tmp_path, monkeypatch, capsys):
+    nan, inf = np.nan, np.inf
+    StandIn(monkeypatch, losses=[1, nan, 3, 4, nan, inf, 7, 8], norms=[1, 1, inf, 4, 1, 1, 7, 8])
+    optim = {"skip_nonfinite": 2, "warmup_steps": 8}
+    assert run(folder, tmp_path, plain(num_steps=8, log_every=2), optim=optim) == 0
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [(line["loss"], line["grad_norm"], line["skipped_steps"]) for line in logged] == [
+        (1, 1, 1),
+        (4, 4, 2),
+        (None, None, 4),  # no step is left
+        (7.5, 7.5, 4),
+    ]
+    rates = [1e-3 * update / 8 for update in (1, 2, 2, 4)]  # by the updates that were made
+    assert [line["learning_rate"] for line in logged] == pytest.approx(rates)
+    assert capsys.readouterr().err.count("skipped") == 4
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch, losses=[1, np.nan, 1, np.nan, np.nan, np.nan, 1, 1])
+    with pytest.raises(UserError, match=r"step 6 .*nan.*config\.optim\.learning_rate"):
+        run(folder, tmp_path, plain(num_steps=8) | {"checkpoint": {"every": 1}}, optim={"skip_nonfinite": 2})
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_non_finite_loss_at_a_signal_is_not_saved(folder, tmp_path, monkeypatch):

@@ -515,6 +515,12 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     fixed=True,
                     help="Global gradient norm to clip at; 0 for no clipping.",
                 ),
+                "skip_nonfinite": Field(
+                    default=0,
+                    least=0,
+                    help="Steps in a row that may be skipped because their loss or gradient is not finite, before "
+                    "training stops.",
+                ),
                 "b1": Field(
                     default=0.9, least=0, below=1, fixed=True, help="Adam's beta_1, or Muon's momentum."
                 ),

@@ -34,7 +34,14 @@ from sr3_jax.train.held_out import (
 )
 from sr3_jax.train.metric_writer import MetricWriter, check_writers, read_metrics
 from sr3_jax.train.profiler import Profiler
-from sr3_jax.train.state import TrainState, abstract_state, create_state, parameter_table, start_from
+from sr3_jax.train.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    parameter_table,
+    skipped_steps,
+    start_from,
+)
 from sr3_jax.train.step import flops_without_remat, jit_train_step, make_train_step
 from sr3_jax.train.step_metrics import StepMetrics
 from sr3_jax.train.weights import load_weights
@@ -92,6 +99,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 optimizer,
                 ema_decay=config["optim"]["ema_decay"],
                 accumulation=accumulation,
+                skip_nonfinite=config["optim"]["skip_nonfinite"] > 0,
             ),
             state,
             mesh,
@@ -136,6 +144,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 lr_schedule=experiment.lr_schedule(),
                 workdir=workdir,
                 goodput=goodput,
+                skip_nonfinite=config["optim"]["skip_nonfinite"],
+                skipped=skipped_steps(state),
             )
             goodput.lose("start", time.monotonic() - started)
             with metrics.untimed("start"):

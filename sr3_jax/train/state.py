@@ -70,6 +70,12 @@ def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Me
     return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(placed)
 
 
+def skipped_steps(state: TrainState) -> int:
+    """The number of steps so far that were skipped: those that the optimizer has not counted."""
+    counts = [count for _, count in optax.tree.get_all_with_path(state.opt_state, "count")]
+    return int(state.step) - int(counts[0]) if counts else 0
+
+
 def update_ema(ema_params: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """Update the moving average with min(decay, (1 + step) / (10 + step)).
 

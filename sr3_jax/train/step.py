@@ -135,6 +135,7 @@ def make_train_step(
     *,
     ema_decay: float,
     accumulation: int = 1,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch, Key], tuple[TrainState, dict[str, jax.Array]]]:
     """Make the function (state, batch of uint8 crops, key of the run) -> (state, metrics).
 
@@ -146,8 +147,8 @@ def make_train_step(
     Args:
         ema_decay: of the moving average of the weights.
         accumulation: process the batch in this many parts and average their gradients, to save memory.
+        skip_nonfinite: a step whose loss or gradient norm is not finite changes nothing but the step number.
     """
-
     noisy = not objective.network.regression
 
     def gradients(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Params]:
@@ -181,7 +182,12 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema_params = update_ema(state.ema_params, params, state.step, ema_decay)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        new = TrainState(state.step + 1, params, ema_params, opt_state)
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            old = replace(state, step=new.step)
+            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+        return new, metrics
 
     return train_step
 

@@ -30,6 +30,8 @@ class StepMetrics:
         lr_schedule: step -> learning rate, logged next to the metrics.
         workdir: named in the error about a loss that is not finite.
         goodput: takes the time that is lost.
+        skip_nonfinite: steps in a row whose loss may be not finite; the step itself leaves the state as it was.
+        skipped: steps that were skipped before this start.
 
     Attributes:
         step_flops: of a step on one device, known once the step is traced; 0 while unknown.
@@ -45,10 +47,13 @@ class StepMetrics:
         lr_schedule: optax.Schedule,
         workdir: Path,
         goodput: Goodput,
+        skip_nonfinite: int = 0,
+        skipped: int = 0,
     ) -> None:
         self._writer, self._workdir, self._goodput = writer, workdir, goodput
         self._batch_size, self._log_every, self._num_steps = batch_size, log_every, num_steps
         self._lr_schedule = lr_schedule
+        self._skip_nonfinite, self._skipped, self._skipped_in_a_row = skip_nonfinite, skipped, 0
         self.step_flops = 0.0
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._smooth_loss: float | None = None  # for the progress bar
@@ -64,24 +69,27 @@ class StepMetrics:
         """Fetch, check and log the metrics that are still on the device, if any.
 
         Raises:
-            UserError: the loss or the gradient norm is not finite.
+            NotFinite: the loss or the gradient norm is not finite, in more than `skip_nonfinite` steps in a row.
         """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        loss, grad_norm = fetch_finite(step, metrics, self._workdir)
-        self._losses.append(loss)
-        self._grad_norms.append(grad_norm)
-        self._bins += [metrics["by_log_snr"]] if "by_log_snr" in metrics else []
-        self._smooth_loss = loss if self._smooth_loss is None else 0.98 * self._smooth_loss + 0.02 * loss
-        if (
-            len(self._losses) > 1 or self._rate is None
-        ):  # the first of a window may have ended before it began
-            self._rate = len(self._losses) * self._batch_size / self._seconds()
+        self._steps += 1
+        try:
+            loss, grad_norm = fetch_finite(step, metrics, self._workdir)
+        except NotFinite as error:
+            self._skip(step, error)
+        else:
+            self._skipped_in_a_row = 0
+            self._losses.append(loss)
+            self._grad_norms.append(grad_norm)
+            self._bins += [metrics["by_log_snr"]] if "by_log_snr" in metrics else []
+            self._smooth_loss = loss if self._smooth_loss is None else 0.98 * self._smooth_loss + 0.02 * loss
+        if self._steps > 1 or self._rate is None:  # the first of a window may have ended before it began
+            self._rate = self._steps * self._batch_size / self._seconds()
         self._writer.progress(step, loss=self._smooth_loss, images_per_second=self._rate)
         if step % self._log_every == 0 or step == self._num_steps:
-            learning_rate = {"learning_rate": float(self._lr_schedule(step - 1))}
-            self._writer.write_scalars(step, self._summary() | learning_rate | self._goodput.metrics())
+            self._writer.write_scalars(step, self._summary(step) | self._goodput.metrics())
             self._start_window()
 
     @contextmanager
@@ -117,7 +125,19 @@ class StepMetrics:
             self._waited += seconds
             self._goodput.lose("data", seconds)
 
+    def _skip(self, step: int, error: NotFinite) -> None:
+        """Count a step whose loss is not finite; raise the error if there were too many in a row."""
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self._skip_nonfinite:
+            raise error
+        self._skipped += 1
+        self._writer.message(
+            f"step {step}: loss {error.loss}, gradient norm {error.grad_norm}: skipped "
+            f"({self._skipped_in_a_row} in a row; training stops after {self._skip_nonfinite})"
+        )
+
     def _start_window(self) -> None:
+        self._steps = 0
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self._bins: list[jax.Array] = []  # fetched at the end of the window
@@ -127,15 +147,17 @@ class StepMetrics:
     def _seconds(self) -> float:
         return max(time.monotonic() - self._start, 1e-9)
 
-    def _summary(self) -> dict[str, float]:
+    def _summary(self, step: int) -> dict[str, float]:
         """Means over the window, and the memory of the devices.
 
         `data_wait` is the fraction of time in which the device waited for a batch.
         """
-        count, seconds = max(1, len(self._losses)), self._seconds()
+        count, seconds, finite = self._steps, self._seconds(), len(self._losses)
         found = {
-            "loss": sum(self._losses) / count,
-            "grad_norm": sum(self._grad_norms) / count,
+            "loss": sum(self._losses) / finite if finite else math.nan,
+            "grad_norm": sum(self._grad_norms) / finite if finite else math.nan,
+            # a step that was skipped is not counted by the optimizer
+            "learning_rate": float(self._lr_schedule(max(0, step - 1 - self._skipped))),
             "step_ms": 1e3 * seconds / count,
             "images_per_second": count * self._batch_size / seconds,
             "data_wait": self._waited / seconds,
@@ -144,6 +166,8 @@ class StepMetrics:
             sums, counts = np.sum(jax.device_get(self._bins), axis=0, dtype=np.float64)
             bins = zip(LOG_SNR_BINS, sums, counts, strict=True)
             found |= {name: float(total / number) for name, total, number in bins if number}
+        if self._skip_nonfinite or self._skipped:
+            found["skipped_steps"] = self._skipped
         devices = jax.local_devices()
         if self.step_flops:
             speed = self.step_flops * count / seconds
@@ -164,13 +188,23 @@ def device_memory(devices: Sequence[jax.Device]) -> dict[str, float]:
     }
 
 
+class NotFinite(UserError):
+    """The loss or the gradient norm of a step is not finite."""
+
+    def __init__(self, message: str, *, loss: float, grad_norm: float) -> None:
+        super().__init__(message)
+        self.loss, self.grad_norm = loss, grad_norm
+
+
 def fetch_finite(step: int, metrics: Mapping[str, jax.Array], workdir: Path) -> tuple[float, float]:
-    """The loss and gradient norm of a step. UserError if one is not finite: a state with NaNs is never saved."""
+    """The loss and gradient norm of a step. NotFinite if one is not: a state with NaNs is never saved."""
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
+        raise NotFinite(
             f"the loss of step {step} is {loss} and its gradient norm {grad_norm}: training stopped without saving "
             f"this step; the last good checkpoint is in {workdir}. Lower config.optim.learning_rate, raise "
-            "config.optim.warmup_steps or set config.optim.clip_norm, and train in a new workdir"
+            "config.optim.warmup_steps or set config.optim.clip_norm, and train in a new workdir",
+            loss=loss,
+            grad_norm=grad_norm,
         )
     return loss, grad_norm
