@@ -24,6 +24,7 @@ from sr3_jax.errors import UserError
 from sr3_jax.flops import flops, peak_flops
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.train import checkpoints
+from sr3_jax.train.examples import Batch
 from sr3_jax.train.experiment import Experiment, check_batch
 from sr3_jax.train.goodput import Goodput
 from sr3_jax.train.held_out import (
@@ -46,6 +47,7 @@ from sr3_jax.train.step import flops_without_remat, jit_train_step, make_train_s
 from sr3_jax.train.step_metrics import StepMetrics
 from sr3_jax.train.weights import load_weights
 from sr3_jax.train.workdir import locked_workdir
+from sr3_jax.types import Key
 
 _log = logging.getLogger("sr3_jax")
 _OUT_OF_TIME = 1  # below the exit codes of signals
@@ -65,7 +67,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     started = time.monotonic()
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
-    accumulation, writers = config["train"]["accumulation"], config["train"]["writers"].split("+")
+    writers, keep_period = config["train"]["writers"].split("+"), config["checkpoint"]["keep_period"]
     check_writers(writers)
     mesh = sharding.make_mesh(**config["mesh"], state_bytes=experiment.state_bytes)
     check_batch(config, devices=mesh.size, processes=jax.process_count())
@@ -78,9 +80,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
 
     with (
         locked_workdir(workdir, mesh),
-        checkpoints.Checkpoints(
-            workdir, keep=config["checkpoint"]["keep"], keep_period=config["checkpoint"]["keep_period"]
-        ) as store,
+        checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"], keep_period=keep_period) as store,
         stop_signals("this step and a save") as signal_code,
     ):
         # ---- Restore
@@ -98,7 +98,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 experiment.objective,
                 optimizer,
                 ema_decay=config["optim"]["ema_decay"],
-                accumulation=accumulation,
+                accumulation=config["train"]["accumulation"],
                 skip_nonfinite=config["optim"]["skip_nonfinite"] > 0,
             ),
             state,
@@ -173,20 +173,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 vote = ask()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
                     with metrics.untimed("start"), writer.busy("compiling the training step"):
-                        traced = train_step.trace(state, batch, key)
-                        memory.require(
-                            memory.needed_bytes(traced.lower().compile()),
-                            mesh.local_devices,
-                            what="a training step",
-                            remedy="use a smaller config.train.batch_size or config.data.crop, a larger "
-                            "config.train.accumulation, or config.model.remat",
-                        )
-                        step_flops = flops(traced.jaxpr)
-                        if config["model"]["remat"]:
-                            step_flops = flops_without_remat(
-                                experiment.objective, optimizer, state, batch, key, accumulation=accumulation
-                            )
-                        metrics.step_flops = step_flops / mesh.size
+                        metrics.step_flops = _compile(train_step, experiment, mesh, state, batch, key)
                         state, step_metrics = train_step(state, batch, key)
                     writer.message(_describe_speed(metrics.step_flops, mesh))
                 else:
@@ -212,7 +199,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     step == num_steps or step % config[section]["every"] == 0
                     for section in ("checkpoint", "eval")
                 )
-                save |= save_now or step % (config["checkpoint"]["keep_period"] or step + 1) == 0
+                save |= save_now or (keep_period > 0 and step % keep_period == 0)
                 if save or due:
                     metrics.flush()
                 if save:
@@ -367,6 +354,31 @@ def _describe(experiment: Experiment, state: TrainState, mesh: Mesh, source: Sou
         f"{count / 1e6:.2f} M parameters, {len(source)} images in {source.name}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {start}"
     )
+
+
+def _compile(
+    train_step: Any, experiment: Experiment, mesh: Mesh, state: TrainState, batch: Batch, key: Key
+) -> float:
+    """Compile the training step, check that it fits into memory, and count its FLOPs on each device."""
+    traced = train_step.trace(state, batch, key)
+    memory.require(
+        memory.needed_bytes(traced.lower().compile()),
+        mesh.local_devices,
+        what="a training step",
+        remedy="use a smaller config.train.batch_size or config.data.crop, a larger "
+        "config.train.accumulation, or config.model.remat",
+    )
+    if not experiment.section("model")["remat"]:
+        return flops(traced.jaxpr) / mesh.size
+    whole = flops_without_remat(
+        experiment.objective,
+        experiment.optimizer(),
+        state,
+        batch,
+        key,
+        accumulation=experiment.section("train")["accumulation"],
+    )
+    return whole / mesh.size
 
 
 def _describe_speed(step_flops: float, mesh: Mesh) -> str:

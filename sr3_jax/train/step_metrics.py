@@ -163,7 +163,7 @@ class StepMetrics:
             "data_wait": self._waited / seconds,
         }
         if self._bins:
-            sums, counts = np.sum(jax.device_get(self._bins), axis=0, dtype=np.float64)
+            sums, counts = np.asarray(jax.device_get(self._bins), np.float64).sum(axis=0)
             bins = zip(LOG_SNR_BINS, sums, counts, strict=True)
             found |= {name: float(total / number) for name, total, number in bins if number}
         if self._skip_nonfinite or self._skipped:
