@@ -25,12 +25,12 @@ import numpy as np
 from sr3_jax.config import load_config
 from sr3_jax.diffusion.sampler import sample
 from sr3_jax.distributed import sharding
+from sr3_jax.flops import peak_flops
 from sr3_jax.sampling import Sampling
 from sr3_jax.train.experiment import Experiment, read
 from sr3_jax.train.state import create_state
 from sr3_jax.train.step import make_train_step
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, from the data sheets
 SAMPLER_STEPS = 10
 CALLS = 7
 
@@ -98,7 +98,7 @@ def measure_jax(experiment: Experiment, batch_size: int, calls: int) -> dict[str
         ).image
 
     sampling_seconds = timed(lambda: generate(params, jax.random.key(2)).block_until_ready(), calls)
-    peak = next((value for name, value in PEAK.items() if name in jax.devices()[0].device_kind), None)
+    peak = peak_flops(jax.devices()[0].device_kind)
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "forward_gflops_an_image": flops / batch_size / 1e9,

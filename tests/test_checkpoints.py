@@ -150,6 +150,14 @@ def test_keeps_the_newest_checkpoints_and_saves_a_step_once(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
+def test_milestones_are_kept(tmp_path):
+    mesh = sharding.make_mesh()
+    with checkpoints.Checkpoints(tmp_path, keep=1, keep_period=4) as store:
+        for step in (2, 4, 6, 8, 9):
+            store.save(state_at(step, mesh), wait=True)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9]
+
+
 def test_load_ema_reads_the_newest_checkpoint(saved):
     ema, step = checkpoints.load_ema(saved)
     assert step == 5

@@ -18,6 +18,8 @@ from sr3_jax.cli import main
 from sr3_jax.cli import plan as command
 from sr3_jax.distributed.sharding import make_mesh, mesh_sizes
 from sr3_jax.errors import UserError
+from sr3_jax.flops import flops as count_flops
+from sr3_jax.flops import peak_flops
 from sr3_jax.planning import plan as planning
 from sr3_jax.planning import programs, topologies
 from sr3_jax.planning.report import report
@@ -58,11 +60,11 @@ def conv(x, kernel, **options):
 
 
 def test_flops_of_products_and_convolutions():
-    assert programs.flops(trace(lambda a, b: jnp.tanh(a @ b), (5, 7), (7, 3))) == 2 * 5 * 7 * 3
-    assert programs.flops(trace(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 5, 7), (4, 7, 3))) == 840
-    assert programs.flops(trace(conv, (2, 8, 8, 6), (3, 3, 6, 10))) == 2 * (2 * 8 * 8 * 10) * 9 * 6
+    assert count_flops(trace(lambda a, b: jnp.tanh(a @ b), (5, 7), (7, 3))) == 2 * 5 * 7 * 3
+    assert count_flops(trace(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 5, 7), (4, 7, 3))) == 840
+    assert count_flops(trace(conv, (2, 8, 8, 6), (3, 3, 6, 10))) == 2 * (2 * 8 * 8 * 10) * 9 * 6
     grouped = trace(lambda x, k: conv(x, k, feature_group_count=2), (2, 8, 8, 6), (3, 3, 3, 10))
-    assert programs.flops(grouped) == 2 * (2 * 8 * 8 * 10) * 9 * 3
+    assert count_flops(grouped) == 2 * (2 * 8 * 8 * 10) * 9 * 3
 
 
 def test_flops_of_a_scan_count_per_iteration_and_of_a_conditional_the_most_expensive_branch():
@@ -72,19 +74,19 @@ def test_flops_of_a_scan_count_per_iteration_and_of_a_conditional_the_most_expen
     def choose(x, weight):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ weight @ weight, lambda: x)
 
-    assert programs.flops(trace(loop, (5, 7), (7, 7))) == 11 * 2 * 5 * 7 * 7
-    assert programs.flops(trace(choose, (5, 7), (7, 7))) == 2 * 2 * 5 * 7 * 7
-    assert programs.flops(trace(jax.jit(loop), (5, 7), (7, 7))) == 11 * 2 * 5 * 7 * 7
+    assert count_flops(trace(loop, (5, 7), (7, 7))) == 11 * 2 * 5 * 7 * 7
+    assert count_flops(trace(choose, (5, 7), (7, 7))) == 2 * 2 * 5 * 7 * 7
+    assert count_flops(trace(jax.jit(loop), (5, 7), (7, 7))) == 11 * 2 * 5 * 7 * 7
 
 
 def test_flops_include_recomputation():
     def loss(weight, x):
         return jnp.sum(jnp.sin(jnp.sin(x @ weight) @ weight))
 
-    forward = programs.flops(trace(loss, (8, 8), (8, 8)))
+    forward = count_flops(trace(loss, (8, 8), (8, 8)))
     # The gradient with respect to x is not needed.
-    assert programs.flops(trace(jax.grad(loss), (8, 8), (8, 8))) == pytest.approx(forward * 2.5)
-    assert programs.flops(trace(jax.grad(jax.checkpoint(loss)), (8, 8), (8, 8))) > forward * 2.5
+    assert count_flops(trace(jax.grad(loss), (8, 8), (8, 8))) == pytest.approx(forward * 2.5)
+    assert count_flops(trace(jax.grad(jax.checkpoint(loss)), (8, 8), (8, 8))) > forward * 2.5
 
 
 def test_flops_of_a_convolutions_gradient_agree_with_xla():
@@ -93,7 +95,25 @@ def test_flops_of_a_convolutions_gradient_agree_with_xla():
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 1, 16, 32), (4, 16, 16, 16))]
     compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile().cost_analysis()["flops"]
-    assert programs.flops(jax.make_jaxpr(jax.grad(loss))(*shapes)) == pytest.approx(compiled, rel=0.1)
+    assert count_flops(jax.make_jaxpr(jax.grad(loss))(*shapes)) == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", 362e12),
+        ("cpu", None),
+    ],
+)
+def test_peak_of_a_device(kind, peak):
+    assert peak_flops(kind) == peak
 
 
 # ---- The estimate.
@@ -139,7 +159,7 @@ def test_the_estimate_is_near_the_compiled_program_on_one_device(program):
     stats = traced.lower().compile().memory_analysis()
     assert found["memory"]["arguments"] == stats.argument_size_in_bytes
     assert 1 / 3.5 < found["memory"]["temporaries"] / stats.temp_size_in_bytes < 3.5
-    assert found["flops"] == pytest.approx(programs.flops(traced.jaxpr), rel=0.25)
+    assert found["flops"] == pytest.approx(count_flops(traced.jaxpr), rel=0.25)
 
 
 def test_flops_follow_the_batch_size_and_the_sampling_steps():

@@ -98,7 +98,8 @@ def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_resume(tmp_path, 
         return tiny.config(folder, model=MODEL, train=train, mesh=mesh, optim={"b2": 0.9})
 
     config, workdir = tmp_path / "config.py", tmp_path / "workdir"
-    config.write_text(f"def get_config():\n    return {values(10**6, data=1, fsdp=8)!r}\n")
+    every_step = {"checkpoint": {"minutes": 1e-4, "keep": 1}}  # both processes must save the same steps
+    config.write_text(f"def get_config():\n    return {values(10**6, data=1, fsdp=8) | every_step!r}\n")
     command = ["-c", START, "train", f"--config={config}", f"--workdir={workdir}"]
     with pod(2, 4, *command) as process:
         patience = time.monotonic() + 300
@@ -114,6 +115,7 @@ def test_sigterm_on_one_process_saves_on_all_and_fewer_devices_resume(tmp_path, 
     [step] = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert f"step {step}" in err and "Run the same command again" in err
     assert max(losses(workdir)) == step >= 5
+    assert json.loads(log.read_text().splitlines()[-1])["seconds_checkpoint"] > 0
 
     # ---- 8 devices of one process
     whole = tmp_path / "whole"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,16 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 
 from sr3_jax.distributed import sharding
-from sr3_jax.train.state import abstract_state, create_state, start_from, update_ema
+from sr3_jax.train.optim import lr_schedule, make_optimizer
+from sr3_jax.train.state import (
+    abstract_state,
+    create_state,
+    init_state,
+    parameter_table,
+    skipped_steps,
+    start_from,
+    update_ema,
+)
 from tests import tiny
 
 OPTIMIZER = optax.adam(1e-3)
@@ -98,3 +109,37 @@ def test_ema_warms_up_to_its_decay():
 def test_ema_of_constant_weights_is_bit_exact():
     weights = {"w": np.random.default_rng(1).standard_normal(100).astype(np.float32)}
     np.testing.assert_array_equal(update_ema(weights, weights, jnp.int32(5), 0.9999)["w"], weights["w"])
+
+
+def test_parameter_table_has_one_line_for_each_level():
+    names = (
+        "down_0_0",
+        "down_0_1_attention",
+        "down_1",
+        "mid_0",
+        "mid_attention",
+        "noise_in",
+        "noise_out",
+        "out",
+    )
+    table = parameter_table({name: {"kernel": np.zeros((10, 2**index))} for index, name in enumerate(names)})
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert [(name, int(count.replace(",", ""))) for name, count, _ in rows] == [
+        ("down_0", 30),
+        ("down_1", 40),
+        ("mid", 240),
+        ("noise", 960),
+        ("out", 1280),
+    ]
+    assert rows[-1][2] == "50.2%"
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_skipped_steps_are_those_that_the_optimizer_has_not_counted(name):
+    optimizer = make_optimizer(name, lr_schedule(1e-3, warmup_steps=2), b1=0.9, b2=0.99, clip_norm=1.0)
+    state = init_state({"block": {"kernel": jnp.ones((4, 4))}}, optimizer)
+    assert skipped_steps(state) == 0
+    for _ in range(3):
+        _, opt_state = optimizer.update(state.params, state.opt_state, state.params)
+        state = dataclasses.replace(state, opt_state=opt_state)
+    assert skipped_steps(dataclasses.replace(state, step=jnp.int32(5))) == 2

@@ -17,11 +17,20 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image as PillowImage
 
+from sr3_jax.diffusion.loss import denoising_loss, sample_noise
 from sr3_jax.distributed import sharding
+from sr3_jax.flops import flops
 from sr3_jax.train import experiment
 from sr3_jax.train.examples import Task, make_pair
 from sr3_jax.train.state import start_from
-from sr3_jax.train.step import batch_losses, jit_train_step, make_train_step
+from sr3_jax.train.step import (
+    LOG_SNR_BINS,
+    batch_losses,
+    flops_without_remat,
+    jit_train_step,
+    loss_by_log_snr,
+    make_train_step,
+)
 from tests import tiny
 
 OPTIMIZER = optax.adam(0.03, eps=1e-2)
@@ -174,6 +183,8 @@ def test_step_applies_dropout(objective, images):
     seen = []
 
     class Spy:
+        regression = False
+
         def apply(self, variables, y_t, gamma, cond, *, train, rngs):
             seen.append(train)
             return y_t * variables["params"]["w"]
@@ -221,6 +232,42 @@ def same_bits(tree, wanted) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
+def test_loss_is_summed_in_bins_of_log_snr():
+    gamma = np.array([1e-4, 0.01, 0.05, 0.2, 0.4, 0.6, 0.9, 0.97, 0.9999, 0.99999, 1.0], np.float32)
+    losses = np.arange(1.0, 12, dtype=np.float32)
+    names = ["below_m6", "m6_m4", "m4_m2", "m2_0", "0_2", "2_4", "4_6", "above_6"]
+    assert tuple(f"loss_log_snr_{name}" for name in names) == LOG_SNR_BINS
+    sums, counts = loss_by_log_snr(losses, gamma)
+    assert dict(zip(names, zip(sums, counts, strict=True), strict=True)) == {
+        "below_m6": (1, 1),
+        "m6_m4": (2, 1),
+        "m4_m2": (3, 1),
+        "m2_0": (9, 2),
+        "0_2": (6, 1),
+        "2_4": (15, 2),
+        "4_6": (0, 0),
+        "above_6": (30, 3),
+    }
+
+
+def test_bins_of_log_snr_have_the_noise_levels_of_the_step(eight_devices, objective, images):
+    """All levels of the batch, whose mean loss is that of the step; and the levels that the loss samples itself."""
+    _, [metrics] = eight_devices(images)
+    sums, counts = metrics["by_log_snr"]
+    assert counts.sum() == 8
+    np.testing.assert_allclose(sums.sum() / 8, metrics["loss"], rtol=1e-5)
+    seen = []
+
+    def denoiser(y_t, gamma, cond):
+        seen.append(gamma)
+        return y_t
+
+    key, schedule = jax.random.key(3), objective.schedule
+    denoising_loss(denoiser, key, jnp.zeros((8, 4, 4, 3)), {}, schedule=schedule)
+    again = jax.random.clone(key)
+    np.testing.assert_array_equal(sample_noise(again, schedule, (8, 4, 4, 3))[0], seen[0])
+
+
 def test_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images):
     state, metrics = eight_devices(images, seed=1, step=3)
     again, metrics_again = eight_devices(images, seed=1, step=3)
@@ -228,6 +275,24 @@ def test_step_is_a_pure_function_of_state_batch_and_seed(eight_devices, images):
     for other in ({"seed": 2, "step": 3}, {"seed": 1, "step": 4}):
         assert eight_devices(images, **other)[1][0]["loss"] != metrics[0]["loss"]
     assert eight_devices(images[::-1].copy(), seed=1, step=3)[1][0]["loss"] != metrics[0]["loss"]
+
+
+def test_non_finite_step_changes_nothing_but_the_step_number(eight_devices, objective, params, images):
+    def weighting(gamma, prediction):  # the loss of about half of the batches is not finite
+        return jnp.where(gamma[0] > 0.995, jnp.nan, 1.0)
+
+    broken = dataclasses.replace(objective, weighting=weighting)
+    run = Run(broken, params, sharding.make_mesh(), skip_nonfinite=True)
+    before, finite = jax.device_get(run.state(3)), []
+    for seed in range(1, 8):
+        state, [metrics] = run(images, seed=seed, step=3)
+        assert state.step == 4
+        finite.append(np.isfinite(metrics["loss"]))
+        if finite[-1]:
+            near(state, eight_devices(images, seed=seed, step=3)[0])
+        else:
+            assert same_bits(dataclasses.replace(state, step=before.step), before)
+    assert {True, False} == set(finite)
 
 
 # ---- On any mesh
@@ -319,3 +384,18 @@ def test_accumulation_averages_the_gradients_of_strided_parts(objective, gradien
     near(state.params, optax.apply_updates(params, updates))
     rows = re.findall(r"f32\[(\d+),8,8,\d+\]\S* convolution\(", run.compiled.as_text())
     assert rows and set(rows) == {"1"}  # each device has one of the 8 rows of a part
+
+
+def test_flops_do_not_count_what_remat_repeats(objective, params, images):
+    arguments = (start_from(params, OPTIMIZER, sharding.make_mesh()), {"image": images}, jax.random.key(0))
+
+    def count(remat: bool) -> float:
+        network = objective.network.clone(remat=remat)
+        step = make_train_step(dataclasses.replace(objective, network=network), OPTIMIZER, ema_decay=DECAY)
+        return flops(jax.make_jaxpr(step)(*arguments))
+
+    assert count(True) > count(False) > 0
+    remat = dataclasses.replace(objective, network=objective.network.clone(remat=True))
+    for accumulation in (1, 4):
+        found = flops_without_remat(remat, OPTIMIZER, *arguments, accumulation=accumulation)
+        assert found == pytest.approx(count(False))

@@ -31,8 +31,9 @@ from sr3_jax.degradations import PRESETS
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
 from sr3_jax.inference.loading import load
-from sr3_jax.train import checkpoints, experiment, held_out, loop, step_metrics, weights
+from sr3_jax.train import checkpoints, experiment, goodput, held_out, loop, step_metrics, weights
 from sr3_jax.train.state import abstract_state
+from sr3_jax.train.step import LOG_SNR_BINS
 from tests import tiny
 
 ROOT = Path(experiment.__file__).resolve().parent.parent
@@ -41,6 +42,10 @@ REAL = {
     "train": {"num_steps": 6, "log_every": 2},
     "eval": {"every": 3, "num_images": HELD_OUT},
     "checkpoint": {"every": 3, "keep": 10},
+}
+TIMED = {
+    *("step_ms", "images_per_second", "data_wait", "tflops_per_device", "goodput", "seconds_total"),
+    *(f"seconds_{name}" for name in goodput.LOSSES),
 }
 
 
@@ -106,10 +111,9 @@ def test_run_writes_log_samples_config_and_checkpoints(whole, folder):
     logged = lines(whole)
     assert [line["step"] for line in logged] == [2, 3, 4, 6, 6]
     for line in (logged[0], logged[2], logged[3]):
-        assert set(line) == {
-            *("step", "loss", "grad_norm", "learning_rate"),
-            *("step_ms", "images_per_second", "data_wait"),
-        }
+        bins = {name for name in line if name in LOG_SNR_BINS}
+        assert set(line) == {"step", "loss", "grad_norm", "learning_rate", *TIMED, *bins}
+        assert min(line[name] for name in bins) < line["loss"] < max(line[name] for name in bins)
         assert 0.1 < line["loss"] < 10 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1
         assert line["images_per_second"] == pytest.approx(8e3 / line["step_ms"])
     assert [line["learning_rate"] for line in logged if "loss" in line] == pytest.approx([1e-3] * 3)
@@ -132,9 +136,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, folder, tmp
     assert same_bits(restored(tmp_path), restored(whole))
 
     def numbers(workdir: Path, first: int) -> list[dict]:
-        timed = ("step_ms", "images_per_second", "data_wait")
         return [
-            {name: value for name, value in line.items() if name not in timed}
+            {name: value for name, value in line.items() if name not in TIMED}
             for line in lines(workdir)
             if line["step"] > first and (line["step"] != 4 or "eval_loss" in line)
         ]
@@ -259,7 +262,7 @@ class StandIn:
         self.evaluated: list = []
         real_jit, real_fetch, real_global = jax.jit, step_metrics.fetch_finite, sharding.to_global
 
-        def make_train_step(objective, optimizer, *, ema_decay, accumulation):
+        def make_train_step(objective, optimizer, *, ema_decay, accumulation, skip_nonfinite):
             self.options = {"ema_decay": ema_decay, "accumulation": accumulation}
             return self.step
 
@@ -273,7 +276,7 @@ class StandIn:
                 self.events.append(("dispatch", len(self.states)))
                 return compiled(state, batch, key)
 
-            dispatch.lower = compiled.lower
+            dispatch.trace = compiled.trace
             return dispatch
 
         def fetch_finite(step, metrics, workdir):
@@ -329,6 +332,121 @@ def test_each_log_line_is_the_mean_over_its_steps(folder, tmp_path, monkeypatch)
     assert [line["learning_rate"] for line in logged] == pytest.approx([1e-3] * 3)
     assert [line["step"] for line in lines(tmp_path) if "eval_loss" in line] == [2, 4, 6, 8]
     assert steps_of(tmp_path) == [5, 8]
+
+
+def test_lost_time_is_logged_by_its_cause_and_summed_up(folder, tmp_path, monkeypatch, capsys):
+    """Each batch, save and evaluation takes a known time in which nothing else happens."""
+    StandIn(monkeypatch)
+    seconds = {"data": 0.1, "checkpoint": 0.4, "evaluation": 0.6}
+
+    def slower(function, what):
+        def call(*args, **options):
+            time.sleep(seconds[what])
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(sharding, "to_global", slower(sharding.to_global, "data"))
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", slower(checkpoints.Checkpoints.save, "checkpoint"))
+    monkeypatch.setattr(loop, "evaluate_and_log", slower(loop.evaluate_and_log, "evaluation"))
+    sections = plain(num_steps=8, log_every=4) | {"eval": {"every": 4}, "checkpoint": {"every": 4}}
+    assert run(folder, tmp_path, sections) == 0
+    first, last = (line for line in lines(tmp_path) if "loss" in line)
+    assert last["data_wait"] > 0.7
+    for what, count in (("data", 6), ("checkpoint", 1), ("evaluation", 1)):  # at the last line
+        assert count * seconds[what] < last[f"seconds_{what}"] < count * seconds[what] + 0.9
+    assert first["seconds_evaluation"] == first["seconds_restart"] == 0 < first["seconds_start"]
+    lost = sum(last[f"seconds_{name}"] for name in goodput.LOSSES)
+    assert last["goodput"] == pytest.approx(1 - lost / last["seconds_total"])
+    assert last["step_ms"] < 250  # without saving and evaluating
+    summary = capsys.readouterr().err.splitlines()[-2]
+    assert "training" in summary and summary.index("evaluating") > 0 and summary.index("saving") > 0
+
+
+def test_time_adds_up_over_restarts_and_repeated_training_is_lost():
+    rows = [
+        {
+            "step": 10,
+            "seconds_total": 100.0,
+            "seconds_start": 30.0,
+            "seconds_data": 5.0,
+            "seconds_restart": 1.0,
+        },
+        {"step": 10, "eval_loss": 1.0},
+        {"step": 15, "seconds_total": 140.0, "seconds_start": 30.0, "seconds_data": 25.0},
+        {"step": 20, "seconds_total": None},
+    ]
+    time_spent = goodput.Goodput(rows, first_step=12, started=time.monotonic() - 7)
+    time_spent.lose("start", 3)
+    found = time_spent.metrics()
+    assert found["seconds_total"] == pytest.approx(147, abs=0.5)
+    assert (found["seconds_start"], found["seconds_data"], found["seconds_restart"]) == (33, 5, 41)
+    assert found["goodput"] == pytest.approx((147 - 33 - 5 - 41) / 147, abs=0.01)
+
+
+def test_speed_of_the_devices_is_logged(folder, tmp_path, monkeypatch):
+    """MFU where the peak of the device is known, memory where it is reported."""
+    StandIn(monkeypatch)
+    monkeypatch.setattr(loop, "flops", lambda jaxpr: 8e12)  # over eight devices
+    assert run(folder, tmp_path / "unknown", plain(num_steps=2, log_every=1)) == 0
+    for line in lines(tmp_path / "unknown")[:2]:
+        assert line["tflops_per_device"] == pytest.approx(1e3 / line["step_ms"])
+        assert not {"mfu", "device_memory_gb"} & set(line)
+    monkeypatch.setattr(step_metrics, "peak_flops", lambda kind: 4e12)
+    gpus = [
+        SimpleNamespace(memory_stats=lambda use=use: {"bytes_in_use": use, "peak_bytes_in_use": 2 * use})
+        for use in (1e9, 3e9)
+    ]
+    assert step_metrics.device_memory(gpus) == {"device_memory_gb": 3, "device_memory_peak_gb": 6}
+    monkeypatch.setattr(step_metrics, "device_memory", lambda devices: {"device_memory_gb": 3})
+    assert run(folder, tmp_path / "known", plain(num_steps=2, log_every=1)) == 0
+    for line in lines(tmp_path / "known")[:2]:
+        assert line["mfu"] == pytest.approx(line["tflops_per_device"] / 4)
+        assert line["device_memory_gb"] == 3
+
+
+def profiled_steps(workdir: Path) -> list[int]:
+    """The steps in the profile of a workdir."""
+    [file] = (workdir / "profile").rglob("*.xplane.pb")
+    events = [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    return [int(dict(event.stats)["step_num"]) for event in events if event.name == "train"]
+
+
+@pytest.mark.parametrize(
+    ("window", "steps"),
+    [
+        ("2:4", [2, 3]),
+        ("0:3", [1, 2]),  # not the first step, which compiles
+        ("4:99", [4, 5]),  # the run ends first
+    ],
+)
+def test_window_of_steps_is_profiled(folder, tmp_path, monkeypatch, capsys, window, steps):
+    StandIn(monkeypatch)
+    assert run(folder, tmp_path, plain(num_steps=6, profile_steps=window)) == 0
+    assert profiled_steps(tmp_path) == steps
+    assert str(tmp_path / "profile") in capsys.readouterr().err
+
+
+def test_profile_that_fails_does_not_stop_the_run(folder, tmp_path, monkeypatch, capsys):
+    StandIn(monkeypatch)
+    jax.profiler.start_trace(str(tmp_path / "other"))  # only one at a time
+    try:
+        assert run(folder, tmp_path / "run", plain(num_steps=3, profile_steps="1:2")) == 0
+    finally:
+        jax.profiler.stop_trace()
+    assert str(tmp_path / "run" / "profile") in capsys.readouterr().err
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+@pytest.mark.parametrize("window", ["5", "5:5", "6:5", ":5", "5:", "-1:5", "a:b", "1:2:3"])
+def test_window_of_another_form_fails(folder, tmp_path, window):
+    with pytest.raises(UserError, match=rf"config\.train\.profile_steps .*'{window}'"):
+        run(folder, tmp_path, plain(profile_steps=window))
 
 
 def test_log_line_per_step_has_its_loss_and_learning_rate(folder, tmp_path, monkeypatch):
@@ -557,6 +675,30 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(folder, tmp_path, monkey
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored(tmp_path)))
 
 
+def test_non_finite_steps_are_skipped_and_counted(folder, tmp_path, monkeypatch, capsys):
+    nan, inf = np.nan, np.inf
+    StandIn(monkeypatch, losses=[1, nan, 3, 4, nan, inf, 7, 8], norms=[1, 1, inf, 4, 1, 1, 7, 8])
+    optim = {"skip_nonfinite": 2, "warmup_steps": 8}
+    assert run(folder, tmp_path, plain(num_steps=8, log_every=2), optim=optim) == 0
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [(line["loss"], line["grad_norm"], line["skipped_steps"]) for line in logged] == [
+        (1, 1, 1),
+        (4, 4, 2),
+        (None, None, 4),  # no step is left
+        (7.5, 7.5, 4),
+    ]
+    rates = [1e-3 * update / 8 for update in (1, 2, 2, 4)]  # by the updates that were made
+    assert [line["learning_rate"] for line in logged] == pytest.approx(rates)
+    assert capsys.readouterr().err.count("skipped") == 4
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch, losses=[1, np.nan, 1, np.nan, np.nan, np.nan, 1, 1])
+    with pytest.raises(UserError, match=r"step 6 .*nan.*config\.optim\.learning_rate"):
+        run(folder, tmp_path, plain(num_steps=8) | {"checkpoint": {"every": 1}}, optim={"skip_nonfinite": 2})
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
 def test_non_finite_loss_at_a_signal_is_not_saved(folder, tmp_path, monkeypatch):
     StandIn(monkeypatch, losses=[1, 1, np.nan])
     progress = loop.MetricWriter.progress
@@ -582,6 +724,34 @@ def test_time_limit_stops_evaluates_and_saves(folder, tmp_path, monkeypatch, cap
     last = capsys.readouterr().err.splitlines()[-1]
     assert "0.5 minutes" in last and f"step {step}" in last
     monkeypatch.undo()
+
+
+def test_checkpoints_by_minutes_and_milestones(folder, tmp_path, monkeypatch):
+    StandIn(monkeypatch)
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    progress, save, saved = loop.MetricWriter.progress, checkpoints.Checkpoints.save, []
+
+    def twenty_seconds(writer, step, **values):
+        progress(writer, step, **values)
+        clock[0] += 20
+
+    def record(store, state, **options):
+        saved.append(int(state.step))
+        save(store, state, **options)
+
+    monkeypatch.setattr(loop.MetricWriter, "progress", twenty_seconds)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", record)
+    sections = plain(num_steps=24) | {
+        "checkpoint": {"every": 100, "keep": 1, "minutes": 2, "keep_period": 10}
+    }
+    assert run(folder, tmp_path, sections) == 0
+    by_minutes = [step for step in saved[:-1] if step % 10]
+    assert 10 in saved and 20 in saved and len(by_minutes) >= 2
+    gaps = np.diff([0, *saved[:-1]])
+    assert max(gaps) <= 9  # six steps take two minutes, the vote and the metrics come up to three steps later
+    assert min(np.diff([step for step in (0, *saved) if step < 10])) >= 6
+    assert steps_of(tmp_path) == [10, 20, 24]
 
 
 # ---- Starting and resuming

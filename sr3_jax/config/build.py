@@ -100,6 +100,19 @@ def build_augmentation(section: Mapping[str, Any]) -> ConditioningAugmentation |
     return ConditioningAugmentation(section["augment"], section["augment_largest"], section["augment_share"])
 
 
+def profile_window(section: Mapping[str, Any]) -> range:
+    """The steps of `profile_steps` in a `train` section: FIRST:LAST, as a Python slice; empty for ''.
+
+    Raises:
+        UserError: it is something else.
+    """
+    text = section["profile_steps"]
+    first, _, last = text.partition(":")
+    if text and not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        invalid("train", "profile_steps", text, "be FIRST:LAST with FIRST < LAST, such as 100:110, or empty")
+    return range(int(first), int(last)) if text else range(0)
+
+
 def init_params(network: Network, key: Key) -> Params:
     """New parameters of a network, from the smallest input that it accepts."""
     image = jnp.zeros((1, network.stride, network.stride, network.out_channels))
@@ -154,6 +167,7 @@ def check_config(config: Config) -> None:
     if data["crop"] % multiple:
         rule = f"be a multiple of {multiple} (for config.data.shrink, config.data.scale and the network's levels)"
         invalid("data", "crop", data["crop"], rule)
+    profile_window(config["train"])
     _check_stage(config)
     _check_pairs(config)
     prediction = config["diffusion"]["prediction"]

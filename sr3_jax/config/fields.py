@@ -522,6 +522,12 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     fixed=True,
                     help="Global gradient norm to clip at; 0 for no clipping.",
                 ),
+                "skip_nonfinite": Field(
+                    default=0,
+                    least=0,
+                    help="Steps in a row that may be skipped because their loss or gradient is not finite, before "
+                    "training stops.",
+                ),
                 "b1": Field(
                     default=0.9, least=0, below=1, fixed=True, help="Adam's beta_1, or Muon's momentum."
                 ),
@@ -560,6 +566,11 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default=0, least=0, most=2**32 - 1, help="Seed of parameters, noise and data order."
                 ),
                 "log_every": Field(default=50, least=1, help="Steps between two lines of metrics."),
+                "profile_steps": Field(
+                    default="",
+                    help="Profile these steps into WORKDIR/profile: FIRST:LAST, such as 100:110 for the ten steps "
+                    "after the first 100; empty for none.",
+                ),
                 "writers": Field(
                     default="tensorboard",
                     choices=("tensorboard", "wandb", "tensorboard+wandb", "none"),
@@ -582,7 +593,17 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             "Saving and resuming.",
             {
                 "every": Field(default=5000, least=1, help="Steps between two checkpoints."),
+                "minutes": Field(
+                    default=0.0,
+                    least=0,
+                    help="Also save when this many minutes have passed since the last checkpoint; 0 for by steps only.",
+                ),
                 "keep": Field(default=3, least=1, help="How many of the newest checkpoints to keep."),
+                "keep_period": Field(
+                    default=0,
+                    least=0,
+                    help="Save and always keep the checkpoints whose step is a multiple of this; 0 for none.",
+                ),
                 "best": Field(
                     default=False,
                     help="Save the EMA parameters with the highest held-out PSNR as best.safetensors.",

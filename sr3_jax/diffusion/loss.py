@@ -33,6 +33,12 @@ def min_snr(clamp: float = 5.0) -> Weighting:
     return weight
 
 
+def sample_noise(key: Key, schedule: NoiseSchedule, shape: tuple[int, ...]) -> tuple[NoiseLevel, jax.Array]:
+    """What `denoising_loss` samples with this key for images of a shape: gamma [B], and eps [B,H,W,C]."""
+    gamma_key, eps_key = jax.random.split(key)
+    return sample_gamma(gamma_key, schedule, shape[0]), jax.random.normal(eps_key, shape)
+
+
 def denoising_loss(
     denoiser: Denoiser,
     key: Key,
@@ -52,7 +58,7 @@ def denoising_loss(
 
     Args:
         denoiser: the network, with its dropout key, if any, already bound.
-        key: for gamma and eps.
+        key: for gamma and eps (`sample_noise`).
         y0: [B,H,W,C] the high-res images, [-1,1].
         cond: the condition, passed through to the network.
         schedule: the training schedule.
@@ -72,11 +78,10 @@ def denoising_loss(
     """
     if norm not in ("l1", "l2"):
         raise ValueError(f"norm must be 'l1' or 'l2', got {norm!r}")
-    gamma_key, eps_key = jax.random.split(key)
-    if gamma is None:
-        gamma = sample_gamma(gamma_key, schedule, y0.shape[0])  # [B]
-    if eps is None:
-        eps = jax.random.normal(eps_key, y0.shape)
+    if gamma is None or eps is None:
+        new_gamma, new_eps = sample_noise(key, schedule, y0.shape)
+        gamma = new_gamma if gamma is None else gamma
+        eps = new_eps if eps is None else eps
     z0 = space.encode(y0, cond)
     y_t = diffuse(z0, eps, gamma)
     output = denoiser(y_t, gamma, cond)

@@ -21,6 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sr3_jax.distributed.sharding import AXES, batch_sharding, fsdp_spec, replicated
+from sr3_jax.flops import flops, inner_jaxprs, open_jaxpr
 from sr3_jax.memory import program_memory
 from sr3_jax.train.experiment import Experiment
 from sr3_jax.train.held_out import LOSS_LEVELS, held_out_jit
@@ -217,60 +218,21 @@ def _forward_cost(experiment: Experiment) -> dict[str, int]:
         "flops": int(flops(jaxpr)),
         "products": _product_bytes(jaxpr),
         "blocks": sum(_bytes(var.aval) for block in blocks for var in block.outvars),
-        "largest": max(sum(_product_bytes(part) for part in _inner(block)) for block in blocks),
+        "largest": max(sum(_product_bytes(part) for part in inner_jaxprs(block)) for block in blocks),
     }
 
 
 # ---- Shapes.
 
 
-def flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-    """Floating-point operations of the matrix products and convolutions in a jaxpr; a multiply-add counts as two.
-
-    The body of a scan counts once per iteration, which the compiler's `cost_analysis()` does not do: it counts every
-    loop body once, so a sampler of 100 steps would count as one. Of a conditional the most expensive branch counts.
-    Elementwise operations are not counted: their cost is bandwidth.
-    """
-    return sum(_flops(equation) for equation in _open(jaxpr).eqns)
-
-
-def _flops(equation: Any) -> float:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * equation.outvars[0].aval.size * math.prod(kernel) / out_channels
-    inner = [flops(part) for part in _inner(equation)]
-    if name == "cond":
-        return max(inner, default=0.0)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
-
-
 def _product_bytes(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     """Bytes of the outputs of all convolutions and matrix products."""
     total = 0
-    for equation in _open(jaxpr).eqns:
+    for equation in open_jaxpr(jaxpr).eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             total += _bytes(equation.outvars[0].aval)
-        total += sum(_product_bytes(part) for part in _inner(equation))
+        total += sum(_product_bytes(part) for part in inner_jaxprs(equation))
     return total
-
-
-def _inner(equation: Any) -> list[Jaxpr]:
-    found = []
-    for value in equation.params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, Jaxpr | ClosedJaxpr):
-                found.append(_open(part))
-    return found
-
-
-def _open(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
 def shard_bytes(tree: Any) -> int:

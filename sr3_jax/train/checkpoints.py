@@ -76,19 +76,21 @@ class Checkpoints:
 
     Args:
         keep: the number of newest checkpoints to keep.
+        keep_period: also keep those whose step is a multiple of this; 0 for none.
 
     Raises:
         UserError: the workdir cannot be written.
     """
 
-    def __init__(self, workdir: Path, *, keep: int = 3) -> None:
+    def __init__(self, workdir: Path, *, keep: int = 3, keep_period: int = 0) -> None:
         self._workdir = workdir
         self._pending: Any = None  # the response of a save in the background
         policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_period)] if keep_period else [])]
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 (workdir / CHECKPOINTS).absolute(),
-                preservation_policy=policies.LatestN(keep),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
             )
         except OSError as error:

@@ -15,26 +15,39 @@ from jax.sharding import Mesh
 
 from sr3_jax import memory
 from sr3_jax.config import schema
+from sr3_jax.config.build import profile_window
 from sr3_jax.data.batches import batches, center_crops
 from sr3_jax.data.sources import DataUnavailable, NoImages, Source, open_source, squares
 from sr3_jax.distributed import sharding
 from sr3_jax.distributed.signals import stop_signals
 from sr3_jax.errors import UserError
+from sr3_jax.flops import flops, peak_flops
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.train import checkpoints
+from sr3_jax.train.examples import Batch
 from sr3_jax.train.experiment import Experiment, check_batch
+from sr3_jax.train.goodput import Goodput
 from sr3_jax.train.held_out import (
     BestCheckpoint,
     HeldOutEvaluation,
     evaluate_and_log,
     evaluation_is_missing,
 )
-from sr3_jax.train.metric_writer import MetricWriter, check_writers
-from sr3_jax.train.state import TrainState, abstract_state, create_state, start_from
-from sr3_jax.train.step import jit_train_step, make_train_step
+from sr3_jax.train.metric_writer import MetricWriter, check_writers, read_metrics
+from sr3_jax.train.profiler import Profiler
+from sr3_jax.train.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    parameter_table,
+    skipped_steps,
+    start_from,
+)
+from sr3_jax.train.step import flops_without_remat, jit_train_step, make_train_step
 from sr3_jax.train.step_metrics import StepMetrics
 from sr3_jax.train.weights import load_weights
 from sr3_jax.train.workdir import locked_workdir
+from sr3_jax.types import Key
 
 _log = logging.getLogger("sr3_jax")
 _OUT_OF_TIME = 1  # below the exit codes of signals
@@ -51,9 +64,10 @@ def train(experiment: Experiment, workdir: Path) -> int:
         UserError: the config does not fit the machine, the data or the workdir; another run uses the workdir; the loss
             is not finite; a checkpoint cannot be saved; a step needs more memory than is free.
     """
+    started = time.monotonic()
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
-    writers = config["train"]["writers"].split("+")
+    writers, keep_period = config["train"]["writers"].split("+"), config["checkpoint"]["keep_period"]
     check_writers(writers)
     mesh = sharding.make_mesh(**config["mesh"], state_bytes=experiment.state_bytes)
     check_batch(config, devices=mesh.size, processes=jax.process_count())
@@ -66,7 +80,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
 
     with (
         locked_workdir(workdir, mesh),
-        checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"]) as store,
+        checkpoints.Checkpoints(workdir, keep=config["checkpoint"]["keep"], keep_period=keep_period) as store,
         stop_signals("this step and a save") as signal_code,
     ):
         # ---- Restore
@@ -85,6 +99,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 optimizer,
                 ema_decay=config["optim"]["ema_decay"],
                 accumulation=config["train"]["accumulation"],
+                skip_nonfinite=config["optim"]["skip_nonfinite"] > 0,
             ),
             state,
             mesh,
@@ -101,18 +116,26 @@ def train(experiment: Experiment, workdir: Path) -> int:
         best = BestCheckpoint(workdir, config, mesh, first_step) if config["checkpoint"]["best"] else None
         next_batch = _device_batches(source, config, mesh, first_step=first_step).__next__
         minutes = config["train"]["minutes"] or None
-        stop_reason = _stop_vote(mesh, signal_code, minutes)
+        save_clock = _Deadline(config["checkpoint"]["minutes"])
+        ask = _vote(mesh, signal_code, _Deadline(config["train"]["minutes"]), save_clock)
         key = jax.random.key(seed)
-        with MetricWriter(
-            workdir,
-            total_steps=num_steps,
-            first_step=first_step,
-            enabled=jax.process_index() == 0,
-            minutes=minutes,
-            writers=writers,
-            config=config,
-        ) as writer:
+        goodput = Goodput(read_metrics(workdir), first_step=first_step, started=started)
+        with (
+            MetricWriter(
+                workdir,
+                total_steps=num_steps,
+                first_step=first_step,
+                enabled=jax.process_index() == 0,
+                minutes=minutes,
+                writers=writers,
+                config=config,
+            ) as writer,
+            Profiler(
+                profile_window(config["train"]), workdir, first_step=first_step, report=writer.message
+            ) as profiler,
+        ):
             writer.message(_describe(experiment, state, mesh, source, first_step))
+            writer.message(parameter_table(state.params))
             metrics = StepMetrics(
                 writer,
                 batch_size=config["train"]["batch_size"],
@@ -120,31 +143,45 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 num_steps=num_steps,
                 lr_schedule=experiment.lr_schedule(),
                 workdir=workdir,
+                goodput=goodput,
+                skip_nonfinite=config["optim"]["skip_nonfinite"],
+                skipped=skipped_steps(state),
             )
-            batch = next_batch()
-            reason = int(stop_reason())
-            missing = int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh))
-            if missing and not evaluate_and_log(evaluation, best, writer, step, state.ema_params):
+            goodput.lose("start", time.monotonic() - started)
+            with metrics.untimed("start"):
+                batch = next_batch()
+                reason, _ = _answer(ask())
+                missing = int(sharding.process_max(int(evaluation_is_missing(workdir, step, config)), mesh))
+
+            def evaluate() -> bool:
+                with metrics.untimed("evaluation"):
+                    try:
+                        return evaluate_and_log(evaluation, best, writer, step, state.ema_params)
+                    except memory.OutOfMemory:
+                        if jax.process_count() == 1:  # otherwise the peers may have enough, and do not save
+                            store.save(state, wait=True)
+                        raise
+
+            if missing and not evaluate():
                 reason = signal_code()
 
+            step_metrics: dict[str, jax.Array] = {}
             # ---- Train: dispatch step n, fetch batch n+1 while it runs, then read the metrics of step n-1
             while step < num_steps and not reason:
-                vote = stop_reason()  # before the step, so that reading it does not wait for the step
+                with metrics.untimed("start"):
+                    profiler.before_step(step, step_metrics)
+                vote = ask()  # before the step, so that reading it does not wait for the step
                 if step == first_step:
-                    with metrics.untimed(), writer.busy("compiling the training step"):
-                        memory.require(
-                            memory.needed_bytes(train_step.lower(state, batch, key).compile()),
-                            mesh.local_devices,
-                            what="a training step",
-                            remedy="use a smaller config.train.batch_size or config.data.crop, a larger "
-                            "config.train.accumulation, or config.model.remat",
-                        )
+                    with metrics.untimed("start"), writer.busy("compiling the training step"):
+                        metrics.step_flops = _compile(train_step, experiment, mesh, state, batch, key)
                         state, step_metrics = train_step(state, batch, key)
+                    writer.message(_describe_speed(metrics.step_flops, mesh))
                 else:
-                    state, step_metrics = train_step(state, batch, key)
+                    with profiler.step(step):
+                        state, step_metrics = train_step(state, batch, key)
                 step += 1
                 try:
-                    with metrics.waiting_for_data():
+                    with metrics.waiting_for_data(step_metrics):
                         batch = next_batch()
                 except DataUnavailable as error:
                     metrics.push(step, step_metrics)
@@ -155,45 +192,42 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     raise
                 metrics.push(step, step_metrics)
                 store.check()
-                reason = int(vote)
+                reason, save_now = _answer(vote)
 
                 # ---- Save and evaluate, only a state whose loss is known to be finite
-                save, evaluate = (
+                save, due = (
                     step == num_steps or step % config[section]["every"] == 0
                     for section in ("checkpoint", "eval")
                 )
-                if save or evaluate:
+                save |= save_now or (keep_period > 0 and step % keep_period == 0)
+                if save or due:
                     metrics.flush()
-                    with metrics.untimed():
-                        if save:
-                            store.save(state)
-                        if evaluate and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
-                            try:
-                                if evaluate_and_log(evaluation, best, writer, step, state.ema_params):
-                                    evaluated = step
-                                else:
-                                    reason = signal_code()
-                            except memory.OutOfMemory:
-                                if (
-                                    jax.process_count() == 1
-                                ):  # otherwise the peers may have enough, and do not save
-                                    store.save(state, wait=True)
-                                raise
+                if save:
+                    with metrics.untimed("checkpoint"):
+                        store.save(state)
+                    save_clock.restart()
+                if due and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
+                    if evaluate():
+                        evaluated = step
+                    else:
+                        reason = signal_code()
 
             # ---- Stop
+            def end(text: str) -> None:
+                writer.message(f"{goodput.summary()}\n{text}")
+
             metrics.flush()
-            store.save(state, wait=True)
+            with metrics.untimed("checkpoint"):
+                store.save(state, wait=True)
             if reason > _OUT_OF_TIME:
-                writer.message(f"Stopped and saved at step {step}. Run the same command again to resume.")
+                end(f"Stopped and saved at step {step}. Run the same command again to resume.")
                 return reason
             if step == num_steps:
-                writer.message(f"Finished {step} steps; saved in {workdir}.")
+                end(f"Finished {step} steps; saved in {workdir}.")
             else:
-                if step > evaluated and not evaluate_and_log(
-                    evaluation, best, writer, step, state.ema_params
-                ):
+                if step > evaluated and not evaluate():
                     return signal_code()  # it is saved
-                writer.message(f"Stopped after {minutes:g} minutes and saved at step {step}.")
+                end(f"Stopped after {minutes:g} minutes and saved at step {step}.")
     return 0
 
 
@@ -233,19 +267,38 @@ def _device_batches(
         yield sharding.to_global(crops, mesh, rows=rows, batch_size=train["batch_size"])
 
 
-def _stop_vote(mesh: Mesh, signal_code: Callable[[], int], minutes: float | None) -> Callable[[], Any]:
-    """A function that asks all processes at the same step whether one wants to stop.
+class _Deadline:
+    """Whether this many minutes have passed since the start; never with 0."""
 
-    It returns 0 to go on, the exit code of a signal, or _OUT_OF_TIME; int() of the result waits for the answer.
+    def __init__(self, minutes: float) -> None:
+        self._seconds = 60 * minutes or math.inf
+        self.restart()
+
+    def restart(self) -> None:
+        self._end = time.monotonic() + self._seconds
+
+    def passed(self) -> bool:
+        return time.monotonic() > self._end
+
+
+def _vote(mesh: Mesh, signal_code: Callable[[], int], run: _Deadline, save: _Deadline) -> Callable[[], Any]:
+    """A function that asks all processes at the same step whether one wants to stop, and process 0 whether to save.
+
+    `_answer` of its result waits for the answer.
     """
-    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
 
     def vote() -> Any:
-        return sharding.process_max(
-            signal_code() or (_OUT_OF_TIME if time.monotonic() > deadline else 0), mesh
-        )
+        reason = signal_code() or (_OUT_OF_TIME if run.passed() else 0)
+        # In one number, of which the largest wins: a run that stops saves in any case.
+        return sharding.process_max(2 * reason + (jax.process_index() == 0 and save.passed()), mesh)
 
     return vote
+
+
+def _answer(vote: Any) -> tuple[int, bool]:
+    """0 to go on, the exit code of a signal, or _OUT_OF_TIME; and whether to save now."""
+    reason, save = divmod(int(vote), 2)
+    return reason, bool(save)
 
 
 def _initial_state(
@@ -301,3 +354,35 @@ def _describe(experiment: Experiment, state: TrainState, mesh: Mesh, source: Sou
         f"{count / 1e6:.2f} M parameters, {len(source)} images in {source.name}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {start}"
     )
+
+
+def _compile(
+    train_step: Any, experiment: Experiment, mesh: Mesh, state: TrainState, batch: Batch, key: Key
+) -> float:
+    """Compile the training step, check that it fits into memory, and count its FLOPs on each device."""
+    traced = train_step.trace(state, batch, key)
+    memory.require(
+        memory.needed_bytes(traced.lower().compile()),
+        mesh.local_devices,
+        what="a training step",
+        remedy="use a smaller config.train.batch_size or config.data.crop, a larger "
+        "config.train.accumulation, or config.model.remat",
+    )
+    if not experiment.section("model")["remat"]:
+        return flops(traced.jaxpr) / mesh.size
+    whole = flops_without_remat(
+        experiment.objective,
+        experiment.optimizer(),
+        state,
+        batch,
+        key,
+        accumulation=experiment.section("train")["accumulation"],
+    )
+    return whole / mesh.size
+
+
+def _describe_speed(step_flops: float, mesh: Mesh) -> str:
+    kind = mesh.devices.flat[0].device_kind
+    peak = peak_flops(kind)
+    known = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown, so MFU is not logged"
+    return f"{step_flops / 1e12:.3g} TFLOPs a step on each device; bfloat16 peak of {kind!r}: {known}"

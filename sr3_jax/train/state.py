@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +70,12 @@ def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Me
     return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(placed)
 
 
+def skipped_steps(state: TrainState) -> int:
+    """The number of steps so far that were skipped: those that the optimizer has not counted."""
+    counts = [count for _, count in optax.tree.get_all_with_path(state.opt_state, "count")]
+    return int(state.step) - int(counts[0]) if counts else 0
+
+
 def update_ema(ema_params: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """Update the moving average with min(decay, (1 + step) / (10 + step)).
 
@@ -76,3 +84,14 @@ def update_ema(ema_params: Params, params: Params, step: jax.Array, decay: float
     """
     warm_decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda ema, new: ema + (1.0 - warm_decay) * (new - ema), ema_params, params)
+
+
+def parameter_table(params: Params) -> str:
+    """The number of parameters of each part of a network, as lines of text; a level of the U-Net is one part."""
+    counts: Counter[str] = Counter()
+    for name, part in params.items():
+        found = re.match(r"(?:down|up)_\d+|[a-z]+", name)
+        counts[found[0] if found else name] += sum(leaf.size for leaf in jax.tree.leaves(part))
+    total = max(1, counts.total())
+    rows = [f"  {name:<12} {count:>13,} {count / total:6.1%}" for name, count in counts.items()]
+    return "\n".join(["Parameters:", *rows])
