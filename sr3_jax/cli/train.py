@@ -9,8 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sr3_jax.cli._options import add_config_argument, config_source, local_path
+
+if TYPE_CHECKING:
+    from sr3_jax.train.experiment import Experiment
 
 PASS_UNKNOWN = True  # --config.SECTION.FIELD=VALUE goes to load_config
 
@@ -23,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=local_path,
         help="folder for config, checkpoints, metrics and samples",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the config, the data, the workdir and the memory, print what was found, and stop before training",
     )
 
 
@@ -41,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     configs = load_cascade(source, args.rest)
     if not configs:
         experiment = read(load_config(source, args.rest))
-        start_processes()
+        process, _ = start_processes()
+        if args.dry_run:
+            return _dry_run({"": experiment}, args.workdir, process)
         return _leave(train(experiment, args.workdir))
     experiments = [read(config) for config in configs]  # check all stages before training the first
     names = [config["stage"]["name"] for config in configs]
@@ -53,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         ]
     )
     process, _ = start_processes()
+    if args.dry_run:
+        return _dry_run(dict(zip(names, experiments, strict=True)), args.workdir, process)
     if process == 0:
         write_text(make_folder(args.workdir) / PLAN_FILE, json.dumps({"stages": names}) + "\n")
     for name, experiment in zip(names, experiments, strict=True):
@@ -62,6 +77,19 @@ def run(args: argparse.Namespace) -> int:
         if code:
             return _leave(code)
     return 0
+
+
+def _dry_run(experiments: Mapping[str, Experiment], workdir: Path, process: int) -> int:
+    """Check each stage, in its folder of the workdir. Exit code 0, or 2 if one needs more memory than there is."""
+    from sr3_jax.planning.dry_run import dry_run
+
+    fitting = True
+    for name, experiment in experiments.items():
+        text, fits = dry_run(experiment, workdir / name)
+        fitting &= fits
+        if process == 0:
+            print(f"stage {name}\n{text}\n" if name else text, flush=True)
+    return 0 if fitting else 2
 
 
 def _leave(code: int) -> int:

@@ -406,8 +406,9 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             {
                 "source": Field(
                     default="photos:train",
-                    help="Training images: photos:SPLIT (bundled), folder:PATH, tfds:NAME/CONFIG:SPLIT, or "
-                    "pairs:LR_DIR:HR_DIR, which has low-res images too.",
+                    help="Training images: photos:SPLIT (bundled), folder:PATH, tfds:NAME/CONFIG:SPLIT, "
+                    "pairs:LR_DIR:HR_DIR, which has low-res images too, or synthetic:COUNTxHEIGHTxWIDTH for "
+                    "measurements.",
                 ),
                 "eval_source": Field(
                     default="photos:test", help="Held-out images, named in the same way as `source`."
