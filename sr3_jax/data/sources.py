@@ -27,6 +27,7 @@ from sr3_jax.files import parse_json
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, UnreadableError, read_rgb, read_size
 from sr3_jax.image_io.inputs import walk
+from sr3_jax.storage import as_path
 
 _log = logging.getLogger("sr3_jax")
 NAMES = (
@@ -154,7 +155,7 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024, scale: in
 
     - `photos:train`, `photos:test`: the bundled photographs.
     - `tfds:NAME[/CONFIG][:VERSION]:SPLIT`: a TFDS data set.
-    - `folder:PATH`: the images of a folder.
+    - `folder:PATH`: the images of a folder, or of a bucket, gs://BUCKET/PATH.
     - `pairs:LR_DIR:HR_DIR`: low-res and high-res images of two folders, matched by name (`sr3_jax.data.matching`).
     - `synthetic:COUNTxHEIGHTxWIDTH[:CLASSES]`: smooth random images, made on the host, with labels if CLASSES is given:
       for measurements without data.
@@ -175,9 +176,9 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024, scale: in
     if kind == "tfds" and rest:
         return _open_tfds(name, rest, min_side, cache_mb)
     if kind == "folder" and rest:
-        return _open_folder(name, Path(os.path.expanduser(rest)), min_side, cache_mb)
-    if kind == "pairs" and rest.count(":") == 1 and all(rest.split(":")):
-        low_res, high_res = (Path(os.path.expanduser(path)) for path in rest.split(":"))
+        return _open_folder(name, as_path(os.path.expanduser(rest)), min_side, cache_mb)
+    if kind == "pairs" and len(parts := re.split(r":(?!//)", rest)) == 2 and all(parts):
+        low_res, high_res = (as_path(os.path.expanduser(path)) for path in parts)
         return _open_pairs(name, low_res, high_res, scale=scale, min_side=min_side, cache_mb=cache_mb)
     if kind == "synthetic":
         return _open_synthetic(name, rest, min_side, cache_mb)

@@ -158,6 +158,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     metrics.flush()
                     with metrics.untimed():
                         if save:
+                            writer.sync()  # a resumed run must find the lines up to its checkpoint
                             store.save(state)
                         if evaluate and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
                             try:
