@@ -15,12 +15,15 @@
 #   --name SR3_TPU_NAME (default sr3)    --zone SR3_TPU_ZONE    --project SR3_TPU_PROJECT (default: that of gcloud)
 #   --type SR3_TPU_TYPE, such as v5litepod-256    --version SR3_TPU_VERSION, the runtime (default: the one for the type)
 #   --bucket SR3_TPU_BUCKET, a Cloud Storage bucket, mounted as ~/sr3_jax/bucket on every worker
+#   --env NAME=VALUE, a variable of COMMAND's environment, such as WANDB_API_KEY=... or XLA_FLAGS=...; may be repeated.
+#     TFDS_DATA_DIR is where the workers find TFDS data sets (default with --bucket: bucket/tensorflow_datasets)
 #   --job JOB, the job's name (default: the time)    --spot SR3_TPU_SPOT=1    --queued SR3_TPU_QUEUED=1
 #   --max-wait SR3_TPU_MAX_WAIT, minutes after which create and all stop waiting for a TPU, each time (default 1440)
 #   --delete SR3_TPU_DELETE=1, with all: delete the TPU at the end, whatever the exit code; not after Ctrl-C
 #   --dry-run, print every command and run none
 #   --gcloud OPTION..., the last options: further ones for gcloud's create command, such as --network=NETWORK
 #   --gcloud-ssh OPTION..., also last: for gcloud's ssh and scp, such as --internal-ip
+# `all` and `run` first check that the data of `sr3 train` is in Cloud Storage, if it is to be there.
 # Exit code: that of COMMAND (2 if any worker's is 2), 2 for a user error, 1 if no TPU was to be had.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -43,7 +46,7 @@ name=${SR3_TPU_NAME:-sr3} zone=${SR3_TPU_ZONE:-} project=${SR3_TPU_PROJECT:-}
 type=${SR3_TPU_TYPE:-} version=${SR3_TPU_VERSION:-} bucket=${SR3_TPU_BUCKET:-}
 spot=${SR3_TPU_SPOT:-} queued=${SR3_TPU_QUEUED:-} delete_after=${SR3_TPU_DELETE:-} job='' dry_run=''
 restarts=${SR3_MAX_RESTARTS:-20} max_wait=${SR3_TPU_MAX_WAIT:-1440} poll=${SR3_TPU_POLL:-30}
-create_options=() ssh_options=()
+create_options=() ssh_options=() environment=()
 while (($# > 0)); do
     option=$1
     shift
@@ -57,6 +60,11 @@ while (($# > 0)); do
         [[ -n ${1:-} && $1 != -* ]] || fail "$option needs a value."
         variable=${option#--}
         printf -v "${variable//-/_}" %s "$1"
+        shift
+        ;;
+    --env)
+        [[ ${1:-} =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env needs NAME=VALUE, got '${1:-}'."
+        environment+=("$1")
         shift
         ;;
     --gcloud | --gcloud-ssh)
@@ -135,9 +143,72 @@ on_workers() { # on_workers COMMAND [OPTION...]: run a command on each worker
     tpus tpu-vm ssh "$name" --zone="$zone" --worker=all ${ssh_options[@]+"${ssh_options[@]}"} "${@:2}" --command "$1"
 }
 
+errors=$(mktemp) # of the latest call of gcloud whose errors matter
+
+# --- The data, which must be there before a TPU is paid for
+
+variable() { # variable NAME: its value in --env
+    local pair
+    for pair in ${environment[@]+"${environment[@]}"}; do
+        if [[ $pair == "$1="* ]]; then echo "${pair#*=}"; fi
+    done
+}
+
+data_sources() { # data_sources COMMAND...: the data of sr3 train, from its options, else from its preset
+    local word option='' config='' training=preset held_out=preset
+    for word in "$@"; do
+        if [[ -n $option ]]; then word=$option=$word option=''; fi
+        case $word in
+        --config | --config.data.source | --config.data.eval_source) option=$word ;;
+        --config=*) config=${word#*=} ;;
+        --config.data.source=*) training=${word#*=} ;;
+        --config.data.eval_source=*) held_out=${word#*=} ;;
+        esac
+    done
+    config=${config%%:*}
+    if [[ -f configs/$config.py ]]; then config=configs/$config.py; fi
+    for word in "[^_]source $training" "eval_source $held_out"; do
+        if [[ ${word#* } != preset ]]; then
+            echo "${word#* }"
+        elif [[ -f $config ]]; then # an assignment, or the command in its docstring
+            sed -nE "s/.*${word%% *}\"?[=:] *\"?((tfds|folder|pairs):[^\" ]*).*/\1/p" "$config" | head -n 1
+        fi
+    done
+}
+
+check_data() { # check_data COMMAND...
+    local source sources place pattern root
+    sources=$(data_sources "$@")
+    root=$(variable SR3_DATA_DIR)
+    root=${root:-$(variable TFDS_DATA_DIR)}
+    if [[ -z $root$bucket && $sources == *tfds:* ]]; then
+        fail "the TPU's workers do not have the data ${sources//$'\n'/ and }: give --bucket BUCKET, with the data sets in gs://BUCKET/tensorflow_datasets, or --env TFDS_DATA_DIR=FOLDER."
+    elif [[ -z $root && $sources == *tfds:* ]]; then
+        root=bucket/tensorflow_datasets
+        environment+=("TFDS_DATA_DIR=$root")
+    fi
+    for source in $sources; do
+        case $source in
+        tfds:*)
+            place=${source#tfds:}
+            place=${root%/}/${place%%:*} pattern='**.array_record*'
+            ;;
+        folder:*) place=${source#folder:} pattern='**' ;;
+        *) continue ;;
+        esac
+        if [[ -n $bucket && $place == bucket/* ]]; then place=gs://$bucket/${place#*/}; fi
+        if [[ $place != gs://* ]]; then continue; fi # a file system of the workers
+        if [[ -n $dry_run ]]; then
+            quoted gcloud storage ls "$place/$pattern" ${project:+--project="$project"}
+        elif [[ -z $(gcloud storage ls "$place/$pattern" ${project:+--project="$project"} 2>"$errors" | head -n 1) ]]; then
+            cat "$errors" >&2
+            fail "$source is not in $place (files $pattern): copy it there, or correct --bucket, --env TFDS_DATA_DIR or config.data."
+        fi
+    done
+}
+
 # --- The TPU: its state, and how to get one
 
-errors=$(mktemp) # of the latest call of gcloud whose errors matter
 # Errors that waiting does not mend. Lack of quota can be one: before the first TPU it is, but the quota of a preempted TPU
 # may be free only after a while.
 hopeless='INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|unrecognized arguments|Invalid value'
@@ -311,6 +382,7 @@ run() { # run COMMAND..., as $job; 255 if its connection was lost
         follow=$!
     fi
     # Without the flag, ssh does not notice that a connection is dead.
+    if ((${#environment[@]} > 0)); then set -- env "${environment[@]}" "$@"; fi
     on_workers "bash sr3_jax/launch/tpu_worker.sh run $(quoted "$job" "$@")" --output-directory="$folder" \
         --ssh-flag='-o ServerAliveInterval=60' || code=$?
     if [[ -z $dry_run ]]; then
@@ -405,6 +477,9 @@ at_end() {
 }
 trap 'code=$?; trap "" INT; at_end "$code"; exit "$code"' EXIT
 
+case $action in
+run | all) check_data "$@" ;;
+esac
 case $action in
 copy) prepare force ;;
 all)

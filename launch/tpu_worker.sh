@@ -34,7 +34,8 @@ mount() {
     if mountpoint -q bucket; then return; fi
     command -v gcsfuse >/dev/null || fail "gcsfuse is not installed: see docs/pods.md."
     mkdir -p bucket
-    gcsfuse --implicit-dirs "$1" bucket
+    # Without the second option a folder is not renamed in a bucket without hierarchical namespace, which checkpoints need.
+    gcsfuse --implicit-dirs --rename-dir-limit=1000000 "$1" bucket
 }
 
 running() { # running JOB

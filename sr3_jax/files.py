@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.numpy import save
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
-from sr3_jax.storage import SCRATCH_PREFIX, atomic_write, try_lock
+from sr3_jax.storage import SCRATCH_PREFIX, atomic_write, is_url, try_lock
 
 LOCK_FILE = ".lock"
 _LARGEST_JSON = 16 * 2**20  # characters; most of our own files have kilobytes
@@ -82,7 +83,7 @@ def read_json(path: Path, *, most: int = _LARGEST_JSON) -> Any:
         OSError: it cannot be read.
         ValueError: as `parse_json`; or the text is not UTF-8.
     """
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         return parse_json(file.read(most + 1).decode("utf-8"), most=most)
 
 
@@ -132,6 +133,11 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         OSError: the file cannot be written.
     """
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if is_url(path):  # objects cannot be appended to
+        before = path.read_bytes() if path.exists() else b""
+        with atomic_write(path) as whole:
+            whole.write(before + (b"" if before[-1:] in (b"", b"\n") else b"\n") + lines)
+        return
     with path.open("a+b") as file:
         file.seek(max(0, file.tell() - 1))
         start = b"" if file.read(1) in (b"", b"\n") else b"\n"
@@ -162,6 +168,9 @@ def make_folder(path: Path) -> Path:
         UserError: it cannot be created or written to.
     """
     try:
+        if is_url(path):
+            check_bucket(path)
+            return path
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f"{SCRATCH_PREFIX}{os.getpid()}.tmp"
         probe.write_bytes(b"")
@@ -173,11 +182,37 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_bucket(path: Path) -> None:
+    """Write, read and delete an object below a URL.
+
+    Raises:
+        UserError: that is not possible. The exit code is 1 if trying again may help.
+    """
+    probe = path / f"{SCRATCH_PREFIX}{secrets.token_hex(8)}.tmp"
+    try:
+        probe.write_bytes(b"content")
+        readable = probe.read_bytes() == b"content"
+        probe.unlink()
+    except Exception as error:  # the packages of object stores raise many types
+        text = printable(" ".join(str(error).split())[:200] or type(error).__name__)
+        failure = UserError(
+            f"{printable(path)} cannot be written ({text}): check that the bucket exists, and that your "
+            "credentials may read, write and delete its objects"
+        )
+        refused = isinstance(error, FileNotFoundError | PermissionError) or re.search(
+            r"\b40[0134]\b|forbidden|credentials|denied|not exist|not found", text, re.IGNORECASE
+        )
+        failure.exit_code = 2 if refused else 1
+        raise failure from error
+    if not readable:
+        raise UserError(f"{printable(path)} does not return what was written: use another bucket")
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes that call this for the same folder out, until the context or the process ends.
 
-    On a file system without locks there is no protection.
+    On a file system without locks, and in a bucket, there is no protection.
 
     Args:
         folder: it must exist and be writable.
@@ -187,6 +222,9 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         FolderInUse: another process has it; the error names that process. Its exit code is 1 if that process was on
             another machine: if the machine died, its lock goes away after a while.
     """
+    if is_url(folder):
+        yield
+        return
     me = {"host": socket.gethostname(), "pid": os.getpid()}
     with (folder / LOCK_FILE).open("a+") as file:
         if try_lock(file) is False:

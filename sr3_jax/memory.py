@@ -94,6 +94,16 @@ def require(needed: int, devices: Sequence[jax.Device], *, what: str, remedy: st
         )
 
 
+def device_memory() -> int | None:
+    """Bytes per local device that a program can have; None if unknown. CPU devices share what is free."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        free = free_host_bytes()
+        return None if free is None else free // len(devices)
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _free_device_bytes(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats or "bytes_in_use" not in stats:

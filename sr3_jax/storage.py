@@ -1,7 +1,11 @@
 """The one way to write a file: atomically, without leftovers, and with a full disk told apart from other errors.
 
-A file is written under a hidden scratch name in its folder and renamed at the end. While it is written, its scratch
-file is locked, so that a scratch file without a lock is what a killed process has left, and can be removed.
+On this machine's file systems a file is written under a hidden scratch name in its folder and renamed at the end.
+While it is written, its scratch file is locked, so that a scratch file without a lock is what a killed process has
+left, and can be removed.
+
+Paths may also be URLs of object stores, such as gs://BUCKET/runs (`as_path`). There an object is written on this
+machine first and then uploaded as a whole, which is atomic. Object stores have no locks, no folders, and no appending.
 """
 
 from __future__ import annotations
@@ -9,16 +13,29 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import importlib.util
 import os
 import re
+import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
+from sr3_jax.errors import UserError, printable
+
+SCHEMES = {"gs": ("gcsfs", "gcs")}  # of URLs: the package that each needs, and its extra
+_OFF = (
+    "EPATH_USE_TF",  # TensorFlow, if installed, has errors of its own
+    # gcsfs asks for the type of a bucket over another API, and waits a minute where that is blocked. True is for zonal
+    # buckets, which are not tested.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT",
+)
+SYNC_SECONDS = 60.0  # until what was appended is in an object store
 SCRATCH_PREFIX = ".sr3-"  # of names that no reader may use
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXT = re.compile(r"no space left|quota exceeded|file too large|OS error (28|122|27)\b", re.IGNORECASE)
@@ -58,11 +75,128 @@ def _make_private(folder: Path) -> bool:
     return True
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path of this machine, or the path of a URL of an object store, such as gs://BUCKET/runs.
+
+    The latter is an `etils.epath.Path`, which has the methods of `pathlib.Path` that this package uses; it must not be
+    passed to `Path` or `os.path`, which take it for a relative path.
+
+    Raises:
+        UserError: the scheme of the URL is unknown, or its package is not installed.
+    """
+    text = os.fspath(path)
+    if not is_url(text):
+        return Path(text)
+    scheme = text.partition("://")[0]
+    if scheme not in SCHEMES or not text.partition("://")[2].strip("/"):
+        known = " or ".join(f"{name}://BUCKET/PATH" for name in SCHEMES)
+        raise UserError(f"'{printable(text)}' is a URL that is not supported: use {known}, or a local path")
+    package, extra = SCHEMES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"'{printable(text)}' needs {package}, which is not installed: run pip install 'sr3_jax[{extra}]'"
+        )
+    for name in _OFF:
+        os.environ.setdefault(name, "false")
+    import fsspec  # slow imports, which local paths do not need
+    from etils import epath
+
+    # A cached listing would hide the files of other processes.
+    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    return cast(Path, epath.Path(text))
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a URL, such as gs://BUCKET/runs."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(path)) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file; False also for impossible names, for which `Path.is_file` raises."""
+    return path.is_file() if is_url(path) else os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder; False also for impossible names, for which `Path.is_dir` raises."""
+    return path.is_dir() if is_url(path) else os.path.isdir(path)
+
+
+@contextmanager
+def local_copy(path: Path) -> Iterator[Path]:
+    """The file itself, or a temporary copy of an object.
+
+    Raises:
+        OSError: it cannot be downloaded.
+    """
+    if not is_url(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        file_system, name = _file_system(path)
+        with _as_os_error():
+            file_system.get_file(name, str(copy))
+        yield copy
+
+
+def upload(source: Path, target: Path) -> None:
+    """Write an object from a file, as a whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file_system, name = _file_system(target)
+    with _as_os_error():
+        file_system.put_file(str(source), name)
+
+
+def read_object(path: Path) -> bytes:
+    """The content of an object.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with _as_os_error():
+        return path.read_bytes()
+
+
+def objects(root: Path) -> list[Path]:
+    """All objects below a URL.
+
+    Raises:
+        OSError: they cannot be listed.
+    """
+    file_system, name = _file_system(root)
+    with _as_os_error():
+        return [as_path(file_system.unstrip_protocol(found)) for found in file_system.find(name)]
+
+
+def _file_system(path: Path) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(path))
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Turn the errors of object stores' packages, which have many types, into OSError with an error number."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+        raise OSError(errno.EIO, " ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Yield an empty file, open for writing, which replaces `path` on success and vanishes on failure.
 
-    The folder must exist. The first write of this process into a folder removes what killed processes left there.
+    The folder must exist. The first write of this process into a folder removes what killed processes left there. For a
+    URL the file is uploaded at the end.
 
     Args:
         durable: sync to disk before the rename. Without it small files are written ten times as fast, but a power cut
@@ -71,6 +205,12 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     Raises:
         OSError: the file cannot be written.
     """
+    if is_url(path):
+        with tempfile.NamedTemporaryFile() as copy:
+            yield cast(IO[bytes], copy)
+            copy.flush()
+            upload(Path(copy.name), path)
+        return
     path = Path(path)
     _sweep_once(path.parent)
     file = _open_scratch(path.parent)
@@ -84,6 +224,63 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):  # it does not exist any more after the rename
             os.unlink(file.name)
+
+
+class AppendedFile:
+    """A file that a long run appends to; it is created if it does not exist.
+
+    On this machine's file systems what is written is in the file at once. Object stores get it at the latest with the
+    first write after a minute, also those that are mounted as a folder, which upload a file when it is closed.
+
+    Raises:
+        OSError: here and in all methods, if the file cannot be written. A later call tries again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._copy: Path | None = None  # of an object, on this machine
+        if is_url(path):
+            self._folder = tempfile.TemporaryDirectory()
+            self._copy = Path(self._folder.name, path.name)
+            if path.exists():
+                with local_copy(path) as found:
+                    shutil.copyfile(found, self._copy)
+        self._file: IO[bytes] | None = None
+        self._open()
+        self._synced, self._is_complete = time.monotonic(), True
+
+    def write(self, data: bytes) -> int:
+        """Append the data."""
+        self._is_complete = False
+        if self._open().write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            self.sync()
+        return len(data)
+
+    def flush(self) -> None:
+        """Have a local file on the disk."""
+        if self._copy is None:
+            os.fsync(self._open().fileno())
+
+    def sync(self) -> None:
+        """Have everything in the object store now."""
+        self._synced = time.monotonic()
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+        if self._copy is not None and not self._is_complete:
+            upload(self._copy, self._path)
+        self._is_complete = True
+
+    def close(self) -> None:
+        """`sync`, for the last time."""
+        self.sync()
+
+    def _open(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = open(self._copy or self._path, "ab", buffering=0)  # noqa: SIM115
+        return self._file
 
 
 def try_lock(file: IO, *, wait: bool = False) -> bool | None:

@@ -4,7 +4,6 @@ import importlib.util
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import plain_layers
 import pytest

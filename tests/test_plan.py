@@ -504,6 +504,52 @@ def test_long_work_reports_progress(monkeypatch, capsys):
 
 # ---- libtpu.
 
+# ---- sr3 train --dry-run.
+
+
+def dry_run(workdir, *options):
+    synthetic = "--config.data.source=synthetic:100x24x24", "--config.data.eval_source=synthetic:8x24x24"
+    return main.main(["train", f"--workdir={workdir}", "--dry-run", *synthetic, *options])
+
+
+def test_dry_run_checks_everything_and_trains_nothing(config_file, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert dry_run(workdir, f"--config={config_file}") == 0
+    out = capsys.readouterr().out
+    for found in ("synthetic:100x24x24: 100 images", f"{workdir}: starts at step 0 of 4", "FITS"):
+        assert found in out
+    assert [path.name for path in workdir.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--config.train.batch_size=7",
+        "--config.data.source=folder:absent",
+        "--config.model.num_classes=3",
+        "--config.train.init_from=absent",
+    ],
+)
+def test_dry_run_finds_what_would_stop_a_run(option, config_file, tmp_path, capsys):
+    assert dry_run(tmp_path / "run", f"--config={config_file}", option) == 2
+    assert option.rpartition("=")[2].removeprefix("folder:") in capsys.readouterr().err
+
+
+def test_dry_run_of_a_run_that_exists(config_file, tmp_path, capsys):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    config = read().config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert dry_run(tmp_path, f"--config={config_file}") == 0
+    assert "resumes at step 3" in capsys.readouterr().out
+    assert dry_run(tmp_path, f"--config={config_file}", "--config.data.scale=2") == 2
+    assert "config.data.scale" in capsys.readouterr().err
+
+
+def test_dry_run_of_a_job_that_does_not_fit_is_a_user_error(config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(topologies, "device_memory", lambda: 1000)
+    assert dry_run(tmp_path, f"--config={config_file}") == 2  # launchers restart a job that exits with 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
 
 @pytest.mark.filterwarnings("error:.*persistent compilation cache")
 def test_a_tiny_network_compiles_for_a_slice(tmp_path):

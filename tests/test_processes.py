@@ -8,10 +8,11 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
 from sr3_jax.distributed import processes
-from sr3_jax.distributed.processes import Group, find_group
+from sr3_jax.distributed.processes import Group, find_group, share_compilation_cache
 from sr3_jax.errors import UserError
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "h:8", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
@@ -186,3 +187,23 @@ def test_port_in_use_fails():
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} .*JAX_COORDINATOR_ADDRESS"):
             processes.check_all_started(Group(f"127.0.0.1:{port}", 2, 0), timeout=1)
+
+
+# ---- The compilation cache
+
+
+@pytest.mark.parametrize(
+    ("processes", "chosen", "shared"),
+    [(2, "", True), (2, "own", False), (2, "default", True), (1, "", False)],
+)
+def test_the_processes_of_a_job_share_one_compilation_cache(processes, chosen, shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    default = tmp_path / "sr3_jax" / "compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(default) if chosen == "default" else chosen)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        share_compilation_cache(tmp_path / "run", processes=processes)
+        wanted = str(tmp_path / "run") if shared else before
+        assert jax.config.jax_compilation_cache_dir == wanted
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

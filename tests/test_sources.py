@@ -504,3 +504,25 @@ def test_low_res_images_may_have_the_size_of_the_others(tmp_path):
     assert source[0]["low_res"].shape == source[0]["image"].shape
     with pytest.raises(UserError, match="framing=crop"):
         squares(source, 4)
+
+
+# -- Synthetic images
+
+
+def test_synthetic_images_depend_on_the_index_only():
+    one, other = (open_source("synthetic:7x20x33:5", cache_mb=0) for _ in range(2))
+    assert len(one) == 7 and one.num_classes == 5
+    images = [one[index]["image"] for index in range(7)]
+    assert {image.shape for image in images} == {(20, 33, 3)} and images[0].dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 7
+    assert [one[index]["label"] for index in range(7)] == [0, 1, 2, 3, 4, 0, 1]
+    np.testing.assert_array_equal(other[3]["image"], images[3])
+    assert "label" not in open_source("synthetic:7x20x33")[0]
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "7", "7x20", "0x20x20", "7x20x20x3", "7x20x20:", "-7x20x20", "7x8x99", "1x999999x999999"]
+)
+def test_synthetic_sizes_that_cannot_work_are_named(rest):
+    with pytest.raises(UserError, match=f"synthetic:{rest}'"):
+        open_source(f"synthetic:{rest}", min_side=16)

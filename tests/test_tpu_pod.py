@@ -42,6 +42,9 @@ remote() {
     if [[ -z $output ]]; then bash -c "$command"; else bash -c "$command" >"$output/$(basename "$HOME").log" 2>&1; fi
 }
 case "$*" in
+"storage ls "*)
+    grep -Fqx -- "$3" "$FAKE/objects" 2>/dev/null || { echo "ERROR: matched no objects: $3" >&2; exit 1; }
+    echo "$3" ;;
 "auth list"*) [[ -e $FAKE/logged_out ]] || echo me@example.com ;;
 *" describe "*failedData*) echo "$FAKE_FAILED" ;;
 *" describe "*)
@@ -264,6 +267,7 @@ def test_the_runtime_follows_from_the_type(kind: str, runtime: str):
         (["create", "--zone", "z"], ["--type"]),
         (["create", *TPU, "--max-wait", "long"], ["--max-wait", "'long'"]),
         (["run", *TPU, "--gcloud", "--", "x"], ["--gcloud"]),
+        (["run", *TPU, "--env", "1=2", "--", "x"], ["--env", "'1=2'"]),
     ],
 )
 def test_wrong_arguments_fail_with_one_sentence(pod: Pod, arguments: list[str], words: list[str]):
@@ -278,6 +282,65 @@ def test_without_gcloud_or_an_account_it_fails_with_the_fix(pod: Pod):
     for name in ("bash", "dirname"):
         (pod.fake / "empty" / name).symlink_to(shutil.which(name))
     _fails(pod.run("status", *TPU, PATH=str(pod.fake / "empty")), "gcloud", "--dry-run")
+
+
+# --- Data and the environment
+
+IMAGENET = ["sr3", "train", "--config=imagenet", "--workdir=bucket/run"]
+ROOT_OF_DATA = "gs://my-bucket/tensorflow_datasets"
+
+
+@pytest.fixture
+def imagenet(pod: Pod) -> Pod:
+    """A clone with two presets, on a TPU with gcsfuse."""
+    (pod.fake / "bin/gcsfuse").write_text('#!/bin/bash\necho "$*" >"$HOME/mounted"\n')
+    (pod.fake / "bin/gcsfuse").chmod(0o755)
+    (pod.clone / "configs").mkdir()
+    (pod.clone / "configs/imagenet.py").write_text(
+        'def get_config():\n    data(source="tfds:imagenet:train", eval_source="tfds:imagenet_v2/a:test")\n'
+    )
+    (pod.clone / "configs/derived.py").write_text(
+        '"""sr3 train --config.data.source=tfds:imagenet:train --config.data.eval_source=tfds:other:test"""\n'
+    )
+    return pod
+
+
+def test_data_that_is_not_in_the_bucket_fails_before_a_tpu_is_created(imagenet: Pod):
+    imagenet.write("objects", f"{ROOT_OF_DATA}/imagenet/**.array_record*")
+    result = imagenet.run("all", *TPU, "--bucket", "my-bucket", "--", *IMAGENET)
+    assert result.returncode == 2 and "tfds:imagenet_v2/a:test" in result.stderr
+    assert f"{ROOT_OF_DATA}/imagenet_v2/a" in result.stderr and imagenet.calls() == []
+
+
+def test_data_of_a_tpu_without_a_bucket_must_be_somewhere(imagenet: Pod):
+    _fails(imagenet.run("all", *TPU, "--", *IMAGENET), "tfds:imagenet:train", "--bucket", "TFDS_DATA_DIR")
+    folder = ["--config.data.source", "folder:gs://other/images", "--config.data.eval_source="]
+    result = imagenet.run("run", *TPU, "--", *IMAGENET, *folder)
+    assert result.returncode == 2 and "folder:gs://other/images" in result.stderr
+
+
+def test_workers_get_the_environment_and_the_folder_of_the_data(imagenet: Pod):
+    names = [f"{ROOT_OF_DATA}/{name}/**.array_record*" for name in ("imagenet", "other")]
+    imagenet.write("objects", *names)
+    program = "import os; print(os.environ['TFDS_DATA_DIR'], os.environ['XLA_FLAGS'])"
+    command = ["python", "-c", program, "--config", "derived"]
+    options = ["--job", "one", "--env", "XLA_FLAGS=--a=1 --b='2'"]
+    result = imagenet.run("all", *TPU, *options, "--bucket", "my-bucket", "--", *command)
+    assert result.returncode == 0, result
+    assert imagenet.log("one", 1).startswith("bucket/tensorflow_datasets --a=1 --b='2'\n")
+    # gcsfuse renames no folder of a flat bucket by default
+    assert re.search(r"--rename-dir-limit=\d+ my-bucket bucket", (imagenet.fake / "0/mounted").read_text())
+
+
+def test_data_folders_that_are_given_are_checked_where_they_can_be(imagenet: Pod):
+    for folder, listed in (("gs://data/sets/", 2), ("bucket/sets", 2), ("/shared/sets", 0)):
+        lines = _dry("run", *TPU, "--bucket", "b", "--env", f"TFDS_DATA_DIR={folder}", "--", "sr3", "train",
+                     "--config=imagenet_64_256")  # fmt: skip
+        calls = [shlex.split(line) for line in lines if " storage ls " in line]
+        assert len(calls) == listed, lines
+        place = {"gs://data/sets/": "gs://data/sets", "bucket/sets": "gs://b/sets"}.get(folder, "")
+        assert all(call[3].startswith(f"{place}/imagenet2012/") for call in calls)
+        assert f"TFDS_DATA_DIR={folder}" in lines[-1]
 
 
 # --- Create, copy, run, restart

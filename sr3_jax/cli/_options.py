@@ -70,11 +70,22 @@ def class_label(text: str) -> int:
     return value
 
 
+def any_path(text: str) -> Path:
+    """A path on this machine, or a URL of a bucket."""
+    from sr3_jax.errors import UserError
+    from sr3_jax.storage import as_path
+
+    try:
+        return as_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def local_path(text: str) -> Path:
     """A path on this machine; URLs such as gs://BUCKET would become a folder called 'gs:'."""
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text} is a URL: buckets are not supported yet, mount the bucket and give the local path"
+            f"{text} is a URL, which this command does not support here: mount the bucket and give the local path"
         )
     return Path(text)
 

@@ -21,6 +21,7 @@ from sr3_jax import __version__
 from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.storage import is_disk_full
 
+_STORE_PACKAGES = ("aiohttp", "gcsfs", "google")  # of buckets, whose errors are of many types
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as in shells
 
 
@@ -197,6 +198,13 @@ def _dispatch(arguments: list[str]) -> int:
             fix = f"JAX_PLATFORMS={printable(asked)}" if asked else "--device"
             print(f"sr3 {name}: {fix} asks for a device that jax does not find: use cpu", file=sys.stderr)
             return 2
+        if type(error).__module__.partition(".")[0] in _STORE_PACKAGES:
+            text = printable(" ".join(str(error).split())[:200] or type(error).__name__)
+            print(
+                f"sr3 {name}: the bucket cannot be used ({text}): run the same command again", file=sys.stderr
+            )
+            _abandon(1)
+            return 1
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             traceback.print_exc()
             _abandon(1)

@@ -356,8 +356,8 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
                     default=0.0,
                     least=0,
                     fixed=True,
-                    help="Weight of LPIPS between the estimate of y0 and y0, added to the loss; not in the paper. Needs "
-                    "the extra metrics and another prediction than eps.",
+                    help="Weight of LPIPS between the estimate of y0 and y0 in the loss, which the paper has not. "
+                    "Needs the extra metrics and another prediction than eps.",
                 ),
                 "schedule": Field(
                     default="linear",
@@ -413,8 +413,9 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
             {
                 "source": Field(
                     default="photos:train",
-                    help="Training images: photos:SPLIT (bundled), folder:PATH, tfds:NAME/CONFIG:SPLIT, or "
-                    "pairs:LR_DIR:HR_DIR, which has low-res images too.",
+                    help="Training images: photos:SPLIT (bundled), folder:PATH, tfds:NAME/CONFIG:SPLIT, "
+                    "pairs:LR_DIR:HR_DIR, which has low-res images too, or synthetic:COUNTxHEIGHTxWIDTH for "
+                    "measurements.",
                 ),
                 "eval_source": Field(
                     default="photos:test", help="Held-out images, named in the same way as `source`."

@@ -27,10 +27,15 @@ from sr3_jax.files import parse_json
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, ImageError, UnreadableError, read_rgb, read_size
 from sr3_jax.image_io.inputs import walk
+from sr3_jax.storage import as_path
 
 _log = logging.getLogger("sr3_jax")
-NAMES = "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH or pairs:LR_DIR:HR_DIR"
+NAMES = (
+    "photos:train, photos:test, tfds:NAME[/CONFIG]:SPLIT, folder:PATH, pairs:LR_DIR:HR_DIR or "
+    "synthetic:COUNTxHEIGHTxWIDTH[:CLASSES]"
+)
 MAX_IN_MEMORY = 4 * 2**30  # bytes
+_LARGEST_SYNTHETIC = 64_000_000  # pixels
 _LISTED = 100  # unreadable files named in one message; others are only counted
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 14.5)
 _PERMANENT = (
@@ -150,8 +155,10 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024, scale: in
 
     - `photos:train`, `photos:test`: the bundled photographs.
     - `tfds:NAME[/CONFIG][:VERSION]:SPLIT`: a TFDS data set.
-    - `folder:PATH`: the images of a folder.
+    - `folder:PATH`: the images of a folder, or of a bucket, gs://BUCKET/PATH.
     - `pairs:LR_DIR:HR_DIR`: low-res and high-res images of two folders, matched by name (`sr3_jax.data.matching`).
+    - `synthetic:COUNTxHEIGHTxWIDTH[:CLASSES]`: smooth random images, made on the host, with labels if CLASSES is given:
+      for measurements without data.
 
     Args:
       min_side: minimum short side in pixels. Smaller images of a folder are skipped with a warning; in a TFDS data set
@@ -169,10 +176,12 @@ def open_source(name: str, *, min_side: int = 0, cache_mb: int = 1024, scale: in
     if kind == "tfds" and rest:
         return _open_tfds(name, rest, min_side, cache_mb)
     if kind == "folder" and rest:
-        return _open_folder(name, Path(os.path.expanduser(rest)), min_side, cache_mb)
-    if kind == "pairs" and rest.count(":") == 1 and all(rest.split(":")):
-        low_res, high_res = (Path(os.path.expanduser(path)) for path in rest.split(":"))
+        return _open_folder(name, as_path(os.path.expanduser(rest)), min_side, cache_mb)
+    if kind == "pairs" and len(parts := re.split(r":(?!//)", rest)) == 2 and all(parts):
+        low_res, high_res = (as_path(os.path.expanduser(path)) for path in parts)
         return _open_pairs(name, low_res, high_res, scale=scale, min_side=min_side, cache_mb=cache_mb)
+    if kind == "synthetic":
+        return _open_synthetic(name, rest, min_side, cache_mb)
     raise UserError(f"unknown data source '{printable(name)}': use {NAMES}")
 
 
@@ -487,6 +496,37 @@ def _open_pairs(
         cache_mb=cache_mb,
         scale=found,
     )
+
+
+# ---- Synthetic
+
+
+def _open_synthetic(name: str, rest: str, min_side: int, cache_mb: int) -> Source:
+    """Bicubically upsampled noise, of which image and label are functions of the index."""
+    number = r"([1-9]\d{0,8})"
+    match = re.fullmatch(f"{number}x{number}x{number}(?::{number})?", rest)
+    if match is None:
+        raise UserError(
+            f"'{printable(name)}' must be synthetic:COUNTxHEIGHTxWIDTH or synthetic:COUNTxHEIGHTxWIDTH:CLASSES: use "
+            "such as synthetic:10000x256x256"
+        )
+    count, height, width, classes = (None if group is None else int(group) for group in match.groups())
+    assert count and height and width
+    if height * width > _LARGEST_SYNTHETIC or min(height, width) < min_side:
+        raise UserError(
+            f"'{printable(name)}' has images of {width}x{height} pixels: use a short side of at least {min_side} and "
+            f"at most {_LARGEST_SYNTHETIC} pixels"
+        )
+
+    def load(index: int) -> dict[str, Any]:
+        coarse = np.random.Philox(key=np.array([0, index], np.uint64)).random_raw(
+            -(-height // 8) * -(-width // 8) * 3
+        )
+        small = (coarse & 255).astype(np.uint8).reshape(-(-height // 8), -(-width // 8), 3)
+        image = np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+        return {"image": image} | ({} if classes is None else {"label": index % classes})
+
+    return Source(name, load, count, min_side=min_side, cache_mb=cache_mb, num_classes=classes)
 
 
 def cut(item: Mapping[str, Any], top: int, left: int, side: int) -> dict[str, Any]:

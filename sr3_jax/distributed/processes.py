@@ -22,6 +22,7 @@ import jax
 
 from sr3_jax.errors import UserError
 from sr3_jax.files import parse_json
+from sr3_jax.storage import cache_folder
 
 DEFAULT_TIMEOUT = 300.0  # seconds
 _TPU_PORT = 8482  # JAX's default on TPUs; 8476 is the TPU runtime's
@@ -32,6 +33,7 @@ _MAX_LISTED = 8  # missing processes listed in an error
 _REPLY_TIMEOUT = 5  # seconds for one message on an open connection
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TIMEOUT = "SR3_START_TIMEOUT"
+COMPILATION_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 class MissingProcesses(UserError):
@@ -121,6 +123,17 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> tuple[int, i
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
     )
     return group.index, group.count
+
+
+def share_compilation_cache(folder: Path, *, processes: int) -> None:
+    """Have the processes of a job compile from one cache in `folder`, unless the user has chosen a cache.
+
+    JAX writes its cache on process 0 only: with one cache per machine, all machines but the first would compile again
+    at every restart.
+    """
+    default = cache_folder("compiled")
+    if processes > 1 and os.environ.get(COMPILATION_CACHE, "") in ("", str(default)):
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
 
 
 def wait_for_all() -> None:

@@ -195,7 +195,10 @@ def model_methods(
                     back_projection=sampling.back_projection,
                 )
                 samplings += [default, sampling] if unsearched and default != sampling else [sampling]
-    fixed = {"weights": params_fingerprint(model.params), "setup": config_fingerprint(model.config)}
+    fixed: dict[str, str | int] = {
+        "weights": params_fingerprint(model.params),
+        "setup": config_fingerprint(model.config),
+    }
     fixed |= {} if model.label is None else {"label": model.label}
     found = []
     for sampling in samplings:

@@ -28,7 +28,7 @@ from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason, sniff
 from sr3_jax.image_io.metadata import Metadata
 from sr3_jax.image_io.pixels import UnsupportedPixels, fill_transparent, raw_mode, to_pixels
-from sr3_jax.storage import atomic_write
+from sr3_jax.storage import atomic_write, is_url, read_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -297,6 +297,8 @@ def _is_raw(image: Image.Image, head: bytes) -> bool:
 
 
 def _open_regular(path: Path) -> IO[bytes]:
+    if is_url(path):
+        return io.BytesIO(read_object(path))
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise ImageError("is a folder")

@@ -12,7 +12,7 @@ from PIL import Image
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, WRITABLE_SUFFIXES, WRITERS, sniff_file
-from sr3_jax.storage import SCRATCH_PREFIX
+from sr3_jax.storage import SCRATCH_PREFIX, is_url, objects
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _SUFFIX_OF = {"JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # all others become .png
@@ -152,6 +152,8 @@ def walk(
     """
     files: list[Path] = []
     failed: list[tuple[Path, str]] = []
+    if is_url(root):
+        return _walk_objects(root, exclude, hidden)
     top, excluded = os.path.realpath(root), None if exclude is None else os.path.realpath(exclude)
     seen: set[str] = set()
 
@@ -176,6 +178,23 @@ def walk(
             here / name for name in sorted(names, key=os.fsencode) if hidden or not name.startswith(".")
         ]
     return files, failed
+
+
+def _walk_objects(
+    root: Path, exclude: Path | None, hidden: bool
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """`walk` for the objects below a URL, with one listing."""
+    try:
+        found = objects(root)
+    except OSError as error:
+        return [], [(root, reason(error))]
+
+    def wanted(path: Path) -> bool:
+        if exclude is not None and path.is_relative_to(exclude):
+            return False
+        return hidden or not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+    return sorted(filter(wanted, found), key=os.fsencode), []
 
 
 def _is_image(path: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from sr3_jax.config.load import complete_stored
 from sr3_jax.inference.model import Model
 from sr3_jax.inference.sampling_file import find_sampling
 from sr3_jax.sampling import Sampling
+from sr3_jax.storage import as_path
 from sr3_jax.train.weights import load_weights, locate_model
 from sr3_jax.types import Params
 
@@ -49,15 +49,16 @@ def load(path_or_name: str | os.PathLike[str]) -> Model:
     Its sampling settings are those that `sr3 search-schedule` stored next to it, if they are for these weights.
 
     Args:
-        path_or_name: for example 'photo_4x', 'runs/mine' or 'mine.safetensors'.
+        path_or_name: for example 'photo_4x', 'runs/mine', 'mine.safetensors' or 'gs://BUCKET/runs/mine'.
 
     Raises:
         UserError: the model does not exist or cannot be read.
     """
-    weights = load_weights(Path(path_or_name))
+    path = as_path(path_or_name)
+    weights = load_weights(path)
     model = from_config(weights.config, weights.params, name=weights.name)
     settings = find_sampling(
-        locate_model(Path(path_or_name)),
+        locate_model(path),
         own=model.sampling,
         params=model.params,
         config=weights.config,

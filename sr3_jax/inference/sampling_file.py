@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from sr3_jax.config.schema import lookup
 from sr3_jax.errors import UserError, printable
 from sr3_jax.files import read_json, sha256_hex, write_text
 from sr3_jax.sampling import Sampling
+from sr3_jax.storage import is_file, is_folder
 from sr3_jax.types import Params
 
 _log = logging.getLogger("sr3_jax")
@@ -69,7 +69,7 @@ def config_fingerprint(config: Mapping[str, Any]) -> str:
 
 def sampling_path(model: Path) -> Path:
     """The sampling file of a workdir or of a .safetensors file."""
-    if os.path.isdir(model):
+    if is_folder(model):
         return model / FILE
     return model.with_name(f"{model.name.removesuffix('.safetensors')}.{FILE}")
 
@@ -127,7 +127,7 @@ def copy_sampling(source: Path, target: Path, sampling: Sampling, *, params: Par
         Whether the source has a sampling file that it uses (one whose settings are `sampling`).
     """
     file = sampling_path(source)
-    stored = read_sampling(file) if os.path.isfile(file) else None
+    stored = read_sampling(file) if is_file(file) else None
     if stored is None or stored.sampling != sampling:
         return False
     found = {**stored.found, "searched_with": stored.model}
@@ -149,12 +149,12 @@ def find_sampling(
         UserError: the file is damaged.
     """
     file = sampling_path(path)
-    if not os.path.isfile(file):
+    if not is_file(file):
         return own
     stored = read_sampling(file)
     if stored.weights == params_fingerprint(params):
         return stored.sampling
-    if os.path.isdir(path) and stored.config == config_fingerprint(config):
+    if is_folder(path) and stored.config == config_fingerprint(config):
         _log.warning(
             "%s was found with %s and is used for %s too; run sr3 search-schedule again after training",
             file, printable(stored.model), name,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sr3_jax.config.build import Stage
 from sr3_jax.errors import UserError
 from sr3_jax.files import read_json, unique_file_name
+from sr3_jax.storage import as_path
 from sr3_jax.train.checkpoints import CONFIG_FILE, newest_step, read_config
 from sr3_jax.train.weights import locate_model, read_export_config
 
@@ -55,7 +55,7 @@ def find_stages(paths: Sequence[str]) -> list[StageInfo]:
     Raises:
         UserError: one is missing or is not an sr3_jax model.
     """
-    plan = Path(paths[0]) / PLAN_FILE
+    plan = as_path(paths[0]) / PLAN_FILE
     if len(paths) == 1 and plan.is_file():
         try:
             paths = [str(plan.parent / name) for name in read_json(plan)["stages"]]

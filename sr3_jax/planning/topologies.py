@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from sr3_jax.errors import UserError
-from sr3_jax.memory import GPU_MEMORY_FRACTION
+from sr3_jax.memory import GPU_MEMORY_FRACTION, device_memory
 
 GIB = 2**30
 
@@ -115,6 +115,14 @@ def parse(text: str) -> Topology:
     if kind not in LARGEST and size not in FLAT:
         raise UserError(f"--topology={text}: the shape for {kind} must be one of {', '.join(FLAT)}")
     return Topology(f"{kind}:{size}", CHIPS[kind], shape)
+
+
+def of_this_job() -> Topology:
+    """The devices of this job, each with the memory that a program can have on the devices of this process."""
+    devices = jax.devices()
+    chip = Chip(devices[0].device_kind.lower(), devices[0].platform, device_memory())
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    return Topology(f"{chip.backend}:{len(devices)}", chip, (len(devices),), slices)
 
 
 def _gpus(text: str, size: str) -> Topology:

@@ -25,14 +25,15 @@ from sr3_jax.distributed.sharding import process_max
 from sr3_jax.errors import UserError
 from sr3_jax.files import read_json, write_text
 from sr3_jax.image_io.errors import printable
-from sr3_jax.storage import is_disk_full
+from sr3_jax.storage import is_disk_full, is_url
 from sr3_jax.train.state import TrainState
 from sr3_jax.types import Params
 
 _log = logging.getLogger("sr3_jax")
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-_INCOMPLETE = "*.orbax-checkpoint-tmp*"
+_INCOMPLETE = "*.orbax-checkpoint-tmp*"  # on file systems, where Orbax renames a folder when it is complete
+_COMPLETE = "commit_success.txt"  # in a bucket, where Orbax writes this file last
 _PATIENCE = 10.0  # seconds for the writes of a failed save to end
 
 # Orbax raises its errors, so that it need not print each of them with a traceback in five threads as well.
@@ -89,7 +90,7 @@ class Checkpoints:
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_period)] if keep_period else [])]
         try:
             self._checkpointer = ocp.training.Checkpointer(
-                (workdir / CHECKPOINTS).absolute(),
+                _folder(workdir),
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
             )
@@ -183,7 +184,7 @@ class Checkpoints:
                 raise UserError(f"{message}: {fix}") from error
             _log.warning("%s: resuming from step %d; renamed to %s.damaged", message, max(older), step)
             if jax.process_index() == 0:
-                os.rename(folder, _unused(Path(f"{folder}.damaged")))
+                folder.rename(_unused(folder.with_name(f"{step}.damaged")))
             int(process_max(0, mesh))  # a barrier: all wait for the rename
             self._checkpointer.reload()
 
@@ -245,9 +246,16 @@ def _read(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
 def newest_step(workdir: Path) -> int | None:
     """The step of the newest checkpoint by the folder's name, without reading it; None if there is none."""
+    folder = _folder(workdir)
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if is_url(workdir):
+        found = [path for path in found if (path / _COMPLETE).exists()]
+    return max((int(path.name) for path in found), default=None)
+
+
+def _folder(workdir: Path) -> Path:
     folder = workdir / CHECKPOINTS
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    return max(steps, default=None)
+    return folder if is_url(workdir) else folder.absolute()
 
 
 def load_ema(workdir: Path) -> tuple[Params, int]:
@@ -256,7 +264,7 @@ def load_ema(workdir: Path) -> tuple[Params, int]:
     Raises:
         UserError: there is no checkpoint, or it cannot be read.
     """
-    folder, step = (workdir / CHECKPOINTS).absolute(), newest_step(workdir)
+    folder, step = _folder(workdir), newest_step(workdir)
     if step is None:
         raise UserError(f"{workdir} has no checkpoint yet: train it first, or wait for the first one")
     try:

@@ -47,7 +47,7 @@ from sr3_jax.train.step import flops_without_remat, jit_train_step, make_train_s
 from sr3_jax.train.step_metrics import StepMetrics
 from sr3_jax.train.weights import load_weights
 from sr3_jax.train.workdir import locked_workdir
-from sr3_jax.types import Key
+from sr3_jax.types import Key, Params
 
 _log = logging.getLogger("sr3_jax")
 _OUT_OF_TIME = 1  # below the exit codes of signals
@@ -67,16 +67,8 @@ def train(experiment: Experiment, workdir: Path) -> int:
     started = time.monotonic()
     config = experiment.config
     num_steps, seed = config["train"]["num_steps"], config["train"]["seed"]
-    writers, keep_period = config["train"]["writers"].split("+"), config["checkpoint"]["keep_period"]
-    check_writers(writers)
-    mesh = sharding.make_mesh(**config["mesh"], state_bytes=experiment.state_bytes)
-    check_batch(config, devices=mesh.size, processes=jax.process_count())
-    try:
-        source, held_out_crops = _open_data(config)
-    except NoImages as error:
-        if checkpoints.newest_step(workdir) is None:
-            raise
-        raise DataUnavailable(str(error)) from error  # the run has had its data: storage may come back
+    keep_period = config["checkpoint"]["keep_period"]
+    mesh, source, held_out_crops = check_start(experiment, workdir)
 
     with (
         locked_workdir(workdir, mesh),
@@ -85,7 +77,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     ):
         # ---- Restore
         if store.latest_step is not None:
-            _check_same_run(checkpoints.read_config(workdir), config, workdir)
+            check_same_run(checkpoints.read_config(workdir), config, workdir)
         optimizer = experiment.optimizer()
         state = _initial_state(experiment, optimizer, mesh, store)
         step = first_step = evaluated = int(state.step)
@@ -127,7 +119,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                 first_step=first_step,
                 enabled=jax.process_index() == 0,
                 minutes=minutes,
-                writers=writers,
+                writers=writer_names(config),
                 config=config,
             ) as writer,
             Profiler(
@@ -204,6 +196,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
                     metrics.flush()
                 if save:
                     with metrics.untimed("checkpoint"):
+                        writer.sync()  # a resumed run must find the lines up to its checkpoint
                         store.save(state)
                     save_clock.restart()
                 if due and reason <= _OUT_OF_TIME:  # after a signal the next start evaluates
@@ -231,6 +224,29 @@ def train(experiment: Experiment, workdir: Path) -> int:
     return 0
 
 
+def check_start(experiment: Experiment, workdir: Path) -> tuple[Mesh, Source, dict[str, np.ndarray]]:
+    """What a run needs besides its workdir: the mesh, the training source and the crops of held-out evaluation.
+
+    Raises:
+        UserError: the config does not fit the devices or the data.
+    """
+    config = experiment.config
+    check_writers(writer_names(config))
+    mesh = sharding.make_mesh(**config["mesh"], state_bytes=experiment.state_bytes)
+    check_batch(config, devices=mesh.size, processes=jax.process_count())
+    try:
+        return mesh, *_open_data(config)
+    except NoImages as error:
+        if checkpoints.newest_step(workdir) is None:
+            raise
+        raise DataUnavailable(str(error)) from error  # the run has had its data: storage may come back
+
+
+def writer_names(config: Mapping[str, Any]) -> list[str]:
+    """The names in `config.train.writers`."""
+    return config["train"]["writers"].split("+")
+
+
 def _open_data(config: Mapping[str, Any]) -> tuple[Source, dict[str, np.ndarray]]:
     """The training source, and the crops of held-out evaluation with their labels checked."""
     data = config["data"]
@@ -243,7 +259,7 @@ def _open_data(config: Mapping[str, Any]) -> tuple[Source, dict[str, np.ndarray]
 
     training, held_out = source(data["source"]), source(data["eval_source"])
     crops = center_crops(held_out, crop=data["crop"], count=config["eval"]["num_images"])
-    _check_labels(crops, config, held_out.name)
+    check_labels(crops, config, held_out.name)
     return training, crops
 
 
@@ -263,7 +279,7 @@ def _device_batches(
         mirror=data["mirror"],
         threads=data["threads"],
     ):
-        _check_labels(crops, config, source.name)
+        check_labels(crops, config, source.name)
         yield sharding.to_global(crops, mesh, rows=rows, batch_size=train["batch_size"])
 
 
@@ -309,22 +325,37 @@ def _initial_state(
             abstract_state(experiment.init_params, optimizer, mesh),
             allow_older=experiment.section("checkpoint")["allow_older"],
         )
-    start = experiment.section("train")["init_from"]
     key = jax.random.fold_in(jax.random.key(experiment.section("train")["seed"]), 2**31)
-    if not start:
+    given = starting_weights(experiment, key)
+    if given is None:
         return create_state(experiment.init_params, optimizer, key, mesh)
-    given = dict(load_weights(start).params)
-    abstract = abstract_state(experiment.init_params, optimizer, mesh)
-    if experiment.section("model")["augment"] and "augment_out" not in given:
-        new = experiment.init_params(key)  # this input has no effect at first
-        given |= {name: new[name] for name in ("augment_in", "augment_out")}
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (given, abstract.params)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"config.train.init_from={start!r} has another network: use its config.model fields")
     return start_from(given, optimizer, mesh)
 
 
-def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
+def starting_weights(experiment: Experiment, key: Key) -> Params | None:
+    """The weights of `config.train.init_from`; None for a new model.
+
+    Args:
+        key: for inputs of the network that these weights do not have.
+
+    Raises:
+        UserError: there is no such model, or it has another network.
+    """
+    start = experiment.section("train")["init_from"]
+    if not start:
+        return None
+    given = dict(load_weights(start).params)
+    abstract = jax.eval_shape(experiment.init_params, key)
+    if experiment.section("model")["augment"] and "augment_out" not in given:
+        new = experiment.init_params(key)  # this input has no effect at first
+        given |= {name: new[name] for name in ("augment_in", "augment_out")}
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (given, abstract)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"config.train.init_from={start!r} has another network: use its config.model fields")
+    return given
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Path) -> None:
     """UserError if a field that is fixed for a run differs between its stored config and the one that is given."""
     for section, name, field in schema.fields():
         before, value = old[section][name], new[section][name]
@@ -335,7 +366,8 @@ def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], workdir: Pat
             )
 
 
-def _check_labels(rows: Mapping[str, np.ndarray], config: Mapping[str, Any], name: str) -> None:
+def check_labels(rows: Mapping[str, np.ndarray], config: Mapping[str, Any], name: str) -> None:
+    """UserError if the network needs labels and a batch of the source `name` has none, or one out of range."""
     classes = config["model"]["num_classes"]
     if classes and "label" not in rows:
         raise UserError(f"config.model.num_classes={classes} but {name} has no labels: set it to 0")

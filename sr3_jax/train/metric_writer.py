@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +28,12 @@ from tqdm import tqdm
 from sr3_jax.errors import UserError
 from sr3_jax.files import parse_json, read_jsonl
 from sr3_jax.image_io.errors import printable
-from sr3_jax.storage import atomic_write
+from sr3_jax.storage import AppendedFile, as_path, atomic_write, is_url
 
 PLAIN_SECONDS = 30.0  # between progress lines if stderr is a file or a pipe
 METRICS_FILE = "metrics.jsonl"
 WRITERS = ("tensorboard", "wandb")
+_PREFIX = "sr3"  # of names of TensorBoard files, so that tensorboardX opens them as an `AppendedFile`
 _UPLOAD_SECONDS = 20.0  # at the end of a run: a preempted machine has 30
 
 
@@ -80,7 +82,7 @@ class MetricWriter:
         writers: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.workdir = Path(workdir)
+        self.workdir = as_path(workdir)
         self.total_steps = total_steps
         self.enabled = enabled
         self._minutes = minutes
@@ -100,7 +102,7 @@ class MetricWriter:
                 self._logs["TensorBoard"] = _TensorBoard(self.workdir / "tensorboard", first_step)
         except OSError as error:
             raise UserError(
-                f"workdir {workdir} cannot be written ({error.strerror}): use another one"
+                f"workdir {workdir} cannot be written ({error.strerror or error}): use another one"
             ) from error
         if "wandb" in writers:
             check_writers(writers)
@@ -180,6 +182,12 @@ class MetricWriter:
             ended.set()
             thread.join()
 
+    def sync(self) -> None:
+        """Have all lines in metrics.jsonl now, also in a bucket, which otherwise gets them each minute."""
+        if isinstance(lines := self._logs.get(METRICS_FILE), _Jsonl):
+            with self._non_fatal(METRICS_FILE):
+                lines.sync()
+
     def close(self, *, failed: bool = False) -> None:
         """Flush and close all logs; a second call does nothing.
 
@@ -229,21 +237,25 @@ class MetricWriter:
 
 
 class _Jsonl:
-    """metrics.jsonl, open for the whole run and unbuffered: a line is in the file when `write_scalars` returns."""
+    """metrics.jsonl: on a local disk, a line is in the file when `write_scalars` returns."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         _drop_later_lines(path, first_step)
-        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._lines = AppendedFile(path)
         self._line_is_cut = False  # by a failed write
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
         data = b"\n" * self._line_is_cut + json.dumps(line).encode() + b"\n"
         self._line_is_cut = True
-        self._line_is_cut = self._lines.write(data) != len(data)
+        self._lines.write(data)
+        self._line_is_cut = False
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         pass
+
+    def sync(self) -> None:
+        self._lines.sync()
 
     def close(self, *, failed: bool) -> None:
         self._lines.close()
@@ -259,12 +271,20 @@ class _Samples:
         pass
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._folder / f"{name}_{step:07d}.png") as file:
             PillowImage.fromarray(image).save(file, format="PNG")
 
     def close(self, *, failed: bool) -> None:
         pass
+
+
+class _AppendedFiles:
+    """How tensorboardX opens the files whose names start with `_PREFIX`."""
+
+    @staticmethod
+    def open(name: str) -> AppendedFile:
+        return AppendedFile(as_path(name.removeprefix(f"{_PREFIX}:")))
 
 
 class _TensorBoard:
@@ -275,14 +295,15 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         # Slow imports that only process 0 needs
-        from tensorboardX import summary
+        from tensorboardX import record_writer, summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # otherwise it warns about every NaN
         self._summary, self._event = summary, Event
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"))
+        record_writer.register_writer_factory(_PREFIX, _AppendedFiles)
+        self._file = EventsWriter(f"{_PREFIX}:{folder / 'events'}")
         if first_step:  # TensorBoard hides earlier events of this and later steps
             self._write(first_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._file.flush()
@@ -316,10 +337,13 @@ class _Wandb:
 
         file = workdir / "wandb" / "run_id"  # the library writes its own files to the same folder
         if not file.exists():
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as opened:
                 opened.write(f"{secrets.token_hex(6)}\n".encode())
-        name = workdir.absolute().name
+        name = workdir.name if is_url(workdir) else workdir.absolute().name
+        if is_url(workdir):
+            self._folder = tempfile.TemporaryDirectory()  # of the library's own files
+            workdir = Path(self._folder.name)
         self._wandb = wandb
         self._run: Any = wandb.init(
             id=file.read_text().strip(),

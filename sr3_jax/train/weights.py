@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from sr3_jax.config.load import complete_stored
 from sr3_jax.errors import UserError
 from sr3_jax.files import parse_json, safetensors_bytes
-from sr3_jax.storage import atomic_write
+from sr3_jax.storage import as_path, atomic_write, is_file, is_folder, is_url, local_copy
 from sr3_jax.train.checkpoints import CONFIG_FILE, first_line, load_ema, read_config
 from sr3_jax.types import Params
 
@@ -45,8 +44,9 @@ def locate_model(path_or_name: str | Path) -> Path:
     Raises:
         UserError: the model does not exist.
     """
-    for path in (Path(path_or_name), SHIPPED / f"{path_or_name}.safetensors"):
-        if os.path.isdir(path) or os.path.isfile(path):  # Path.is_dir() raises if the name is too long
+    given = as_path(path_or_name)
+    for path in (given,) if is_url(given) else (given, SHIPPED / f"{path_or_name}.safetensors"):
+        if is_folder(path) or is_file(path):
             return path
     names = ", ".join(shipped_models()) or "none"
     raise UserError(
@@ -68,7 +68,7 @@ def load_weights(path_or_name: str | Path) -> Weights:
     path = locate_model(path_or_name)
     if not path.is_dir():
         params, config = read_export(path)
-        return Weights(params, config, path.name if os.path.isfile(path_or_name) else str(path_or_name))
+        return Weights(params, config, path.name if is_file(as_path(path_or_name)) else str(path_or_name))
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"model {path} has no {CONFIG_FILE}: give a workdir that sr3 train has written")
     config = read_config(path)
@@ -121,7 +121,7 @@ def read_export_config(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
-        with safe_open(path, framework="numpy") as file:
+        with local_copy(path) as local, safe_open(local, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from sr3_jax.distributed.sharding import process_max
 from sr3_jax.errors import UserError
-from sr3_jax.files import folder_lock
+from sr3_jax.files import check_bucket, folder_lock
 from sr3_jax.image_io.errors import printable, reason
-from sr3_jax.storage import SCRATCH_PREFIX, remove_leftovers
+from sr3_jax.storage import SCRATCH_PREFIX, is_url, remove_leftovers
 
 _PATIENCE = 10.0  # seconds until other machines must see a new file
 
@@ -27,7 +27,7 @@ def locked_workdir(workdir: Path, mesh: Mesh) -> Iterator[None]:
     """Create a workdir, lock it for this job, and check that it can hold checkpoints. All processes must call it.
 
     Process 0 has the lock. It also renames a folder of two files, as a checkpoint needs it, and writes a file that all
-    other processes must see.
+    other processes must see. In a bucket (gs://) there is no lock, and checkpoints need no renaming.
 
     Raises:
         UserError: on all processes: another run uses the workdir, it cannot be written, its file system cannot rename
@@ -37,10 +37,13 @@ def locked_workdir(workdir: Path, mesh: Mesh) -> Iterator[None]:
         name, error = 0, None
         if jax.process_index() == 0:
             try:
-                _make(workdir)
-                stack.enter_context(folder_lock(workdir, "workdir"))
-                remove_leftovers(workdir)
-                _check_folder_rename(workdir)
+                if is_url(workdir):
+                    check_bucket(workdir)
+                else:
+                    _make(workdir)
+                    stack.enter_context(folder_lock(workdir, "workdir"))
+                    remove_leftovers(workdir)
+                    _check_folder_rename(workdir)
                 name = 1 + secrets.randbelow(2**31 - 2)
                 if jax.process_count() > 1:
                     stack.callback(_token(workdir, name).unlink, missing_ok=True)
@@ -91,7 +94,8 @@ def _check_folder_rename(workdir: Path) -> None:
         except OSError as error:
             raise UserError(
                 f"workdir {printable(workdir)} is on a file system that cannot rename folders ({reason(error)}), "
-                "which checkpoints need: use another one; a Cloud Storage bucket needs a hierarchical namespace"
+                "which checkpoints need: use another one; a Cloud Storage bucket needs a hierarchical namespace, or "
+                "to be mounted with --rename-dir-limit=1000000, or use gs://BUCKET/PATH without a mount"
             ) from error
         if not complete:
             raise UserError(
