@@ -389,6 +389,13 @@ def test_invalid_model_files_fail_with_one_sentence(tmp_path, kind):
     assert "sr3 export" in text
 
 
+@pytest.mark.parametrize(("name", "remedy"), [("adm.pt", "sr3 convert"), ("m.onnx", ".safetensors")])
+def test_files_of_other_programs_are_no_models(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(UserError, match=f"{name} .*{remedy}"):
+        weights.load_weights(tmp_path / name)
+
+
 def test_reading_a_model_imports_neither_torch_nor_tensorflow():
     """Model files are not trusted."""
     code = "import sys, sr3_jax.train.checkpoints; sys.exit('torch' in sys.modules or 'tensorflow' in sys.modules)"

@@ -218,6 +218,14 @@ def test_a_class_conditional_upsampler_with_its_variance_upscales(tmp_path, caps
     command = ["upscale", str(tmp_path / "in.png"), "--model", str(tmp_path / "adm.safetensors"), "-o"]
     assert cli.main([*command, str(tmp_path / "none.png")]) == 2
     assert "--label" in capsys.readouterr().err
+    plan = [
+        "plan",
+        f"--config={tmp_path / 'adm.safetensors'}",
+        "--topology=gpu:8xh100",
+        "--estimate",
+        "--only=sample",
+    ]
+    assert cli.main(plan) == 0
     outputs = []
     for label in (1, 2):
         assert cli.main([*command, str(tmp_path / f"{label}.png"), f"--label={label}"]) == 0

@@ -66,7 +66,13 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.train.experiment import read
 
     topology = parse(args.topology)
-    experiment = read(load_config(config_source(args.config), args.rest))
+    config = load_config(config_source(args.config), args.rest)
+    if config["model"]["learned_variance"]:  # of a converted model, which cannot be trained with it
+        print("note: planned without the learned variance, three more channels of the output")
+        config["model"]["learned_variance"] = False
+        if config["sampling"]["solver"] == "ancestral_learned":
+            config["sampling"]["solver"] = "ancestral"
+    experiment = read(config)
     found = plan(
         experiment,
         topology,

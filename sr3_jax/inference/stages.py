@@ -144,7 +144,8 @@ def check_chain(
     for stage in labeled[1:]:
         if stage.classes != labeled[0].classes:
             raise UserError(
-                f"stage {stage.title} has {stage.classes} classes, but {labeled[0].title} has {labeled[0].classes}"
+                f"stage {stage.title} has {stage.classes} classes, but {labeled[0].title} has {labeled[0].classes}: "
+                "use stages with the same classes"
             )
     for stage in stages:
         if stage.progress is not None and stage.progress[0] < stage.progress[1] and not unfinished:

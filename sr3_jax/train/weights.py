@@ -133,6 +133,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(
-            f"model {path} cannot be read ({first_line(error)}): use a file written by sr3 export"
-        ) from None
+        remedies = {
+            **dict.fromkeys((".pt", ".pth"), "make a model of it with sr3 convert"),
+            **dict.fromkeys((".onnx", ".stablehlo"), "it is for other programs, use the .safetensors file"),
+        }
+        remedy = remedies.get(path.suffix, "use a .safetensors file written by sr3 export")
+        raise UserError(f"model {path} cannot be read ({first_line(error)}): {remedy}") from None
