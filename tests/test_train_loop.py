@@ -437,9 +437,15 @@ def profiled_steps(workdir: Path) -> list[int]:
     ],
 )
 def test_window_of_steps_is_profiled(folder, tmp_path, monkeypatch, capsys, window, steps):
-    StandIn(monkeypatch)
+    stand_in, start_trace, dispatched = StandIn(monkeypatch), jax.profiler.start_trace, []
+
+    def record(*args, **options):
+        dispatched.append(len(stand_in.states))
+        start_trace(*args, **options)
+
+    monkeypatch.setattr(jax.profiler, "start_trace", record)
     assert run(folder, tmp_path, plain(num_steps=6, profile_steps=window)) == 0
-    assert profiled_steps(tmp_path) == steps
+    assert profiled_steps(tmp_path) == steps and dispatched == steps[:1]
     assert str(tmp_path / "profile") in capsys.readouterr().err
 
 
