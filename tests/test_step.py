@@ -233,7 +233,7 @@ def same_bits(tree, wanted) -> bool:
 
 
 def test_loss_is_summed_in_bins_of_log_snr():
-    gamma = np.array([1e-4, 0.01, 0.05, 0.2, 0.4, 0.6, 0.9, 0.97, 0.9999, 0.99999, 1.0], np.float32)
+    gamma = np.array([1e-4, 0.01, 0.05, 0.2, 0.4, 0.5, 0.9, 0.97, 0.9999, 0.99999, 1.0], np.float32)
     losses = np.arange(1.0, 12, dtype=np.float32)
     names = ["below_m6", "m6_m4", "m4_m2", "m2_0", "0_2", "2_4", "4_6", "above_6"]
     assert tuple(f"loss_log_snr_{name}" for name in names) == LOG_SNR_BINS

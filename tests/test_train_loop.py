@@ -363,6 +363,17 @@ def test_lost_time_is_logged_by_its_cause_and_summed_up(folder, tmp_path, monkey
     assert "training" in summary and summary.index("evaluating") > 0 and summary.index("saving") > 0
 
 
+@pytest.mark.parametrize(("step", "wait", "lost"), [(0.5, 0.2, 0.0), (0.2, 0.5, 0.3), (0.0, 0.3, 0.3)])
+def test_waiting_for_data_while_a_step_runs_is_not_lost(tmp_path, step, wait, lost):
+    time_spent = goodput.Goodput()
+    options = {"batch_size": 8, "log_every": 1, "num_steps": 9, "lr_schedule": lambda step: 1e-3}
+    with loop.MetricWriter(tmp_path, total_steps=9) as writer:
+        windows = step_metrics.StepMetrics(writer, workdir=tmp_path, goodput=time_spent, **options)
+        with windows.waiting_for_data({"loss": SimpleNamespace(block_until_ready=lambda: time.sleep(step))}):
+            time.sleep(wait)
+    assert time_spent.metrics()["seconds_data"] == pytest.approx(lost, abs=0.15)
+
+
 def test_time_adds_up_over_restarts_and_repeated_training_is_lost():
     rows = [
         {
@@ -426,9 +437,15 @@ def profiled_steps(workdir: Path) -> list[int]:
     ],
 )
 def test_window_of_steps_is_profiled(folder, tmp_path, monkeypatch, capsys, window, steps):
-    StandIn(monkeypatch)
+    stand_in, start_trace, dispatched = StandIn(monkeypatch), jax.profiler.start_trace, []
+
+    def record(*args, **options):
+        dispatched.append(len(stand_in.states))
+        start_trace(*args, **options)
+
+    monkeypatch.setattr(jax.profiler, "start_trace", record)
     assert run(folder, tmp_path, plain(num_steps=6, profile_steps=window)) == 0
-    assert profiled_steps(tmp_path) == steps
+    assert profiled_steps(tmp_path) == steps and dispatched == steps[:1]
     assert str(tmp_path / "profile") in capsys.readouterr().err
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from sr3_jax.storage import is_url, upload
 
 PROFILE_FOLDER = "profile"
 
@@ -32,6 +35,7 @@ class Profiler:
         self._window = range(first, window.stop) if jax.process_index() == 0 else range(0)
         self._folder, self._report = workdir / PROFILE_FOLDER, report
         self._active = False
+        self._copy: tempfile.TemporaryDirectory | None = None  # for workdirs in an object store
 
     def before_step(self, step: int, running: Any) -> None:
         """Start or end the window, if `step` is the one for it.
@@ -62,8 +66,11 @@ class Profiler:
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it slows the loop down and fills the file
+        if is_url(self._folder):
+            self._copy = tempfile.TemporaryDirectory()
         try:
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            folder = self._copy.name if self._copy else self._folder
+            jax.profiler.start_trace(folder, profiler_options=options)
             self._active = True
         except Exception as error:  # such as a profiler server that is in use
             self._fail(error)
@@ -72,6 +79,9 @@ class Profiler:
         self._active = False
         try:
             jax.profiler.stop_trace()
+            if self._copy:
+                for file in Path(self._copy.name).rglob("*.*"):
+                    upload(file, self._folder / file.relative_to(self._copy.name).as_posix())
             self._report(f"Profile written to {self._folder}: xprof --logdir={self._folder} shows it")
         except Exception as error:
             self._fail(error)
