@@ -181,6 +181,13 @@ def check_bucket(path: Path) -> None:
         raise UserError(f"{printable(path)} does not return what was written: use another bucket")
 
 
+def upload_folder(source: Path, target: Path) -> None:
+    """`upload` each file of a folder."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            upload(path, target / path.relative_to(source).as_posix())
+
+
 def file_size(path: Path) -> int:
     """The bytes of a file or object."""
     found: Any = path.stat()

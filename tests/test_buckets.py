@@ -69,9 +69,7 @@ def _quick():
 
 def copied(folder: Path, target: Path) -> Path:
     """Copy the files of a local folder to a bucket."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            (target / path.relative_to(folder).as_posix()).write_bytes(path.read_bytes())
+    storage.upload_folder(folder, target)
     return target
 
 
@@ -93,7 +91,7 @@ def test_a_run_in_a_bucket_resumes_and_is_that_of_a_local_folder(bucket, tmp_pat
     remote_images = copied(images, bucket / "images")
     assert train(remote_images, bucket / "run", num_steps=3) == 0
     assert checkpoints.newest_step(bucket / "run") == 3
-    assert train(remote_images, bucket / "run") == 0
+    assert train(remote_images, bucket / "run", profile_steps="4:5") == 0
 
     local, remote = tmp_path / "run", bucket / "run"
     assert checkpoints.newest_step(remote) == 6
@@ -108,6 +106,7 @@ def test_a_run_in_a_bucket_resumes_and_is_that_of_a_local_folder(bucket, tmp_pat
     names = {path.relative_to(remote).as_posix() for path in storage.objects(remote)}
     assert {"config.json", "metrics.jsonl", "best.safetensors", "samples/samples_0000006.png"} <= names
     assert sum(name.startswith("tensorboard/events.out.tfevents.") for name in names) == 2
+    assert any(name.startswith("profile/") for name in names)
     assert not any(storage.SCRATCH_PREFIX in name for name in names)
     for path in ("", "best.safetensors"):
         one, other = load(local / path), load(os.fspath(remote / path))

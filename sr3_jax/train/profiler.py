@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from sr3_jax.storage import is_url, upload_folder
 
 PROFILE_FOLDER = "profile"
 
@@ -32,6 +35,9 @@ class Profiler:
         self._window = range(first, window.stop) if jax.process_index() == 0 else range(0)
         self._folder, self._report = workdir / PROFILE_FOLDER, report
         self._active = False
+        self._copy = (
+            tempfile.TemporaryDirectory() if self._window and is_url(workdir) else None
+        )  # to be uploaded
 
     def before_step(self, step: int, running: Any) -> None:
         """Start or end the window, if `step` is the one for it.
@@ -63,7 +69,8 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it slows the loop down and fills the file
         try:
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            folder = str(self._folder) if self._copy is None else self._copy.name
+            jax.profiler.start_trace(folder, profiler_options=options)
             self._active = True
         except Exception as error:  # such as a profiler server that is in use
             self._fail(error)
@@ -72,6 +79,8 @@ class Profiler:
         self._active = False
         try:
             jax.profiler.stop_trace()
+            if self._copy is not None:
+                upload_folder(Path(self._copy.name), self._folder)
             self._report(f"Profile written to {self._folder}: xprof --logdir={self._folder} shows it")
         except Exception as error:
             self._fail(error)
