@@ -303,7 +303,9 @@ def test_features_are_cached_in_a_bucket(bucket):
     protocol = FeatureProtocol("network", "frechet_network", "0" * 64, "none")
     features = np.arange(12, dtype=np.float32).reshape(3, 4)
     hashes = [f"{index:064x}" for index in range(3)]
-    FeatureCache(bucket, protocol).add(hashes[:2], features[:2])
+    cache = FeatureCache(bucket, protocol)
+    for index in range(2):
+        cache.add([hashes[index]], features[index : index + 1])
     FeatureCache(bucket, protocol, process=1).add(hashes[2:], features[2:])
     found = FeatureCache(bucket, protocol)
     assert found.missing([*hashes, "f" * 64]) == [3]
