@@ -14,7 +14,8 @@
 # Options, or environment variables:
 #   --name SR3_TPU_NAME (default sr3)    --zone SR3_TPU_ZONE    --project SR3_TPU_PROJECT (default: that of gcloud)
 #   --type SR3_TPU_TYPE, such as v5litepod-256    --version SR3_TPU_VERSION, the runtime (default: the one for the type)
-#   --bucket SR3_TPU_BUCKET, a Cloud Storage bucket, mounted as ~/sr3_jax/bucket on every worker
+#   --bucket SR3_TPU_BUCKET, a Cloud Storage bucket with hierarchical namespace, mounted as ~/sr3_jax/bucket on every
+#     worker; not needed for gs:// workdirs
 #   --env NAME=VALUE, a variable of COMMAND's environment, such as WANDB_API_KEY=... or XLA_FLAGS=...; may be repeated.
 #     TFDS_DATA_DIR is where the workers find TFDS data sets (default with --bucket: bucket/tensorflow_datasets)
 #   --job JOB, the job's name (default: the time)    --spot SR3_TPU_SPOT=1    --queued SR3_TPU_QUEUED=1

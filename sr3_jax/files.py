@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import secrets
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.numpy import save
 
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
-from sr3_jax.storage import SCRATCH_PREFIX, atomic_write, is_url, try_lock
+from sr3_jax.storage import SCRATCH_PREFIX, atomic_write, check_bucket, is_url, try_lock
 
 LOCK_FILE = ".lock"
 _LARGEST_JSON = 16 * 2**20  # characters; most of our own files have kilobytes
@@ -180,32 +179,6 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"output {printable(path)} {sentence(error)}") from error
     return path
-
-
-def check_bucket(path: Path) -> None:
-    """Write, read and delete an object below a URL.
-
-    Raises:
-        UserError: that is not possible. The exit code is 1 if trying again may help.
-    """
-    probe = path / f"{SCRATCH_PREFIX}{secrets.token_hex(8)}.tmp"
-    try:
-        probe.write_bytes(b"content")
-        readable = probe.read_bytes() == b"content"
-        probe.unlink()
-    except Exception as error:  # the packages of object stores raise many types
-        text = printable(" ".join(str(error).split())[:200] or type(error).__name__)
-        failure = UserError(
-            f"{printable(path)} cannot be written ({text}): check that the bucket exists, and that your "
-            "credentials may read, write and delete its objects"
-        )
-        refused = isinstance(error, FileNotFoundError | PermissionError) or re.search(
-            r"\b40[0134]\b|forbidden|credentials|denied|not exist|not found", text, re.IGNORECASE
-        )
-        failure.exit_code = 2 if refused else 1
-        raise failure from error
-    if not readable:
-        raise UserError(f"{printable(path)} does not return what was written: use another bucket")
 
 
 @contextlib.contextmanager

@@ -111,6 +111,11 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(path)) is not None
 
 
+def absolute(path: Path) -> str:
+    """The absolute path as text, with links resolved; of a URL, itself."""
+    return os.fspath(path) if is_url(path) else os.path.realpath(path)
+
+
 def is_file(path: Path) -> bool:
     """Whether a path is a file; False also for impossible names, for which `Path.is_file` raises."""
     return path.is_file() if is_url(path) else os.path.isfile(path)
@@ -148,6 +153,45 @@ def upload(source: Path, target: Path) -> None:
     file_system, name = _file_system(target)
     with _as_os_error():
         file_system.put_file(str(source), name)
+
+
+def check_bucket(path: Path) -> None:
+    """Write, read and delete an object below a URL.
+
+    Raises:
+        UserError: that is not possible. The exit code is 1 if trying again may help.
+    """
+    probe = path / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}.tmp"
+    try:
+        probe.write_bytes(b"content")
+        readable = probe.read_bytes() == b"content"
+        probe.unlink()
+    except Exception as error:  # the packages of object stores raise many types
+        text = printable(" ".join(str(error).split())[:200] or type(error).__name__)
+        failure = UserError(
+            f"{printable(path)} cannot be written ({text}): check that the bucket exists, and that your "
+            "credentials may read, write and delete its objects"
+        )
+        refused = isinstance(error, FileNotFoundError | PermissionError) or re.search(
+            r"\b40[0134]\b|forbidden|credentials|denied|not exist|not found", text, re.IGNORECASE
+        )
+        failure.exit_code = 2 if refused else 1
+        raise failure from error
+    if not readable:
+        raise UserError(f"{printable(path)} does not return what was written: use another bucket")
+
+
+def upload_folder(source: Path, target: Path) -> None:
+    """`upload` each file of a folder."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            upload(path, target / path.relative_to(source).as_posix())
+
+
+def file_size(path: Path) -> int:
+    """The bytes of a file or object."""
+    found: Any = path.stat()
+    return found.length if is_url(path) else found.st_size
 
 
 def read_object(path: Path) -> bytes:
@@ -207,7 +251,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """
     if is_url(path):
         with tempfile.NamedTemporaryFile() as copy:
-            yield cast(IO[bytes], copy)
+            yield copy.file
             copy.flush()
             upload(Path(copy.name), path)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import socket
@@ -17,9 +18,11 @@ from sr3_jax.cli.main import main
 from sr3_jax.data.sources import open_source
 from sr3_jax.distributed import sharding
 from sr3_jax.errors import UserError
+from sr3_jax.evaluation.cache import FeatureCache
+from sr3_jax.features.statistics import FeatureProtocol
 from sr3_jax.inference.loading import load
 from sr3_jax.storage import AppendedFile, as_path
-from sr3_jax.train import checkpoints, experiment, loop
+from sr3_jax.train import checkpoints, experiment, loop, weights
 from sr3_jax.train.metric_writer import read_metrics
 from sr3_jax.train.workdir import locked_workdir
 from tests import tiny
@@ -42,6 +45,7 @@ def server():
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
     }
     fsspec.config.conf.setdefault("gs", {})["token"] = "anon"
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # an absent object is an error to it
@@ -65,9 +69,7 @@ def _quick():
 
 def copied(folder: Path, target: Path) -> Path:
     """Copy the files of a local folder to a bucket."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            (target / path.relative_to(folder).as_posix()).write_bytes(path.read_bytes())
+    storage.upload_folder(folder, target)
     return target
 
 
@@ -246,3 +248,79 @@ def test_pairs_in_a_bucket(bucket, tmp_path):
         copied(tiny.images(tmp_path / name, side=side, count=2), bucket / name)
     source = open_source(f"pairs:{bucket / 'low'}:{bucket / 'high'}")
     assert source.scale == 4 and source[1]["low_res"].shape == (6, 6, 3)
+
+
+# ---- Commands
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """An exported model with random weights."""
+    read = experiment.read(tiny.config())
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    weights.export(path, tiny.perturbed(read.init_params(jax.random.key(0))), dict(read.config))
+    return path
+
+
+def test_upscale_from_bucket_to_bucket_writes_the_bytes_of_local_files(model, bucket, tmp_path, capsys):
+    tiny.images(tmp_path / "in" / "sub", count=2)
+    copied(tmp_path / "in", bucket / "in")
+    copied(model.parent, bucket / "model")
+    (bucket / "in" / "notes.txt").write_bytes(b"not an image")
+    assert main(["upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), f"--model={model}"]) == 0
+    command = ["upscale", f"{bucket}/in", "-o", f"{bucket}/out", f"--model={bucket}/model/tiny.safetensors"]
+    assert main(command) == 0
+    outputs = sorted(path for path in (tmp_path / "out").rglob("*.png"))
+    assert len(outputs) == 2
+    for path in outputs:
+        assert (bucket / "out" / path.relative_to(tmp_path / "out")).read_bytes() == path.read_bytes()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "0 done, 2 skipped" in capsys.readouterr().out
+    assert main(["upscale", f"{bucket}/in", "-o", f"{bucket}/in", f"--model={model}"]) == 2
+    assert main(["upscale", f"{bucket}/absent", "-o", str(tmp_path / "out"), f"--model={model}"]) == 2
+
+
+def test_evaluation_in_a_bucket_is_cached_there(model, bucket, tmp_path, capsys):
+    images = copied(tiny.images(tmp_path / "images", count=2), bucket / "images")
+    command = [
+        "evaluate",
+        f"--model={model}",
+        f"--data=folder:{images}",
+        "--features=none",
+        "-o",
+        f"{bucket}/scores",
+    ]
+    assert main(command) == 0
+    first = json.loads((bucket / "scores" / "evaluation.json").read_text())
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "cached" in capsys.readouterr().out
+    assert json.loads((bucket / "scores" / "evaluation.json").read_text())["rows"] == first["rows"]
+
+
+def test_features_are_cached_in_a_bucket(bucket):
+    protocol = FeatureProtocol("network", "frechet_network", "0" * 64, "none")
+    features = np.arange(12, dtype=np.float32).reshape(3, 4)
+    hashes = [f"{index:064x}" for index in range(3)]
+    cache = FeatureCache(bucket, protocol)
+    for index in range(2):
+        cache.add([hashes[index]], features[index : index + 1])
+    FeatureCache(bucket, protocol, process=1).add(hashes[2:], features[2:])
+    found = FeatureCache(bucket, protocol)
+    assert found.missing([*hashes, "f" * 64]) == [3]
+    np.testing.assert_array_equal(found.get(hashes), features)
+
+
+def test_a_model_is_exported_to_a_bucket(model, bucket):
+    assert main(["export", str(model), "-o", f"{bucket}/exported.safetensors"]) == 0
+    one, other = load(model), load(f"{bucket}/exported.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def test_prepared_data_sets_are_read_from_a_bucket(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("SR3_DATA_DIR", str(tmp_path / "data"))
+    assert main(["prepare", str(tiny.images(tmp_path / "images", count=3)), "--name", "mine"]) == 0
+    monkeypatch.setenv("SR3_DATA_DIR", str(copied(tmp_path / "data", bucket / "data")))
+    remote = open_source("tfds:mine:train")
+    assert len(remote) == 3 and remote[0]["image"].shape == (24, 24, 3)

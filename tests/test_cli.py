@@ -486,11 +486,11 @@ def test_stop_signal_finishes_the_image_and_the_next_run_resumes(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "--config=photos_4x_small", "--workdir=gs://bucket/run"],
+        ["train", "--config=photos_4x_small", "--workdir=s3://bucket/run"],
         ["upscale", "a.png", "-o", "s3://bucket/out"],
-        ["evaluate", "-o", "gs://bucket/scores"],
+        ["evaluate", "-o", "s3://bucket/scores"],
         ["search-schedule", "--model=photo_4x", "--data=photos:test", "-o", "gs://bucket/search"],
-        ["export", "photo_4x", "-o", "gs://bucket/model.safetensors"],
+        ["export", "photo_4x", "-o", "s3://bucket/model.safetensors"],
         ["generate", "--model=fashion_base_8", "-o", "gs://bucket/out"],
         ["cascade", "--stages", "fashion_base_8", "-o", "gs://bucket/out"],
         ["prepare", "gs://bucket/images", "--name=mine"],
@@ -498,7 +498,9 @@ def test_stop_signal_finishes_the_image_and_the_next_run_resumes(
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_bucket_urls_fail_and_create_no_folder(arguments, tmp_path, monkeypatch, capsys):
+def test_urls_that_a_command_does_not_support_fail_and_create_no_folder(
+    arguments, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sr3_jax.cli._options import class_label, count, counts, local_path, names, seed
+from sr3_jax.cli._options import any_path, class_label, count, counts, local_path, names, seed
 from sr3_jax.errors import UserError
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "it, --outputs and --reference compare whole sets of images, which need no ground truth)",
     )  # fmt: skip
     parser.add_argument(
-        "-o", "--output", required=True, type=local_path, metavar="DIR", help="folder for the results"
+        "-o", "--output", required=True, type=any_path, metavar="DIR", help="folder for the results"
     )
     parser.add_argument(
         "--steps", type=counts, default=[], metavar="N,N", help="sampling steps (default: the model's)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sr3_jax.cli._options import count, local_path, names
+from sr3_jax.cli._options import any_path, count, names
 
 FORMATS = (".safetensors", ".stablehlo", ".onnx")
 _DEVICES = "cpu,cuda,tpu"
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model to export, the file to write and what the file is for."""
     parser.add_argument("model", help="a workdir of sr3 train, an exported file or a shipped name")
     parser.add_argument(
-        "-o", "--output", required=True, type=local_path, help=f"the file to write: {', '.join(FORMATS)}"
+        "-o", "--output", required=True, type=any_path, help=f"the file to write: {', '.join(FORMATS)}"
     )
     parser.add_argument(
         "--dtype",
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from sr3_jax.errors import UserError
     from sr3_jax.inference.export import PLATFORMS, export_onnx, export_stablehlo
     from sr3_jax.inference.loading import load
+    from sr3_jax.storage import file_size
 
     suffix = args.output.suffix
     if suffix not in FORMATS:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"wrote its description to {args.output}.json")
         else:
             export_onnx(args.output, model, sampling=sampling, size=args.size)
-    print(f"wrote {model.name} to {args.output}, {args.output.stat().st_size / 1e6:.2f} MB")
+    print(f"wrote {model.name} to {args.output}, {file_size(args.output) / 1e6:.2f} MB")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sr3_jax.cli._options import class_label, count, local_path, percent, positive, seed
+from sr3_jax.cli._options import any_path, class_label, count, percent, positive, seed
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import OUTPUT_FORMATS
 
@@ -21,15 +21,13 @@ _NAMED = 5  # skipped files in the summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="*", type=any_path, metavar="INPUT", help="an image file or a folder")
     parser.add_argument(
-        "inputs", nargs="*", type=local_path, metavar="INPUT", help="an image file or a folder"
-    )
-    parser.add_argument(
-        "-i", "--input", nargs="+", action="extend", default=[], type=local_path, dest="more_inputs",
+        "-i", "--input", nargs="+", action="extend", default=[], type=any_path, dest="more_inputs",
         metavar="INPUT", help="the same as INPUT by itself",
     )  # fmt: skip
     parser.add_argument(
-        "-o", "--output", required=True, type=local_path, metavar="OUT",
+        "-o", "--output", required=True, type=any_path, metavar="OUT",
         help="output folder; for a single image also the output file",
     )  # fmt: skip
     parser.add_argument(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sr3_jax.errors import UserError
-from sr3_jax.storage import is_disk_full, temporary_folder, try_lock
+from sr3_jax.storage import as_path, is_disk_full, temporary_folder, try_lock
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VARIABLES = ("SR3_DATA_DIR", "TFDS_DATA_DIR")
@@ -56,7 +56,7 @@ def find(name: str, *, version: str | None = None, where: list[str] | None = Non
     import tensorflow_datasets as tfds
 
     for place in search_path() if where is None else where:
-        folder = tfds.core.Path(place) / name
+        folder = tfds.core.Path(as_path(place)) / name
         if not folder.is_dir():
             continue
         versions = [child.name for child in folder.iterdir() if _VERSION.fullmatch(child.name)]
@@ -78,7 +78,7 @@ def require(name: str, *, version: str | None = None) -> Any:
             f"the data set '{name}' exists as version {other.name}, not {version}: remove the version from the name"
         )
     for place in search_path():
-        folder = tfds.core.Path(place) / name
+        folder = tfds.core.Path(as_path(place)) / name
         children = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
         configs = [child for child in children if find(f"{name}/{child}", where=[place])]
         if configs:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,7 @@ from sr3_jax.files import (
 )
 from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import DecodedImage, ImageError, write_image
+from sr3_jax.storage import atomic_write, is_url, read_object
 
 LINES = "scores"  # the stem of the files of JSON lines
 _THREADS = 4  # that write image files
@@ -149,7 +151,7 @@ def output_path(folder: Path, image: str, sample: int) -> Path:
 def file_hash(path: Path) -> str | None:
     """SHA-256 of a file; None if it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_object(path) if is_url(path) else path.read_bytes()).hexdigest()
     except OSError:
         return None
 
@@ -251,6 +253,11 @@ class FeatureCache:
         rows["features"] = features
         path = self._folder / f"{self._name}.{features.shape[1]}.{self._process}.features"
         try:
+            if is_url(path):  # objects cannot be appended to
+                with atomic_write(path.with_name(f"{path.stem}-{uuid.uuid4().hex}.features")) as whole:
+                    whole.write(rows.tobytes())
+                self._places |= {bytes.fromhex(text): (rows["features"], i) for i, text in enumerate(hashes)}
+                return
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 # A killed run may have left part of a row.
@@ -265,8 +272,13 @@ class FeatureCache:
         width = path.name.split(".")[-3]
         try:
             row_type = _row_type(int(width))
-            count = path.stat().st_size // row_type.itemsize
-            rows = np.memmap(path, row_type, mode="r", shape=(count,)) if count else np.empty(0, row_type)
+            if is_url(path):
+                data = read_object(path)
+                count = len(data) // row_type.itemsize
+                rows = np.frombuffer(data, row_type, count)
+            else:
+                count = path.stat().st_size // row_type.itemsize
+                rows = np.memmap(path, row_type, mode="r", shape=(count,)) if count else np.empty(0, row_type)
         except (OSError, ValueError):
             return
         images = rows["image"].tobytes()

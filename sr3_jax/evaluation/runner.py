@@ -49,6 +49,7 @@ from sr3_jax.inference.model import Model
 from sr3_jax.inference.program import OnStep
 from sr3_jax.metrics import METRICS
 from sr3_jax.numerics import fixed_numerics
+from sr3_jax.storage import as_path
 
 DEFAULT_SCALE = 4  # where neither models nor pairs have one
 _CACHE_MB = 256  # images are read up to three times: for their size, for their metrics and for the grids
@@ -184,9 +185,9 @@ def evaluate(
         )
     settings = Settings(samples, seed, batch_size, limit, crop, process, degradation)
     for name, path in zip(labels[len(loaded) :], programs.values(), strict=True):
-        root, names = Path(path).expanduser(), image_names(source, settings)
+        root, names = as_path(os.path.expanduser(path)), image_names(source, settings)
         compared.append(program_outputs(name, root, source, names, scale=program_scale or DEFAULT_SCALE))
-    folder = make_folder(Path(output_dir))
+    folder = make_folder(as_path(output_dir))
     outputs_dir = make_folder(folder / "outputs")
     index, count = process
     if index == 0 and reference is not None and is_source(os.fspath(reference)):

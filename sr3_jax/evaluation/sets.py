@@ -28,6 +28,7 @@ from sr3_jax.features.statistics import Statistics, statistics_of
 from sr3_jax.files import make_folder, sha256_hex, to_json
 from sr3_jax.image_io.image_file import ImageError
 from sr3_jax.numerics import fixed_numerics
+from sr3_jax.storage import as_path
 
 _log = logging.getLogger("sr3_jax")
 _BATCH = 8  # images or patches of one size
@@ -154,7 +155,7 @@ def evaluate_sets(
         raise UserError(
             f"reference={reference} needs features: {suite.omitted[0] if suite.omitted else 'set features'}"
         )
-    folder = make_folder(Path(output_dir))
+    folder = make_folder(as_path(output_dir))
     if from_source:
         suite = with_reference(suite, os.fspath(reference), folder / "outputs", on_image=on_image)
     rows: list[dict[str, Any]] = []

@@ -28,7 +28,7 @@ from sr3_jax.image_io import metadata
 from sr3_jax.image_io.errors import reason, sniff
 from sr3_jax.image_io.metadata import Metadata
 from sr3_jax.image_io.pixels import UnsupportedPixels, fill_transparent, raw_mode, to_pixels
-from sr3_jax.storage import atomic_write, is_url, read_object
+from sr3_jax.storage import as_path, atomic_write, is_url, read_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -436,7 +436,7 @@ def write_image(path: Path, image: DecodedImage, *, durable: bool = True, qualit
     Raises:
         ImageError: the image cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     height, width = image.rgb.shape[:2]
     require_writable(path, height=height, width=width, alpha=image.alpha is not None, quality=quality)
     file_format = WRITERS[path.suffix.lower()]

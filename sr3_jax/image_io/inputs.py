@@ -12,7 +12,16 @@ from PIL import Image
 from sr3_jax.errors import UserError
 from sr3_jax.image_io.errors import printable, reason
 from sr3_jax.image_io.image_file import IMAGE_SUFFIXES, WRITABLE_SUFFIXES, WRITERS, sniff_file
-from sr3_jax.storage import SCRATCH_PREFIX, is_url, objects
+from sr3_jax.storage import (
+    SCRATCH_PREFIX,
+    absolute,
+    as_path,
+    check_bucket,
+    is_file,
+    is_folder,
+    is_url,
+    objects,
+)
 
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 _SUFFIX_OF = {"JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif"}  # all others become .png
@@ -58,15 +67,15 @@ def find_images(
         UserError: an input is missing, the output cannot be written or is an input too, or two inputs have the same
             output.
     """
-    inputs, output = [Path(path) for path in inputs], Path(output)
+    inputs, output = [as_path(path) for path in inputs], as_path(output)
     if os.path.basename(suffix) != suffix or "\0" in suffix:
         raise UserError(f"suffix '{printable(suffix)}' must be part of a file name: use one such as _4x")
     for path in inputs:
-        if not os.path.lexists(path):
+        if not (path.exists() if is_url(path) else os.path.lexists(path)):
             raise UserError(f"input '{printable(path)}' does not exist: check the path")
     if not inputs:
         raise UserError("inputs must not be empty: give at least one image or folder")
-    to_file = _names_a_file(output) and not os.path.isdir(output)
+    to_file = _names_a_file(output) and not is_folder(output)
     _check_output(output, inputs, to_file)
     if to_file and (suffix or file_format):
         raise UserError(
@@ -75,10 +84,10 @@ def find_images(
         )
     ignored: list[Path] = []
     failed: list[tuple[Path, str]] = []
-    jobs: dict[str, Job] = {}  # by the target's absolute path
+    jobs: dict[str, Job] = {}  # by the target's absolute path, or URL
     for path in inputs:
         sources: Iterable[tuple[Path, Path]] = [(path, output)]
-        if os.path.isdir(path):
+        if is_folder(path):
             files, failures = walk(path, exclude=output, hidden=True)
             images = [file for file in files if _is_image(file)]
             ignored += sorted({*files} - {*images})
@@ -86,15 +95,15 @@ def find_images(
             sources = ((file, output / file.relative_to(path).parent) for file in images)
         for source, folder in sources:
             job = Job(source, output if to_file else folder / _target_name(source, file_format, suffix))
-            other = jobs.setdefault(os.path.abspath(job.target), job)
-            if os.path.abspath(other.source) != os.path.abspath(source):
+            other = jobs.setdefault(_name(job.target), job)
+            if _name(other.source) != _name(source):
                 raise UserError(
                     f"'{printable(other.source)}' and '{printable(source)}' have the same output "
                     f"'{printable(job.target)}': use different output folders"
                 )
-    real_sources = {os.path.realpath(job.source) for job in jobs.values()}
+    real_sources = {absolute(job.source) for job in jobs.values()}
     for job in jobs.values():
-        if os.path.realpath(job.target) in real_sources:
+        if absolute(job.target) in real_sources:
             raise UserError(f"output '{printable(job.target)}' is also an input: use another output folder")
     return Found(tuple(jobs.values()), tuple(ignored), tuple(failed))
 
@@ -103,13 +112,25 @@ def split_finished(jobs: Iterable[Job], *, overwrite: bool = False) -> tuple[lis
     """(to do, finished): a job is finished if its target exists, since targets are written atomically."""
     to_do: list[Job] = []
     finished: list[Job] = []
+    jobs = list(jobs)
+    # One listing of each folder of a bucket, instead of a request for each target
+    listed = {
+        path
+        for folder in {job.target.parent for job in jobs if is_url(job.target)}
+        for path in objects(folder)
+    }
     for job in jobs:
-        (finished if os.path.isfile(job.target) and not overwrite else to_do).append(job)
+        exists = job.target in listed if is_url(job.target) else os.path.isfile(job.target)
+        (finished if exists and not overwrite else to_do).append(job)
     return to_do, finished
 
 
+def _name(path: Path) -> str:
+    return os.fspath(path) if is_url(path) else os.path.abspath(path)
+
+
 def _check_output(output: Path, inputs: list[Path], to_file: bool) -> None:
-    if to_file and (len(inputs) > 1 or os.path.isdir(inputs[0])):
+    if to_file and (len(inputs) > 1 or is_folder(inputs[0])):
         raise UserError(
             f"output '{printable(output)}' is an image file, but there is more than one input image: use a folder"
         )
@@ -118,8 +139,11 @@ def _check_output(output: Path, inputs: list[Path], to_file: bool) -> None:
             f"output '{printable(output)}' cannot be written as {output.suffix}: "
             "use .png, .jpg, .webp or .tif"
         )
-    if not to_file and os.path.exists(output) and not os.path.isdir(output):
+    if not to_file and is_file(output):
         raise UserError(f"output '{printable(output)}' is a file: use a folder")
+    if is_url(output):
+        check_bucket(output.parent if to_file else output)
+        return
     try:
         os.lstat(output)
     except (FileNotFoundError, NotADirectoryError):
@@ -154,7 +178,7 @@ def walk(
     failed: list[tuple[Path, str]] = []
     if is_url(root):
         return _walk_objects(root, exclude, hidden)
-    top, excluded = os.path.realpath(root), None if exclude is None else os.path.realpath(exclude)
+    top, excluded = os.path.realpath(root), None if exclude is None else absolute(exclude)
     seen: set[str] = set()
 
     def wanted(folder: Path) -> bool:
@@ -190,7 +214,7 @@ def _walk_objects(
         return [], [(root, reason(error))]
 
     def wanted(path: Path) -> bool:
-        if exclude is not None and path.is_relative_to(exclude):
+        if exclude is not None and is_url(exclude) and path.is_relative_to(exclude):
             return False
         return hidden or not any(part.startswith(".") for part in path.relative_to(root).parts)
 

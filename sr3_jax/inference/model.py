@@ -9,7 +9,6 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, overload
 
 import jax
@@ -40,6 +39,7 @@ from sr3_jax.inference.upscaling import seed_keys
 from sr3_jax.nn.unet import Network, apply_unet
 from sr3_jax.numerics import fixed_numerics
 from sr3_jax.sampling import Sampling
+from sr3_jax.storage import as_path
 from sr3_jax.types import Denoiser, Key, Params
 
 
@@ -172,7 +172,9 @@ class Model:
             "outscale": outscale,
         }
         if isinstance(image, PillowImage.Image | str | os.PathLike):
-            decoded = from_pillow(image) if isinstance(image, PillowImage.Image) else read_image(Path(image))
+            decoded = (
+                from_pillow(image) if isinstance(image, PillowImage.Image) else read_image(as_path(image))
+            )
             output = upscaling.upscale_batch(self, visible_rgb(decoded)[None], seed, **options)[0]
             return to_pillow(with_pixels(decoded, output))
         images = np.asarray(image)
@@ -215,7 +217,7 @@ class Model:
             if isinstance(image, PillowImage.Image):
                 return from_pillow(image)
             if isinstance(image, str | os.PathLike):
-                return read_image(Path(image))
+                return read_image(as_path(image))
             pixels = np.asarray(image)
             if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
                 raise ImageError(f"image must be uint8 [h,w,3], got {pixels.dtype} {pixels.shape}")

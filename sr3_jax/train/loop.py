@@ -211,6 +211,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
 
             metrics.flush()
             with metrics.untimed("checkpoint"):
+                writer.sync()
                 store.save(state, wait=True)
             if reason > _OUT_OF_TIME:
                 end(f"Stopped and saved at step {step}. Run the same command again to resume.")

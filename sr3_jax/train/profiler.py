@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from sr3_jax.storage import is_url, upload
+from sr3_jax.storage import is_url, upload_folder
 
 PROFILE_FOLDER = "profile"
 
@@ -79,9 +79,8 @@ class Profiler:
         self._active = False
         try:
             jax.profiler.stop_trace()
-            if self._copy:
-                for file in Path(self._copy.name).rglob("*.*"):
-                    upload(file, self._folder / file.relative_to(self._copy.name).as_posix())
+            if self._copy is not None:
+                upload_folder(Path(self._copy.name), self._folder)
             self._report(f"Profile written to {self._folder}: xprof --logdir={self._folder} shows it")
         except Exception as error:
             self._fail(error)

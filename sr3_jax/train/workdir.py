@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from sr3_jax.distributed.sharding import process_max
 from sr3_jax.errors import UserError
-from sr3_jax.files import check_bucket, folder_lock
+from sr3_jax.files import folder_lock
 from sr3_jax.image_io.errors import printable, reason
-from sr3_jax.storage import SCRATCH_PREFIX, is_url, remove_leftovers
+from sr3_jax.storage import SCRATCH_PREFIX, check_bucket, is_url, remove_leftovers
 
 _PATIENCE = 10.0  # seconds until other machines must see a new file
 
