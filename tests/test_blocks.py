@@ -45,6 +45,37 @@ def test_average_pool_and_nearest_upsample():
     np.testing.assert_array_equal(blocks.nearest_upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
 
 
+def test_convolution_of_an_upsampled_image_is_computed_at_its_own_size():
+    """Output, borders and gradients are those of the two operations."""
+    x, kernel, weights = normal(2, 3, 5, 4), normal(3, 3, 4, 6, seed=1), normal(2, 6, 10, 6, seed=2)
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        wide = blocks.nearest_upsample(x)
+        return jax.lax.conv(wide.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME")
+
+    def values(function):
+        return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(function(*args) * weights), argnums=(0, 1)))
+
+    output = jax.jit(blocks.upsampled_conv)(x, kernel)
+    np.testing.assert_allclose(output, plain(x, kernel).transpose(0, 2, 3, 1), atol=2e-5)
+    got = values(blocks.upsampled_conv)(x, kernel)[1]
+    wanted = values(lambda *args: plain(*args).transpose(0, 2, 3, 1))(x, kernel)[1]
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_convolution_of_one_pixel_has_the_gradients_of_a_matrix_product():
+    x, module = normal(2, 3, 5, 4), blocks.conv(6, 1, jnp.dtype("float32"))
+    _, params = apply(module, x)
+    kernel, bias = params["kernel"], params["bias"]
+    y, pullback = jax.vjp(lambda p, x: module.apply({"params": p}, x), params, jnp.asarray(x))
+    np.testing.assert_allclose(y, x @ kernel[0, 0] + bias, atol=1e-5)
+    weights, dx = pullback(jnp.asarray(normal(2, 3, 5, 6, seed=1)))
+    ct = normal(2, 3, 5, 6, seed=1)
+    np.testing.assert_allclose(dx, ct @ kernel[0, 0].T, atol=1e-5)
+    np.testing.assert_allclose(weights["kernel"][0, 0], np.einsum("bhwc,bhwd->cd", x, ct), atol=1e-5)
+
+
 # ---- The embedding of the noise level
 
 
