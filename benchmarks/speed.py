@@ -282,7 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--calls", type=int, default=9, help="timed pairs of calls (default: %(default)s)")
     parser.add_argument(
-        "--dtype", nargs="+", default=[], choices=("float32", "bfloat16"), help="(default: the preset's)"
+        "--dtype",
+        action="append",
+        choices=("float32", "bfloat16"),
+        help="may be repeated (default: the preset's)",
     )
     parser.add_argument("--small", action="store_true", help="scale the presets down for a CPU")
     parser.add_argument("--no-remat", action="store_true", help="keep activations: faster, needs more memory")

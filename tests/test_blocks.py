@@ -5,6 +5,8 @@ Shape legend: B batch, H height, W width, C channels, E width of the embedding.
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -265,6 +267,48 @@ def test_attention_matches_numpy(head_channels):
     attended = np.einsum("bhqk,bkhc->bqhc", weights, value).reshape(2, 12, 8)
     out = (attended @ p["out"]["kernel"] + p["out"]["bias"]).reshape(x.shape)
     np.testing.assert_allclose(y, (x + out) / np.sqrt(2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "channels", "expected"),
+    [
+        (True, "bfloat16", 64, "cudnn"),
+        (True, "float16", 128, "cudnn"),
+        (True, "float32", 64, None),
+        (True, "bfloat16", 256, None),
+        (True, "bfloat16", 12, None),
+        (False, "bfloat16", 64, None),
+    ],
+)
+def test_attention_uses_cudnn_where_it_can(monkeypatch, gpu, dtype, channels, expected):
+    used = []
+
+    def attention(
+        query: jax.Array, key: jax.Array, value: jax.Array, *, implementation: str | None
+    ) -> jax.Array:
+        used.append(implementation)
+        return value
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setattr(blocks, "has_fused_attention", lambda: gpu)
+    heads = jnp.zeros((2, 4, 2, channels), dtype)
+    blocks.attend(heads, heads, heads)
+    assert used == [expected]
+
+
+def test_only_an_nvidia_gpu_from_ampere_has_fused_attention(monkeypatch):
+    assert not blocks.has_fused_attention()
+
+    def gpu(version: str, capability: str) -> bool:
+        device = types.SimpleNamespace(
+            client=types.SimpleNamespace(platform_version=version), compute_capability=capability
+        )
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        return blocks.has_fused_attention()
+
+    assert gpu("cuda 12090", "9.0") and gpu("cuda 12090", "10.0")
+    assert not gpu("cuda 12090", "7.5") and not gpu("rocm 60300", "gfx942")
 
 
 def test_attention_is_permutation_equivariant():

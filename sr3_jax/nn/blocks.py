@@ -106,9 +106,10 @@ def _pointwise_conv(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = N
 class GroupNorm(nn.Module):
     """Group normalization (Wu and He 2018), computed in float32; the dtype of x.
 
-    Both moments are first summed over the pixels of each channel, a reduction that all backends vectorize, and only
-    then over the channels of a group. Matrix products bring the values of the groups back to their channels: XLA would
-    fuse a repetition into the loop over all pixels, which a CPU then runs without vector instructions.
+    Both moments are first averaged over the pixels of each channel, a reduction that all backends vectorize, and only
+    then over the channels of a group. Matrix products go from channels to groups and back: XLA would fuse a repetition,
+    also that in the gradient of a mean, into the loop over all pixels, which a CPU then runs without vector
+    instructions.
     """
 
     groups: int
@@ -119,15 +120,16 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", zeros, (channels,), jnp.float32)
-        members = np.repeat(np.eye(self.groups, dtype=np.float32), channels // self.groups, axis=1)
+        size, highest = channels // self.groups, jax.lax.Precision.HIGHEST
+        members = np.repeat(np.eye(self.groups, dtype=np.float32), size, axis=1)
 
         def over_group(moment: jax.Array) -> jax.Array:
             """[B,C] -> [B,groups]: the mean."""
-            return moment.reshape(-1, self.groups, channels // self.groups).mean(-1)
+            return jnp.dot(moment, members.T / size, precision=highest)
 
         def to_channels(value: jax.Array) -> jax.Array:
             """[B,groups] -> [B,1,1,C]."""
-            return jnp.dot(value, members, precision=jax.lax.Precision.HIGHEST)[:, None, None, :]
+            return jnp.dot(value, members, precision=highest)[:, None, None, :]
 
         wide = x.astype(jnp.float32)
         mean, square = over_group(wide.mean((1, 2))), over_group((wide * wide).mean((1, 2)))
@@ -227,6 +229,27 @@ class ResidualBlock(nn.Module):
         return (x + h) * RESIDUAL_SCALE
 
 
+def has_fused_attention() -> bool:
+    """Whether cuDNN's attention runs on the default backend: an NVIDIA GPU from Ampere on."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    is_nvidia = "cuda" in device.client.platform_version
+    return is_nvidia and int(device.compute_capability.split(".")[0]) >= 8
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """[B,N,heads,C] each -> [B,N,heads,C]: attention over N positions, softmax in float32.
+
+    cuDNN's kernel, which does not store the N x N weights, takes half precision and heads of up to 128 channels in
+    multiples of 8. Exported programs, whose batch size is symbolic, run elsewhere.
+    """
+    batch, _, _, channels = query.shape
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and channels <= 128 and channels % 8 == 0
+    fused = fits and isinstance(batch, int) and has_fused_attention()
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if fused else None)
+
+
 class Attention(nn.Module):
     """Self-attention over all pixels with a residual connection; softmax in float32.
 
@@ -245,6 +268,6 @@ class Attention(nn.Module):
         heads = c // self.head_channels if self.head_channels else 1
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(Norm(self.norm)(x))
         query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, 3, heads, c // heads), 2, 0)
-        attended = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
+        attended = attend(query, key, value).reshape(b, h, w, c)
         out = nn.Dense(c, dtype=self.dtype, kernel_init=zeros, name="out")(attended)
         return (x + out) * RESIDUAL_SCALE

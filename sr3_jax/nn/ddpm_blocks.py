@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.nn.blocks import GroupNorm, average_pool, conv, nearest_upsample, zeros
+from sr3_jax.nn.blocks import GroupNorm, attend, average_pool, conv, nearest_upsample, zeros
 
 
 def group_norm(x: jax.Array, groups: int, name: str) -> jax.Array:
@@ -95,5 +95,5 @@ class DdpmAttention(nn.Module):
             group_norm(x, self.groups, "norm")
         )
         query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, self.heads, 3, c // self.heads), 3, 0)
-        attended = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
+        attended = attend(query, key, value).reshape(b, h, w, c)
         return x + nn.Dense(c, dtype=self.dtype, kernel_init=zeros, name="out")(attended)
