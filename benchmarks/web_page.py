@@ -52,7 +52,11 @@ def watch(page: Page, *, minutes: float) -> dict[str, Any]:
             break
         time.sleep(0.1)
     row: dict[str, Any] = {"finished": bool(ended), "changes": len(gaps) + 1, "last": last.split(", ", 1)[-1]}
-    row |= {"gap_median": sorted(gaps)[len(gaps) // 2], "gap_most": max(gaps), "seconds": time.monotonic() - first}
+    row |= {
+        "gap_median": sorted(gaps)[len(gaps) // 2],
+        "gap_most": max(gaps),
+        "seconds": time.monotonic() - first,
+    }
     if not ended:
         cancelled = time.monotonic()
         page.get_by_role("button", name="Cancel").click()

@@ -1,4 +1,4 @@
-"""Writes the pages results, models, cascade, pods/plans, reliability and large_images of docs/ from JSON files.
+"""Writes the pages results, models, cascade, pods/plans, reliability, large_images and speed of docs/ from JSON files.
 
     python -m experiments.pages                  # all of them
     python -m experiments.pages results models   # some of them
@@ -513,6 +513,65 @@ def _throughput_line(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+# --- docs/speed.md
+
+
+def write_speed(docs: Path) -> None:
+    """docs/speed.md from the figures of benchmarks/speed.py and benchmarks/data_speed.py in docs/speed.json."""
+    path = docs / "speed.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run python benchmarks/speed.py -o {path}")
+    found = read_json(path)
+    rows, data = found["rows"], found.get("data")
+    by_platform = {
+        name: [_speed_line(row) for row in rows if (row["platform"] == "cpu") == (name == "cpu")]
+        for name in ("cpu", "gpu")
+    }
+    shown = {
+        name: tables.markdown(pd.DataFrame(lines), left=3) if lines else ""
+        for name, lines in by_platform.items()
+    }
+    shared = any(row["clock"] == "cpu" for row in rows)
+    lines = [
+        f"`{row['command']}`: {row['date']}, {row['device']}, {row['cores']} core{'s' * (row['cores'] > 1)}, "
+        + ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        for row in [*rows, *([data] if data else [])]
+    ]
+    page = render(
+        "speed.md",
+        **shown,
+        sampling_steps=4,
+        clock="Times are those of the process on one core, since the machine was shared." if shared else "",
+        data=data,
+        data_table=tables.markdown(pd.DataFrame(map(_data_line, data["rows"])), left=1) if data else "",
+        provenance="\n".join(f"- {line}" for line in dict.fromkeys(lines)),
+    )
+    write_text(docs / "speed.md", page)
+
+
+def _speed_line(row: Mapping[str, Any]) -> dict[str, str]:
+    line = {
+        "preset": f"`{row['preset']}`",
+        "dtype": row["dtype"],
+        "batch": f"{row['batch_size']} x {row['side']}x{row['side']}",
+        "parameters": f"{row['parameters'] / 1e6:.1f} M",
+    }
+    for part, calls in (("step", 1), ("sampling", 4)):
+        one = row[part]
+        low, high = one["quartiles"]
+        line |= {
+            f"{part}: sr3_jax": f"{one['jax_ms'] / calls:.0f} ms",
+            f"{part}: PyTorch": f"{one['torch_ms'] / calls:.0f} ms",
+            f"{part}: ratio": f"**{one['ratio']:.2f}** [{low:.2f}, {high:.2f}]",
+        }
+    return line
+
+
+def _data_line(row: Mapping[str, Any]) -> dict[str, str]:
+    counts = row["images_per_second"].items()
+    return {"source": row["source"]} | {f"threads: {count}": f"{value:.0f}" for count, value in counts}
+
+
 PAGES: Mapping[str, Callable[[Path], None]] = {
     "results": write_results,
     "models": write_models,
@@ -520,6 +579,7 @@ PAGES: Mapping[str, Callable[[Path], None]] = {
     "pods": write_pods,
     "reliability": write_reliability,
     "large_images": write_large_images,
+    "speed": write_speed,
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Uses an hour of a GPU, stage by stage: bash launch/gpu_run.sh STAGE OUT [...]
 #   test OUT                           run the core's tests on the device
-#   measure OUT [CONFIG:BATCH ...]     time training and sampling of the presets next to PyTorch: OUT/measure-*.json
+#   measure OUT [PRESET:BATCH ...]     time training and sampling of the presets next to PyTorch: OUT/speed.json
 #   train OUT MINUTES PHOTOS [INIT]    train photos_4x on a folder of photographs, from the weights of the model INIT:
 #                                      OUT/photo_4x.safetensors (moving average, bfloat16) and OUT/metrics.jsonl
 #   evaluate OUT [DATA ...]            evaluate OUT/photo_4x.safetensors at 5, 10, 25 and 50 steps on each data source
@@ -36,14 +36,13 @@ test)
         2>&1 | tee "$out/test.log"
     ;;
 measure)
-    configs=("$@")
-    if ((${#configs[@]} == 0)); then
-        configs=(configs/faces_16_128.py:32 configs/imagenet_64_256.py:8 configs/faces_64_512.py:4
-            configs/faces_256_1024.py:2 configs/photos_4x.py:256)
+    presets=("$@")
+    if ((${#presets[@]} == 0)); then
+        presets=(faces_16_128:32 imagenet_64_256:8 faces_64_512:4 faces_256_1024:2 base_imagenet_64:16 photos_4x:256
+            photos_4x_robust:256)
     fi
-    for item in "${configs[@]}"; do # one process each, so that peak memory is measured separately
-        name=$(basename "${item%%:*}" .py)
-        "$python" benchmarks/measure.py "$item" --torch -o "$out/measure-$name.json" ${rehearse:+--calls 1} ||
+    for item in "${presets[@]}"; do # one process each, so that peak memory is measured separately
+        "$python" benchmarks/speed.py "$item" -o "$out/speed.json" ${rehearse:+--calls 1 --small} ||
             echo "gpu_run.sh: measuring $item failed" >&2
     done
     ;;

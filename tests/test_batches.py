@@ -181,6 +181,17 @@ def test_unusable_images_are_replaced_and_logged(logged):
                 np.testing.assert_array_equal(crop, clean_crop)
 
 
+def test_all_threads_read_at_once():
+    """Also with a smaller `prefetch`: a slow disk or bucket is read as fast as the threads can wait for it."""
+    meeting = threading.Barrier(6)
+
+    def load(index: int) -> dict[str, np.ndarray]:
+        meeting.wait(timeout=20)  # broken if fewer threads read at the same time
+        return {"image": np.zeros((CROP, CROP, 3), np.uint8)}
+
+    take(batches(Source("slow", load, 12), seed=0, batch_size=1, crop=CROP, threads=6, prefetch=2), 1)
+
+
 def test_an_image_that_several_threads_find_damaged_is_logged_once(logged):
 
     def load(index):

@@ -5,6 +5,8 @@ Shape legend: B batch, H height, W width, C channels, E width of the embedding.
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,37 @@ def test_average_pool_and_nearest_upsample():
     squares = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
     np.testing.assert_allclose(blocks.average_pool(jnp.asarray(x)), sum(squares) / 4, atol=1e-6)
     np.testing.assert_array_equal(blocks.nearest_upsample(jnp.asarray(x)), x.repeat(2, 1).repeat(2, 2))
+
+
+def test_convolution_of_an_upsampled_image_is_computed_at_its_own_size():
+    """Output, borders and gradients are those of the two operations."""
+    x, kernel, weights = normal(2, 3, 5, 4), normal(3, 3, 4, 6, seed=1), normal(2, 6, 10, 6, seed=2)
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        wide = blocks.nearest_upsample(x)
+        return jax.lax.conv(wide.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME")
+
+    def values(function):
+        return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(function(*args) * weights), argnums=(0, 1)))
+
+    output = jax.jit(blocks.upsampled_conv)(x, kernel)
+    np.testing.assert_allclose(output, plain(x, kernel).transpose(0, 2, 3, 1), atol=2e-5)
+    got = values(blocks.upsampled_conv)(x, kernel)[1]
+    wanted = values(lambda *args: plain(*args).transpose(0, 2, 3, 1))(x, kernel)[1]
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_convolution_of_one_pixel_has_the_gradients_of_a_matrix_product():
+    x, module = normal(2, 3, 5, 4), blocks.conv(6, 1, jnp.dtype("float32"))
+    _, params = apply(module, x)
+    kernel, bias = params["kernel"], params["bias"]
+    y, pullback = jax.vjp(lambda p, x: module.apply({"params": p}, x), params, jnp.asarray(x))
+    np.testing.assert_allclose(y, x @ kernel[0, 0] + bias, atol=1e-5)
+    weights, dx = pullback(jnp.asarray(normal(2, 3, 5, 6, seed=1)))
+    ct = normal(2, 3, 5, 6, seed=1)
+    np.testing.assert_allclose(dx, ct @ kernel[0, 0].T, atol=1e-5)
+    np.testing.assert_allclose(weights["kernel"][0, 0], np.einsum("bhwc,bhwd->cd", x, ct), atol=1e-5)
 
 
 # ---- The embedding of the noise level
@@ -234,6 +267,48 @@ def test_attention_matches_numpy(head_channels):
     attended = np.einsum("bhqk,bkhc->bqhc", weights, value).reshape(2, 12, 8)
     out = (attended @ p["out"]["kernel"] + p["out"]["bias"]).reshape(x.shape)
     np.testing.assert_allclose(y, (x + out) / np.sqrt(2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "channels", "expected"),
+    [
+        (True, "bfloat16", 64, "cudnn"),
+        (True, "float16", 128, "cudnn"),
+        (True, "float32", 64, None),
+        (True, "bfloat16", 256, None),
+        (True, "bfloat16", 12, None),
+        (False, "bfloat16", 64, None),
+    ],
+)
+def test_attention_uses_cudnn_where_it_can(monkeypatch, gpu, dtype, channels, expected):
+    used = []
+
+    def attention(
+        query: jax.Array, key: jax.Array, value: jax.Array, *, implementation: str | None
+    ) -> jax.Array:
+        used.append(implementation)
+        return value
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setattr(blocks, "has_fused_attention", lambda: gpu)
+    heads = jnp.zeros((2, 4, 2, channels), dtype)
+    blocks.attend(heads, heads, heads)
+    assert used == [expected]
+
+
+def test_only_an_nvidia_gpu_from_ampere_has_fused_attention(monkeypatch):
+    assert not blocks.has_fused_attention()
+
+    def gpu(version: str, capability: str) -> bool:
+        device = types.SimpleNamespace(
+            client=types.SimpleNamespace(platform_version=version), compute_capability=capability
+        )
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        return blocks.has_fused_attention()
+
+    assert gpu("cuda 12090", "9.0") and gpu("cuda 12090", "10.0")
+    assert not gpu("cuda 12090", "7.5") and not gpu("rocm 60300", "gfx942")
 
 
 def test_attention_is_permutation_equivariant():

@@ -18,7 +18,15 @@ from sr3_jax.train.step import jit_train_step, make_train_step
 from tests import tiny
 
 # These have the network of another preset, at another size or on other data.
-LIKE_OTHERS = {"orl_8x", "photos_4x_small", "fashion_8_16", "faces_64_256", "imagenet_64_256", "adm_128_512"}
+LIKE_OTHERS = {
+    "orl_8x",
+    "photos_4x_small",
+    "fashion_8_16",
+    "faces_64_256",
+    "imagenet_64_256",
+    "adm_128_512",
+    "faces_64_512_patch2",
+}
 NAMES = [name for name in preset_names() if not name.startswith("cascade_") and name not in LIKE_OTHERS]
 
 

@@ -22,7 +22,8 @@ from sr3_jax.distributed import sharding
 from sr3_jax.flops import flops
 from sr3_jax.train import experiment
 from sr3_jax.train.examples import Task, make_pair
-from sr3_jax.train.state import start_from
+from sr3_jax.train.held_out import held_out_jit
+from sr3_jax.train.state import abstract_state, start_from
 from sr3_jax.train.step import (
     LOG_SNR_BINS,
     batch_losses,
@@ -330,6 +331,22 @@ def test_old_state_is_donated(name, images, request):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(new))
     assert run.compiled.memory_analysis().alias_size_in_bytes == held
+
+
+def test_weights_are_gathered_before_held_out_sampling_and_not_in_each_of_its_steps(objective, monkeypatch):
+    monkeypatch.setattr(sharding, "FSDP_MIN_BYTES", 64)
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    state = abstract_state(experiment.read(tiny.config()).init_params, OPTIMIZER, mesh)
+    image = jax.ShapeDtypeStruct((8, 16, 16, 3), np.uint8, sharding=sharding.batch_sharding(mesh))
+    evaluation = held_out_jit(objective, mesh, rows=8, steps=3, solver="ddim")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = evaluation.lower(state.ema_params, {"image": image}, key).compile().as_text()
+    loops = [
+        re.search(rf"^%{re.escape(name)} .*?^}}", program, re.MULTILINE | re.DOTALL)[0]
+        for name in re.findall(r"body=%([\w.-]+)", program)
+    ]
+    assert "all-gather" in program and loops
+    assert not any("all-gather" in loop for loop in loops)
 
 
 @pytest.mark.parametrize(

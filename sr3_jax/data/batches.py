@@ -48,7 +48,7 @@ def batches(
       first_step: the step of the first batch.
       mirror: flip half of the crops horizontally.
       threads: each makes whole batches; with 0 the caller's thread makes them.
-      prefetch: number of batches made ahead of time.
+      prefetch: number of batches made ahead of time; at least one for each thread.
 
     Raises:
       UserError: while iterating, 100 unusable images in a row.
@@ -59,9 +59,9 @@ def batches(
     crop_at = _CropAt(source, seed=seed, crop=crop, mirror=mirror)
     steps = grain.MapDataset.range(first_step, _NO_LAST_STEP)
     pipeline = steps.map(lambda step: _stack([crop_at(int(step) * batch_size + row) for row in own]))
-    return iter(
-        pipeline.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
-    )
+    # Grain reads no further than the buffer: threads without a place in it would wait.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+    return iter(pipeline.to_iter_dataset(options))
 
 
 def center_crops(source: Source, *, crop: int, count: int) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from sr3_jax.errors import UserError
 
 AXES = ("data", "fsdp")
 FSDP_MIN_BYTES = 4 * 2**20  # replicating a smaller array costs less than gathering it
+GATHERED_MAX_BYTES = 4 * 2**30  # of weights that a device holds as a whole while it samples
 CHOSEN_FSDP = 8  # at most, when the size of 'fsdp' is chosen: a GPU node has 8, and no preset needs more
 CHOSEN_MIN_BYTES = 2**30  # a smaller state is not worth sharding
 
@@ -140,6 +141,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Each device has the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Inside jit: the same arrays, whole on each device if they are small enough, for a loop that reads them often.
+
+    Without it, each step of a sampling loop gathers all weights that are split over 'fsdp' again.
+    """
+    if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) > GATHERED_MAX_BYTES:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

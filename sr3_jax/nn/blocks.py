@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -66,6 +67,77 @@ def log_snr_features(gamma: jax.Array, width: int) -> jax.Array:
     return sinusoidal(jnp.clip(log_snr, -LOG_SNR_LIMIT, LOG_SNR_LIMIT), width, 0.1, 20.0)
 
 
+def upsampled_conv(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
+    """A 3x3 convolution, zero-padded, of `nearest_upsample(x)`: [B,H,W,C], [3,3,C,D] -> [B,2H,2W,D].
+
+    An output pixel sees only 2x2 pixels of x: where two taps of the kernel fall on the same pixel, they are added
+    beforehand. Each of the four positions in a 2x2 block has a convolution of its own, of 4 in place of 9 products.
+    """
+    b, h, w, _c = x.shape
+
+    def halves(kernel: jax.Array) -> list[jax.Array]:
+        """Along the first axis: taps of the even outputs (pixels i-1 and i), then of the odd ones (i and i+1)."""
+        first, second, third = kernel
+        return [jnp.stack([first, second + third]), jnp.stack([first + second, third])]
+
+    rows = []
+    for row, row_kernel in enumerate(halves(kernel)):
+        row_of_blocks = [
+            jax.lax.conv_general_dilated(
+                x,
+                jnp.swapaxes(taps, 0, 1),
+                (1, 1),
+                ((1 - row, row), (1 - column, column)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=precision,
+            )
+            for column, taps in enumerate(halves(jnp.swapaxes(row_kernel, 0, 1)))
+        ]
+        rows.append(jnp.stack(row_of_blocks, axis=3))
+    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, kernel.shape[-1])
+
+
+def _pointwise_conv(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
+    """A 1x1 convolution as one matrix product: on a CPU, the gradient of a convolution takes twice the time."""
+    flat = jnp.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=precision)
+    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class GroupNorm(nn.Module):
+    """Group normalization (Wu and He 2018), computed in float32; the dtype of x.
+
+    Both moments are first averaged over the pixels of each channel, a reduction that all backends vectorize, and only
+    then over the channels of a group. Matrix products go from channels to groups and back: XLA would fuse a repetition,
+    also that in the gradient of a mean, into the loop over all pixels, which a CPU then runs without vector
+    instructions.
+    """
+
+    groups: int
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+        bias = self.param("bias", zeros, (channels,), jnp.float32)
+        size, highest = channels // self.groups, jax.lax.Precision.HIGHEST
+        members = np.repeat(np.eye(self.groups, dtype=np.float32), size, axis=1)
+
+        def over_group(moment: jax.Array) -> jax.Array:
+            """[B,C] -> [B,groups]: the mean."""
+            return jnp.dot(moment, members.T / size, precision=highest)
+
+        def to_channels(value: jax.Array) -> jax.Array:
+            """[B,groups] -> [B,1,1,C]."""
+            return jnp.dot(value, members, precision=highest)[:, None, None, :]
+
+        wide = x.astype(jnp.float32)
+        mean, square = over_group(wide.mean((1, 2))), over_group((wide * wide).mean((1, 2)))
+        inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + self.epsilon)
+        factor = to_channels(inverse) * scale[None, None, None]
+        return ((wide - to_channels(mean)) * factor + bias[None, None, None]).astype(x.dtype)
+
+
 class Norm(nn.Module):
     """Normalization in float32 with a learned scale (and offset, for groups); returns the dtype of x.
 
@@ -84,7 +156,7 @@ class Norm(nn.Module):
         channels = x.shape[-1]
         # 32 groups as in DDPM, but of at least 4 channels: statistics of smaller groups are too noisy.
         groups = next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
-        return nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32)(x).astype(x.dtype)
+        return GroupNorm(groups)(x)
 
 
 def conv(
@@ -94,17 +166,23 @@ def conv(
     init: Callable | None = None,
     name: str | None = None,
     precision: jax.lax.Precision | None = None,
+    upsample: bool = False,
 ) -> nn.Conv:
     """A stride-1 convolution with 'SAME' padding and float32 weights, computed in `dtype`.
 
     Even in float32, without `precision` a TPU multiplies in bfloat16 and an NVIDIA GPU in TF32.
+
+    Args:
+        upsample: first double height and width by `nearest_upsample`; for a 3x3 kernel.
     """
+    compute = upsampled_conv if upsample else _pointwise_conv if kernel == 1 else None
     return nn.Conv(
         channels,
         (kernel, kernel),
         dtype=dtype,
         kernel_init=init or nn.initializers.lecun_normal(),
         precision=precision,
+        conv_general_dilated=compute,
         name=name,
     )
 
@@ -130,10 +208,11 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         h = nn.swish(Norm(self.norm)(x))
-        if self.resample is not None:
-            change = {"up": nearest_upsample, "down": average_pool}[self.resample]
-            x, h = change(x), change(h)
-        h = conv(self.channels, 3, self.dtype)(h)
+        if self.resample == "up":
+            x = nearest_upsample(x)
+        elif self.resample == "down":
+            x, h = average_pool(x), average_pool(h)
+        h = conv(self.channels, 3, self.dtype, upsample=self.resample == "up")(h)
         width = 2 * self.channels if self.film else self.channels
         condition = nn.Dense(width, name="embedding")(nn.swish(embedding))[:, None, None, :].astype(
             self.dtype
@@ -148,6 +227,27 @@ class ResidualBlock(nn.Module):
         if x.shape[-1] != self.channels:
             x = conv(self.channels, 1, self.dtype, name="skip")(x)
         return (x + h) * RESIDUAL_SCALE
+
+
+def has_fused_attention() -> bool:
+    """Whether cuDNN's attention runs on the default backend: an NVIDIA GPU from Ampere on."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    is_nvidia = "cuda" in device.client.platform_version
+    return is_nvidia and int(device.compute_capability.split(".")[0]) >= 8
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """[B,N,heads,C] each -> [B,N,heads,C]: attention over N positions, softmax in float32.
+
+    cuDNN's kernel, which does not store the N x N weights, takes half precision and heads of up to 128 channels in
+    multiples of 8. Exported programs, whose batch size is symbolic, run elsewhere.
+    """
+    batch, _, _, channels = query.shape
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and channels <= 128 and channels % 8 == 0
+    fused = fits and isinstance(batch, int) and has_fused_attention()
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if fused else None)
 
 
 class Attention(nn.Module):
@@ -168,6 +268,6 @@ class Attention(nn.Module):
         heads = c // self.head_channels if self.head_channels else 1
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(Norm(self.norm)(x))
         query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, 3, heads, c // heads), 2, 0)
-        attended = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
+        attended = attend(query, key, value).reshape(b, h, w, c)
         out = nn.Dense(c, dtype=self.dtype, kernel_init=zeros, name="out")(attended)
         return (x + out) * RESIDUAL_SCALE

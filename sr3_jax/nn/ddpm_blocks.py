@@ -12,12 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.nn.blocks import average_pool, conv, nearest_upsample, zeros
+from sr3_jax.nn.blocks import GroupNorm, attend, average_pool, conv, nearest_upsample, zeros
 
 
 def group_norm(x: jax.Array, groups: int, name: str) -> jax.Array:
     """Group normalization in float32; the dtype of x."""
-    return nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=name)(x).astype(x.dtype)
+    return GroupNorm(groups, name=name)(x)
 
 
 def output_layers(x: jax.Array, groups: int, channels: int) -> jax.Array:
@@ -54,10 +54,11 @@ class DdpmBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, train: bool) -> jax.Array:
         h = nn.swish(group_norm(x, self.groups, "norm_in"))
-        if self.resample is not None:
-            change = {"up": nearest_upsample, "down": average_pool}[self.resample]
-            x, h = change(x), change(h)
-        h = conv(self.channels, 3, self.dtype, name="conv_in")(h)
+        if self.resample == "up":
+            x = nearest_upsample(x)
+        elif self.resample == "down":
+            x, h = average_pool(x), average_pool(h)
+        h = conv(self.channels, 3, self.dtype, name="conv_in", upsample=self.resample == "up")(h)
         embedding = nn.swish(embedding) if self.embedding_swish else embedding
         width = 2 * self.channels if self.film else self.channels
         condition = nn.Dense(width, name="embedding")(embedding)[:, None, None, :].astype(self.dtype)
@@ -94,5 +95,5 @@ class DdpmAttention(nn.Module):
             group_norm(x, self.groups, "norm")
         )
         query, key, value = jnp.moveaxis(qkv.reshape(b, h * w, self.heads, 3, c // self.heads), 3, 0)
-        attended = jax.nn.dot_product_attention(query, key, value).reshape(b, h, w, c)
+        attended = attend(query, key, value).reshape(b, h, w, c)
         return x + nn.Dense(c, dtype=self.dtype, kernel_init=zeros, name="out")(attended)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sr3_jax.nn.blocks import conv, nearest_upsample, sinusoidal
+from sr3_jax.nn.blocks import conv, sinusoidal
 from sr3_jax.nn.ddpm_blocks import DdpmAttention, DdpmBlock, maybe_remat, output_layers
 from sr3_jax.types import Conditioning, Image, NoiseLevel
 
@@ -89,7 +89,7 @@ class Sr3PortUNet(nn.Module):
                 x = block(joined, width, f"ups_{index}", attention=attention)
                 index += 1
             if level > 0:
-                x = conv(width, 3, dtype, name=f"ups_{index}_conv")(nearest_upsample(x))
+                x = conv(width, 3, dtype, name=f"ups_{index}_conv", upsample=True)(x)
                 index += 1
         return output_layers(x, self.norm_groups, self.out_channels)
 

@@ -79,6 +79,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
         return jnp.mean(jax.lax.map(one_pass, (levels, jax.random.split(passes_key, passes))), axis=0)
 
     def metrics(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Batch]:
+        params = sharding.gathered(params, mesh)
         loss_key, sample_key = jax.random.split(key)
         image = task.target(batch)
         repeated = jnp.arange(len(image)) % rows

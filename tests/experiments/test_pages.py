@@ -22,7 +22,8 @@ def docs(tmp_path) -> Path:
     """A copy of the inputs of the pages, without the pages."""
     for folder in ("results", "models", "cascade", "pods", "reliability"):
         shutil.copytree(DOCS / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.csv", "*.md"))
-    shutil.copy(DOCS / "large_images.json", tmp_path)
+    for name in ("large_images.json", "speed.json"):
+        shutil.copy(DOCS / name, tmp_path)
     (tmp_path / "images").mkdir()
     for path in (DOCS / "images").glob("*"):
         (tmp_path / "images" / path.name).touch()
@@ -38,6 +39,7 @@ def docs(tmp_path) -> Path:
         ("pods", ["pods/plans.md"]),
         ("reliability", ["reliability.md"]),
         ("large_images", ["large_images.md"]),
+        ("speed", ["speed.md"]),
     ],
 )
 def test_the_committed_pages_are_up_to_date(docs, page, files):
