@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from speed import provenance
 from sr3_jax.data.batches import batches
 from sr3_jax.data.sources import Source, open_source
 
-CROP, BATCH, LATENCY, JPEG = 64, 8, 0.02, (1500, 1000)
+CROP, BATCH, LATENCY, JPEG = 64, 4, 0.02, (1500, 1000)
 
 
 def slow_source() -> Source:
@@ -37,13 +35,14 @@ def slow_source() -> Source:
         time.sleep(LATENCY)
         return {"image": np.zeros((CROP, CROP, 3), np.uint8)}
 
-    return Source(f"reads of {1e3 * LATENCY:.0f} ms", load, 10_000)
+    return Source(f"reads of {1e3 * LATENCY:.0f} ms", load, 10_000, cache_mb=0)
 
 
 def images_per_second(source: Source, threads: int, seconds: float) -> float:
-    """After the first batch, in which threads start."""
+    """After the batches that the threads begin with."""
     stream = batches(source, seed=0, batch_size=BATCH, crop=CROP, threads=threads)
-    next(stream)
+    for _ in range(threads):
+        next(stream)
     start, count = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < seconds:
         next(stream)
@@ -88,9 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             print(json.dumps(rows[-1]), flush=True)
     content = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-    command = "python " + shlex.join(["benchmarks/data_speed.py", *sys.argv[1:]])
-    content["data"] = (
-        {"rows": rows, "crop": CROP, "batch_size": BATCH} | provenance("wall") | {"command": command}
+    content["data"] = {"rows": rows, "crop": CROP, "batch_size": BATCH} | provenance(
+        "wall", "benchmarks/data_speed.py"
     )
     args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

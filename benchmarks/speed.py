@@ -10,7 +10,7 @@ moment of the machine falls on both. PyTorch has what a careful user would turn 
 torch.compile, cuDNN autotuning, bfloat16 autocast and fused Adam.
 
 `--small` leaves what a layer is, and reduces how many there are: at most 4 levels with one block each (attention at the
-lowest if it falls off), level 0 at most 32 channels wide, crops of at most 64 pixels.
+lowest if it falls off), level 0 at most 32 channels wide, crops of at most 64 pixels. Nothing is rematerialized.
 
 Install PyTorch beside the package: pip install torch.
 """
@@ -77,6 +77,7 @@ def experiment(name: str, *, dtype: str, small: bool, remat: bool | None) -> Exp
             "num_blocks": model["num_blocks"] if efficient else (1,) * levels,
             "attention_levels": attended or (levels - 1,) * bool(model["attention_levels"]),
             "head_channels": min(16, model["head_channels"]),
+            "remat": False,  # as in PyTorch
         }
         side = config["data"]["crop"] // config["data"]["shrink"]
         multiple = math.lcm(model["patch"] * 2 ** (levels - 1), config["data"]["scale"])
@@ -252,16 +253,17 @@ def device_name() -> str:
     )
 
 
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
+def provenance(clock: str, script: str = "benchmarks/speed.py") -> dict[str, Any]:
+    """Where and how a row was measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": device_name(),
         "platform": jax.devices()[0].platform,
         "cores": cores,
-        "clock": args.clock,
+        "clock": clock,
         "versions": {"jax": jax.__version__, "torch": torch.__version__},
         "date": date.today().isoformat(),
-        "command": "python " + shlex.join(["benchmarks/speed.py", *sys.argv[1:]]),
+        "command": "python " + shlex.join([script, *sys.argv[1:]]),
     }
 
 
@@ -297,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     if args.clock == "cpu":
-        if CUDA or provenance(args)["cores"] != 1:
+        if CUDA or provenance(args.clock)["cores"] != 1:
             parser.error("--clock cpu counts all threads: run on one core of a CPU, with taskset -c 0")
         torch.set_num_threads(1)
     names = args.presets or [name for name in preset_names() if not name.startswith("cascade_")]
@@ -305,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for item in names:
         name, _, batch_size = item.partition(":")
         for dtype in args.dtype or [load_config(name)["model"]["dtype"]]:
-            row = measure(name, int(batch_size or 4), dtype, args) | provenance(args)
+            row = measure(name, int(batch_size or 4), dtype, args) | provenance(args.clock)
             print(json.dumps(row), flush=True)
             rows = [other for other in rows if not same(other, row)] + [row]
             args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")

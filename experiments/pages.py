@@ -551,7 +551,7 @@ def write_speed(docs: Path) -> None:
 
 def _speed_line(row: Mapping[str, Any]) -> dict[str, str]:
     line = {
-        "preset": f"`{row['preset']}`",
+        "preset": f"`{row['preset']}`" + ", with remat" * row["remat"],
         "dtype": row["dtype"],
         "batch": f"{row['batch_size']} x {row['side']}x{row['side']}",
         "parameters": f"{row['parameters'] / 1e6:.1f} M",
