@@ -133,6 +133,8 @@ def test_denoiser_in_onnx_and_its_numpy_sampler(kind, tmp_path, monkeypatch):
                 "layout": "biggan",
                 "norm": "group",
                 "patch": 1,
+                "multipliers": (1, 2),
+                "num_blocks": (1, 1),
                 "mid_attention": True,
                 "augment": True,
             },

@@ -39,7 +39,7 @@ STABLEHLO_FORMAT, ONNX_FORMAT = "sr3_jax.stablehlo.1", "sr3_jax.onnx.1"
 ONNX_TOLERANCE = 1e-4  # of the prediction, which is about 1; relative where it is larger
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = 2**31 - 2**24  # bytes of weights: neither format can hold more in one file
-_OPSET = 21  # the first whose GroupNormalization has one scale for each channel
+_OPSET = 21  # of ONNX 1.16 (2024)
 
 
 def size_multiple(model: Model) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LOG_SNR_LIMIT = 20.0
+LAYOUT = ("NHWC", "HWIO", "NHWC")  # of the input, kernel and output of a convolution
 RESIDUAL_SCALE = 1.0 / math.sqrt(2.0)  # so that x + h has the variance of x (paper section 2.4)
 zeros = nn.initializers.zeros_init()
 
@@ -67,28 +67,33 @@ def log_snr_features(gamma: jax.Array, width: int) -> jax.Array:
     return sinusoidal(jnp.clip(log_snr, -LOG_SNR_LIMIT, LOG_SNR_LIMIT), width, 0.1, 20.0)
 
 
-def upsampled_conv(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
+def upsampled_conv(
+    x: jax.Array, kernel: jax.Array, *, precision: jax.lax.Precision | None = None
+) -> jax.Array:
     """A 3x3 convolution, zero-padded, of `nearest_upsample(x)`: [B,H,W,C], [3,3,C,D] -> [B,2H,2W,D].
 
     An output pixel sees only 2x2 pixels of x: where two taps of the kernel fall on the same pixel, they are added
-    beforehand. Each of the four positions in a 2x2 block has a convolution of its own, of 4 in place of 9 products.
+    beforehand, in the dtype of the kernel. Each of the four positions in a 2x2 block has a convolution of its own, of
+    4 in place of 9 products.
     """
     b, h, w, _c = x.shape
 
     def halves(kernel: jax.Array) -> list[jax.Array]:
         """Along the first axis: taps of the even outputs (pixels i-1 and i), then of the odd ones (i and i+1)."""
-        first, second, third = kernel
-        return [jnp.stack([first, second + third]), jnp.stack([first + second, third])]
+        return [
+            jnp.stack([kernel[0], kernel[1] + kernel[2]]),
+            jnp.stack([kernel[0] + kernel[1], kernel[2]]),
+        ]
 
     rows = []
     for row, row_kernel in enumerate(halves(kernel)):
         row_of_blocks = [
             jax.lax.conv_general_dilated(
                 x,
-                jnp.swapaxes(taps, 0, 1),
+                jnp.swapaxes(taps, 0, 1).astype(x.dtype),
                 (1, 1),
                 ((1 - row, row), (1 - column, column)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                dimension_numbers=LAYOUT,
                 precision=precision,
             )
             for column, taps in enumerate(halves(jnp.swapaxes(row_kernel, 0, 1)))
@@ -97,10 +102,41 @@ def upsampled_conv(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = No
     return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, kernel.shape[-1])
 
 
-def _pointwise_conv(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
-    """A 1x1 convolution as one matrix product: on a CPU, the gradient of a convolution takes twice the time."""
-    flat = jnp.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=precision)
-    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+class Conv(nn.Module):
+    """A convolution with stride 1, 'SAME' padding and float32 weights, computed in `dtype`.
+
+    One of 1x1 is a matrix product: on a CPU, the gradient of a convolution takes longer.
+
+    Attributes:
+        channels: of the output.
+        kernel: 1 or 3, its height and width.
+        precision: even in float32, without it a TPU multiplies in bfloat16 and an NVIDIA GPU in TF32.
+        upsample: first double height and width by `nearest_upsample`; for a 3x3 kernel.
+    """
+
+    channels: int
+    kernel: int
+    dtype: jnp.dtype
+    init: Callable
+    precision: jax.lax.Precision | None = None
+    upsample: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
+        weights = self.param("kernel", self.init, shape, jnp.float32)
+        bias = self.param("bias", zeros, (self.channels,), jnp.float32).astype(self.dtype)
+        x, kernel = x.astype(self.dtype), weights.astype(self.dtype)
+        if self.upsample:
+            y = upsampled_conv(x, weights, precision=self.precision)
+        elif self.kernel == 1:
+            flat = jnp.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=self.precision)
+            y = flat.reshape(*x.shape[:-1], self.channels)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT, precision=self.precision
+            )
+        return y + bias[None, None, None]
 
 
 class GroupNorm(nn.Module):
@@ -167,23 +203,10 @@ def conv(
     name: str | None = None,
     precision: jax.lax.Precision | None = None,
     upsample: bool = False,
-) -> nn.Conv:
-    """A stride-1 convolution with 'SAME' padding and float32 weights, computed in `dtype`.
-
-    Even in float32, without `precision` a TPU multiplies in bfloat16 and an NVIDIA GPU in TF32.
-
-    Args:
-        upsample: first double height and width by `nearest_upsample`; for a 3x3 kernel.
-    """
-    compute = upsampled_conv if upsample else _pointwise_conv if kernel == 1 else None
-    return nn.Conv(
-        channels,
-        (kernel, kernel),
-        dtype=dtype,
-        kernel_init=init or nn.initializers.lecun_normal(),
-        precision=precision,
-        conv_general_dilated=compute,
-        name=name,
+) -> Conv:
+    """A `Conv`, initialized by `lecun_normal` unless `init` is given."""
+    return Conv(
+        channels, kernel, dtype, init or nn.initializers.lecun_normal(), precision, upsample, name=name
     )
 
 
