@@ -303,14 +303,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error("--clock cpu counts all threads: run on one core of a CPU, with taskset -c 0")
         torch.set_num_threads(1)
     names = args.presets or [name for name in preset_names() if not name.startswith("cascade_")]
-    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     for item in names:
         name, _, batch_size = item.partition(":")
         for dtype in args.dtype or [load_config(name)["model"]["dtype"]]:
             row = measure(name, int(batch_size or 4), dtype, args) | provenance(args.clock)
             print(json.dumps(row), flush=True)
-            rows = [other for other in rows if not same(other, row)] + [row]
-            args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+            content = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+            content["rows"] = [other for other in content["rows"] if not same(other, row)] + [row]
+            args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             jax.clear_caches()
             gc.collect()
 

@@ -41,6 +41,7 @@ measure)
         presets=(faces_16_128:32 imagenet_64_256:8 faces_64_512:4 faces_256_1024:2 base_imagenet_64:16 photos_4x:256
             photos_4x_robust:256)
     fi
+    [[ -e $out/speed.json ]] || cp docs/speed.json "$out/" # rows of other devices are kept
     for item in "${presets[@]}"; do # one process each, so that peak memory is measured separately
         "$python" benchmarks/speed.py "$item" -o "$out/speed.json" ${rehearse:+--calls 1 --small} ||
             echo "gpu_run.sh: measuring $item failed" >&2

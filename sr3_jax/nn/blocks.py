@@ -117,14 +117,14 @@ class Conv(nn.Module):
     channels: int
     kernel: int
     dtype: jnp.dtype
-    init: Callable
+    kernel_init: Callable
     precision: jax.lax.Precision | None = None
     upsample: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
-        weights = self.param("kernel", self.init, shape, jnp.float32)
+        weights = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", zeros, (self.channels,), jnp.float32).astype(self.dtype)
         x, kernel = x.astype(self.dtype), weights.astype(self.dtype)
         if self.upsample:
