@@ -26,6 +26,7 @@ LIKE_OTHERS = {
     "imagenet_64_256",
     "adm_128_512",
     "faces_64_512_patch2",
+    "faces_256_1024_patch4",
 }
 NAMES = [name for name in preset_names() if not name.startswith("cascade_") and name not in LIKE_OTHERS]
 
