@@ -92,7 +92,7 @@ def methods(models: list[str], steps: list[int], *, peers: bool) -> Iterator[tup
         model = sr3_jax.load(name)
         for count in [1] if model.network.regression else steps:
             sampling = model.sampling.override(steps=count)
-            words = "one pass" if model.network.regression else f"{sampling.solver}, {sampling.steps} steps"
+            words = "one pass" if model.network.regression else sampling.words
             yield Path(name).stem, words, functools.partial(_upscale, model, sampling)
 
 

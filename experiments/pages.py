@@ -253,7 +253,7 @@ def _card(facts: Mapping[str, Any], evaluations: Mapping[str, Any], model: Any, 
         "scale": model.scale,
         "parameters": next(one["parameters"] for one in some["models"]),
         "diffusion": model.config["diffusion"],
-        "sampler": f"{model.sampling.solver}, {model.sampling.steps} steps",
+        "sampler": model.sampling.words,
         "data_table": tables.markdown(data.astype(str)),
         "sets": [
             {"title": title, "table": tables.metrics_table(frames[title], MODEL_METRICS), **one}

@@ -13,6 +13,7 @@ import pandas as pd
 
 from sr3_jax.errors import UserError
 from sr3_jax.metrics import METRICS
+from sr3_jax.sampling import count_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -96,7 +97,9 @@ def sampler(row: Mapping[str, Any]) -> str:
     if pd.isna(row["solver"]):
         return ""
     projected = ", back-projection" if _PROJECTED in (row["detail"] or "") else ""
-    return f"{row['solver']}, {row['steps']} steps{projected}{', searched' * is_searched(row['detail'])}"
+    return (
+        f"{row['solver']}, {count_steps(row['steps'])}{projected}{', searched' * is_searched(row['detail'])}"
+    )
 
 
 def is_searched(detail: str | None) -> bool:

@@ -84,6 +84,11 @@ class Sampling:
                 raise UserError(f"solver {self.solver} has no option {name}: omit it")
 
     @property
+    def words(self) -> str:
+        """The solver and the number of steps, such as 'dpmpp_2m, 10 steps'."""
+        return f"{self.solver}, {count_steps(self.steps)}"
+
+    @property
     def nfe(self) -> int:
         """Network function evaluations per image, guidance not counted."""
         return make_solver(self.solver).nfe(self.steps)
@@ -123,6 +128,11 @@ class Sampling:
             augment=self.augment,
             back_projection=self.back_projection,
         )
+
+
+def count_steps(steps: int) -> str:
+    """'1 step', '2 steps'."""
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 def _is_number(value: Any) -> bool:

@@ -300,7 +300,9 @@ def test_wandb_gets_metrics_images_and_config_and_is_resumed(tmp_path, offline):
         writer.write_scalars(2, {"loss": 0.25})
     first, second = wandb_records(tmp_path / "run")
     deadline = time.monotonic() + 20
-    while not rows(second) and time.monotonic() < deadline:  # its service writes the file after it has answered
+    while (
+        not rows(second) and time.monotonic() < deadline
+    ):  # its service writes the file after it has answered
         time.sleep(0.05)
         first, second = wandb_records(tmp_path / "run")
     logged = [{key: row[key] for key in row if key[0] != "_"} for row in rows(first)]

@@ -35,6 +35,7 @@ def _row(path: Path) -> tuple[str, ...]:
 
     from sr3_jax.config.load import complete, migrate
     from sr3_jax.files import parse_json, read_json
+    from sr3_jax.sampling import count_steps
 
     with safe_open(path, framework="numpy") as file:
         config = complete(migrate(parse_json(file.metadata()["config"]))[0])
@@ -48,7 +49,7 @@ def _row(path: Path) -> tuple[str, ...]:
         f"{config['data']['scale']}x" if config["model"]["low_res"] else "base",
         f"{count / 1e6:.1f} M",
         _preset_of(config),
-        f"{sampling['solver']}, {sampling['steps']} steps",
+        f"{sampling['solver']}, {count_steps(sampling['steps'])}",
         f"{path.stat().st_size / 1e6:.1f} MB",
     )
 

@@ -34,7 +34,7 @@ from sr3_jax.image_io.errors import printable
 from sr3_jax.image_io.image_file import ImageError, read_rgb
 from sr3_jax.inference.model import Model
 from sr3_jax.inference.sampling_file import config_fingerprint, params_fingerprint
-from sr3_jax.sampling import Sampling
+from sr3_jax.sampling import Sampling, count_steps
 from sr3_jax.types import Key
 
 GROUND_TRUTH, BICUBIC = "ground truth", "bicubic"  # names in tables
@@ -124,7 +124,7 @@ class Method:
     @property
     def title(self) -> str:
         """Its name in an image grid."""
-        return f"{self.name} {self.solver} {self.steps} steps" if self.sampler else self.name
+        return f"{self.name} {self.solver} {count_steps(self.steps)}" if self.sampler else self.name
 
     def num_samples(self, requested: int) -> int:
         """The number of outputs per image: one for a deterministic method."""
@@ -146,7 +146,7 @@ class Method:
         try:
             return np.asarray(self.model.upscale(low_res, keys, labels=given, sampling=self.sampling))
         except FloatingPointError as error:  # no metric of a broken output would mean anything
-            how = f" ({self.solver}, {self.steps} steps)" if self.sampler else ""
+            how = f" ({self.solver}, {count_steps(self.steps)})" if self.sampler else ""
             raise UserError(f"{error}{how}") from error
 
 

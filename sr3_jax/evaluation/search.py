@@ -33,7 +33,7 @@ from sr3_jax.inference.model import Model
 from sr3_jax.inference.program import OnStep
 from sr3_jax.inference.sampling_file import sampling_path, store_sampling
 from sr3_jax.metrics import SEARCH_METRICS, Metric, search_metric
-from sr3_jax.sampling import SOLVERS, Sampling
+from sr3_jax.sampling import SOLVERS, Sampling, count_steps
 from sr3_jax.train.weights import locate_model
 
 MAX_BATCH = 8
@@ -417,7 +417,7 @@ def describe_choice(
     value = metric.format(chosen["check"][metric.key])
     usual = metric.format(default["check"][metric.key]) if default and default["check"] else "no finite value"
     return (
-        f"Chosen: {sampling.solver} in {sampling.steps} steps (NFE {chosen['nfe']}), {metric.heading} {value}; the "
+        f"Chosen: {sampling.solver} in {count_steps(sampling.steps)} (NFE {chosen['nfe']}), {metric.heading} {value}; the "
         f"model's default has {usual}, on crops that the search did not use."
     )
 

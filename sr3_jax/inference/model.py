@@ -77,7 +77,7 @@ class Model:
     def __repr__(self) -> str:
         task = f"{self.scale}x" if self.network.low_res else "unconditional"
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params)) / 1e6
-        how = f"{self.sampling.solver}, {self.sampling.steps} steps"
+        how = self.sampling.words
         return f"Model({self.name!r}, {task}, {count:.1f} M parameters, {how})"
 
     @property
