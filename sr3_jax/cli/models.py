@@ -63,6 +63,13 @@ def _preset_of(config: Mapping[str, Any]) -> str:
         if "stages" not in preset:
             other = complete(preset)
             same_task = all(other["data"][field] == config["data"][field] for field in ("scale", "shrink"))
-            if same_task and all(other[name] == config[name] for name in ("model", "diffusion", "stage")):
+            same_diffusion = other["diffusion"] | {"lpips": 0} == config["diffusion"] | {
+                "lpips": 0
+            }  # of the loss only
+            if (
+                same_task
+                and same_diffusion
+                and all(other[name] == config[name] for name in ("model", "stage"))
+            ):
                 return name
     return "-"

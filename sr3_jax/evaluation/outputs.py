@@ -124,7 +124,7 @@ class Method:
     @property
     def title(self) -> str:
         """Its name in an image grid."""
-        return f"{self.name} {self.solver} {count_steps(self.steps)}" if self.sampler else self.name
+        return f"{self.name} {self.solver} {count_steps(self.sampler.steps)}" if self.sampler else self.name
 
     def num_samples(self, requested: int) -> int:
         """The number of outputs per image: one for a deterministic method."""
@@ -146,7 +146,7 @@ class Method:
         try:
             return np.asarray(self.model.upscale(low_res, keys, labels=given, sampling=self.sampling))
         except FloatingPointError as error:  # no metric of a broken output would mean anything
-            how = f" ({self.solver}, {count_steps(self.steps)})" if self.sampler else ""
+            how = f" ({self.sampler.words})" if self.sampler else ""
             raise UserError(f"{error}{how}") from error
 
 

@@ -417,8 +417,8 @@ def describe_choice(
     value = metric.format(chosen["check"][metric.key])
     usual = metric.format(default["check"][metric.key]) if default and default["check"] else "no finite value"
     return (
-        f"Chosen: {sampling.solver} in {count_steps(sampling.steps)} (NFE {chosen['nfe']}), {metric.heading} {value}; the "
-        f"model's default has {usual}, on crops that the search did not use."
+        f"Chosen: {sampling.solver} in {count_steps(sampling.steps)} (NFE {chosen['nfe']}), {metric.heading} {value}; "
+        f"the model's default has {usual}, on crops that the search did not use."
     )
 
 
