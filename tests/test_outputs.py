@@ -56,12 +56,15 @@ class Corners:
 class Noisy:
     """A model whose output is bicubic interpolation plus noise from its key. Records the batches and compilations."""
 
-    name, scale, config, params = "stub", 4, {}, {}
+    name, scale, config, params, label = "stub", 4, {}, {}, None
     network = types.SimpleNamespace(num_classes=0, regression=False)
     sampling = Sampling("ddim", 2)
 
     def __init__(self, events=None, size=9):
         self.events, self.size = [] if events is None else events, size
+
+    def watched(self, on_step):
+        return self
 
     def compile(self, shape, *, labels, sampling):
         self.events.append(shape)

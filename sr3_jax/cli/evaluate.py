@@ -98,7 +98,7 @@ _OF_MODELS: Mapping[str, Any] = {
     "steps": [], "solver": [], "unsearched": False, "samples": 1, "seed": 0, "label": None, "no_labels": False,
 }  # fmt: skip
 _OF_GROUND_TRUTH: Mapping[str, Any] = {
-    "scale": None, "crop": None, "degradation": "clean", "batch": 1, "save_reference": None,
+    "scale": None, "crop": None, "degradation": "clean", "batch_size": 1, "save_reference": None,
 }  # fmt: skip
 
 
