@@ -12,7 +12,7 @@ torch.compile, cuDNN autotuning, bfloat16 autocast and fused Adam.
 `--small` leaves what a layer is, and reduces how many there are: at most 4 levels with one block each (attention at the
 lowest if it falls off), level 0 at most 32 channels wide, crops of at most 64 pixels. Nothing is rematerialized.
 
-Install PyTorch beside the package: pip install torch.
+Install PyTorch too: pip install torch.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ SCALE, SAMPLES = 4, 3
 WINDOW = {"width": 1280, "height": 1000}
 
 
-def take_picture(address: str, low_res: Path) -> None:
-    """Upscale a file on the page at `address`, and write the picture."""
+def take_screenshot(address: str, low_res: Path) -> None:
+    """Upscale a file on the page at `address`, and write the screenshot."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport=WINDOW)
@@ -52,7 +52,7 @@ def main() -> None:
         with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             address = next(text.split()[2] for text in server.stdout if text.startswith("sr3 web: http"))
-            take_picture(address, low_res)
+            take_screenshot(address, low_res)
             server.terminate()
     print(f"Wrote {OUTPUT.relative_to(ROOT)}")
 

@@ -210,7 +210,7 @@ check_data() { # check_data COMMAND...
 
 # --- The TPU: its state, and how to get one
 
-# Errors that waiting does not mend. Lack of quota can be one: before the first TPU it is, but the quota of a preempted TPU
+# Errors that waiting does not fix. Lack of quota can be one: before the first TPU it is, but the quota of a preempted TPU
 # may be free only after a while.
 hopeless='INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|unrecognized arguments|Invalid value'
 had_one='' # whether this run of the script has had a TPU

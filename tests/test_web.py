@@ -1,6 +1,6 @@
 """`sr3 web` in a real browser, over HTTP and from a program: one server with a tiny model for all tests.
 
-With SR3_SCREENSHOTS=DIR, the tests also write pictures of the page into DIR.
+With SR3_SCREENSHOTS=DIR, the tests also write screenshots of the page into DIR.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def page(browser, server):
     assert not wrong
 
 
-def picture(page, name: str) -> None:
+def screenshot(page, name: str) -> None:
     if folder := os.environ.get("SR3_SCREENSHOTS"):
         page.screenshot(path=Path(folder, f"{name}.png"), full_page=True)
 
@@ -197,7 +197,7 @@ def downloaded(page, link) -> bytes:
 @in_browser
 def test_an_image_through_the_page_is_the_commands(page, server):
     """Upload, progress, divider by keyboard, zoom, download: the same bytes as those of `sr3 upscale`."""
-    picture(page, "start")
+    screenshot(page, "start")
     upscale(page, server.images / "photo.png")
     bar = page.get_by_role("progressbar", name="Upscaling")
     bar.wait_for()
@@ -208,7 +208,7 @@ def test_an_image_through_the_page_is_the_commands(page, server):
         page.keyboard.press("ArrowRight")
     shown = page.locator(".sr3-before").evaluate("image => getComputedStyle(image).clipPath")
     assert "40%" in shown, shown  # 100% - 60%
-    picture(page, "result")
+    screenshot(page, "result")
     sizes = page.locator(".sr3-stack img").evaluate_all(
         "images => images.map(i => [i.naturalWidth, i.naturalHeight])"
     )
@@ -231,7 +231,7 @@ def test_hostile_files_are_refused_in_the_words_of_the_command(page, server):
         line.removeprefix(f"{server.images}/") for line in server.errors.splitlines() if ".png: " in line
     }
     assert {*refused} == expected and len(expected) == 3
-    picture(page, "refused")
+    screenshot(page, "refused")
 
 
 @in_browser
@@ -250,7 +250,7 @@ def test_samples_have_a_spread_a_gallery_and_an_archive(page, server):
         for seed in (3, 4, 5)
     )
     assert archive.read("other_4x_seed3.jpg") == (server.outputs / "other.jpg").read_bytes()
-    picture(page, "samples")
+    screenshot(page, "samples")
 
 
 @in_browser
@@ -304,7 +304,7 @@ def test_training_run_and_evaluation(page, server):
     page.get_by_text("step 300").first.wait_for()
     page.locator("#grid img").wait_for()
     page.locator(".vega-embed svg").first.wait_for()
-    picture(page, "training")
+    screenshot(page, "training")
     rows = (server.images.parent / "run" / "metrics.jsonl").open("a")
     with rows:
         rows.write(json.dumps(metrics(310)) + "\n")
@@ -313,7 +313,7 @@ def test_training_run_and_evaluation(page, server):
     page.locator("#scores table").wait_for()
     worst = page.locator("#worst tbody tr")
     assert worst.all_inner_texts()[0].split() == ["<b>owl</b>", "19.25"]
-    picture(page, "evaluation")
+    screenshot(page, "evaluation")
 
 
 @in_browser
@@ -327,7 +327,7 @@ def test_nothing_is_wider_than_the_window(browser, server, width, scheme):
     opened.get_by_role("button", name="Upscale", exact=True).wait_for()
     upscale(opened, server.images / "photo.png", Samples=2)
     done(opened, 2)
-    picture(opened, f"{scheme}_{width}")
+    screenshot(opened, f"{scheme}_{width}")
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     dark = opened.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, dark.strip("rgba()").split(",")[:3])) < 200) == (scheme == "dark"), dark
