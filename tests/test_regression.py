@@ -62,7 +62,7 @@ def test_the_networks_input_is_only_the_low_res_image(regression, params):
 def test_its_loss_is_the_squared_error(regression, params):
     crops = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     objective = regression.objective
-    found = batch_losses(params, {"image": crops}, jax.random.key(0), objective=objective, train=False)
+    found, _ = batch_losses(params, {"image": crops}, jax.random.key(0), objective=objective, train=False)
     image, cond = make_pair({"image": crops}, Task(scale=4))
     out = objective.network.apply({"params": params}, cond["upsampled"], jnp.ones(4), cond)
     wanted = jnp.mean((out - objective.space.encode(image, cond)) ** 2, axis=(1, 2, 3))

@@ -98,7 +98,7 @@ def gradients(objective):
     @jax.jit
     def run(params, rows, key):
         def loss(params):
-            return jnp.mean(batch_losses(params, {"image": rows}, key, objective=objective, train=True))
+            return jnp.mean(batch_losses(params, {"image": rows}, key, objective=objective, train=True)[0])
 
         return jax.value_and_grad(loss)(params)
 
@@ -158,7 +158,7 @@ def test_network_gets_the_noisy_target_and_its_condition(objective, images):
 
     spied = dataclasses.replace(objective, network=Spy())
     batch = {"image": images, "label": np.arange(8, dtype=np.int32)}
-    losses = batch_losses("weights", batch, jax.random.key(0), objective=spied, train=True)
+    losses, _ = batch_losses("weights", batch, jax.random.key(0), objective=spied, train=True)
     assert losses.shape == (8,) and losses.dtype == jnp.float32
     assert seen["train"] is True and seen["params"] == "weights"
     target, cond = make_pair(batch, Task(scale=4))

@@ -65,7 +65,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
             level, key = levels_and_key
             eps_key, key = jax.random.split(key)
             eps = jax.random.normal(eps_key, (rows, *shape))
-            return batch_losses(
+            losses, _ = batch_losses(
                 params,
                 batch,
                 key,
@@ -75,6 +75,7 @@ def held_out_jit(objective: Objective, mesh: Mesh, *, rows: int, steps: int, sol
                 eps=eps[repeated],
                 low_res=low_res,
             )
+            return losses
 
         return jnp.mean(jax.lax.map(one_pass, (levels, jax.random.split(passes_key, passes))), axis=0)
 

@@ -75,30 +75,14 @@ def batch_losses(
     gamma: NoiseLevel | None = None,
     eps: jax.Array | None = None,
     low_res: Image | None = None,
-) -> jax.Array:
-    """The denoising loss of each example, [B] float32.
+) -> tuple[jax.Array, NoiseLevel]:
+    """The denoising loss of each example, [B] float32, and its noise level, [B].
 
     Args:
         train: apply dropout, label dropout, degradation and augmentation.
         low_res: as for `make_pair`.
         gamma, eps: as for `denoising_loss`.
     """
-    options = {"gamma": gamma, "eps": eps, "low_res": low_res}
-    return _losses_and_gamma(params, batch, key, objective=objective, train=train, **options)[0]
-
-
-def _losses_and_gamma(
-    params: Params,
-    batch: Batch,
-    key: Key,
-    *,
-    objective: Objective,
-    train: bool,
-    gamma: NoiseLevel | None = None,
-    eps: jax.Array | None = None,
-    low_res: Image | None = None,
-) -> tuple[jax.Array, NoiseLevel]:
-    """`batch_losses`, and the noise level of each example."""
     pair_key = None
     if train and objective.task.random:
         key, pair_key = jax.random.split(key)
@@ -156,7 +140,7 @@ def make_train_step(
 
     def gradients(params: Params, batch: Batch, key: Key) -> tuple[dict[str, jax.Array], Params]:
         def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            losses, gamma = _losses_and_gamma(params, batch, key, objective=objective, train=True)
+            losses, gamma = batch_losses(params, batch, key, objective=objective, train=True)
             mean = jnp.mean(losses)
             return mean, {"loss": mean} | ({"by_log_snr": loss_by_log_snr(losses, gamma)} if noisy else {})
 
